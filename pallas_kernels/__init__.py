@@ -1,0 +1,8 @@
+"""Kernels for 4-bit weights: storage layouts, the reference ops and `nf4_matmul`.
+
+Needs jax and numpy alone. Knows no model and no adapter: everything above works on
+`QuantizedTensor` through the names below.
+"""
+
+from pallas_kernels.layout import QuantizedTensor as QuantizedTensor
+from pallas_kernels.matmul import nf4_matmul as nf4_matmul

@@ -1,0 +1,24 @@
+"""The jaxtyping names the signatures use, absent on a host with jax and numpy alone.
+
+A GPU host that only runs the kernels has no jaxtyping; annotations then mean nothing
+and cost nothing.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Shaped, UInt8
+else:
+    try:
+        from jaxtyping import Array, Float, Shaped, UInt8
+    except ImportError:
+
+        class _Unchecked:
+            def __class_getitem__(cls, item):
+                return item[0] if isinstance(item, tuple) else item
+
+        from jax import Array
+
+        Float = Shaped = UInt8 = _Unchecked
+
+__all__ = ["Array", "Float", "Shaped", "UInt8"]

@@ -1,0 +1,159 @@
+"""Frozen linears, dense and 4-bit, and `quantize`, which turns one into the other.
+
+Kernels are in Hugging Face orientation, (out, in). A linear that stands for a stack of
+layers has them on a leading axis; the model slices before it calls.
+"""
+
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from pallas_kernels.layout import QuantizedTensor
+from pallas_kernels.matmul import nf4_matmul
+from qlora_jax.errors import ShapeError
+from qlora_jax.nn.matmul import frozen_matmul
+from qlora_jax.nn.variables import FrozenParam
+from qlora_jax.quant import QuantConfig, dequantize, quantize_tensor
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+class Linear(nnx.Module):
+    """A frozen dense linear: y = x @ kernel.T + bias.
+
+    Attributes:
+      kernel: FrozenParam, (..., out, in).
+      bias: FrozenParam, (..., out), or None.
+    """
+
+    def __init__(self, kernel: Array, bias: Array | None = None):
+        self.kernel = FrozenParam(kernel)
+        self.bias = nnx.data(None if bias is None else FrozenParam(bias))
+
+    @property
+    def in_features(self) -> int:
+        """Size of the last axis of an input."""
+        return self.kernel[...].shape[-1]
+
+    @property
+    def out_features(self) -> int:
+        """Size of the last axis of an output."""
+        return self.kernel[...].shape[-2]
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Leading axes: () for one layer, (layers,) for a stack."""
+        return self.kernel[...].shape[:-2]
+
+    def weight(self, dtype: str | None = None) -> Float[Array, "*stack out in"]:
+        """Returns the dense kernel, in its own dtype unless one is given."""
+        kernel = self.kernel[...]
+        return kernel if dtype is None else kernel.astype(dtype)
+
+    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        """Applies the layer in x's dtype."""
+        y = frozen_matmul(x.reshape(-1, x.shape[-1]), self.kernel[...])
+        return _finish(y, x, self.bias)
+
+
+class QuantizedLinear(nnx.Module):
+    """A frozen 4-bit linear: y = x @ dequantize(kernel).T + bias.
+
+    Nothing dense is kept for backward (contract C3).
+
+    Attributes:
+      kernel: FrozenParam holding a QuantizedTensor of shape (out, in).
+      bias: FrozenParam, (..., out), or None.
+      implementation: Of nf4_matmul; None chooses by device and shape.
+    """
+
+    def __init__(
+        self,
+        kernel: QuantizedTensor,
+        bias: Array | None = None,
+        implementation: str | None = None,
+    ):
+        self.kernel = FrozenParam(kernel)
+        self.bias = nnx.data(None if bias is None else FrozenParam(bias))
+        self.implementation = implementation
+
+    @property
+    def quantized(self) -> QuantizedTensor:
+        """The 4-bit kernel."""
+        return self.kernel.get_value()
+
+    @property
+    def in_features(self) -> int:
+        """Size of the last axis of an input."""
+        return self.quantized.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Size of the last axis of an output."""
+        return self.quantized.shape[0]
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Leading axes: () for one layer, (layers,) for a stack."""
+        codes = self.quantized.codes.shape
+        return codes[: -1 if self.quantized.layout == "flat" else -2]
+
+    def weight(self, dtype: str | None = None) -> Float[Array, "*stack out in"]:
+        """Returns the dequantized kernel."""
+        return dequantize(self.quantized, dtype)
+
+    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        """Applies the layer in x's dtype."""
+        y = nf4_matmul(x, self.quantized, self.implementation)
+        return _finish(y, x, self.bias)
+
+
+def _finish(y: Array, x: Array, bias: FrozenParam | None) -> Array:
+    if bias is not None:
+        y = y + bias[...].astype(y.dtype)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def quantize(model: M, config: QuantConfig | None = None) -> M:
+    """Replaces every linear of a model by a 4-bit one.
+
+    Linears are `qlora_jax.nn.Linear` and `flax.nnx.Linear`; an attribute named lm_head
+    stays dense, as bitsandbytes leaves it, and so does everything that is no linear.
+
+    Args:
+      model: Any nnx.Module. It is left as it was.
+      config: How to quantize; the default is NF4, block 64, double quantization.
+
+    Returns:
+      A model of the same structure with QuantizedLinear in place of linears.
+
+    Raises:
+      ShapeError: a weight has NaN or Inf values, with its path.
+    """
+    config = config or QuantConfig()
+
+    def replace(path, node):
+        if path and path[-1] == "lm_head":
+            return node
+        if isinstance(node, nnx.Linear):
+            bias = None if node.bias is None else node.bias[...]
+            return QuantizedLinear(_quantize(path, node.kernel[...].T, config), bias)
+        if isinstance(node, Linear):
+            bias = None if node.bias is None else node.bias[...]
+            return QuantizedLinear(_quantize(path, node.kernel[...], config), bias)
+        return node
+
+    return nnx.recursive_map(replace, model)
+
+
+def _quantize(path: tuple, w: Array, config: QuantConfig) -> QuantizedTensor:
+    if w.ndim > 2:
+        parts = [_quantize((*path, i), part, config) for i, part in enumerate(w)]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+    try:
+        return quantize_tensor(w, config)
+    except ShapeError as error:
+        raise ShapeError(f"{'.'.join(map(str, path))}: {error}") from None
