@@ -10,9 +10,12 @@ then take their steps in turns. Ratios are medians over the rounds.
         --peft-python PEFT_VENV/bin/python --qwix-python QWIX_VENV/bin/python \
         --vocab-size 32000 --append scripts/results/bench_train_step.jsonl
 
-The two interpreters can also be given as QLORA_PEFT_PYTHON and QLORA_QWIX_PYTHON;
+The interpreters can also be given as QLORA_PEFT_PYTHON and QLORA_QWIX_PYTHON;
 contestants without one are left out. The environments are
 `pip install torch transformers peft bitsandbytes` and `pip install qwix optax`.
+Ours runs in the Python that runs this, unless --ours-python says otherwise: take the
+same jax for ours as for qwix, or a newer one: before 0.11 it multiplies bfloat16 on
+the CPU five times slower.
 
 Two more modes, of ours alone unless --contestants says otherwise, need a quiet
 machine less: --memory asks XLA what loss and gradient take, and --compile-time how
@@ -36,8 +39,12 @@ from pathlib import Path
 from bench_peers.children import REPOSITORY, ChildError, measure_once, note, race
 from bench_peers.protocol import Task
 
-PYTHONS = {"peft": "QLORA_PEFT_PYTHON", "qwix": "QLORA_QWIX_PYTHON"}
-"""Families that need another interpreter, and the variable that may name it."""
+PYTHONS = {
+    "ours": "QLORA_OURS_PYTHON",
+    "peft": "QLORA_PEFT_PYTHON",
+    "qwix": "QLORA_QWIX_PYTHON",
+}
+"""Families of contestants, and the variable that may name their interpreter."""
 COMPILE_LAYERS = (4, 32)
 
 
@@ -49,10 +56,11 @@ def parse_arguments() -> argparse.Namespace:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--memory", action="store_true", help="XLA's account of memory")
     mode.add_argument("--compile-time", action="store_true", help="seconds to compile")
+    this = sys.executable
     for family, variable in PYTHONS.items():
         parser.add_argument(
             f"--{family}-python",
-            default=os.environ.get(variable),
+            default=os.environ.get(variable, this if family == "ours" else None),
             help=f"interpreter for {family}; default ${variable}",
         )
     parser.add_argument(
@@ -80,8 +88,7 @@ def parse_arguments() -> argparse.Namespace:
     problems = [
         f"{name}: needs --{family}-python or ${PYTHONS[family]}"
         for name in arguments.contestants
-        if (family := name.split("-")[0]) in PYTHONS
-        and not getattr(arguments, f"{family}_python")
+        if (family := name.split("-")[0]) in PYTHONS and not interpreter(arguments, family)
     ]
     problems += [
         f"{name}: no such contestant; they are {{ours,peft,qwix}}-{{nf4,dense}}"
@@ -95,15 +102,19 @@ def parse_arguments() -> argparse.Namespace:
 
 def all_contestants() -> list[str]:
     """Returns the plain names."""
-    families = ("ours", *PYTHONS)
-    return [f"{family}-{base}" for family in families for base in ("nf4", "dense")]
+    return [f"{family}-{base}" for family in PYTHONS for base in ("nf4", "dense")]
+
+
+def interpreter(arguments: argparse.Namespace, family: str) -> str | None:
+    """Returns the Python of a family of contestants."""
+    return getattr(arguments, f"{family}_python")
 
 
 def default_contestants(arguments: argparse.Namespace) -> list[str]:
     """Returns the contestants that can run in this mode with these interpreters."""
     families = ["ours"]
     if not (arguments.memory or arguments.compile_time):
-        families += [f for f in PYTHONS if getattr(arguments, f"{f}_python")]
+        families = [family for family in PYTHONS if interpreter(arguments, family)]
     return [n for n in all_contestants() if n.split("-")[0] in families]
 
 
@@ -117,14 +128,11 @@ def entry(arguments: argparse.Namespace, name: str, **fields) -> tuple[str, Task
     """
     plain, _, options = name.partition(":")
     family, base = plain.split("-")
-    python = sys.executable
-    if family in PYTHONS:
-        python = getattr(arguments, f"{family}_python")
     pairs = [pair.split("=", 1) for pair in options.split(",") if pair]
     task = Task(
         contestant=name, quantized=base == "nf4", options=dict(pairs), **fields
     )
-    return python, task
+    return interpreter(arguments, family), task
 
 
 def time_steps(arguments: argparse.Namespace) -> list[dict]:

@@ -8,7 +8,7 @@ all it keeps.
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 SCORE_BYTES = 64 << 20
 """Float32 scores alive at once; what sets the query block."""
@@ -41,17 +41,13 @@ def attention(
     kv_heads = k.shape[2]
     q = q.reshape(batch, seq, kv_heads, heads // kv_heads, head_dim)
 
-    @jax.checkpoint
-    def block(q: Array, q_positions: Array, k: Array, v: Array) -> Array:
-        scores = _batched_dot("bqhgd,bkhd->bhgqk", q, k) * (head_dim**-0.5)
+    def block(q: Array, q_positions: Array) -> Array:
         seen = _seen(q_positions, k_positions, window)[:, None, None]
-        weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1)
-        mixed = _batched_dot("bhgqk,bkhd->bqhgd", weights.astype(q.dtype), v)
-        return mixed.astype(q.dtype)
+        return _attend(q, k, v, seen)
 
     limit = max(16, SCORE_BYTES // (4 * batch * heads * k.shape[1]))
     if seq <= limit:
-        return block(q, q_positions, k, v).reshape(batch, seq, heads, head_dim)
+        return block(q, q_positions).reshape(batch, seq, heads, head_dim)
     blocks = -(-seq // limit)
     size = -(-seq // blocks)
     pad = blocks * size - seq
@@ -60,7 +56,7 @@ def attention(
         x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
         return x.reshape(batch, blocks, size, *x.shape[2:]).swapaxes(0, 1)
 
-    y = lax.map(lambda args: block(*args, k, v), (split(q), split(q_positions)))
+    y = lax.map(lambda args: block(*args), (split(q), split(q_positions)))
     y = y.swapaxes(0, 1).reshape(batch, blocks * size, heads, head_dim)
     return y[:, :seq]
 
@@ -69,6 +65,45 @@ def _seen(q_positions: Array, k_positions: Array, window: int | None) -> Array:
     q, k = q_positions[:, :, None], k_positions[:, None, :]
     seen = (k <= q) & (k >= 0)
     return seen if window is None else seen & (q - k < window)
+
+
+@jax.custom_vjp
+def _attend(
+    q: Float[Array, "b q h g d"],
+    k: Float[Array, "b k h d"],
+    v: Float[Array, "b k h d"],
+    seen: Bool[Array, "b 1 1 q k"],
+) -> Float[Array, "b q h g d"]:
+    """Attention of one query block; h key heads, each with g query heads."""
+    weights = _weights(q, k, seen).astype(q.dtype)
+    return _batched_dot("bhgqk,bkhd->bqhgd", weights, v).astype(q.dtype)
+
+
+def _attend_fwd(q, k, v, seen):
+    return _attend(q, k, v, seen), (q, k, v, seen)
+
+
+def _attend_bwd(residuals, dy):
+    # By hand, so that products are of the compute dtype: autodiff of the float32 sums
+    # would multiply in float32.
+    q, k, v, seen = residuals
+    weights = _weights(q, k, seen)
+    dv = _batched_dot("bhgqk,bqhgd->bkhd", weights.astype(q.dtype), dy)
+    d_weights = _batched_dot("bqhgd,bkhd->bhgqk", dy, v)
+    centre = jnp.sum(d_weights * weights, axis=-1, keepdims=True)
+    d_scores = weights * (d_weights - centre) * (q.shape[-1] ** -0.5)
+    d_scores = d_scores.astype(q.dtype)
+    dq = _batched_dot("bhgqk,bkhd->bqhgd", d_scores, k)
+    dk = _batched_dot("bhgqk,bqhgd->bkhd", d_scores, q)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _weights(q: Array, k: Array, seen: Array) -> Float[Array, "b h g q k"]:
+    scores = _batched_dot("bqhgd,bkhd->bhgqk", q, k) * (q.shape[-1] ** -0.5)
+    return jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1)
 
 
 def _batched_dot(spec: str, a: Array, b: Array) -> Float[Array, "..."]:

@@ -1,0 +1,1 @@
+"""Reading and writing: safetensors, Hugging Face folders, bitsandbytes, adapters."""

@@ -1,0 +1,197 @@
+"""bitsandbytes' 4-bit tensors: its state-dict keys to a QuantizedTensor and back.
+
+Keys of a weight P: `P` (packed bytes, in any storage dtype), `P.absmax`, `P.quant_map`,
+with double quantization `P.nested_absmax` and `P.nested_quant_map`, and
+`P.quant_state.bitsandbytes__nf4`, JSON as bytes.
+Source: bitsandbytes functional.py, QuantState.as_dict and from_dict.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any, cast
+
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import layout
+from pallas_kernels.codebook import (
+    ABSMAX_BLOCK_SIZE,
+    CODEBOOKS,
+    Codebook,
+    dynamic_map,
+    values,
+)
+from pallas_kernels.layout import QuantizedTensor
+from qlora_jax.errors import CheckpointError
+from qlora_jax.quant import QuantConfig
+
+logger = logging.getLogger(__name__)
+
+_STATE = ".quant_state.bitsandbytes__"
+SUFFIXES = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+
+
+def is_part(name: str) -> bool:
+    """Whether a key belongs to another key's 4-bit weight."""
+    return name.endswith(SUFFIXES) or _STATE in name
+
+
+def read(tensors: Mapping[str, np.ndarray], name: str) -> QuantizedTensor:
+    """Reads one weight; dequantizing it gives bitsandbytes' float32 values exactly.
+
+    Args:
+      tensors: A state dict with bitsandbytes' keys.
+      name: Of the weight, such as 'model.layers.0.self_attn.q_proj.weight'.
+
+    Returns:
+      The tensor, in the layout its shape wants.
+
+    Raises:
+      CheckpointError: a key is missing, or the state is not one we know.
+    """
+    kind, state = _read_state(tensors, name)
+    shape = tuple(state["shape"])
+    block_size = int(state["blocksize"])
+    table = _get(tensors, f"{name}.quant_map")
+    if not np.array_equal(table, values(kind)):
+        raise CheckpointError(f"{name}: its quant_map is not that of {kind}")
+    where = layout.choose_layout(shape, block_size)
+    packed = np.ascontiguousarray(_get(tensors, name)).reshape(-1).view(np.uint8)
+    size = -(-int(np.prod(shape)) // 2)
+    if packed.size < size:
+        raise CheckpointError(f"{name}: {packed.size} bytes, shape {shape} needs {size}")
+    absmax = _get(tensors, f"{name}.absmax")
+    blocks = -(-int(np.prod(shape)) // block_size)
+    if absmax.size != blocks:
+        raise CheckpointError(f"{name}: {absmax.size} absmax values, expected {blocks}")
+    return QuantizedTensor(
+        codes=jnp.asarray(layout.from_bitsandbytes(packed[:size], where, shape)),
+        **_read_absmax(tensors, name, state, absmax.reshape(-1)),
+        shape=shape,
+        block_size=block_size,
+        codebook=kind,
+        layout=where,
+        dtype=state["dtype"],
+    )
+
+
+def _read_absmax(
+    tensors: Mapping[str, np.ndarray], name: str, state: dict, absmax: np.ndarray
+) -> dict[str, Any]:
+    if "nested_offset" not in state:
+        return {"absmax": jnp.asarray(absmax.astype(np.float32))}
+    scale = _get(tensors, f"{name}.nested_absmax").astype(np.float32).reshape(-1)
+    table = _get(tensors, f"{name}.nested_quant_map")
+    offset = np.float32(state["nested_offset"])
+    nested_block = int(state["nested_blocksize"])
+    if np.array_equal(table, dynamic_map()) and nested_block == ABSMAX_BLOCK_SIZE:
+        return {
+            "absmax_codes": jnp.asarray(absmax),
+            "absmax_scale": jnp.asarray(scale),
+            "absmax_offset": jnp.asarray(offset),
+        }
+    # Made with another map (old versions differ in last bits): only decoding it here
+    # keeps its values exactly.
+    logger.warning("%s: uncommon nested_quant_map; absmax is kept as float32", name)
+    spread = np.repeat(scale, nested_block)[: absmax.size]
+    return {"absmax": jnp.asarray(table[absmax] * spread + offset)}
+
+
+def write(q: QuantizedTensor, name: str) -> dict[str, np.ndarray]:
+    """Writes one weight as bitsandbytes would save it.
+
+    Args:
+      q: One tensor, not a stack.
+      name: Of the weight.
+
+    Returns:
+      State-dict entries, packed weight as uint8 (bytes, 1).
+    """
+    packed = layout.to_bitsandbytes(np.asarray(q.codes), q.layout, q.shape)
+    state: dict[str, Any] = {
+        "quant_type": q.codebook,
+        "blocksize": q.block_size,
+        "dtype": q.dtype,
+        "shape": list(q.shape),
+    }
+    entries = {
+        name: packed.reshape(-1, 1),
+        f"{name}.quant_map": values(q.codebook),
+    }
+    if q.double_quant:
+        state |= {
+            "nested_blocksize": ABSMAX_BLOCK_SIZE,
+            "nested_dtype": "float32",
+            "nested_offset": float(cast(Any, q.absmax_offset)),
+        }
+        entries[f"{name}.absmax"] = np.asarray(q.absmax_codes)
+        entries[f"{name}.nested_absmax"] = np.asarray(q.absmax_scale)
+        entries[f"{name}.nested_quant_map"] = dynamic_map()
+    else:
+        entries[f"{name}.absmax"] = np.asarray(q.absmax)
+    text = json.dumps(state).encode()
+    entries[f"{name}{_STATE}{q.codebook}"] = np.frombuffer(text, np.uint8)
+    return entries
+
+
+def _read_state(
+    tensors: Mapping[str, np.ndarray], name: str
+) -> tuple[Codebook, dict[str, Any]]:
+    for kind in CODEBOOKS:
+        if f"{name}{_STATE}{kind}" in tensors:
+            text = np.asarray(tensors[f"{name}{_STATE}{kind}"]).tobytes()
+            break
+    else:
+        raise CheckpointError(f"{name}: no {_STATE[1:]}* entry for a known codebook")
+    try:
+        state = json.loads(text)
+        missing = {"shape", "blocksize", "dtype", "quant_type"} - state.keys()
+    except (ValueError, AttributeError):
+        raise CheckpointError(f"{name}: its quant_state is not JSON") from None
+    if missing:
+        raise CheckpointError(f"{name}: its quant_state lacks {', '.join(missing)}")
+    return kind, state
+
+
+def _get(tensors: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    if name not in tensors:
+        raise CheckpointError(f"{name} is missing")
+    return np.asarray(tensors[name])
+
+
+def read_quantization_config(hf: dict[str, Any]) -> tuple[QuantConfig | None, list[str]]:
+    """Reads config.json's quantization_config: (None for a dense model, problems)."""
+    stored = hf.get("quantization_config")
+    if stored is None:
+        return None, []
+    if stored.get("quant_method") != "bitsandbytes" or not stored.get("load_in_4bit"):
+        method = stored.get("quant_method")
+        return None, [
+            f"quantization_config has quant_method {method!r}; only bitsandbytes with "
+            "load_in_4bit can be opened"
+        ]
+    kind = stored.get("bnb_4bit_quant_type", "fp4")
+    if kind not in CODEBOOKS:
+        return None, [f"bnb_4bit_quant_type is {kind!r}; known: {', '.join(CODEBOOKS)}"]
+    double = bool(stored.get("bnb_4bit_use_double_quant", False))
+    return QuantConfig(codebook=kind, double_quant=double), []
+
+
+def quantization_config(q: QuantizedTensor, compute_dtype: str) -> dict[str, Any]:
+    """Returns the quantization_config that transformers writes for such weights."""
+    return {
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_compute_dtype": compute_dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": q.codebook,
+        "bnb_4bit_use_double_quant": q.double_quant,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": None,
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
+    }

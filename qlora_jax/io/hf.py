@@ -1,0 +1,337 @@
+"""Hugging Face model folders: load one, quantizing as it streams in; save one."""
+
+import functools
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from pallas_kernels.layout import QuantizedTensor
+from qlora_jax.errors import CheckpointError, OutputExistsError, ShapeError, gathered
+from qlora_jax.io import bitsandbytes
+from qlora_jax.io.safetensors import Checkpoint, Writer
+from qlora_jax.io.tokenizer import FILES as TOKENIZER_FILES
+from qlora_jax.io.tokenizer import Tokenizer, read_json
+from qlora_jax.models import FAMILIES, Decoder, DecoderConfig, llama
+from qlora_jax.nn import FrozenParam, Linear, LoRA, QuantizedLinear
+from qlora_jax.nn.norm import RMSNorm
+from qlora_jax.quant import QuantConfig, quantize_tensor
+
+COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
+_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_PATTERNS = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
+
+
+def load(
+    path_or_repo: str | os.PathLike[str],
+    quant: QuantConfig | None = None,
+    dtype: str = "bfloat16",
+    *,
+    implementation: str | None = None,
+    revision: str | None = None,
+) -> tuple[Decoder, Tokenizer | None]:
+    """Loads a Hugging Face model, one tensor at a time.
+
+    Args:
+      path_or_repo: A folder with config.json and safetensors, or a hub id.
+      quant: Quantize the linears as they stream in (all but the head); None keeps a
+        dense model dense. A folder with bitsandbytes 4-bit weights is read as it is.
+      dtype: Of everything that stays dense, and so of the computation: 'bfloat16',
+        'float16' or 'float32'.
+      implementation: Of nf4_matmul in every quantized linear; None chooses.
+      revision: Of a hub id.
+
+    Returns:
+      The model, every weight a FrozenParam, and its tokenizer (None without one).
+
+    Raises:
+      CheckpointError: no such folder, an unknown architecture, or tensors that are
+        missing, misshapen, corrupt or not finite; all problems in one message.
+    """
+    if dtype not in COMPUTE_DTYPES:
+        raise ShapeError(f"dtype is {dtype!r}, expected {', '.join(COMPUTE_DTYPES)}")
+    folder = find(path_or_repo, revision)
+    hf, family, config, stored = read_config(folder)
+    if stored is not None and quant is not None and quant != stored:
+        raise CheckpointError(
+            f"{folder} is quantized already ({stored}); it cannot become {quant}. Load the "
+            "original folder, or leave quant out."
+        )
+    checkpoint = Checkpoint(folder)
+    skeleton = nnx.eval_shape(
+        lambda: Decoder(config, key=jax.random.key(0), dtype=dtype)
+    )
+    wanted = _wanted(skeleton, family, config)
+    _check_names(folder, checkpoint, wanted, family)
+    reader = _Reader(checkpoint, quant, dtype)
+    loaded = {path: reader.read(path, *entry) for path, entry in wanted.items()}
+    if reader.problems:
+        raise CheckpointError(gathered(f"{folder} has unusable weights", reader.problems))
+    return _fill(skeleton, loaded, implementation), Tokenizer.open(folder)
+
+
+def find(path_or_repo: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """Returns the local folder of a path or a hub id, fetching the latter.
+
+    Raises:
+      CheckpointError: it is neither.
+    """
+    path = Path(path_or_repo).expanduser()
+    if path.is_dir():
+        return path
+    text = os.fspath(path_or_repo)
+    if path.exists() or not _REPO_ID.fullmatch(text):
+        raise CheckpointError(
+            f"{text} is no folder and no hub id (owner/name); expected a Hugging Face "
+            "model folder with config.json and model.safetensors"
+        )
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                text, revision=revision, allow_patterns=_PATTERNS
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{text} is no local folder, and the hub did not give it: {error}"
+        ) from None
+
+
+def read_config(
+    folder: Path,
+) -> tuple[dict[str, Any], ModuleType, DecoderConfig, QuantConfig | None]:
+    """Reads config.json: (its object, family module, decoder config, stored quant).
+
+    Raises:
+      CheckpointError: it is missing, or describes a model we do not know.
+    """
+    if not (folder / "config.json").exists():
+        raise CheckpointError(
+            f"{folder} has no config.json; expected a Hugging Face model folder"
+        )
+    hf = read_json(folder / "config.json")
+    kind = hf.get("model_type")
+    if kind not in FAMILIES:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: model_type is {kind!r}; known architectures: "
+            f"{', '.join(sorted(FAMILIES))}"
+        )
+    config, problems = FAMILIES[kind].read_config(hf)
+    stored, more = bitsandbytes.read_quantization_config(hf)
+    if problems := problems + more:
+        raise CheckpointError(gathered(f"{folder / 'config.json'}", problems))
+    return hf, FAMILIES[kind], config, stored
+
+
+def _wanted(
+    skeleton: Decoder, family: ModuleType, config: DecoderConfig
+) -> dict[str, tuple[list[str], bool, tuple[int, ...]]]:
+    """Returns {our path: (HF names, whether a stack, shape of one)}."""
+    wanted = {}
+    for path, variable in nnx.to_flat_state(nnx.state(skeleton)):
+        dotted = ".".join(map(str, path))
+        template = family.NAMES[dotted]
+        shape = variable.get_value().shape
+        if "{}" in template:
+            names = [template.format(i) for i in range(config.num_layers)]
+            wanted[dotted] = (names, True, shape[1:])
+        else:
+            wanted[dotted] = ([template], False, shape)
+    return wanted
+
+
+def _check_names(
+    folder: Path, checkpoint: Checkpoint, wanted: dict, family: ModuleType
+) -> None:
+    problems, known = [], set()
+    for names, _, shape in wanted.values():
+        known.update(names)
+        for name in names:
+            if name not in checkpoint:
+                problems.append(f"{name} is missing")
+            elif f"{name}.absmax" in checkpoint:
+                continue  # packed; its quant_state has the shape
+            elif checkpoint.infos[name].shape != shape:
+                have = checkpoint.infos[name].shape
+                problems.append(f"{name} has shape {have}, config.json wants {shape}")
+    for name in checkpoint:
+        ignored = name.endswith(family.IGNORED) or name == "lm_head.weight"
+        if name not in known and not bitsandbytes.is_part(name) and not ignored:
+            problems.append(f"{name} is no tensor of this architecture")
+    if problems:
+        raise CheckpointError(gathered(f"{folder} does not fit its config.json", problems))
+
+
+class _Reader:
+    """Reads parameters, stacking layers in place and gathering problems."""
+
+    def __init__(self, checkpoint: Checkpoint, quant: QuantConfig | None, dtype: str):
+        self.checkpoint, self.quant, self.dtype = checkpoint, quant, dtype
+        self.problems: list[str] = []
+
+    def read(
+        self, path: str, names: list[str], stacked: bool, shape: tuple[int, ...]
+    ) -> Any:
+        """Returns one parameter: an array, a QuantizedTensor, or a stack of either."""
+        if not stacked:
+            return self._one(path, names[0], shape)
+        stack = None
+        for i, name in enumerate(names):
+            value = self._one(path, name, shape)
+            if value is None:
+                continue
+            if stack is None:
+                stack = jax.tree.map(
+                    lambda leaf: jnp.zeros((len(names), *leaf.shape), leaf.dtype), value
+                )
+            if jax.tree.structure(stack) != jax.tree.structure(value):
+                self.problems.append(
+                    f"{name} is stored unlike {names[0]}; layers must be alike"
+                )
+                continue
+            # In place (the stack is donated), so memory holds the model and one tensor.
+            stack = _put(stack, value, i)
+        return stack
+
+    def _one(self, path: str, name: str, shape: tuple[int, ...]) -> Any:
+        try:
+            if f"{name}.absmax" in self.checkpoint:
+                return self._stored(name, shape)
+            w = jnp.asarray(self.checkpoint[name])
+            if path.endswith(".kernel") and path != "lm_head.kernel" and self.quant:
+                return quantize_tensor(w, self.quant)
+            value, finite = _convert(w, self.dtype)
+            if not finite:
+                raise ShapeError("NaN or Inf values (or too large for its dtype)")
+            return value
+        except (ShapeError, CheckpointError) as error:
+            text = str(error)
+            self.problems.append(text if text.startswith(name) else f"{name}: {text}")
+            return None
+
+    def _stored(self, name: str, shape: tuple[int, ...]) -> QuantizedTensor:
+        q = bitsandbytes.read(self.checkpoint, name)
+        if q.shape != shape:
+            raise ShapeError(f"shape {q.shape}, config.json wants {shape}")
+        scales = q.absmax if q.absmax is not None else q.absmax_scale
+        if not jnp.isfinite(jnp.asarray(scales)).all():
+            raise ShapeError("NaN or Inf in its absmax")
+        return q
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(stack: Any, value: Any, i: int) -> Any:
+    return jax.tree.map(lambda s, v: s.at[i].set(v), stack, value)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _convert(w: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
+    value = w.astype(dtype)
+    return value, jnp.isfinite(value).all()
+
+
+def _fill(
+    skeleton: Decoder, loaded: dict[str, Any], implementation: str | None
+) -> Decoder:
+    def fill(path: tuple, node: Any) -> Any:
+        dotted = ".".join(map(str, path))
+        if isinstance(node, Linear):
+            kernel, bias = loaded[f"{dotted}.kernel"], loaded.get(f"{dotted}.bias")
+            if isinstance(kernel, QuantizedTensor):
+                return QuantizedLinear(kernel, bias, implementation)
+            return Linear(kernel, bias)
+        if isinstance(node, RMSNorm):
+            return RMSNorm(loaded[f"{dotted}.weight"], node.eps)
+        if isinstance(node, Decoder):
+            node.embed_tokens = FrozenParam(loaded["embed_tokens"])
+        return node
+
+    return nnx.recursive_map(fill, skeleton)
+
+
+def check_output(out: Path, overwrite: bool) -> None:
+    """Refuses an output folder that has something in it.
+
+    Raises:
+      OutputExistsError: `out` is taken and `overwrite` is false, or is a file.
+    """
+    if out.is_file():
+        raise OutputExistsError(f"{out} is a file; give a folder that does not exist yet")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise OutputExistsError(
+            f"{out} exists and is not empty; choose another --out, or pass --overwrite to "
+            "write into it (files of the same names are replaced, others are kept)"
+        )
+
+
+def save_model(
+    model: Decoder,
+    out: str | os.PathLike[str],
+    *,
+    source: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    shard_bytes: int = 4 << 30,
+) -> dict[str, Any]:
+    """Saves a Hugging Face folder: 4-bit linears with bitsandbytes' keys, dense as is.
+
+    Args:
+      model: Without adapters (merge first).
+      out: The folder.
+      source: The model's original folder, whose config.json and tokenizer go along;
+        without it the config is written as a Llama's.
+      overwrite: Write into a folder that is not empty.
+      shard_bytes: Largest size of a file.
+
+    Returns:
+      {"out": path, "bytes": of all tensors}.
+
+    Raises:
+      OutputExistsError: see `check_output`.
+      CheckpointError: the model has adapters attached.
+    """
+    out = Path(out)
+    check_output(out, overwrite)
+    if any(isinstance(node, LoRA) for _, node in nnx.iter_graph(model)):
+        raise CheckpointError("the model has adapters attached; merge before save_model")
+    out.mkdir(parents=True, exist_ok=True)
+    hf = llama.write_config(model.config)
+    names = llama.NAMES
+    if source is not None:
+        folder = find(source)
+        hf, family, _, _ = read_config(folder)
+        names = family.NAMES
+        for name in TOKENIZER_FILES:
+            if (folder / name).exists():
+                shutil.copyfile(folder / name, out / name)
+    hf.pop("quantization_config", None)
+    hf.pop("dtype", None)
+    hf["torch_dtype"] = model.compute_dtype.name
+    writer = Writer(out, shard_bytes)
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        template, value = names[".".join(map(str, path))], variable.get_value()
+        layers = range(model.config.num_layers) if "{}" in template else (None,)
+        for i in layers:
+            one = value if i is None else jax.tree.map(lambda leaf, i=i: leaf[i], value)
+            name = template.format(i)
+            if isinstance(one, QuantizedTensor):
+                for key, array in bitsandbytes.write(one, name).items():
+                    writer.add(key, array)
+                hf["quantization_config"] = bitsandbytes.quantization_config(
+                    one, model.compute_dtype.name
+                )
+            else:
+                writer.add(name, np.asarray(one))
+    size = writer.close()
+    (out / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+    return {"out": str(out), "bytes": size}

@@ -1,0 +1,191 @@
+"""Safetensors, one tensor at a time: a folder of files read as a mapping.
+
+Each tensor is mapped into memory by itself when it is asked for and unmapped when the
+caller lets go of it, so that host memory holds one tensor and never a file. Headers are
+checked before anything is read, so that a truncated file is named with its tensor.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from qlora_jax.errors import CheckpointError, gathered
+
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_MAX_HEADER_BYTES = 100_000_000
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class TensorInfo(NamedTuple):
+    """Where a tensor lies: its file, dtype, shape and first byte in the file."""
+
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+
+
+class Checkpoint(Mapping[str, np.ndarray]):
+    """The tensors of a model folder, by name, read on access.
+
+    Attributes:
+      infos: {name: TensorInfo} of every tensor.
+    """
+
+    def __init__(self, folder: Path):
+        """Opens model.safetensors or the shards of its index.
+
+        Raises:
+          CheckpointError: no file, or files that are missing, truncated or corrupt;
+            all of them are named.
+        """
+        self.infos: dict[str, TensorInfo] = {}
+        problems = []
+        for file in _files(folder):
+            infos, problem = _read_header(file)
+            self.infos.update(infos)
+            problems += problem
+        if problems:
+            raise CheckpointError(gathered(f"{folder} cannot be read", problems))
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """Maps one tensor, read-only."""
+        info = self.infos[name]
+        if 0 in info.shape:
+            return np.zeros(info.shape, info.dtype)
+        return np.memmap(info.file, info.dtype, "r", info.start, info.shape or (1,)).reshape(
+            info.shape
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        """Yields the names."""
+        return iter(self.infos)
+
+    def __len__(self) -> int:
+        """Counts the tensors."""
+        return len(self.infos)
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if not index.exists():
+        if not (folder / SINGLE).exists():
+            raise CheckpointError(
+                f"{folder} has no {SINGLE} and no {INDEX}; expected a Hugging Face model "
+                "folder. Weights in .bin files must be converted to safetensors first."
+            )
+        return [folder / SINGLE]
+    try:
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{index} is no safetensors index: {error!r}") from None
+    if missing := [s for s in shards if not (folder / s).exists()]:
+        raise CheckpointError(
+            gathered(f"{folder} lacks shards that {INDEX} names", missing)
+        )
+    return [folder / shard for shard in shards]
+
+
+def _read_header(file: Path) -> tuple[dict[str, TensorInfo], list[str]]:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            return {}, [f"{file.name}: truncated or no safetensors file ({size} bytes)"]
+        try:
+            header: dict[str, Any] = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            entries = [
+                (name, v["dtype"], tuple(v["shape"]), *v["data_offsets"])
+                for name, v in header.items()
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return {}, [f"{file.name}: its header is corrupt"]
+    infos, problems = {}, []
+    for name, dtype, shape, begin, end in entries:
+        if dtype not in _DTYPES:
+            problems.append(f"{file.name}: {name} has dtype {dtype}, which is unknown")
+            continue
+        expected = math.prod(shape) * _DTYPES[dtype].itemsize
+        if end - begin != expected:
+            problems.append(
+                f"{file.name}: {name} has {end - begin} bytes, its shape needs {expected}"
+            )
+        elif 8 + length + end > size:
+            problems.append(
+                f"{file.name}: {name} ends at byte {8 + length + end}, the file at {size}: "
+                "truncated; fetch it again"
+            )
+        else:
+            infos[name] = TensorInfo(file, _DTYPES[dtype], shape, 8 + length + begin)
+    return infos, problems
+
+
+class Writer:
+    """Writes tensors as they come, in shards of bounded size.
+
+    Shards get their final names at `close`, when their number is known; a single one is
+    model.safetensors.
+    """
+
+    def __init__(self, folder: Path, shard_bytes: int = 4 << 30):
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self._pending: dict[str, np.ndarray] = {}
+        self._shards: list[list[str]] = []
+        self._bytes = 0
+
+    def add(self, name: str, tensor: np.ndarray) -> None:
+        """Adds a tensor; flushes a shard when it is full."""
+        size = sum(t.nbytes for t in self._pending.values())
+        if self._pending and size + tensor.nbytes > self.shard_bytes:
+            self._flush()
+        self._pending[name] = np.ascontiguousarray(tensor)
+        self._bytes += tensor.nbytes
+
+    def close(self) -> int:
+        """Writes what is left and the index; returns the bytes of all tensors."""
+        self._flush()
+        count = len(self._shards)
+        final = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        if count == 1:
+            final = [SINGLE]
+        for i, name in enumerate(final):
+            os.replace(self.folder / _part(i), self.folder / name)
+        if count > 1:
+            weight_map = {
+                tensor: final[i] for i, names in enumerate(self._shards) for tensor in names
+            }
+            index = {"metadata": {"total_size": self._bytes}, "weight_map": weight_map}
+            (self.folder / INDEX).write_text(json.dumps(index, indent=2))
+        return self._bytes
+
+    def _flush(self) -> None:
+        if self._pending or not self._shards:
+            path = self.folder / _part(len(self._shards))
+            save_file(self._pending, path, metadata={"format": "pt"})
+            path.chmod(0o644)
+            self._shards.append(list(self._pending))
+            self._pending = {}
+
+
+def _part(i: int) -> str:
+    return f"part-{i:05d}.safetensors.partial"
