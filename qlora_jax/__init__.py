@@ -1,0 +1,74 @@
+"""QLoRA in JAX: 4-bit base weights, LoRA adapters trained through them.
+
+The public names, each explained where it is defined. They load on first use, so that
+`qlora_jax.quant` and `pallas_kernels` work on a host with jax and numpy alone.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qlora_jax.adapters.attach import LoRAConfig as LoRAConfig
+    from qlora_jax.adapters.attach import attach as attach
+    from qlora_jax.adapters.attach import join as join
+    from qlora_jax.adapters.attach import split as split
+    from qlora_jax.adapters.merge import merge as merge
+    from qlora_jax.data.config import DataConfig as DataConfig
+    from qlora_jax.data.dataset import load_dataset as load_dataset
+    from qlora_jax.errors import QLoRAError as QLoRAError
+    from qlora_jax.evaluate.perplexity import perplexity as perplexity
+    from qlora_jax.generate.sample import SampleConfig as SampleConfig
+    from qlora_jax.generate.sample import generate as generate
+    from qlora_jax.io.adapter import load_adapter as load_adapter
+    from qlora_jax.io.adapter import save_adapter as save_adapter
+    from qlora_jax.io.hf import load as load
+    from qlora_jax.io.hf import save_model as save_model
+    from qlora_jax.nn.linear import quantize as quantize
+    from qlora_jax.optim.loss_scale import dynamic_loss_scale as dynamic_loss_scale
+    from qlora_jax.optim.offload import offload as offload
+    from qlora_jax.quant import QuantConfig as QuantConfig
+    from qlora_jax.quant import QuantizedTensor as QuantizedTensor
+    from qlora_jax.quant import dequantize as dequantize
+    from qlora_jax.quant import quantize_tensor as quantize_tensor
+    from qlora_jax.train.config import TrainConfig as TrainConfig
+    from qlora_jax.train.loop import Trainer as Trainer
+    from qlora_jax.train.step import make_train_step as make_train_step
+
+_HOMES = {
+    "qlora_jax.adapters.attach": ("LoRAConfig", "attach", "join", "split"),
+    "qlora_jax.adapters.merge": ("merge",),
+    "qlora_jax.data.config": ("DataConfig",),
+    "qlora_jax.data.dataset": ("load_dataset",),
+    "qlora_jax.errors": ("QLoRAError",),
+    "qlora_jax.evaluate.perplexity": ("perplexity",),
+    "qlora_jax.generate.sample": ("SampleConfig", "generate"),
+    "qlora_jax.io.adapter": ("load_adapter", "save_adapter"),
+    "qlora_jax.io.hf": ("load", "save_model"),
+    "qlora_jax.nn.linear": ("quantize",),
+    "qlora_jax.optim.loss_scale": ("dynamic_loss_scale",),
+    "qlora_jax.optim.offload": ("offload",),
+    "qlora_jax.quant": (
+        "QuantConfig",
+        "QuantizedTensor",
+        "dequantize",
+        "quantize_tensor",
+    ),
+    "qlora_jax.train.config": ("TrainConfig",),
+    "qlora_jax.train.loop": ("Trainer",),
+    "qlora_jax.train.step": ("make_train_step",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'qlora_jax' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    # A subpackage of the same name (generate, quantize) must not shadow it later.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*_HOME_OF, "__version__"])

@@ -6,7 +6,7 @@ Three things are made, all from one seed and from nothing but this file:
    thing, a place, a day), and the rest of the story says some of it again: in talk, in
    letters, in lists. Predicting the second mention means looking up the first, which is
    the skill that the fine-tuning task needs.
-2. A base model: a Llama of about 2.6 million parameters and a byte-level BPE of 1024
+2. A base model: a Llama of about 2.6 million parameters and a byte-level BPE of 768
    tokens, trained on that corpus only, written as a Hugging Face folder.
 3. A task that the corpus never shows: reading a passage and filling in a record.
 
@@ -36,38 +36,32 @@ from flax import nnx
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
 BOS_ID, EOS_ID = 1, 2
 
-WOMEN = """Ada Alma Amina Anna Bea Carla Celia Chloe Clara Dina Edith Ella Emma Erika
-Fatima Flora Freya Grace Greta Hana Hazel Helen Ida Ingrid Iris Ivy Jana Judith Julia
-Kaya Kira Lara Leila Lena Lily Lina Lucy Mara Maria Maya Mei Mina Mira Molly Nadia Nina
-Nora Olga Paula Petra Priya Rita Rosa Ruth Sara Sofia Stella Suki Tara Tess Vera Wanda
-Yara Zoe""".split()
+WOMEN = """Adam Amir Ben Boris Carl David Dev Emil Felix Finn Frank Hugo Ivan Jack Jonas
+Kenji Kofi Leo Luca Max Milo Nico Noah Omar Oscar Otto Paul Peter Ravi Sam Theo Tom""".split()
 MEN = """Adam Ahmed Alan Amir Arthur Ben Boris Bruno Carl Cyrus Daniel David Dev Diego
 Emil Eric Felix Finn Frank George Hans Hugo Igor Ivan Jack Jamal Jan Joe Jonas Kenji
 Kofi Lars Leo Louis Luca Marco Mark Max Milo Nico Noah Oliver Omar Oscar Otto Pablo
 Paul Peter Ravi Remy Robin Rudi Sam Samir Simon Stefan Tariq Theo Tim Tom Victor Walter
 Yusuf Zane""".split()
 # Every adjective starts with a consonant sound, so that the article is always "a".
-ADJECTIVES = """red blue green yellow brown black white grey purple pink golden silver
-wooden glass paper leather copper broken tiny heavy shiny dusty striped round""".split()
+ADJECTIVES = """red blue green yellow brown black white grey golden silver wooden
+glass paper leather tiny striped""".split()
 NOUNS = """lantern kite ball hat coat drum flute bell box basket book map key ring clock
-mirror candle cup plate spoon kettle chair ladder rope boat wheel cart bucket hammer
-brush button scarf glove boot mask doll puppet whistle coin crown feather shell stone
-pumpkin melon cake pie bottle blanket pillow""".split()
+mirror candle cup plate kettle ladder rope boat wheel bucket hammer brush scarf boot mask
+doll coin feather shell cake pillow""".split()
+PAIRS = tuple((adjective, noun) for adjective in ADJECTIVES for noun in NOUNS)
 # Noun of the place -> the preposition it takes.
 PLACES = {
     "kitchen": "in", "garden": "in", "forest": "in", "library": "in", "barn": "in",
-    "attic": "in", "cellar": "in", "school": "in", "bakery": "in", "cave": "in",
-    "tower": "in", "museum": "in", "park": "in", "village": "in", "river": "by",
-    "lake": "by", "pond": "by", "sea": "by", "fountain": "by", "gate": "by",
-    "mill": "by", "bridge": "under", "market": "at", "station": "at", "harbour": "at",
-    "farm": "on", "hill": "on", "beach": "on", "island": "on", "roof": "on",
+    "attic": "in", "school": "in", "cave": "in", "tower": "in", "park": "in",
+    "river": "by", "lake": "by", "gate": "by", "mill": "by", "bridge": "under",
+    "market": "at", "station": "at", "hill": "on", "beach": "on", "roof": "on",
 }  # fmt: skip
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 # Infinitive -> past tense.
 VERBS = {
     "find": "found", "buy": "bought", "lose": "lost", "hide": "hid", "leave": "left",
-    "see": "saw", "sell": "sold", "mend": "mended", "drop": "dropped",
-    "paint": "painted", "clean": "cleaned", "borrow": "borrowed",
+    "see": "saw", "mend": "mended", "drop": "dropped",
 }  # fmt: skip
 
 EVENTS = (
@@ -226,16 +220,20 @@ def make_refrain(rng: random.Random, people: list[str]) -> str:
     return rng.choice(REFRAINS).format(line=line, who=who, other=other)
 
 
-def make_story(rng: random.Random) -> str:
-    """Returns one story of about 150 tokens: opening, events, recalls, ending."""
+def make_story(rng: random.Random, invented: float = 0.1) -> str:
+    """Returns one story of about 150 tokens: opening, events, recalls, ending.
+
+    Args:
+      rng: Source of randomness.
+      invented: Chance that the people of the story have made-up names.
+    """
     people = WOMEN + MEN
-    if rng.random() < 0.25:
+    if rng.random() < invented:
         people = [invent_name(rng) for _ in range(12)]
         people = sorted(set(people))
-    if rng.random() < 0.4:
+    if rng.random() < 0.25:
         return make_refrain(rng, people)
-    pairs = [(rng.choice(ADJECTIVES), rng.choice(NOUNS)) for _ in range(12)]
-    events = make_events(rng, people, pairs, rng.choice((1, 1, 2, 2, 3, 3, 4)))
+    events = make_events(rng, people, PAIRS, rng.choice((1, 1, 2, 2, 3, 3, 4)))
     cast = [event.who for event in events]
     outsiders = [name for name in rng.sample(people, 6) if name not in cast] or ["he"]
     names = ", ".join(cast[:-1]) + " and " + cast[-1] if len(cast) > 1 else cast[0]

@@ -67,7 +67,7 @@ class Tokenizer:
         special = {
             key: value["content"] if isinstance(value, dict) else value
             for key, value in settings.items()
-            if key.endswith("_token") and value
+            if key.endswith("_token") and isinstance(value, (str, dict))
         }
         ids = {key: tokenizer.token_to_id(text) for key, text in special.items()}
         generation = read_json(folder / "generation_config.json")

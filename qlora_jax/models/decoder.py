@@ -17,9 +17,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from qlora_jax.nn.attention import attention
-from qlora_jax.nn.linear import Linear, QuantizedLinear
+from qlora_jax.nn.linear import Linear
 from qlora_jax.nn.lora import LoRA
-from qlora_jax.nn.matmul import frozen_matmul
 from qlora_jax.nn.norm import RMSNorm
 from qlora_jax.nn.rope import RopeScaling, inverse_frequencies, rotate, rotation
 from qlora_jax.nn.variables import FrozenParam
@@ -202,6 +201,11 @@ class Decoder(nnx.Module):
         self.lm_head = nnx.data(head)
 
     @property
+    def head(self) -> Any:
+        """The linear from hidden states to logits: lm_head, or the tied embedding."""
+        return Linear(self.embed_tokens[...]) if self.lm_head is None else self.lm_head
+
+    @property
     def compute_dtype(self) -> jnp.dtype:
         """The dtype of activations and matmuls."""
         return self.embed_tokens[...].dtype
@@ -216,7 +220,7 @@ class Decoder(nnx.Module):
         self, hidden: Float[Array, "*batch hidden"]
     ) -> Float[Array, "*batch vocab"]:
         """Applies the head to normed hidden states; float32."""
-        return _head_logits(self, hidden).astype(jnp.float32)
+        return self.head(hidden).astype(jnp.float32)
 
     def hidden_states(
         self,
@@ -298,14 +302,3 @@ class Decoder(nnx.Module):
         frequencies = inverse_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
         return rotation(positions, frequencies)
 
-
-def _head_logits(model: Decoder, hidden: Array) -> Array:
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    if model.lm_head is None:
-        y = frozen_matmul(flat, model.embed_tokens[...])
-    else:
-        y = model.lm_head(flat)
-    return y.reshape(*hidden.shape[:-1], -1)
-
-
-LINEARS = (Linear, QuantizedLinear)

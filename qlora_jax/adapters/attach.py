@@ -1,0 +1,176 @@
+"""Attaching LoRA to a model, and taking the model apart into what trains and what not."""
+
+import dataclasses
+import difflib
+import json
+import re
+import zlib
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+from jaxtyping import Array
+
+from qlora_jax.adapters.fingerprint import fingerprint
+from qlora_jax.errors import AdapterMismatchError, ConfigError
+from qlora_jax.nn import Linear, LoRA, QuantizedLinear
+
+M = TypeVar("M", bound=nnx.Module)
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """The adapter's shape and where it goes."""
+
+    rank: int = 16
+    """Columns of lora_a; r in the paper."""
+
+    alpha: float = 32.0
+    """The update is scaled by alpha / rank."""
+
+    dropout: float = 0.0
+    """Probability that an input feature of the adapter is dropped while training."""
+
+    targets: str = ALL_LINEAR
+    """Which linears: all-linear (all but the head), names joined by commas (q_proj,v_proj),
+    or a regular expression for the whole path (layers\\.attn\\..*)."""
+
+    def __post_init__(self):
+        problems = []
+        if self.rank < 1:
+            problems.append(f"--lora.rank is {self.rank}, expected at least 1")
+        if not self.alpha > 0:
+            problems.append(f"--lora.alpha is {self.alpha}, expected more than 0")
+        if not 0 <= self.dropout < 1:
+            problems.append(f"--lora.dropout is {self.dropout}, expected 0 <= p < 1")
+        try:
+            re.compile(self.targets)
+        except re.error as error:
+            problems.append(f"--lora.targets {self.targets!r} is no pattern: {error}")
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    def matches(self, path: str) -> bool:
+        """Whether a linear of this dotted path gets an adapter."""
+        if self.targets == ALL_LINEAR:
+            return path.rpartition(".")[2] != "lm_head"
+        if re.fullmatch(self.targets, path):
+            return True
+        names = [name.strip() for name in self.targets.split(",")]
+        return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def attach(model: M, config: LoRAConfig | None = None, *, key: Array) -> M:
+    """Puts a new LoRA beside every targeted linear; the output does not change yet.
+
+    Args:
+      model: Any nnx.Module with qlora_jax linears. It is left as it was.
+      config: The adapter's shape and targets.
+      key: For lora_a. Each linear's values depend on the key and its path alone.
+
+    Returns:
+      A model with LoRA modules in place of the targeted linears.
+
+    Raises:
+      ConfigError: the targets match nothing; names near matches.
+      AdapterMismatchError: the model has adapters already.
+    """
+    config = config or LoRAConfig()
+    linears = []
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, LoRA):
+            raise AdapterMismatchError(
+                f"the model has an adapter at {_dotted(path)} already; merge it first, or "
+                "attach to the model without it"
+            )
+        if isinstance(node, (Linear, QuantizedLinear)):
+            linears.append(_dotted(path))
+    if not any(config.matches(path) for path in linears):
+        raise ConfigError(_no_match(config.targets, linears))
+    base = fingerprint(model)
+
+    def replace(path: tuple, node: Any) -> Any:
+        dotted = _dotted(path)
+        if not isinstance(node, (Linear, QuantizedLinear)) or not config.matches(dotted):
+            return node
+        lora = LoRA(
+            node,
+            rank=config.rank,
+            alpha=config.alpha,
+            dropout=config.dropout,
+            key=jax.random.fold_in(key, zlib.crc32(dotted.encode())),
+        )
+        # Travels with the adapter's own tree, so that saving it alone can name the base.
+        for variable in (lora.lora_a, lora.lora_b):
+            variable.set_metadata(base=base)
+        return lora
+
+    return nnx.recursive_map(replace, model)
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """Takes a model apart: (graphdef, lora, base).
+
+    `lora` has the trainable float32 factors alone; `base` everything frozen. Both are
+    pytrees; `join` puts them together.
+
+    Raises:
+      AdapterMismatchError: the model has no adapter.
+    """
+    graphdef, lora, base = nnx.split(model, nnx.LoRAParam, ...)
+    if not jax.tree.leaves(lora):
+        raise AdapterMismatchError("the model has no adapter to train; call attach first")
+    return graphdef, lora, base
+
+
+def join(graphdef: nnx.GraphDef, lora: nnx.State, base: nnx.State) -> Any:
+    """Puts a model together from what `split` gave."""
+    return nnx.merge(graphdef, lora, base)
+
+
+def lora_config(model: nnx.Module) -> LoRAConfig:
+    """Returns the config that describes a model's attached adapter.
+
+    Targets are the paths that have one, joined by commas.
+    """
+    found = {_dotted(p): n for p, n in nnx.iter_graph(model) if isinstance(n, LoRA)}
+    if not found:
+        raise AdapterMismatchError("the model has no adapter")
+    one = next(iter(found.values()))
+    return LoRAConfig(
+        rank=one.rank, alpha=one.alpha, dropout=one.dropout, targets=",".join(sorted(found))
+    )
+
+
+def base_fingerprint(lora: nnx.State) -> dict[str, Any] | None:
+    """Returns the fingerprint of the base that an adapter was attached to."""
+    for _, variable in nnx.to_flat_state(lora):
+        text = variable.get_metadata().get("base")
+        if text is not None:
+            return json.loads(text)
+    return None
+
+
+def _dotted(path: tuple) -> str:
+    return ".".join(map(str, path))
+
+
+def _no_match(targets: str, linears: list[str]) -> str:
+    if not linears:
+        return (
+            "the model has no qlora_jax linear to attach to; call quantize(model) first if "
+            "its linears are flax.nnx.Linear"
+        )
+    last = sorted({path.rpartition(".")[2] for path in linears})
+    near = [
+        match
+        for name in re.split(r"[^\w]+", targets)
+        for match in difflib.get_close_matches(name, last, n=2, cutoff=0.5)
+    ]
+    hint = f"near: {', '.join(dict.fromkeys(near))}; " if near else ""
+    return (
+        f"--lora.targets {targets!r} matches no linear; {hint}the model has "
+        f"{', '.join(last)}, at paths such as {linears[0]}"
+    )

@@ -1,0 +1,65 @@
+"""What tells one base from another, whether dense or quantized.
+
+Two parts: the shapes of all parameters, and a sample of values that quantization leaves
+alone (embedding, norms, biases). The sample is compared to within the rounding of a
+16-bit copy, so that an adapter trained on NF4 weights fits their original.
+"""
+
+import hashlib
+import json
+
+import jax
+import numpy as np
+from flax import nnx
+
+from pallas_kernels.layout import QuantizedTensor
+from qlora_jax.nn import FrozenParam
+
+_SAMPLES = 48
+TOLERANCE = 2**-7
+"""Relative; two roundings to bfloat16 differ by at most 2**-8."""
+
+
+def fingerprint(model: nnx.Module) -> str | None:
+    """Returns a JSON object with `structure` (hex) and `sample` (floats).
+
+    None while the model is abstract (inside jit or eval_shape). Quantized and dense
+    copies of one base have the same structure.
+    """
+    shapes, values = [], []
+    for path, variable in nnx.to_flat_state(nnx.state(model, FrozenParam)):
+        value = variable.get_value()
+        if isinstance(value, QuantizedTensor):
+            lead = value.codes.shape[: -1 if value.layout == "flat" else -2]
+            shapes.append([".".join(map(str, path)), [*lead, *value.shape]])
+            continue
+        if isinstance(value, (jax.core.Tracer, jax.ShapeDtypeStruct)):
+            return None
+        shapes.append([".".join(map(str, path)), list(value.shape)])
+        # Kernels may be quantized elsewhere, so only what never is takes part.
+        if path[-1] != "kernel":
+            values.append(value.reshape(-1))
+    structure = hashlib.sha256(json.dumps(sorted(shapes)).encode()).hexdigest()[:16]
+    share = max(1, _SAMPLES // max(1, len(values)))
+    sample = []
+    for flat in values:
+        index = np.linspace(0, flat.size - 1, share + 2, dtype=np.int64)[1:-1]
+        sample += [float(f"{v:.5g}") for v in np.asarray(flat[index], np.float64)]
+    return json.dumps({"structure": structure, "sample": sample})
+
+
+def difference(ours: dict, theirs: dict) -> str | None:
+    """Returns how two bases differ, or None when they are the same."""
+    if ours["structure"] != theirs["structure"]:
+        return (
+            f"its base had other parameter shapes (structure {theirs['structure']}, this "
+            f"model {ours['structure']})"
+        )
+    a, b = np.array(ours["sample"]), np.array(theirs["sample"])
+    wrong = np.abs(a - b) > TOLERANCE * np.maximum(np.abs(a), np.abs(b)) + 1e-6
+    if wrong.any():
+        return (
+            f"its base had other weights: {int(wrong.sum())} of {wrong.size} sampled "
+            f"embedding and norm values differ"
+        )
+    return None

@@ -1,0 +1,101 @@
+"""Folding adapters into the base: W + scale * (a @ b).T, in float32, rounded once."""
+
+import functools
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from pallas_kernels import reference
+from pallas_kernels.layout import QuantizedTensor
+from qlora_jax.errors import AdapterMismatchError, ConfigError
+from qlora_jax.nn import Linear, LoRA, QuantizedLinear
+from qlora_jax.quant import QuantConfig, quantize_tensor
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+def merge(
+    model: M, *, dtype: str | None = None, requantize: QuantConfig | None = None
+) -> M:
+    """Folds every adapter into its linear.
+
+    The base is what the model has: original weights where it is dense, dequantized ones
+    where it is 4-bit. A 4-bit linear without an adapter is dequantized too (or kept,
+    with `requantize`), so that the result is of one kind.
+
+    Args:
+      model: With adapters attached. It is left as it was.
+      dtype: Of the merged dense weights: 'bfloat16', 'float16' or 'float32'.
+      requantize: Quantize the merged weights instead. This rounds them to 4 bits once
+        more and loses a part of the adapter.
+
+    Returns:
+      A model of the same structure without LoRA modules.
+
+    Raises:
+      ConfigError: not exactly one of dtype and requantize is given.
+      AdapterMismatchError: the model has no adapter.
+    """
+    if (dtype is None) == (requantize is None):
+        raise ConfigError(
+            "merge needs exactly one of dtype= (a dense result) and requantize= (4-bit)"
+        )
+    if not any(isinstance(node, LoRA) for _, node in nnx.iter_graph(model)):
+        raise AdapterMismatchError("the model has no adapter to merge")
+
+    def replace(path: tuple, node: object) -> object:
+        if isinstance(node, LoRA):
+            base, bias = node.base, node.base.bias
+            kernel = base.kernel.get_value()
+            arrays = (kernel, node.lora_a[...], node.lora_b[...])
+            fold = functools.partial(_fold, scale=node.scale)
+            bias = None if bias is None else bias[...]
+            if requantize is None:
+                return Linear(_layers(fold, base.stack, dtype)(*arrays), bias)
+            layers = [fold(*_layer(arrays, i)) for i in range(*base.stack)] or [
+                fold(*arrays)
+            ]
+            parts = [quantize_tensor(w, requantize) for w in layers]
+            kernel = parts[0]
+            if base.stack:
+                kernel = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+            return QuantizedLinear(kernel, bias)
+        # Not the base inside a LoRA: its wrapper has replaced it by now.
+        if isinstance(node, QuantizedLinear) and requantize is None and path:
+            if path[-1] == "base":
+                return node
+            return Linear(node.weight(dtype), node.bias and node.bias[...])
+        return node
+
+    return nnx.recursive_map(replace, model)
+
+
+def _fold(
+    kernel: Array | QuantizedTensor,
+    a: Float[Array, "in rank"],
+    b: Float[Array, "rank out"],
+    *,
+    scale: float,
+) -> Float[Array, "out in"]:
+    if isinstance(kernel, QuantizedTensor):
+        kernel = reference.dequantize(kernel, "float32")
+    update = jnp.matmul(a, b, precision="highest").T
+    return kernel.astype(jnp.float32) + scale * update
+
+
+def _layer(arrays: tuple, i: int) -> tuple:
+    return jax.tree.map(lambda leaf: leaf[i], arrays)
+
+
+def _layers(fold, stack: tuple[int, ...], dtype: str | None):
+    """Maps `fold` over stacked layers, one float32 weight alive at a time."""
+
+    def one(arrays: tuple) -> Array:
+        return fold(*arrays).astype(dtype)
+
+    if stack:
+        return jax.jit(lambda *arrays: jax.lax.map(one, arrays))
+    return jax.jit(lambda *arrays: one(arrays))

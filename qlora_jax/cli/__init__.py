@@ -1,0 +1,1 @@
+"""The `qlora` command: main, and one file for each subcommand."""

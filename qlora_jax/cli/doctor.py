@@ -1,0 +1,75 @@
+"""`qlora doctor`: devices, versions, and which kernels will run and why."""
+
+import dataclasses
+import importlib.metadata
+import platform
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.layout import QuantizedTensor
+from pallas_kernels.matmul import IMPLEMENTATIONS, choose
+from qlora_jax.cli import options
+from qlora_jax.quant import QuantConfig, quantize_tensor
+
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+)
+# Rows, as in a training step, a prompt and one new token.
+_ROWS = (2048, 64, 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Show devices, versions, and which kernels will run and why."""
+
+
+def parse(args: list[str], prog: str) -> Args:
+    """Parses the flags."""
+    return options.parse(Args, args, prog)
+
+
+def run(args: Args) -> dict[str, Any]:
+    """Prints the findings; returns them."""
+    platform_name = jax.default_backend()
+    weight = jax.eval_shape(
+        lambda: quantize_tensor(jnp.zeros((1024, 1024)), QuantConfig())
+    )
+    assert isinstance(weight, QuantizedTensor)
+    kernels = {
+        str(m): choose(m, weight, jnp.dtype(jnp.bfloat16), platform_name) for m in _ROWS
+    }
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "platform": platform_name,
+        "devices": [
+            {"kind": d.device_kind, "memories": [m.kind for m in d.addressable_memories()]}
+            for d in jax.devices()
+        ],
+        "implementations": list(IMPLEMENTATIONS),
+        "nf4_matmul": kernels,
+    }
+    for device in found["devices"]:
+        print(f"device      {device['kind']}  ({', '.join(device['memories'])})")
+    print(f"python      {found['python']}")
+    for name, version in found["packages"].items():
+        print(f"{name:<18}{version}")
+    for m, name in kernels.items():
+        print(f"nf4_matmul of {m:>4} rows runs {name!r} on {platform_name}")
+    return found
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,93 @@
+"""`qlora SUBCOMMAND`: parses, runs, prints one JSON line; errors are one message."""
+
+import importlib
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+
+COMMANDS = {
+    "quickstart": "quantize, fine-tune, evaluate and sample the embedded model",
+    "quantize": "write a 4-bit copy of a model folder",
+    "train": "fine-tune an adapter",
+    "evaluate": "perplexity of a text, or loss and exact match of rows",
+    "generate": "continue prompts",
+    "merge": "fold an adapter into a dense model folder",
+    "doctor": "devices, versions, and which kernels will run",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a subcommand.
+
+    Each one lives in qlora_jax/cli/NAME.py with a dataclass `Args` and `run(args)`,
+    which returns what the last line on stdout says.
+
+    Returns:
+      The exit status: 0 done, 1 the run failed, 2 wrong input, 130 interrupted.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    if not args or args[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if args else 2
+    if args[0] == "--version":
+        from qlora_jax import __version__
+
+        print(__version__)
+        return 0
+    if args[0] not in COMMANDS:
+        print(f"error: no subcommand {args[0]!r}\n\n{_usage()}", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    for name in ("qlora_jax", "pallas_kernels"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    return _run(args[0], args[1:], debug)
+
+
+def _run(name: str, args: list[str], debug: bool) -> int:
+    import jax
+
+    from qlora_jax.errors import QLoRAError
+
+    try:
+        command = importlib.import_module(f"qlora_jax.cli.{name}")
+        figures = command.run(command.parse(args, f"qlora {name}"))
+    except (QLoRAError, OSError) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, ArithmeticError) else 2
+    except jax.errors.JaxRuntimeError as error:
+        if debug or "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(
+            "error: the device ran out of memory. Lower --train.micro-batch or "
+            f"--data.max-tokens, or pass --train.checkpoint-layers.\n{error}",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    print(json.dumps(figures))
+    return 0
+
+
+def _usage() -> str:
+    lines = [f"  {name:<12}{text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: qlora SUBCOMMAND [options]     (qlora SUBCOMMAND --help for its options)",
+            "",
+            *lines,
+            "",
+            "  --debug     show the traceback behind an error",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

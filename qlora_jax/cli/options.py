@@ -1,0 +1,190 @@
+"""What subcommands share: quantization flags, loading a base with its adapter, TOML."""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tomli_w
+import tyro
+
+from qlora_jax.errors import ConfigError, gathered
+from qlora_jax.io.adapter import load_adapter
+from qlora_jax.io.hf import find, load, read_config
+from qlora_jax.io.tokenizer import Tokenizer
+from qlora_jax.quant import QuantConfig
+
+T = TypeVar("T")
+Adapter = Path | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantOptions:
+    """How the base's weights are held."""
+
+    codebook: Literal["auto", "nf4", "fp4", "int4", "none"] = "auto"
+    """nf4, fp4 or int4 quantize a dense folder while it loads; none keeps it dense; auto
+    takes a 4-bit folder as it is, a dense one as the subcommand says."""
+
+    block_size: int = 64
+    """Elements that share one absmax; a power of two, 32 to 4096."""
+
+    double_quant: bool = True
+    """Keep absmax in 8 bits."""
+
+    def resolve(self, folder: Path, *, auto: QuantConfig | None) -> QuantConfig | None:
+        """Returns how to quantize a folder; None to take its weights as they are.
+
+        Args:
+          folder: Of the model.
+          auto: What 'auto' does with a dense folder.
+
+        Raises:
+          ConfigError: 'none' for a folder that is 4-bit.
+        """
+        stored = read_config(folder)[3]
+        if self.codebook == "auto":
+            return None if stored is not None else auto
+        if self.codebook == "none":
+            if stored is not None:
+                raise ConfigError(
+                    f"--quant.codebook none: {folder} holds 4-bit weights; give the "
+                    "original folder for a dense model"
+                )
+            return None
+        return self.config()
+
+    def config(self) -> QuantConfig:
+        """Returns the QuantConfig, of NF4 for 'auto'."""
+        codebook = "nf4" if self.codebook in ("auto", "none") else self.codebook
+        return QuantConfig(
+            codebook=codebook, block_size=self.block_size, double_quant=self.double_quant
+        )
+
+
+def describe_quant(folder: Path, quant: QuantConfig | None) -> str:
+    """Says in a few words how a base is held, for output."""
+    quant = quant or read_config(folder)[3]
+    if quant is None:
+        return "dense"
+    double = "double-quantized" if quant.double_quant else "float32"
+    return f"{quant.codebook}, block {quant.block_size}, {double} absmax"
+
+
+def open_model(
+    model: str, adapter: str | None, quant: QuantOptions, dtype: str
+) -> tuple[Any, Tokenizer | None, dict[str, Any]]:
+    """Loads a base and, if given, its adapter, for evaluate and generate.
+
+    With 'auto' a dense folder is quantized as the run that made the adapter did, so
+    that what is evaluated is what was trained; without an adapter it stays dense.
+
+    Returns:
+      (model, tokenizer, what to say of it).
+    """
+    folder = find(model)
+    auto = None
+    if adapter is not None and (Path(adapter) / "config.toml").is_file():
+        run = read_toml(Path(adapter) / "config.toml")
+        options = from_dict(QuantOptions, run.get("quant", {}), f"{adapter}/config.toml")
+        auto = None if options.codebook == "none" else options.config()
+    chosen = quant.resolve(folder, auto=auto)
+    base, tokenizer = load(folder, chosen, dtype)
+    said = {"model": model, "base": describe_quant(folder, chosen)}
+    if adapter is not None:
+        base = load_adapter(adapter, base)
+        said["adapter"] = adapter
+    return base, tokenizer, said
+
+
+def parse(cls: type[T], args: list[str], prog: str, default: T | None = None) -> T:
+    """Parses flags into a dataclass; wrong flags end with status 2."""
+    kwargs = {} if default is None else {"default": default}
+    return tyro.cli(cls, args=args, prog=prog, description=cls.__doc__, **kwargs)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Reads a TOML file.
+
+    Raises:
+      ConfigError: there is no such file, or it is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+
+
+def write_toml(path: Path, config: Any) -> None:
+    """Writes a config dataclass; fields that are None are left out."""
+    path.write_text(tomli_w.dumps(_without_none(dataclasses.asdict(config))))
+
+
+def _without_none(value: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_none(one) if isinstance(one, dict) else one
+        for key, one in value.items()
+        if one is not None
+    }
+
+
+def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
+    """Builds a config dataclass from nested dicts.
+
+    Raises:
+      ConfigError: unknown keys or values of a wrong type; all are named.
+    """
+    problems: list[str] = []
+    built = _build(cls, values, "", problems)
+    if problems:
+        raise ConfigError(gathered(f"{where} cannot be used", problems))
+    return built
+
+
+def _build(cls: Any, values: dict[str, Any], prefix: str, problems: list[str]) -> Any:
+    hints = typing.get_type_hints(cls)
+    known = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    kwargs = {}
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
+            problems.append(f"{prefix}{key} is no known key{hint}")
+        elif dataclasses.is_dataclass(known[key]):
+            if isinstance(value, dict):
+                kwargs[key] = _build(known[key], value, f"{prefix}{key}.", problems)
+            else:
+                problems.append(f"{prefix}{key} is {value!r}, expected a table")
+        elif not _fits(value, known[key]):
+            problems.append(f"{prefix}{key} is {value!r}, expected {_name(known[key])}")
+        else:
+            kwargs[key] = value
+    if problems:
+        return None
+    try:
+        return cls(**kwargs)
+    except ConfigError as error:
+        problems.append(str(error))
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return any(_fits(value, one) for one in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return value in typing.get_args(hint)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _name(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(map(repr, typing.get_args(hint)))
+    return getattr(hint, "__name__", str(hint))

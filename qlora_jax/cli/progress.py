@@ -1,0 +1,70 @@
+"""The progress bar of training, on stderr; plain lines where that is no terminal."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+LINE_SECONDS = 10.0
+"""Between lines where there is no terminal."""
+
+
+class TrainProgress:
+    """Shows metrics as they come; a context manager."""
+
+    def __init__(self, steps: int):
+        self._console = Console(stderr=True)
+        self._live = sys.stderr.isatty()
+        self._steps, self._last, self._eval = steps, 0.0, ""
+        self._bar = Progress(
+            TextColumn("train"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._live,
+        )
+        self._task = self._bar.add_task("train", total=steps, text="compiling")
+
+    def __enter__(self) -> "TrainProgress":
+        """Starts the bar."""
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stops the bar."""
+        self._bar.stop()
+
+    def __call__(self, metrics: dict[str, Any]) -> None:
+        """Takes a step's metrics or an eval loss."""
+        if "eval_loss" in metrics:
+            self._eval = f"  eval {metrics['eval_loss']:.4f}"
+            self._say(f"step {metrics['step']}: eval loss {metrics['eval_loss']:.4f}")
+            return
+        text = (
+            f"loss {metrics['loss']:.4f}{self._eval}  {metrics['tokens_per_s']:.0f} tok/s"
+        )
+        self._bar.update(self._task, completed=metrics["step"], text=text)
+        now = time.monotonic()
+        if now - self._last > LINE_SECONDS or metrics["step"] == self._steps:
+            self._last = now
+            self._say(f"step {metrics['step']}/{self._steps}: {text}")
+
+    def _say(self, text: str) -> None:
+        if not self._live:
+            self._console.print(text, highlight=False)

@@ -1,0 +1,160 @@
+"""`qlora train`: fine-tune an adapter, or resume a run."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import tyro
+
+from qlora_jax.adapters import LoRAConfig, attach
+from qlora_jax.cli import options
+from qlora_jax.cli.options import QuantOptions
+from qlora_jax.cli.progress import TrainProgress
+from qlora_jax.data import DataConfig, read_dataset
+from qlora_jax.errors import ConfigError, DataError
+from qlora_jax.io.hf import check_output, find, load
+from qlora_jax.quant import QuantConfig
+from qlora_jax.train.config import TrainConfig
+from qlora_jax.train.loop import Trainer
+from qlora_jax.train.report import write_report
+
+CONFIG = "config.toml"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Fine-tune an adapter on a 4-bit base (a dense folder is quantized as it loads)."""
+
+    model: str | None = None
+    """Hugging Face folder or hub id."""
+
+    data_file: Annotated[str | None, tyro.conf.arg(name="data")] = None
+    """Rows to train on (.jsonl)."""
+
+    eval_file: Annotated[str | None, tyro.conf.arg(name="eval-data")] = None
+    """Rows for the eval loss; without it, --data.eval-rows of the training rows."""
+
+    out: str | None = None
+    """The run folder: config, metrics, checkpoints, adapter, report."""
+
+    resume: str | None = None
+    """Continue this run folder exactly; no other flag goes with it."""
+
+    config: str | None = None
+    """TOML file whose values replace the defaults; flags replace both."""
+
+    overwrite: bool = False
+    """Start anew in a run folder, replacing that run."""
+
+    lora: LoRAConfig = LoRAConfig()
+    train: TrainConfig = TrainConfig()
+    data: DataConfig = DataConfig()
+    quant: QuantOptions = QuantOptions()
+
+
+def parse(args: list[str], prog: str) -> Args:
+    """Parses the flags, over the values of --config."""
+    default = None
+    for i, arg in enumerate(args):
+        if arg == "--config" and i + 1 < len(args):
+            path = args[i + 1]
+        elif arg.startswith("--config="):
+            path = arg.partition("=")[2]
+        else:
+            continue
+        values = options.read_toml(Path(path))
+        default = options.from_dict(Args, values, path)
+    return options.parse(Args, args, prog, default)
+
+
+def run(args: Args) -> dict[str, Any]:
+    """Runs; returns the figures."""
+    if args.resume is not None:
+        if args != Args(resume=args.resume):
+            raise ConfigError(
+                "--resume continues a run with its own config; no other flag goes with it"
+            )
+        out = Path(args.resume)
+        values = options.read_toml(out / CONFIG)
+        return train(options.from_dict(Args, values, str(out / CONFIG)), out, resume=True)
+    given = {"--model": args.model, "--data": args.data_file, "--out": args.out}
+    if missing := [flag for flag, value in given.items() if value is None]:
+        raise ConfigError(f"{', '.join(missing)} missing; or give --resume RUN")
+    out = Path(str(args.out))
+    if args.overwrite and (out / CONFIG).exists():
+        # Only what a run writes: anything else in the folder stays.
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    else:
+        check_output(out, args.overwrite)
+    return train(args, out, resume=False)
+
+
+def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
+    """Trains as a resolved config says; writes the run folder."""
+    folder = find(str(args.model))
+    quant = args.quant.resolve(folder, auto=QuantConfig(
+        block_size=args.quant.block_size, double_quant=args.quant.double_quant
+    ))
+    model, tokenizer = load(folder, quant, args.train.compute_dtype)
+    if tokenizer is None:
+        raise DataError(f"{folder} has no tokenizer.json, so rows cannot be tokenized")
+    rows = read_dataset(str(args.data_file), tokenizer, args.data)
+    held = None
+    if args.eval_file is not None:
+        held = read_dataset(args.eval_file, tokenizer, args.data)
+    elif args.data.eval_rows:
+        rows, held = rows.split(args.data.eval_rows, args.train.seed)
+    model = attach(model, args.lora, key=jax.random.key(args.train.seed))
+    steps = args.train.steps(len(rows))
+    with TrainProgress(steps) as progress:
+        trainer = Trainer(
+            model,
+            rows,
+            args.train,
+            out,
+            evaluation=held,
+            lora=args.lora,
+            progress=progress,
+        )
+        if not resume:
+            out.mkdir(parents=True, exist_ok=True)
+            # What reproduces the run; how its folder came to be is not part of that.
+            stored = dataclasses.replace(args, config=None, overwrite=False)
+            options.write_toml(out / CONFIG, stored)
+        figures = trainer.fit(resume=resume)
+    figures = {
+        "out": str(out),
+        **figures,
+        "rows": len(rows),
+        "rows_left_out": rows.dropped,
+        "base": options.describe_quant(folder, quant),
+        **sizes(trainer),
+    }
+    figures |= _eval_losses(out)
+    write_report(out, figures)
+    return figures
+
+
+def sizes(trainer: Trainer) -> dict[str, int]:
+    """Returns the bytes of base, adapter and optimizer state."""
+    parts = {
+        "base_bytes": trainer.base,
+        "adapter_bytes": trainer.lora,
+        "optimizer_bytes": trainer.opt_state,
+    }
+    return {
+        name: sum(x.nbytes for x in jax.tree.leaves(tree)) for name, tree in parts.items()
+    }
+
+
+def _eval_losses(out: Path) -> dict[str, float]:
+    from qlora_jax.train.metrics import read_metrics
+
+    losses = [
+        row["eval_loss"] for row in read_metrics(out / "metrics.jsonl") if "eval_loss" in row
+    ]
+    if not losses:
+        return {}
+    return {"eval_loss_before": losses[0], "eval_loss": losses[-1]}

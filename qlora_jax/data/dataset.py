@@ -1,0 +1,263 @@
+"""JSONL to tokens, and tokens to batches whose order follows from seed and step alone."""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from qlora_jax.data.config import DataConfig
+from qlora_jax.data.formats import Example, format_row
+from qlora_jax.errors import DataError, gathered
+
+logger = logging.getLogger(__name__)
+
+
+class TextTokenizer(Protocol):
+    """What a dataset needs of a tokenizer (io.tokenizer.Tokenizer has it)."""
+
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of many texts."""
+        ...
+
+    def chat(self, messages: Any, *, add_generation_prompt: bool = False) -> str:
+        """Renders messages."""
+        ...
+
+
+class Row(NamedTuple):
+    """A tokenized row.
+
+    Attributes:
+      tokens: int32 (tokens,).
+      weights: float32 (tokens,), 1 where the loss counts.
+      prompt: Tokens before the first one that trains.
+      answer: Text of the segments that train.
+    """
+
+    tokens: np.ndarray
+    weights: np.ndarray
+    prompt: int
+    answer: str
+
+
+class Dataset:
+    """Tokenized rows.
+
+    Attributes:
+      rows: In file order.
+      max_tokens: Longest batch.
+      dropped: Rows left out for their length.
+    """
+
+    def __init__(self, rows: list[Row], max_tokens: int, dropped: int = 0):
+        self.rows, self.max_tokens, self.dropped = rows, max_tokens, dropped
+
+    def __len__(self) -> int:
+        """Counts the rows."""
+        return len(self.rows)
+
+    def split(self, count: int, seed: int) -> tuple["Dataset", "Dataset"]:
+        """Returns (the rest, `count` rows drawn by the seed).
+
+        Raises:
+          DataError: fewer than count + 1 rows.
+        """
+        if count >= len(self.rows):
+            raise DataError(
+                f"--data.eval-rows {count} leaves nothing to train on: {len(self)} rows"
+            )
+        order = np.random.default_rng((seed, 1)).permutation(len(self.rows))
+        held = set(order[:count].tolist())
+        parts = [
+            [row for i, row in enumerate(self.rows) if (i in held) == wanted]
+            for wanted in (False, True)
+        ]
+        return Dataset(parts[0], self.max_tokens), Dataset(parts[1], self.max_tokens)
+
+    def batch(self, step: int, batch_size: int, seed: int) -> dict[str, np.ndarray]:
+        """Returns batch number `step`; epochs follow one another without a seam.
+
+        Args:
+          step: 0, 1, 2, ...: all that the data position is.
+          batch_size: Rows.
+          seed: Of the order; each epoch has its own.
+
+        Returns:
+          tokens int32 and weights float32, (batch_size, seq), padded right to the
+          length of `padded_length`.
+        """
+        count = len(self.rows)
+        position = np.arange(step * batch_size, (step + 1) * batch_size)
+        orders = {
+            epoch: np.random.default_rng((seed, 0, epoch)).permutation(count)
+            for epoch in set((position // count).tolist())
+        }
+        picked = [self.rows[orders[p // count][p % count]] for p in position.tolist()]
+        return self.pad(picked, batch_size)
+
+    def in_order(self, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+        """Yields all rows once, by length; short batches are filled with weight 0."""
+        rows = sorted(self.rows, key=lambda row: len(row.tokens))
+        for start in range(0, len(rows), batch_size):
+            yield self.pad(rows[start : start + batch_size], batch_size)
+
+    def pad(self, rows: list[Row], batch_size: int) -> dict[str, np.ndarray]:
+        """Makes one batch of rows, padded right with token 0 and weight 0."""
+        longest = max(len(row.tokens) for row in rows)
+        length = padded_length(longest, self.max_tokens)
+        tokens = np.zeros((batch_size, length), np.int32)
+        weights = np.zeros((batch_size, length), np.float32)
+        for i, row in enumerate(rows):
+            tokens[i, : len(row.tokens)] = row.tokens
+            weights[i, : len(row.tokens)] = row.weights
+        return {"tokens": tokens, "weights": weights}
+
+
+def padded_length(longest: int, max_tokens: int) -> int:
+    """Returns the length to pad to: few different ones, since each compiles anew.
+
+    Multiples of 64 up to 256, then of an eighth to a quarter of the length.
+    """
+    step = 64
+    while step * 4 < longest:
+        step *= 2
+    return max(longest, min(-(-longest // step) * step, max_tokens))
+
+
+def load_dataset(
+    path: str | os.PathLike[str],
+    tokenizer: TextTokenizer,
+    batch_size: int,
+    max_tokens: int = 1024,
+    *,
+    config: DataConfig | None = None,
+    seed: int = 0,
+    epochs: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields shuffled batches of a JSONL file; see data/formats.py for its rows.
+
+    Args:
+      path: A .jsonl file.
+      tokenizer: From `load`.
+      batch_size: Rows of a batch.
+      max_tokens: Longest row.
+      config: More choices; its max_tokens is replaced.
+      seed: Of the order.
+      epochs: Passes over the data; the last batch wraps around to be full.
+
+    Returns:
+      Batches for `make_train_step`: tokens and weights, (batch_size, seq).
+
+    Raises:
+      DataError: see `read_dataset` (at once, not at the first batch).
+    """
+    import dataclasses
+
+    config = dataclasses.replace(config or DataConfig(), max_tokens=max_tokens)
+    dataset = read_dataset(path, tokenizer, config)
+    steps = -(-len(dataset) * epochs // batch_size)
+    return (dataset.batch(step, batch_size, seed) for step in range(steps))
+
+
+def read_dataset(
+    path: str | os.PathLike[str], tokenizer: TextTokenizer, config: DataConfig
+) -> Dataset:
+    """Reads and tokenizes a JSONL file.
+
+    Raises:
+      DataError: no file, no rows, lines that are not JSON or lack their keys (up to 20
+        are named), or rows longer than max_tokens with too_long='error'.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path} is no file; expected JSON lines (.jsonl)")
+    examples, lines, problems = [], [], []
+    with path.open(encoding="utf-8", errors="replace") as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise DataError(f"is {type(row).__name__}, expected an object")
+                examples.append(format_row(row, config, tokenizer))
+                lines.append(number)
+            except json.JSONDecodeError as error:
+                problems.append(f"{path}:{number}: is not JSON: {error.msg}")
+            except DataError as error:
+                problems.append(f"{path}:{number}: {error}")
+    if problems:
+        raise DataError(gathered(f"{path} cannot be used", problems))
+    if not examples:
+        raise DataError(f"{path} has no rows; expected one JSON object a line")
+    rows = _tokenize(examples, tokenizer, config)
+    return _fit(path, rows, lines, config)
+
+
+def _tokenize(
+    examples: list[Example], tokenizer: TextTokenizer, config: DataConfig
+) -> list[Row]:
+    # Each segment by itself, so that the boundary of what trains is a token boundary.
+    texts = [segment.text for example in examples for segment in example.segments]
+    encoded = iter(tokenizer.encode_batch(texts))
+    rows = []
+    for example in examples:
+        tokens: list[int] = []
+        weights: list[float] = []
+        if example.wrap and tokenizer.bos_id is not None:
+            tokens, weights = [tokenizer.bos_id], [0.0]
+        prompt = None
+        for segment in example.segments:
+            ids = next(encoded)
+            if segment.trains and prompt is None:
+                prompt = len(tokens)
+            trains = segment.trains or config.train_on_prompt
+            tokens += ids
+            weights += [float(trains)] * len(ids)
+        if example.wrap and tokenizer.eos_ids:
+            tokens.append(tokenizer.eos_ids[0])
+            weights.append(1.0)
+        answer = "".join(s.text for s in example.segments if s.trains)
+        rows.append(
+            Row(np.array(tokens, np.int32), np.array(weights, np.float32), prompt or 0, answer)
+        )
+    return rows
+
+
+def _fit(path: Path, rows: list[Row], lines: list[int], config: DataConfig) -> Dataset:
+    limit = config.max_tokens
+    long = [i for i, row in enumerate(rows) if len(row.tokens) > limit]
+    if long and config.too_long == "error":
+        named = [f"{path}:{lines[i]}: {len(rows[i].tokens)} tokens" for i in long]
+        raise DataError(
+            gathered(
+                f"{len(long)} of {len(rows)} rows are longer than --data.max-tokens {limit}; "
+                "raise it, or choose --data.too-long drop or truncate",
+                named,
+            )
+        )
+    kept = set(long)
+    if config.too_long == "drop":
+        rows = [row for i, row in enumerate(rows) if i not in kept]
+    elif long:
+        rows = [
+            row._replace(tokens=row.tokens[:limit], weights=row.weights[:limit])
+            for row in rows
+        ]
+    if long:
+        verb = "left out" if config.too_long == "drop" else "cut"
+        logger.warning("%s: %d rows over %d tokens were %s", path, len(long), limit, verb)
+    empty = [i for i, row in enumerate(rows) if not row.weights[1:].any()]
+    if len(empty) == len(rows):
+        raise DataError(
+            f"{path}: no row has a token to learn within {limit} tokens; raise "
+            "--data.max-tokens"
+        )
+    return Dataset(rows, limit, len(long) if config.too_long == "drop" else 0)

@@ -1,0 +1,55 @@
+"""Exact match: does the greedy answer equal the row's?"""
+
+from typing import Any, NamedTuple
+
+from qlora_jax.data import Dataset
+from qlora_jax.generate import SampleConfig, generate
+
+
+class Answer(NamedTuple):
+    """A prompt, the expected and the given answer, all as text."""
+
+    prompt: str
+    expected: str
+    given: str
+
+    @property
+    def correct(self) -> bool:
+        """Whether they are equal, space around them aside."""
+        return self.expected.strip() == self.given.strip()
+
+
+def exact_match(
+    model: Any,
+    dataset: Dataset,
+    tokenizer: Any,
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int = 64,
+) -> tuple[float, list[Answer]]:
+    """Answers every row's prompt greedily and compares.
+
+    Args:
+      model: A Decoder, with or without an adapter.
+      dataset: Rows with one answer; the prompt is what comes before it.
+      tokenizer: From `load`.
+      batch_size: Rows at once; they are sorted by length first.
+      max_new_tokens: Where a wrong answer is cut off.
+
+    Returns:
+      The share of correct rows, and every answer in the dataset's order.
+    """
+    config = SampleConfig(max_new_tokens=max_new_tokens)
+    rows = dataset.rows
+    order = sorted(range(len(rows)), key=lambda i: rows[i].prompt)
+    answers: dict[int, Answer] = {}
+    for start in range(0, len(order), batch_size):
+        picked = order[start : start + batch_size]
+        prompts = [rows[i].tokens[: rows[i].prompt].tolist() for i in picked]
+        given = generate(model, prompts, config, eos_ids=tokenizer.eos_ids)
+        for i, prompt, ids in zip(picked, prompts, given, strict=True):
+            answers[i] = Answer(
+                tokenizer.decode(prompt), rows[i].answer, tokenizer.decode(ids)
+            )
+    ordered = [answers[i] for i in range(len(rows))]
+    return sum(answer.correct for answer in ordered) / len(ordered), ordered

@@ -1,0 +1,77 @@
+"""Perplexity of a text in windows, and the loss of rows."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from qlora_jax.data import Dataset
+from qlora_jax.errors import DataError
+from qlora_jax.train.step import next_token_loss
+
+
+def perplexity(
+    model: Any,
+    tokens: Sequence[int],
+    *,
+    window: int,
+    bos_id: int | None = None,
+    batch_size: int = 8,
+) -> tuple[float, int]:
+    """Returns exp of the mean loss a token, and the tokens it is over.
+
+    The text is cut into windows that do not overlap; each gets a BOS in front, where
+    there is one, and all its own tokens are predicted from it. Without a BOS the first
+    token of each window is only read.
+
+    Args:
+      model: A Decoder, with or without an adapter.
+      tokens: Ids of the whole text.
+      window: Tokens of a window, BOS not counted.
+      bos_id: Put in front of each window; None for none.
+      batch_size: Windows at once.
+
+    Raises:
+      DataError: the text has no token to predict.
+    """
+    rows = [list(tokens[i : i + window]) for i in range(0, len(tokens), window)]
+    if bos_id is not None:
+        rows = [[bos_id, *row] for row in rows]
+    rows = [row for row in rows if len(row) > 1]
+    if not rows:
+        raise DataError("the text has no token to predict; it is empty or too short")
+    width = max(map(len, rows))
+    graphdef, state = nnx.split(model)
+    loss_of = jax.jit(lambda state, batch: _loss(nnx.merge(graphdef, state), batch))
+    total, count = 0.0, 0
+    for start in range(0, len(rows), batch_size):
+        batch = {
+            "tokens": np.zeros((batch_size, width), np.int32),
+            "weights": np.zeros((batch_size, width), np.float32),
+        }
+        for i, row in enumerate(rows[start : start + batch_size]):
+            batch["tokens"][i, : len(row)] = row
+            batch["weights"][i, 1 : len(row)] = 1
+        total += float(loss_of(state, batch))
+        count += int(batch["weights"].sum())
+    return math.exp(total / count), count
+
+
+def row_loss(model: Any, dataset: Dataset, batch_size: int = 8) -> tuple[float, int]:
+    """Returns the mean loss a trained token over all rows, and how many those are."""
+    graphdef, state = nnx.split(model)
+    loss_of = jax.jit(lambda state, batch: _loss(nnx.merge(graphdef, state), batch))
+    total, count = 0.0, 0
+    for batch in dataset.in_order(batch_size):
+        total += float(loss_of(state, batch))
+        count += int(batch["weights"][:, 1:].sum())
+    return total / count, count
+
+
+def _loss(model: Any, batch: dict) -> jax.Array:
+    return next_token_loss("none")(model, batch, None)
+
+

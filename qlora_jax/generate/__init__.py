@@ -1,0 +1,4 @@
+"""Sampling from a model with a key-value cache."""
+
+from qlora_jax.generate.sample import SampleConfig as SampleConfig
+from qlora_jax.generate.sample import generate as generate

@@ -1,0 +1,178 @@
+"""Adapters on disk: Orbax, flat dotted names, nothing of the base (contract C6).
+
+A folder holds the arrays under `arrays/` (one array a name) and `adapter.json`:
+rank, alpha, dropout, targets, the base's fingerprint.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from qlora_jax.adapters.attach import LoRAConfig, attach, base_fingerprint
+from qlora_jax.adapters.fingerprint import difference, fingerprint
+from qlora_jax.adapters.names import flatten, unflatten
+from qlora_jax.errors import (
+    AdapterMismatchError,
+    ConfigError,
+    OutputExistsError,
+    gathered,
+)
+
+logger = logging.getLogger(__name__)
+
+METADATA = "adapter.json"
+ARRAYS = "arrays"
+FORMAT = 1
+M = TypeVar("M", bound=nnx.Module)
+
+
+def save_adapter(
+    path: str | os.PathLike[str],
+    lora: nnx.State,
+    config: LoRAConfig,
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Saves an adapter alone.
+
+    Args:
+      path: The folder.
+      lora: From `split`.
+      config: What it was attached with.
+      overwrite: Replace an adapter that is there.
+
+    Returns:
+      The folder.
+
+    Raises:
+      OutputExistsError: the folder is taken, and is no adapter or overwrite is false.
+    """
+    path = Path(path).absolute()
+    if path.exists() and (path.is_file() or any(path.iterdir())):
+        if not (path / METADATA).exists():
+            raise OutputExistsError(f"{path} exists and is no adapter; choose another path")
+        if not overwrite:
+            raise OutputExistsError(f"{path} holds an adapter; pass overwrite to replace it")
+    path.mkdir(parents=True, exist_ok=True)
+    arrays = {name: np.asarray(x) for name, x in flatten(lora).items()}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path / ARRAYS, arrays, force=True)
+        checkpointer.wait_until_finished()
+    metadata = {
+        "format": FORMAT,
+        "lora": dataclasses.asdict(config),
+        "base": base_fingerprint(lora),
+        "arrays": {name: list(x.shape) for name, x in arrays.items()},
+    }
+    partial = path / (METADATA + ".partial")
+    partial.write_text(json.dumps(metadata, indent=2) + "\n")
+    os.replace(partial, path / METADATA)
+    return path
+
+
+def find_adapter(path: str | os.PathLike[str]) -> Path:
+    """Returns the adapter folder of a run folder or of an adapter folder.
+
+    Raises:
+      AdapterMismatchError: there is none.
+    """
+    path = Path(path).expanduser()
+    for candidate in (path, path / "adapter"):
+        if (candidate / METADATA).is_file():
+            return candidate.absolute()
+    if (path / "adapter_config.json").exists():
+        raise AdapterMismatchError(
+            f"{path} is a PEFT adapter; this version opens its own adapters alone"
+        )
+    raise AdapterMismatchError(
+        f"{path} holds no adapter; expected a run folder or an adapter folder with "
+        f"{METADATA}"
+    )
+
+
+def read_adapter_config(path: str | os.PathLike[str]) -> LoRAConfig:
+    """Reads an adapter's rank, alpha, dropout and targets."""
+    return _read_metadata(find_adapter(path))[0]
+
+
+def load_adapter(path: str | os.PathLike[str], model: M) -> M:
+    """Returns the model with a saved adapter attached; the model is left as it was.
+
+    Args:
+      path: A run folder or an adapter folder.
+      model: The base it was trained on, dense or quantized; or the same with an adapter
+        attached, whose values are replaced.
+
+    Raises:
+      AdapterMismatchError: no adapter there, or it does not fit: another base, rank or
+        targets; every mismatch is named.
+    """
+    folder = find_adapter(path)
+    config, metadata = _read_metadata(folder)
+    attached = bool(nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)))
+    if not attached:
+        problems = []
+        ours = fingerprint(model)
+        if metadata["base"] is not None and ours is not None:
+            if text := difference(json.loads(ours), metadata["base"]):
+                problems.append(text)
+        try:
+            model = attach(model, config, key=jax.random.key(0))
+        except ConfigError as error:
+            problems.append(str(error))
+            raise AdapterMismatchError(_unfit(folder, problems)) from None
+        if problems:
+            problems += _shape_problems(metadata, model)
+            raise AdapterMismatchError(_unfit(folder, problems))
+    graphdef, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
+    with ocp.StandardCheckpointer() as checkpointer:
+        arrays = checkpointer.restore(folder / ARRAYS, _abstract(metadata))
+    return nnx.merge(graphdef, unflatten(arrays, lora, f"adapter {folder}"), rest)
+
+
+def _abstract(metadata: dict[str, Any]) -> dict[str, Any]:
+    # The arrays are restored onto this process's device, whatever saved them.
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return {
+        name: jax.ShapeDtypeStruct(tuple(shape), np.float32, sharding=sharding)
+        for name, shape in metadata["arrays"].items()
+    }
+
+
+def _shape_problems(metadata: dict[str, Any], model: nnx.Module) -> list[str]:
+    wanted = jax.eval_shape(flatten, nnx.state(model, nnx.LoRAParam))
+    have = {name: tuple(shape) for name, shape in metadata["arrays"].items()}
+    problems = [
+        f"{name}: shape {have[name]}, the model has {x.shape}"
+        for name, x in wanted.items()
+        if name in have and have[name] != x.shape
+    ]
+    problems += [f"{name}: missing from the adapter" for name in wanted.keys() - have.keys()]
+    problems += [f"{name}: not in the model" for name in have.keys() - wanted.keys()]
+    return problems
+
+
+def _unfit(folder: Path, problems: list[str]) -> str:
+    return gathered(f"adapter {folder} does not fit this model", problems)
+
+
+def _read_metadata(folder: Path) -> tuple[LoRAConfig, dict[str, Any]]:
+    try:
+        metadata = json.loads((folder / METADATA).read_text())
+        if metadata["format"] > FORMAT:
+            raise AdapterMismatchError(
+                f"{folder} has format {metadata['format']}; this version reads up to {FORMAT}"
+            )
+        return LoRAConfig(**metadata["lora"]), metadata
+    except (ValueError, KeyError, TypeError) as error:
+        raise AdapterMismatchError(
+            f"{folder / METADATA} cannot be read: {error!r}"
+        ) from None

@@ -1,0 +1,5 @@
+"""Optax transforms: host-resident state, dynamic loss scaling."""
+
+from qlora_jax.optim.loss_scale import LossScaleState as LossScaleState
+from qlora_jax.optim.loss_scale import dynamic_loss_scale as dynamic_loss_scale
+from qlora_jax.optim.offload import offload as offload

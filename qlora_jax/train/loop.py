@@ -1,0 +1,194 @@
+"""Trainer: steps, eval losses, metrics, checkpoints, and resuming exactly."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from qlora_jax.adapters.attach import LoRAConfig, join, lora_config, split
+from qlora_jax.data import Dataset
+from qlora_jax.errors import QLoRAError
+from qlora_jax.io.adapter import save_adapter
+from qlora_jax.train.checkpoints import RunCheckpoints
+from qlora_jax.train.config import TrainConfig, make_optimizer, make_schedule
+from qlora_jax.train.metrics import MetricsLog, device_memory_bytes
+from qlora_jax.train.step import make_eval_step, make_train_step
+
+Progress = Callable[[dict[str, Any]], None]
+"""Called with each step's metrics, and with eval losses."""
+
+
+class DivergedError(QLoRAError, ArithmeticError):
+    """The loss became NaN or Inf."""
+
+
+class Trainer:
+    """Trains an adapter in a run folder.
+
+    Attributes:
+      steps: Optimizer steps of the whole run.
+      graphdef, lora, base: The model, taken apart; `lora` is the newest.
+      opt_state: The optimizer's.
+    """
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        train: Dataset,
+        config: TrainConfig,
+        out: Path,
+        *,
+        evaluation: Dataset | None = None,
+        lora: LoRAConfig | None = None,
+        progress: Progress | None = None,
+    ):
+        """Prepares a run; nothing is written yet.
+
+        Args:
+          model: With an adapter attached.
+          train: Rows to train on.
+          config: How.
+          out: The run folder.
+          evaluation: Held-out rows.
+          lora: What the adapter was attached with; None reads it off the model.
+          progress: Called with metrics.
+        """
+        self.config, self.out = config, Path(out)
+        self.train_data, self.eval_data = train, evaluation
+        self.lora_config = lora or lora_config(model)
+        self.steps = config.steps(len(train))
+        self.schedule = make_schedule(config, self.steps)
+        tx = make_optimizer(config, self.steps)
+        self.graphdef, lora_state, self.base = split(model)
+        # A copy, because the step donates it and the caller keeps the model.
+        self.lora = jax.tree.map(jnp.copy, lora_state)
+        self.opt_state = tx.init(self.lora)
+        self._train_step = make_train_step(
+            self.graphdef, tx, checkpoint="layer" if config.checkpoint_layers else "none"
+        )
+        self._eval_step = make_eval_step(self.graphdef)
+        self._progress = progress or (lambda metrics: None)
+        self._key = jax.random.key(config.seed)
+        self._dropout = self.lora_config.dropout > 0
+        self.start = 0
+
+    @property
+    def model(self) -> Any:
+        """The model with the adapter as it is now."""
+        return join(self.graphdef, self.lora, self.base)
+
+    def fit(self, *, resume: bool = False) -> dict[str, Any]:
+        """Runs to the last step.
+
+        Args:
+          resume: Continue from the newest checkpoint of the run folder.
+
+        Returns:
+          Figures: steps, loss (mean of the last tenth), eval_loss_before, eval_loss,
+          tokens, seconds.
+
+        Raises:
+          DivergedError: the loss is not finite; the last checkpoint is kept.
+          CheckpointError: nothing to resume from.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        checkpoints = RunCheckpoints(
+            self.out / "checkpoints", self.config.keep_checkpoints
+        )
+        if resume:
+            self.start, self.lora, self.opt_state = checkpoints.restore(
+                self.lora, self.opt_state, self._position()
+            )
+        log = MetricsLog(self.out / "metrics.jsonl", self.start if resume else -1)
+        try:
+            return self._run(checkpoints, log)
+        finally:
+            log.close()
+            checkpoints.close()
+
+    def evaluate(self, dataset: Dataset) -> float:
+        """Returns the mean loss a token over all rows."""
+        total, count = 0.0, 0.0
+        for batch in dataset.in_order(self.config.micro_batch):
+            loss, weight = self._eval_step(self.lora, self.base, batch)
+            total, count = total + float(loss), count + float(weight)
+        return total / count
+
+    def _run(self, checkpoints: RunCheckpoints, log: MetricsLog) -> dict[str, Any]:
+        config, began = self.config, time.monotonic()
+        figures: dict[str, Any] = {"steps": self.steps}
+        if self.eval_data is not None and self.start == 0:
+            self._log_eval(log, 0)
+        losses, tokens, last = [], 0.0, time.monotonic()
+        for step in range(self.start, self.steps):
+            batch = self._batch(step)
+            key = jax.random.fold_in(self._key, step) if self._dropout else None
+            self.lora, self.opt_state, metrics = self._train_step(
+                self.lora, self.base, self.opt_state, batch, key
+            )
+            row = {name: float(value) for name, value in metrics.items()}
+            now = time.monotonic()
+            seconds, last = now - last, now
+            row = {
+                "step": step + 1,
+                **row,
+                "learning_rate": float(self.schedule(step)),
+                "tokens_per_s": round(float(batch["tokens"].size) / seconds, 1),
+                "device_memory_bytes": device_memory_bytes(),
+            }
+            log.write(**row)
+            self._progress(row)
+            if not np.isfinite(row["loss"]) and config.compute_dtype != "float16":
+                raise DivergedError(
+                    f"step {step + 1}: the loss is {row['loss']}. Lower "
+                    "--train.learning-rate, or compute in bfloat16 or float32. "
+                    f"{self.out / 'checkpoints'} keeps the last good checkpoint."
+                )
+            losses.append(row["loss"])
+            tokens += row["tokens"]
+            done = step + 1
+            if self.eval_data is not None and (
+                done == self.steps
+                or (config.eval_every is not None and done % config.eval_every == 0)
+            ):
+                self._log_eval(log, done)
+                last = time.monotonic()
+            if done == self.steps or (
+                config.save_every is not None and done % config.save_every == 0
+            ):
+                checkpoints.save(done, self.lora, self.opt_state, self._position())
+                last = time.monotonic()
+        save_adapter(self.out / "adapter", self.lora, self.lora_config, overwrite=True)
+        if losses:
+            figures["loss"] = float(np.mean(losses[-max(1, len(losses) // 10) :]))
+        figures |= {"tokens": tokens, "seconds": round(time.monotonic() - began, 1)}
+        return figures
+
+    def _log_eval(self, log: MetricsLog, step: int) -> None:
+        assert self.eval_data is not None
+        row = {"step": step, "eval_loss": self.evaluate(self.eval_data)}
+        log.write(**row)
+        self._progress(row)
+
+    def _batch(self, step: int) -> dict[str, np.ndarray]:
+        c = self.config
+        batch = self.train_data.batch(step, c.micro_batch * c.grad_accum, c.seed)
+        if c.grad_accum == 1:
+            return batch
+        return {
+            name: x.reshape(c.grad_accum, c.micro_batch, -1) for name, x in batch.items()
+        }
+
+    def _position(self) -> dict[str, Any]:
+        c = self.config
+        return {
+            "seed": c.seed,
+            "batch": c.micro_batch * c.grad_accum,
+            "rows": len(self.train_data),
+            "steps": self.steps,
+        }

@@ -1,0 +1,117 @@
+"""The train step: one jitted function from adapter and batch to adapter and metrics."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from qlora_jax.adapters import join
+from qlora_jax.models.decoder import Checkpoint
+from qlora_jax.optim import LossScaleState
+from qlora_jax.train.loss import cross_entropy
+
+Batch = Mapping[str, Any]
+"""tokens: int32 (batch, seq), or (accumulation, micro-batch, seq); padding right.
+weights: float32 of the same shape: what predicting each token counts; the first of a
+row has nothing to predict it and is ignored."""
+
+LossFn = Callable[[Any, Batch, Array | None], Float[Array, ""]]
+"""(model, batch, dropout key) -> the sum of weighted losses over a 2-D batch."""
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    *,
+    checkpoint: Checkpoint = "none",
+    loss_fn: LossFn | None = None,
+) -> Callable[..., tuple[nnx.State, Any, dict[str, Array]]]:
+    """Makes the train step of a model that was taken apart by `split`.
+
+    Micro-batches of a 3-D batch are accumulated inside the compiled step and weighted
+    by tokens: the loss and gradient are those of one big batch. With `tx` made by
+    `dynamic_loss_scale` the loss is scaled by its state.
+
+    Args:
+      graphdef: Of the model.
+      tx: Any optax transform; see `offload` for keeping its state in host memory.
+      checkpoint: What backward recomputes: 'none' elementwise work only, 'layer' each
+        whole layer (less memory, about a third more work).
+      loss_fn: Replaces the next-token cross-entropy.
+
+    Returns:
+      train_step(lora, base, opt_state, batch, key=None) -> (lora, opt_state, metrics).
+      `lora` and `opt_state` are donated. `key` switches LoRA dropout on. Metrics are
+      float32 scalars: loss (mean a token), grad_norm (before clipping), tokens (sum of
+      weights), and with loss scaling loss_scale and skipped.
+    """
+    loss_fn = loss_fn or next_token_loss(checkpoint)
+
+    def train_step(lora, base, opt_state, batch, key=None):
+        batch = dict(batch)
+        if batch["tokens"].ndim == 2:
+            batch = {name: x[None] for name, x in batch.items()}
+        scaled = isinstance(opt_state, LossScaleState)
+        tokens = jnp.sum(batch["weights"][:, :, 1:])
+        factor = (opt_state.scale if scaled else 1.0) / jnp.maximum(tokens, 1.0)
+
+        def loss_of(lora, micro, index):
+            micro_key = None if key is None else jax.random.fold_in(key, index)
+            return loss_fn(join(graphdef, lora, base), micro, micro_key) * factor
+
+        def accumulate(carry, xs):
+            loss, grads = jax.value_and_grad(loss_of)(lora, *xs)
+            return jax.tree.map(jnp.add, carry, (loss, grads)), None
+
+        count = batch["tokens"].shape[0]
+        if count == 1:
+            first = {name: x[0] for name, x in batch.items()}
+            loss, grads = jax.value_and_grad(loss_of)(lora, first, 0)
+        else:
+            start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, lora))
+            xs = (batch, jnp.arange(count))
+            (loss, grads), _ = jax.lax.scan(accumulate, start, xs)
+        updates, new_state = tx.update(grads, opt_state, lora)
+        lora = optax.apply_updates(lora, updates)
+        scale = opt_state.scale if scaled else 1.0
+        metrics = {
+            "loss": loss / scale,
+            "grad_norm": optax.global_norm(grads) / scale,
+            "tokens": tokens,
+        }
+        if scaled:
+            metrics |= {"loss_scale": new_state.scale, "skipped": new_state.skipped}
+        return lora, new_state, metrics
+
+    return jax.jit(train_step, donate_argnums=(0, 2))
+
+
+def make_eval_step(
+    graphdef: nnx.GraphDef, loss_fn: LossFn | None = None
+) -> Callable[..., tuple[Array, Array]]:
+    """Makes eval_step(lora, base, batch) -> (sum of losses, sum of weights)."""
+    loss_fn = loss_fn or next_token_loss("none")
+
+    def eval_step(lora, base, batch):
+        loss = loss_fn(join(graphdef, lora, base), batch, None)
+        return loss, jnp.sum(batch["weights"][:, 1:])
+
+    return jax.jit(eval_step)
+
+
+def next_token_loss(checkpoint: Checkpoint) -> LossFn:
+    """Returns the cross-entropy of each token given those before it."""
+
+    def loss_fn(model: Any, batch: Batch, key: Array | None) -> Float[Array, ""]:
+        tokens, weights = batch["tokens"], batch["weights"]
+        hidden = model.hidden_states(tokens, key=key, checkpoint=checkpoint)
+        # Rolled, not cut, so that shapes stay round; the last position has weight 0.
+        labels = jnp.roll(tokens, -1, axis=1)
+        weights = jnp.roll(weights.at[:, 0].set(0), -1, axis=1)
+        return cross_entropy(model.head, hidden, labels, weights)
+
+    return loss_fn
