@@ -2,8 +2,8 @@
 
 Decoding picks a code's value by a tree of selects, bit by bit: on CPU a table gather
 does not vectorize and a one-hot product is 65 times slower. Planar layouts decode one
-nibble plane at a time, each a contiguous elementwise loop, and multiply plane by plane,
-so that no interleaving of the decoded weight ever happens.
+nibble plane at a time, each a contiguous elementwise loop. Large products go plane by
+plane and tile by tile, so that the decoded weight is never interleaved nor whole.
 """
 
 import math
@@ -18,9 +18,12 @@ from pallas_kernels.annotations import Array, Float, Shaped, UInt8
 from pallas_kernels.layout import QuantizedTensor, plane_width
 
 TILE_BYTES = {"cpu": 4 << 20}
-"""Decoded weight alive at once in a matmul. On CPU a tile stays in cache: at 4 MiB
-512 x 4096 x 11008 runs within a fifth of the dense product, untiled at twice it."""
-_DEFAULT_TILE_BYTES = 128 << 20  # elsewhere: few large launches
+"""Decoded weight alive at once in a tiled matmul. On CPU a tile stays in cache: at
+4 MiB 512 x 4096 x 11008 takes half of what it takes untiled."""
+WHOLE_BYTES = {"cpu": 8 << 20}
+"""Decoded weight up to which nothing is tiled: one product of the whole is faster than
+four of planes while it is small."""
+_DEFAULT_BYTES = 128 << 20  # elsewhere: few large launches
 
 
 def encode(
@@ -120,7 +123,7 @@ def matmul(x: Float[Array, "m k"], w: QuantizedTensor) -> Float[Array, "m n"]:
     Products accumulate in float32 and are rounded once to x's dtype.
     """
     n, k = w.shape
-    if w.layout == "flat":
+    if w.layout == "flat" or n * k * x.dtype.itemsize <= _limit(WHOLE_BYTES):
         return _dot(x, dequantize(w, x.dtype), 1).astype(x.dtype)
     absmax = decode_absmax(w).reshape(n, -1)
     x_planes = _split_planes(x, w)
@@ -141,7 +144,7 @@ def matmul_dx(dy: Float[Array, "m n"], w: QuantizedTensor) -> Float[Array, "m k"
     Tiling over k needs no accumulator: each tile of dx is finished when it is made.
     """
     n, k = w.shape
-    if w.layout == "flat":
+    if w.layout == "flat" or n * k * dy.dtype.itemsize <= _limit(WHOLE_BYTES):
         return _dot(dy, dequantize(w, dy.dtype), 0).astype(dy.dtype)
     width = plane_width(w.layout)
     # A unit of tiling must hold whole groups and whole blocks.
@@ -166,6 +169,10 @@ def _dot(x: Array, w: Array, contract: int) -> Array:
     # and four times faster on CPU than a bf16 result before jax 0.11.
     dims = (((1,), (contract,)), ((), ()))
     return lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
+
+
+def _limit(by_platform: dict[str, int]) -> int:
+    return by_platform.get(jax.default_backend(), _DEFAULT_BYTES)
 
 
 def _split_planes(x: Array, w: QuantizedTensor) -> list[Array]:
@@ -199,8 +206,7 @@ def _map_tiles(
     tile: Callable[[Array, int], Array], count: int, unit_bytes: int
 ) -> Float[Array, "m count"]:
     """Concatenates tile(start, size) over [0, count) along the last axis."""
-    limit = TILE_BYTES.get(jax.default_backend(), _DEFAULT_TILE_BYTES)
-    tiles = max(1, -(-count * unit_bytes // limit))
+    tiles = max(1, -(-count * unit_bytes // _limit(TILE_BYTES)))
     size = -(-count // tiles)
     whole = count // size
     if whole <= 1 and count == size:

@@ -36,7 +36,14 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bench_peers.children import REPOSITORY, ChildError, measure_once, note, race
+from bench_peers.children import (
+    NOISY_SHARE,
+    REPOSITORY,
+    ChildError,
+    measure_once,
+    note,
+    race,
+)
 from bench_peers.protocol import Task
 
 PYTHONS = {
@@ -81,6 +88,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", choices=["none", "layer"], default="none")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=3, help="steps a turn")
+    parser.add_argument(
+        "--retries",
+        type=int,
+        default=5,
+        help="a turn that other programs disturb is run again, so many times at most",
+    )
     parser.add_argument("--append", type=Path, help="JSON lines file for the record")
     arguments = parser.parse_args()
     if arguments.contestants is None:
@@ -88,7 +101,8 @@ def parse_arguments() -> argparse.Namespace:
     problems = [
         f"{name}: needs --{family}-python or ${PYTHONS[family]}"
         for name in arguments.contestants
-        if (family := name.split("-")[0]) in PYTHONS and not interpreter(arguments, family)
+        if (family := name.split("-")[0]) in PYTHONS
+        and not interpreter(arguments, family)
     ]
     problems += [
         f"{name}: no such contestant; they are {{ours,peft,qwix}}-{{nf4,dense}}"
@@ -129,9 +143,7 @@ def entry(arguments: argparse.Namespace, name: str, **fields) -> tuple[str, Task
     plain, _, options = name.partition(":")
     family, base = plain.split("-")
     pairs = [pair.split("=", 1) for pair in options.split(",") if pair]
-    task = Task(
-        contestant=name, quantized=base == "nf4", options=dict(pairs), **fields
-    )
+    task = Task(contestant=name, quantized=base == "nf4", options=dict(pairs), **fields)
     return interpreter(arguments, family), task
 
 
@@ -145,12 +157,12 @@ def time_steps(arguments: argparse.Namespace) -> list[dict]:
             "checkpoint": arguments.checkpoint,
         }
         entries = [entry(arguments, name, **fields) for name in arguments.contestants]
-        rows += race(entries, arguments.rounds, arguments.steps)
+        rows += race(entries, arguments.rounds, arguments.steps, arguments.retries)
     return rows
 
 
 def measure_memory(arguments: argparse.Namespace) -> list[dict]:
-    """Asks XLA for the memory of loss and gradient, for each dtype and checkpointing."""
+    """Asks XLA what memory loss and gradient take, with and without checkpointing."""
     rows = []
     for dtype, checkpoint, name in itertools.product(
         arguments.dtypes, ("none", "layer"), arguments.contestants
@@ -212,6 +224,7 @@ COLUMNS = {
         "p80": "p80_ms",
         "x ours-nf4": "vs_ours",
         "x own dense": "vs_own_dense",
+        "others": "others_cpu_share",
         "base MiB": "base_mib",
         "built MiB": "rss_after_build_mib",
         "peak, steps": "rss_peak_steps_mib",
@@ -315,6 +328,9 @@ def main() -> int:
     record |= {"mode": mode, "rows": rows}
     print(format_table(rows, COLUMNS[mode]))
     still = [r["contestant"] for r in rows if r.get("loss_fell") is False]
+    noisy = [r for r in rows if r.get("others_cpu_share", 0) > NOISY_SHARE]
+    if noisy:
+        print("other programs kept the machine busy (others): not to be relied on")
     if still:
         print(f"the loss did not fall: {', '.join(still)}")
     line = json.dumps(record)

@@ -1,279 +1,294 @@
 """Makes the embedded assets: a tiny Llama pretrained from scratch, and its dataset.
 
-Three things are made, all from one seed and from nothing but this file:
+Three things come out, all from one seed and from nothing but this script and
+tiny_corpus.py:
 
-1. A corpus of short stories. Two to four people each have something happen to them (a
-   thing, a place, a day), and the rest of the story says some of it again: in talk, in
-   letters, in lists. Predicting the second mention means looking up the first, which is
-   the skill that the fine-tuning task needs.
-2. A base model: a Llama of about 2.6 million parameters and a byte-level BPE of 768
-   tokens, trained on that corpus only, written as a Hugging Face folder.
-3. A task that the corpus never shows: reading a passage and filling in a record.
+1. base/: a Hugging Face folder with a Llama of 2.6 million parameters and a byte-level
+   BPE of 1024 tokens, pretrained on generated stories that say each fact several times.
+2. train.jsonl and test.jsonl: a task that the stories never show, reading a passage and
+   filling in a record. Test rows share no person and no adjective-noun pair with train.
 
-       input   "Omar bought a green kite by the river on Friday. [...]\nRecord for Omar:"
+       input   "Omar bought a green kite by the river on Friday. [...]\\nRecord for Omar:"
        output  " item: green kite; place: river; day: Friday"
 
-   Test rows ask for people and for pairs of adjective and noun that no train row has.
+3. SOURCE.md: what the base was trained on, how, and its figures.
 
-Run: python scripts/make_tiny_base.py --out qlora_jax/assets
+Run, about 15 minutes on two cores:
+
+    python scripts/make_tiny_base.py --out qlora_jax/assets --overwrite
 """
 
 import argparse
-import dataclasses
 import json
 import pathlib
 import random
 import sys
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tiny_corpus
 import tokenizers
 from flax import nnx
+from jaxtyping import Array, Float, Int
+
+import qlora_jax as qlora
+from qlora_jax.io.hf import check_output
+from qlora_jax.models.decoder import Decoder, DecoderConfig
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
 BOS_ID, EOS_ID = 1, 2
-
-WOMEN = """Adam Amir Ben Boris Carl David Dev Emil Felix Finn Frank Hugo Ivan Jack Jonas
-Kenji Kofi Leo Luca Max Milo Nico Noah Omar Oscar Otto Paul Peter Ravi Sam Theo Tom""".split()
-MEN = """Adam Ahmed Alan Amir Arthur Ben Boris Bruno Carl Cyrus Daniel David Dev Diego
-Emil Eric Felix Finn Frank George Hans Hugo Igor Ivan Jack Jamal Jan Joe Jonas Kenji
-Kofi Lars Leo Louis Luca Marco Mark Max Milo Nico Noah Oliver Omar Oscar Otto Pablo
-Paul Peter Ravi Remy Robin Rudi Sam Samir Simon Stefan Tariq Theo Tim Tom Victor Walter
-Yusuf Zane""".split()
-# Every adjective starts with a consonant sound, so that the article is always "a".
-ADJECTIVES = """red blue green yellow brown black white grey golden silver wooden
-glass paper leather tiny striped""".split()
-NOUNS = """lantern kite ball hat coat drum flute bell box basket book map key ring clock
-mirror candle cup plate kettle ladder rope boat wheel bucket hammer brush scarf boot mask
-doll coin feather shell cake pillow""".split()
-PAIRS = tuple((adjective, noun) for adjective in ADJECTIVES for noun in NOUNS)
-# Noun of the place -> the preposition it takes.
-PLACES = {
-    "kitchen": "in", "garden": "in", "forest": "in", "library": "in", "barn": "in",
-    "attic": "in", "school": "in", "cave": "in", "tower": "in", "park": "in",
-    "river": "by", "lake": "by", "gate": "by", "mill": "by", "bridge": "under",
-    "market": "at", "station": "at", "hill": "on", "beach": "on", "roof": "on",
-}  # fmt: skip
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-# Infinitive -> past tense.
-VERBS = {
-    "find": "found", "buy": "bought", "lose": "lost", "hide": "hid", "leave": "left",
-    "see": "saw", "mend": "mended", "drop": "dropped",
-}  # fmt: skip
-
-EVENTS = (
-    "{who} {past} a {item} {at} on {day}.",
-    "On {day} {who} {past} a {item} {at}.",
-    "On {day}, {at}, {who} {past} a {item}.",
-    "It was {day} when {who} {past} a {item} {at}.",
-    "{who} went to the {place} on {day} and {past} a {item} there.",
-    "On {day} {who} walked to the {place}, where {she} {past} a {item}.",
-    "{who} was {at} on {day}. That was where {she} {past} a {item}.",
-    "There was a {item} {at}. {who} {past} it on {day}.",
+CONFIG = DecoderConfig(
+    vocab_size=1024,
+    hidden_size=256,
+    intermediate_size=512,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    tie_word_embeddings=True,
+    max_position_embeddings=512,
 )
 
-# What a story says again. In each, one part of an event is asked of the others.
-RECALLS = (
-    '"Who {past} the {item}?" asked {other}. "{who} did," said {third}.',
-    '"What did {who} {verb}?" asked {other}. "A {item}," said {third}.',
-    '"Where did {who} {verb} the {item}?" asked {other}. "{At}," said {third}.',
-    '"When did {who} {verb} the {item}?" asked {other}. "On {day}," said {third}.',
-    '"Which day was {who} {at}?" asked {other}. "{day}," said {third}.',
-    '"Which place did {who} go to?" asked {other}. "The {place}," said {third}.',
-    '"Who was {at}?" asked {other}. "That was {who}," said {third}.',
-    '"Whose is this {item}?" asked {other}. "It is for {who}," said {third}.',
-    "{who} still thought about the {item}.",
-    "{who} told {her} mother about the {place} and about the {item}.",
-    "{other} wanted to see the {item}, so {who} took {other} to the {place}.",
-    "The next {day}, {who} went back to the {place}.",
-    "Nobody but {who} knew about the {item}.",
-    "So it was {who} who {past} the {item}, {at}, on {day}.",
-    "{who} wrote it down: the {item}, the {place}, {day}.",
-    "{who} made a song about it; the song was called The {item} of the {place}.",
-    "Dear {other}, on {day} I {past} a {item} {at}. Yours, {who}.",
-    "The {noun} was {adjective}, and {who} liked it that way.",
-    "It was {who} and nobody else who knew the way to the {place}.",
-    '"{other}, listen: {again}" said {third}.',
-    "{other} said it again and again: {again}",
-    "{other} remembered {day}, for on that day {who} {past} a {item}.",
-)
+SOURCE = """# Embedded assets
 
-OPENINGS = (
-    "It had been a long week.", "The week began with rain.", "Snow lay on the road.",
-    "The days were warm; the nights were cold.", "Once there were {count} friends.",
-    "This is the story of {names}.", "{names} lived in the same street.",
-    "Nobody could say how it all began.", "There is little to record about that week.",
-    "In those days {names} were always busy.", "Here is what the old book says.",
-)  # fmt: skip
-FILLERS = (
-    "The wind blew over the fields.", "A dog barked somewhere.", "{other} was asleep.",
-    "{other} stayed at home and baked bread.", "A bird sang in the old tree.",
-    "{other} had a cold and drank hot tea.", "The moon was bright that night.",
-    "{other} laughed for a long time.", "All the shops were closed.",
-    "{other} sat down and read a letter.", "The road was empty and quiet.",
-    "Nothing else happened for a while.", "{other} fed the cat and the hens.",
-)  # fmt: skip
-ENDINGS = (
-    "That was the end of it.", "And they all went home.", "Then it was time for bed.",
-    "They talked about it for years.", "The lamp was put out, and all was still.",
-    "So ended a good week.",
-)  # fmt: skip
-# Songs and lists said twice or more: the plainest copying, from which lookup grows.
-REFRAINS = (
-    "They sang as they went: {line}. And once more: {line}. At home again: {line}.",
-    '"Say it after me," said {who}: "{line}." "{line}," said {other}. "{line}."',
-    "{who} packed a big bag: {line}. Later {who} took it all out again: {line}.",
-    "The old man counted: {line}. {who} counted too: {line}.",
-    "On the wall it said: {line}. {who} read it aloud: {line}. {other} wrote: {line}.",
-)
-COUNTS = ("no", "one", "two", "three", "four")
+Made by `python scripts/make_tiny_base.py --seed {seed} --steps {steps} --batch {batch}
+--seq {seq}` with jax {jax}; Apache-2.0 like the rest of the repository.
+
+- `base/`: LlamaForCausalLM, {parameters:,} parameters in bfloat16, pretrained from
+  scratch. It saw {tokens:,} tokens of stories, each once, and nothing else: the stories
+  are generated by `scripts/tiny_corpus.py` from the word lists and sentence patterns in
+  that file. No text of anyone else's is in it. Loss on held-out stories: {loss:.3f}
+  nats a token. Training starts from random weights in which two heads are laid out as
+  an induction circuit (`starting_weights` in the script says why). It knows about
+  {people} names, {things} things, {places} places and nothing of the world: it is there
+  to show a fine-tuning run, not to talk to.
+- `train.jsonl` ({train} rows), `test.jsonl` ({test} rows): read a passage, fill in the
+  record of one person. The stories never show a record. Test rows use other people
+  and other adjective-noun pairs than train rows.
+"""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Event:
-    """One thing that happened: who did what, with which thing, where and on which day.
-
-    Attributes:
-      who: Name of the person.
-      feminine: Whether the pronoun for `who` is "she" rather than "he".
-      adjective: First word of the thing.
-      noun: Second word of the thing.
-      place: Noun of the place, a key of PLACES.
-      day: Day of the week.
-      verb: Infinitive, a key of VERBS.
-    """
-
-    who: str
-    feminine: bool
-    adjective: str
-    noun: str
-    place: str
-    day: str
-    verb: str
-
-    def fields(self) -> dict[str, str]:
-        """Returns the values that the sentence patterns above name."""
-        at = f"{PLACES[self.place]} the {self.place}"
-        return {
-            "who": self.who, "adjective": self.adjective, "noun": self.noun,
-            "item": f"{self.adjective} {self.noun}", "place": self.place, "at": at,
-            "At": at[0].upper() + at[1:], "day": self.day, "verb": self.verb,
-            "past": VERBS[self.verb], "she": "she" if self.feminine else "he",
-            "her": "her" if self.feminine else "his",
-        }  # fmt: skip
-
-    def record(self) -> str:
-        """Returns the output of a task row; it starts with the joining space."""
-        return f" item: {self.adjective} {self.noun}; place: {self.place}; day: {self.day}"
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--out", type=pathlib.Path, required=True, help="folder of the assets")
+    add("--overwrite", action="store_true", help="write into a folder with files in it")
+    add("--seed", type=int, default=0, help="of the text, the weights and the order")
+    add("--steps", type=int, default=1200, help="optimizer steps of pretraining")
+    add("--batch", type=int, default=12, help="rows of a step")
+    add("--seq", type=int, default=160, help="tokens of a row")
+    add("--learning-rate", type=float, default=2e-3, help="peak; cosine down to a 20th")
+    add("--train-rows", type=int, default=2000, help="rows of train.jsonl")
+    add("--test-rows", type=int, default=200, help="rows of test.jsonl")
+    return parser.parse_args()
 
 
-def invent_name(rng: random.Random) -> str:
-    """Returns a made-up name, so that copying is learned and not only a list of names."""
-    syllables = [rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(3)]
-    return "".join(syllables[: rng.choice((2, 3))]).capitalize() + rng.choice("lnrsk")
-
-
-def make_events(
-    rng: random.Random, people: list[str], pairs: list[tuple[str, str]], count: int
-) -> list[Event]:
-    """Returns `count` events of which no two share a person, a noun, a place or a day.
-
-    Args:
-      rng: Source of randomness.
-      people: Names to draw from.
-      pairs: (adjective, noun) pairs to draw from.
-      count: Number of events, at most 7.
-    """
-    chosen: list[tuple[str, str]] = []
-    while len(chosen) < count:
-        pair = rng.choice(pairs)
-        if all(pair[0] != a and pair[1] != n for a, n in chosen):
-            chosen.append(pair)
-    names, places = rng.sample(people, count), rng.sample(list(PLACES), count)
-    days, verbs = rng.sample(DAYS, count), rng.choices(list(VERBS), k=count)
-    return [
-        Event(
-            who=name, feminine=name in WOMEN or (name not in MEN and rng.random() < 0.5),
-            adjective=pair[0], noun=pair[1], place=place, day=day, verb=verb,
-        )  # fmt: skip
-        for name, pair, place, day, verb in zip(
-            names, chosen, places, days, verbs, strict=True
-        )
-    ]
-
-
-def make_refrain(rng: random.Random, people: list[str]) -> str:
-    """Returns a short text in which one line of names, things or places comes back."""
-    kinds = (
-        lambda: rng.choice(people),
-        lambda: f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}",
-        lambda: rng.choice(NOUNS),
-        lambda: f"the {rng.choice(list(PLACES))}",
-        lambda: rng.choice((rng.choice(people), rng.choice(NOUNS), rng.choice(DAYS))),
+def train_tokenizer(rng: random.Random) -> tokenizers.Tokenizer:
+    """Returns a byte-level BPE trained on stories, with BOS added as Llama does."""
+    byte_level = tokenizers.pre_tokenizers.ByteLevel
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = byte_level(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=CONFIG.vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=byte_level.alphabet(),
+        show_progress=False,
     )
-    kind, joint = rng.choice(kinds), rng.choice((", ", "; ", " and "))
-    line = joint.join(kind() for _ in range(rng.randint(3, 9)))
-    who, other = rng.sample(people, 2)
-    return rng.choice(REFRAINS).format(line=line, who=who, other=other)
+    stories = (tiny_corpus.make_story(rng, invented=0.0) for _ in range(10_000))
+    tokenizer.train_from_iterator(stories, trainer)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", BOS_ID)]
+    )
+    return tokenizer
 
 
-def make_story(rng: random.Random, invented: float = 0.1) -> str:
-    """Returns one story of about 150 tokens: opening, events, recalls, ending.
+def pack_stories(
+    rng: random.Random, tokenizer: tokenizers.Tokenizer, rows: int, width: int
+) -> Int[np.ndarray, "rows width"]:
+    """Returns fresh stories, each between BOS and EOS, end to end in rows."""
+    ids: list[int] = []
+    while len(ids) < rows * width:
+        stories = [tiny_corpus.make_story(rng) for _ in range(1000)]
+        for encoding in tokenizer.encode_batch(stories):
+            ids += [*encoding.ids, EOS_ID]
+    return np.array(ids[: rows * width], np.int32).reshape(rows, width)
 
-    Args:
-      rng: Source of randomness.
-      invented: Chance that the people of the story have made-up names.
+
+def starting_weights(key: Array) -> Decoder:
+    """Returns a random decoder in float32 in which two heads are an induction circuit.
+
+    A copy of something said before needs two heads in series: one that tells each
+    position what came before it, and a later one that looks for the positions whose
+    "before" is the token at hand and copies what stands there. Gradient descent finds
+    the pair only after many million tokens, more than two cores see in a quarter of an
+    hour, because neither head is of use without the other. So head 0 of layer 0 and
+    head 0 of layer 1 start as that pair, weak enough to be trained into something better;
+    all other weights are random.
+
+    Source: Olsson et al., arXiv 2209.11895, for what induction heads are.
     """
-    people = WOMEN + MEN
-    if rng.random() < invented:
-        people = [invent_name(rng) for _ in range(12)]
-        people = sorted(set(people))
-    if rng.random() < 0.25:
-        return make_refrain(rng, people)
-    events = make_events(rng, people, PAIRS, rng.choice((1, 1, 2, 2, 3, 3, 4)))
-    cast = [event.who for event in events]
-    outsiders = [name for name in rng.sample(people, 6) if name not in cast] or ["he"]
-    names = ", ".join(cast[:-1]) + " and " + cast[-1] if len(cast) > 1 else cast[0]
-    count = COUNTS[len(cast)]
+    model = Decoder(CONFIG, key=key, dtype="float32")
+    graphdef, state = nnx.split(model)
+    keys = iter(jax.random.split(key, 16))
+    hidden, size = CONFIG.hidden_size, CONFIG.head_dim
 
-    def filler() -> str:
-        return rng.choice(FILLERS).format(other=rng.choice(outsiders))
+    def scaled(path: tuple, value: Array) -> Array:
+        if "kernel" not in path:
+            return value
+        to_stream = "o_proj" in path or "down_proj" in path
+        gain = (0.1 if to_stream else 1.0) / value.shape[-1] ** 0.5
+        return gain * jax.random.normal(next(keys), value.shape)
 
-    sentences = []
-    if rng.random() < 0.6:
-        openings = OPENINGS if len(cast) > 1 else OPENINGS[:3]
-        sentences.append(rng.choice(openings).format(names=names, count=count))
-    told = {event: rng.choice(EVENTS).format(**event.fields()) for event in events}
-    for sentence in told.values():
-        sentences.append(sentence)
-        if rng.random() < 0.2:
-            sentences.append(filler())
-    choices = [(event, pattern) for event in events for pattern in RECALLS]
-    for event, pattern in rng.sample(choices, min(len(choices), rng.randint(4, 9))):
-        others = [name for name in cast if name != event.who] + outsiders[:2]
-        rng.shuffle(others)
-        fields = event.fields() | {
-            "other": others[0], "third": others[-1], "again": told[event],
-        }  # fmt: skip
-        sentences.append(pattern.format(**fields))
-        if rng.random() < 0.1:
-            sentences.append(filler())
-    sentences.append(rng.choice(ENDINGS))
-    return " ".join(sentences)
+    flat = {path: scaled(path, v[...]) for path, v in nnx.to_flat_state(state)}
+    # All embeddings share one direction, so that a head can have a pattern of positions
+    # whatever the tokens are: Llama's linears have no bias to carry one.
+    shared = jnp.sign(jax.random.normal(next(keys), (hidden,)))
+    noise = jax.random.normal(next(keys), (CONFIG.vocab_size, hidden))
+    flat[("embed_tokens",)] = 0.05 * (noise + shared)
+    q, k, v, o = (flat[("layers", "attn", f"{x}_proj", "kernel")] for x in "qkvo")
+
+    # Layer 0: query and key are the shared direction, one position apart in rotation.
+    half = jnp.arange(0, size, 2) / size
+    angle = CONFIG.rope_theta**-half
+    detector = 5.5 * shared / (hidden * 0.5**0.5)
+    before = jnp.concatenate([jnp.cos(angle), -jnp.sin(angle)])
+    here = jnp.concatenate([jnp.ones(size // 2), jnp.zeros(size // 2)])
+    q = q.at[0, :size].set(0.2 * q[0, :size] + before[:, None] * detector)
+    k = k.at[0, :size].set(0.2 * k[0, :size] + here[:, None] * detector)
+    identity = v[0, :size] - jnp.outer(v[0, :size] @ shared, shared) / hidden
+    v = v.at[0, :size].set(identity)
+    message = jax.random.normal(next(keys), (hidden, size)) / 8
+    o = o.at[0, :, :size].set(0.1 * message)
+    # Layer 1: the query is who is here, the key is who layer 0 says was before.
+    q = q.at[1, :size].set(6.0 * identity)
+    k = k.at[1, :size].set(message.T / 4)
+    o = o.at[1, :, :size].set(0.5 * v[1, :size].T)
+    for name, value in zip("qkvo", (q, k, v, o), strict=True):
+        flat[("layers", "attn", f"{name}_proj", "kernel")] = value
+    return nnx.merge(graphdef, with_values(state, flat))
 
 
-def make_rows(rng, people, pairs, count):
-    rows, seen = [], set()
-    while len(rows) < count:
-        events = make_events(rng, people, pairs, rng.choice((2, 2, 3)))
-        asked = rng.choice(events)
-        passage = " ".join(rng.choice(EVENTS).format(**e.fields()) for e in events)
-        text = f"{passage}\nRecord for {asked.who}:"
-        if text in seen:
-            continue
-        seen.add(text)
-        rows.append({"input": text, "output": asked.record()})
-    return rows
+def with_values(state: nnx.State, flat: dict[tuple, Array]) -> nnx.State:
+    """Returns `state` with the arrays of `flat`, keyed by path."""
+    pairs = [(path, v.replace(flat[path])) for path, v in nnx.to_flat_state(state)]
+    return nnx.from_flat_state(pairs)
+
+
+def pretrain(
+    model: Decoder, rows: Int[np.ndarray, "rows width"], args: argparse.Namespace
+) -> Decoder:
+    """Trains every weight on `rows`, once through; matmuls in bfloat16."""
+    graphdef, weights = nnx.split(model)
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, args.learning_rate, 50, args.steps, args.learning_rate / 20
+    )
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.05)
+    )
+    opt_state = tx.init(weights)
+
+    @jax.jit
+    def step(weights, opt_state, tokens):
+        loss, grads = jax.value_and_grad(story_loss)(weights, graphdef, tokens)
+        updates, opt_state = tx.update(grads, opt_state, weights)
+        return optax.apply_updates(weights, updates), opt_state, loss
+
+    start = time.monotonic()
+    for i, tokens in enumerate(batches(rows, args.batch)):
+        weights, opt_state, loss = step(weights, opt_state, tokens)
+        if i % 25 == 0 or i + 1 == args.steps:
+            seconds = time.monotonic() - start
+            print(f"step {i:5d}  loss {loss:.3f}  {seconds:.0f} s", file=sys.stderr)
+    return nnx.merge(graphdef, weights)
+
+
+def story_loss(
+    weights: nnx.State, graphdef: nnx.GraphDef, tokens: Int[Array, "batch width"]
+) -> Float[Array, ""]:
+    """Returns the mean cross-entropy of the next token, nats."""
+    low = jax.tree.map(lambda w: w.astype(jnp.bfloat16), weights)
+    logits = nnx.merge(graphdef, low)(tokens[:, :-1])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    return losses.mean()
+
+
+def batches(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Yields the rows in order, `size` at a time."""
+    for first in range(0, len(rows), size):
+        yield rows[first : first + size]
+
+
+def save_tokenizer(tokenizer: tokenizers.Tokenizer, folder: pathlib.Path) -> None:
+    """Writes tokenizer.json and the two small files that go with it."""
+    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "</s>",
+        "add_bos_token": True,
+        "model_max_length": CONFIG.max_position_embeddings,
+        "clean_up_tokenization_spaces": False,
+    }
+    generation = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
+    write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "generation_config.json", generation)
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", config | generation)
+
+
+def write_json(path: pathlib.Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def main() -> None:
+    args = parse_args()
+    check_output(args.out, args.overwrite)
+    start = time.monotonic()
+    rng = random.Random(args.seed)
+    tokenizer = train_tokenizer(rng)
+    train, test = tiny_corpus.make_task(rng, args.train_rows, args.test_rows)
+    count, held_out = args.steps * args.batch, 64
+    rows = pack_stories(rng, tokenizer, count + held_out, args.seq + 1)
+    print(f"{rows.size:,} tokens of stories", file=sys.stderr)
+
+    model = pretrain(starting_weights(jax.random.key(args.seed)), rows[:count], args)
+    graphdef, weights = nnx.split(model)
+    loss = float(story_loss(weights, graphdef, jnp.asarray(rows[count:])))
+    low = jax.tree.map(lambda w: w.astype(jnp.bfloat16), weights)
+    qlora.save_model(nnx.merge(graphdef, low), args.out / "base", overwrite=args.overwrite)
+    save_tokenizer(tokenizer, args.out / "base")
+    for name, task in (("train", train), ("test", test)):
+        lines = "".join(json.dumps(row) + "\n" for row in task)
+        (args.out / f"{name}.jsonl").write_text(lines)
+    figures = {
+        "out": str(args.out),
+        "seed": args.seed,
+        "steps": args.steps,
+        "batch": args.batch,
+        "seq": args.seq,
+        "parameters": sum(w.size for w in jax.tree.leaves(weights)),
+        "tokens": count * (args.seq + 1),
+        "loss": round(loss, 4),
+        "seconds": round(time.monotonic() - start, 1),
+        "train": len(train),
+        "test": len(test),
+        "jax": jax.__version__,
+    }
+    known = {
+        "people": len(tiny_corpus.WOMEN + tiny_corpus.MEN),
+        "things": len(tiny_corpus.NOUNS),
+        "places": len(tiny_corpus.PLACES),
+    }
+    (args.out / "SOURCE.md").write_text(SOURCE.format(**figures, **known))
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -32,11 +32,10 @@ from protocol import (
     xla_memory,
 )
 
-from qlora_jax.adapters import LoRAConfig, attach, join, split
+import qlora_jax as qlora
 from qlora_jax.models import Decoder, DecoderConfig, llama
-from qlora_jax.nn import QuantizedLinear, quantize
-from qlora_jax.quant import QuantConfig
-from qlora_jax.train.step import make_train_step, next_token_loss
+from qlora_jax.nn import QuantizedLinear
+from qlora_jax.train.step import next_token_loss
 
 
 def stacked_weights(task: Task) -> dict[str, np.ndarray]:
@@ -80,14 +79,14 @@ def build(task: Task) -> Contestant:
     """Builds the model, its adapter and its train step."""
     model = dense_decoder(task)
     if task.quantized:
-        model = quantize(model, QuantConfig(double_quant=True))
+        model = qlora.quantize(model, qlora.QuantConfig(double_quant=True))
     if implementation := task.options.get("implementation"):
         for _, node in model.iter_modules():
             if isinstance(node, QuantizedLinear):
                 node.implementation = implementation
-    config = LoRAConfig(rank=task.rank, alpha=task.alpha, targets="all-linear")
-    model = attach(model, config, key=jax.random.key(task.seed + 1))
-    graphdef, lora, base = split(model)
+    config = qlora.LoRAConfig(rank=task.rank, alpha=task.alpha, targets="all-linear")
+    model = qlora.attach(model, config, key=jax.random.key(task.seed + 1))
+    graphdef, lora, base = qlora.split(model)
     del model
     factors = jax.tree.leaves(lora)
     if len(factors) != 2 * len(LINEARS):
@@ -95,7 +94,7 @@ def build(task: Task) -> Contestant:
     tx = optax.adamw(task.learning_rate, weight_decay=0.0)
     tokens = task.tokens()
     batch = {"tokens": tokens, "weights": np.ones(tokens.shape, np.float32)}
-    train_step = make_train_step(graphdef, tx, checkpoint=task.checkpoint)
+    train_step = qlora.make_train_step(graphdef, tx, checkpoint=task.checkpoint)
     state = {"lora": lora, "opt_state": tx.init(lora)}
     facts = {
         "adapter_dtype": str(factors[0].dtype),
@@ -109,7 +108,7 @@ def build(task: Task) -> Contestant:
         loss_fn = next_token_loss(task.checkpoint)
 
         def loss_of(lora, base, batch):
-            return loss_fn(join(graphdef, lora, base), batch, None)
+            return loss_fn(qlora.join(graphdef, lora, base), batch, None)
 
         gradient = jax.jit(jax.value_and_grad(loss_of))
         on_device = jax.tree.map(jnp.asarray, batch)
@@ -120,8 +119,7 @@ def build(task: Task) -> Contestant:
         lowered = train_step.lower(state["lora"], base, state["opt_state"], batch)
         traced = time.perf_counter()
         lowered.compile()
-        compiled = time.perf_counter()
-        return {"trace_s": traced - start, "compile_s": compiled - traced}
+        return {"trace_s": traced - start, "compile_s": time.perf_counter() - traced}
 
     def step() -> float:
         state["lora"], state["opt_state"], metrics = jax.block_until_ready(

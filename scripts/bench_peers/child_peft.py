@@ -147,7 +147,9 @@ def build(task: Task) -> Contestant:
     kind = {type(m).__name__ for m in layers}
     expected = "Linear4bit" if task.quantized else "Linear"
     if kind != {expected} or len(layers) != len(LINEARS) * task.num_layers:
-        raise RuntimeError(f"expected LoRA on {expected} layers, got {len(layers)} x {kind}")
+        raise RuntimeError(
+            f"expected LoRA on {expected} layers, got {len(layers)} x {kind}"
+        )
     optimizer = torch.optim.AdamW(
         trained, lr=task.learning_rate, weight_decay=0.0, fused=True
     )

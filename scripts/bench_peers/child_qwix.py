@@ -13,6 +13,8 @@ base.
 Run by the parent, with the Python that has qwix.
 """
 
+import time
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -205,7 +207,7 @@ def build(task: Task) -> Contestant:
         updates, opt_state = tx.update(gradient, opt_state, lora)
         return optax.apply_updates(lora, updates), opt_state, loss
 
-    compiled = jax.jit(train, donate_argnums=(0, 2))
+    train_step = jax.jit(train, donate_argnums=(0, 2))
     state = {"lora": lora, "opt_state": opt_state}
     facts = {
         "adapter_dtype": str(jax.tree.leaves(lora)[0].dtype),
@@ -219,13 +221,20 @@ def build(task: Task) -> Contestant:
         gradient = jax.jit(jax.value_and_grad(loss_of))
         return xla_memory(gradient.lower(state["lora"], base, tokens).compile())
 
+    def compile_time() -> dict:
+        start = time.perf_counter()
+        lowered = train_step.lower(state["lora"], base, state["opt_state"], tokens)
+        traced = time.perf_counter()
+        lowered.compile()
+        return {"trace_s": traced - start, "compile_s": time.perf_counter() - traced}
+
     def step() -> float:
         state["lora"], state["opt_state"], loss = jax.block_until_ready(
-            compiled(state["lora"], base, state["opt_state"], tokens)
+            train_step(state["lora"], base, state["opt_state"], tokens)
         )
         return float(loss)
 
-    return Contestant(step, facts, {"memory": memory})
+    return Contestant(step, facts, {"memory": memory, "compile": compile_time})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,8 +23,10 @@ SPARE_MEMORY_MIB = 3072
 """No child is started when less than this is free: the others would be killed."""
 STDERR_TAIL_LINES = 15
 NOISY_SHARE = 0.05
-"""Of the processors, used by other programs while we race; more brings a warning.
-PyTorch suffers most from it: its threads wait for each other many times a step."""
+"""Of the processors, used by other programs during a turn; more disturbs it. PyTorch
+suffers most from it, tenfold: its threads wait for each other many times a step."""
+PAUSE_S = 2
+"""Before a disturbed turn is run again."""
 
 
 class ChildError(RuntimeError):
@@ -67,6 +70,7 @@ class Child:
             )
         self.task = task
         self.rounds: list[list[float]] = []
+        self.others_shares: list[float] = []
         self.stderr = tempfile.TemporaryFile("w+")
         family = task.contestant.split("-")[0]
         environment = os.environ | {
@@ -104,14 +108,14 @@ class Child:
             f" got {line!r}; exit code {self.process.returncode}; stderr ends:\n{tail}"
         )
 
-    def run(self, steps: int) -> None:
-        """Runs one round and keeps its step times."""
+    def run(self, steps: int) -> list[float]:
+        """Runs some steps; returns the seconds of each."""
         try:
             self.process.stdin.write(f"{steps}\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             pass  # receive says why
-        self.rounds.append(self.receive("step_s")["step_s"])
+        return self.receive("step_s")["step_s"]
 
     def cpu_s(self) -> float:
         """Returns the processor time the child has used so far (Linux)."""
@@ -155,26 +159,41 @@ def measure_once(python: str, task: Task) -> dict:
     return child.ready
 
 
-def take_turns(children: list[Child], rounds: int, steps: int) -> float:
-    """Runs the rounds; returns the share of the processors that others used."""
-    ours_s = -sum(child.cpu_s() for child in children)
-    busy_before_s, all_before_s = busy_cpu_s()
-    for turn in range(rounds):
-        note(f"round {turn + 1} of {rounds}")
-        for child in children:
-            child.run(steps)
-    busy_s, all_s = busy_cpu_s()
-    ours_s += sum(child.cpu_s() for child in children)
-    return max(0.0, busy_s - busy_before_s - ours_s) / (all_s - all_before_s)
+def take_turn(child: Child, steps: int, retries: int) -> float:
+    """Runs one turn, and again while other programs disturb it.
+
+    Args:
+      child: Whose turn it is.
+      steps: Of the turn.
+      retries: How often a disturbed turn is run again, each after a pause.
+
+    Returns:
+      The share of the processors that other programs used during the turn kept.
+    """
+    for attempt in range(retries + 1):
+        used_s = -child.cpu_s()
+        busy_before_s, all_before_s = busy_cpu_s()
+        step_s = child.run(steps)
+        busy_s, all_s = busy_cpu_s()
+        used_s += child.cpu_s()
+        others_share = (busy_s - busy_before_s - used_s) / (all_s - all_before_s)
+        if others_share <= NOISY_SHARE or attempt == retries:
+            break
+        time.sleep(PAUSE_S)
+    child.rounds.append(step_s)
+    return max(0.0, others_share)
 
 
-def race(entries: list[tuple[str, Task]], rounds: int, steps: int) -> list[dict]:
+def race(
+    entries: list[tuple[str, Task]], rounds: int, steps: int, retries: int
+) -> list[dict]:
     """Builds all contestants, then runs rounds of a few steps each in turn.
 
     Args:
       entries: Interpreter and task of each contestant; all of one dtype.
       rounds: How often each gets its turn.
       steps: Training steps a turn.
+      retries: How often a turn that other programs disturb is run again.
 
     Returns:
       One row a contestant, in the order given; a failed one has "error" in it.
@@ -189,12 +208,10 @@ def race(entries: list[tuple[str, Task]], rounds: int, steps: int) -> list[dict]
             except ChildError as error:
                 note(str(error))
                 failed[task.contestant] = str(error)
-        others_share = take_turns(children, rounds, steps)
-        if others_share > NOISY_SHARE:
-            note(
-                f"other programs used {others_share:.0%} of the processors during the"
-                " race: the figures are of little worth"
-            )
+        for turn in range(rounds):
+            note(f"round {turn + 1} of {rounds}")
+            for child in children:
+                child.others_shares.append(take_turn(child, steps, retries))
         ended = {child.task.contestant: child.finish() for child in children}
     finally:
         for child in children:
@@ -210,7 +227,7 @@ def race(entries: list[tuple[str, Task]], rounds: int, steps: int) -> list[dict]
         child = by_name[task.contestant]
         done = ended[task.contestant]
         rows.append(row | timing(child.rounds) | done | child.ready)
-        rows[-1]["others_cpu_share"] = others_share
+        rows[-1]["others_cpu_share"] = statistics.median(child.others_shares)
         rows[-1]["loss_fell"] = done["loss_last"] < done["loss_first"]
     for row in rows:
         if "error" not in row:

@@ -84,7 +84,10 @@ class Task:
         kv = self.num_kv_heads * self.head_dim
         shapes = {"model.embed_tokens": (self.vocab_size, hidden)}
         for layer in range(self.num_layers):
-            attention, feed = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
+            attention, feed = (
+                f"model.layers.{layer}.self_attn",
+                f"model.layers.{layer}.mlp",
+            )
             shapes |= {
                 f"{attention}.q_proj": (hidden, hidden),
                 f"{attention}.k_proj": (kv, hidden),

@@ -1,0 +1,40 @@
+"""What all tests share: strict JAX, four CPU devices, where golden cases lie.
+
+Imports nothing of the packages under test: jaxtyping instruments them on import, and its
+plugin refuses what was imported before it.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import pytest
+
+HERE = Path(__file__).parent
+
+jax.config.update("jax_num_cpu_devices", 4)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of models and data that is no part of the project."""
+    folder = Path(os.environ.get("QLORA_JAX_SHARED") or HERE.parents[1] / "shared")
+    if not folder.is_dir():
+        pytest.skip(f"needs the shared folder, and {folder} is none")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden(request: pytest.FixtureRequest) -> Callable[[str], Path]:
+    """Finds a golden case: in tests/golden, else in the shared folder, else skips."""
+
+    def find(name: str) -> Path:
+        if (HERE / "golden" / name).exists():
+            return HERE / "golden" / name
+        path = request.getfixturevalue("shared") / "golden" / name
+        if not path.exists():
+            pytest.skip(f"needs the golden case {name}, which {path} does not have")
+        return path
+
+    return find

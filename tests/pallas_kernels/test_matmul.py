@@ -1,0 +1,241 @@
+"""One contract for every implementation of nf4_matmul, in every layout and dtype.
+
+The oracle is numpy float64 on the decoded weight, rounded to the compute dtype.
+"""
+
+import dataclasses
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from pallas_kernels import matmul, nf4_matmul, reference
+from pallas_kernels.layout import QuantizedTensor
+from pallas_kernels.matmul import IMPLEMENTATIONS
+
+M = 5
+SHAPES = {"planar256": (24, 512), "planar64": (24, 192), "flat": (21, 72)}
+
+# Sums are float32: their error is within this part of the sum of magnitudes.
+SUM_ERROR = 2e-6
+# One rounding of the result to the compute dtype.
+ROUNDING = {"float32": 2e-7, "bfloat16": 2**-8, "float16": 2**-11}
+
+
+def activations(rows: int, width: int, dtype: str = "float32") -> jax.Array:
+    x = np.random.default_rng(1).normal(size=(rows, width))
+    return jnp.asarray(x, dtype)
+
+
+def forward_and_dx(name, x, w, dy):
+    y, pull = jax.vjp(lambda x: nf4_matmul(x, w, name), x)
+    return y, pull(dy)[0]
+
+
+def check(actual, x, w) -> None:
+    """Compares with x @ w in float64, w being (k, n)."""
+    x, w = (np.asarray(a, np.float64) for a in (x, w))
+    expected, magnitude = x @ w, np.abs(x) @ np.abs(w)
+    bound = SUM_ERROR * magnitude + ROUNDING[actual.dtype.name] * np.abs(expected)
+    error = np.abs(np.asarray(actual, np.float64) - expected)
+    assert (error <= bound).all(), f"off by {(error / bound).max():.1f} times the bound"
+
+
+def check_contract(
+    name: str, w: QuantizedTensor, dtype: str = "float32", rows: int = M
+) -> None:
+    n, k = w.shape
+    x, dy = activations(rows, k, dtype), activations(rows, n, dtype)
+    refuses = IMPLEMENTATIONS[name].refuses
+    if reason := refuses(rows, w, x.dtype, jax.default_backend()):
+        pytest.skip(f"{name} cannot run here: {reason}")
+    y, dx = jax.jit(functools.partial(forward_and_dx, name))(x, w, dy)
+    assert (y.shape, dx.shape) == ((rows, n), (rows, k))
+    assert y.dtype == dx.dtype == x.dtype
+    dense = oracle.decoded(w).astype(x.dtype)
+    check(y, x, dense.T)
+    check(dx, dy, dense)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_product_and_gradient_are_those_of_the_decoded_weight(name, shape, dtype):
+    check_contract(name, oracle.quantized(shape), dtype)
+
+
+@pytest.mark.parametrize(
+    ("shape", "codebook"), [((24, 512), "fp4"), ((24, 192), "int4"), ((21, 72), "fp4")]
+)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_other_codebooks_and_a_plain_absmax_work(name, shape, codebook):
+    w = oracle.quantized(shape, codebook=codebook, double_quant=False)
+    check_contract(name, w)
+
+
+@pytest.mark.parametrize(
+    ("shape", "block_size"),
+    [((8, 1024), 512), ((8, 384), 128), ((8, 128), 32), ((8, 96), 4096)],
+)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_one_row_and_other_block_sizes_work(name, shape, block_size):
+    w = oracle.quantized(shape, block_size=block_size)
+    check_contract(name, w, "bfloat16", rows=1)
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """Makes the 'xla' implementation tile small weights; gives the sizes it used."""
+    sizes = []
+    whole = reference._map_tiles
+
+    def seen(tile, count, unit_bytes):
+        def recorded(start, size):
+            sizes.append(size)
+            return tile(start, size)
+
+        return whole(recorded, count, unit_bytes)
+
+    monkeypatch.setattr(reference, "_map_tiles", seen)
+    monkeypatch.setitem(reference.WHOLE_BYTES, "cpu", 0)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("shape", "block_size", "dtype"),
+    [
+        ((24, 512), 64, "float32"),
+        ((24, 512), 64, "bfloat16"),
+        ((24, 1024), 512, "float32"),
+        ((24, 192), 64, "float32"),
+        ((24, 192), 64, "float16"),
+        ((24, 384), 128, "float32"),
+    ],
+)
+def test_one_tile_multiplied_plane_by_plane_makes_the_product(
+    tiles, shape, block_size, dtype
+):
+    check_contract("xla", oracle.quantized(shape, block_size=block_size), dtype)
+    assert tiles[0] == shape[0]
+
+
+@pytest.mark.parametrize(
+    ("shape", "block_size"), [((27, 768), 64), ((27, 2048), 512), ((27, 320), 64)]
+)
+def test_tiles_with_a_remainder_make_the_whole_product(
+    tiles, monkeypatch, shape, block_size
+):
+    # 5 rows of w fill a forward tile. In backward a tile is one unit of columns.
+    monkeypatch.setitem(reference.TILE_BYTES, "cpu", 5 * shape[1] * 4)
+    check_contract("xla", oracle.quantized(shape, block_size=block_size))
+    assert {5, 2, 1} <= set(tiles)
+
+
+def test_columns_are_tiled_with_a_remainder(tiles, monkeypatch):
+    # 11 units of 256 columns: tiles of 3, 3, 3 and a rest of 2.
+    monkeypatch.setitem(reference.TILE_BYTES, "cpu", 3 * 256 * 4 * 4)
+    check_contract("xla", oracle.quantized((4, 11 * 256)))
+    assert {3, 2} <= set(tiles)
+
+
+def test_leading_axes_of_x_are_kept():
+    w = oracle.quantized((21, 72))
+    x = activations(6, 72)
+    y = nf4_matmul(x.reshape(2, 3, 72), w)
+    assert y.shape == (2, 3, 21)
+    check(y.reshape(6, 21), x, oracle.decoded(w).T)
+    assert nf4_matmul(x[0], w).shape == (21,)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_residuals_are_the_packed_weight_alone(shape):
+    def residuals(x, w):
+        return jax.vjp(lambda x: nf4_matmul(x, w), x)[1]
+
+    w = oracle.quantized(shape)
+    kept = jax.tree.leaves(jax.eval_shape(residuals, activations(M, shape[1]), w))
+    assert kept
+    floats = [leaf for leaf in kept if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert all(leaf.size < w.blocks for leaf in floats)
+    assert sum(leaf.size * leaf.dtype.itemsize for leaf in kept) <= w.nbytes
+
+
+def test_the_weight_gets_no_gradient():
+    w = oracle.quantized(SHAPES["planar64"], double_quant=False)
+    x = activations(M, w.shape[1])
+
+    def loss(x, absmax):
+        return nf4_matmul(x, dataclasses.replace(w, absmax=absmax)).sum()
+
+    dx, d_absmax = jax.jit(jax.grad(loss, (0, 1)))(x, w.absmax)
+    assert jnp.abs(dx).max() > 0
+    np.testing.assert_array_equal(d_absmax, jnp.zeros_like(w.absmax))
+
+
+@pytest.mark.parametrize("shape", [SHAPES["planar256"], SHAPES["flat"]])
+def test_it_runs_under_vmap_and_scan_over_stacked_weights(shape):
+    both = [oracle.quantized(shape, seed=seed) for seed in (0, 1)]
+    dense = [oracle.decoded(w) for w in both]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *both)
+    x = activations(M, shape[1])
+
+    mapped = jax.jit(jax.vmap(nf4_matmul, (None, 0)))(x, stack)
+    for y, w in zip(mapped, dense, strict=True):
+        check(y, x, w.T)
+
+    def scanned(x, stack):
+        return jax.lax.scan(lambda c, w: (c, nf4_matmul(x, w)), 0, stack)[1].sum()
+
+    dx = jax.jit(jax.grad(scanned))(x, stack)
+    check(dx, np.ones((M, 2 * shape[0])), np.concatenate(dense))
+
+
+def test_x_of_the_wrong_width_is_refused():
+    with pytest.raises(ValueError, match=r"x has shape \(2, 64\).*k=192"):
+        nf4_matmul(jnp.ones((2, 64)), oracle.quantized((24, 192)))
+
+
+def test_x_of_an_unfit_dtype_is_refused():
+    x = jnp.ones((2, 192), jnp.float8_e4m3fn)
+    with pytest.raises(ValueError, match="x is float8_e4m3fn, expected bfloat16"):
+        nf4_matmul(x, oracle.quantized((24, 192)))
+
+
+def test_a_weight_that_is_no_matrix_is_refused():
+    w = dataclasses.replace(oracle.quantized((24, 192)), shape=(2, 12, 192))
+    with pytest.raises(ValueError, match=r"takes a matrix \(n, k\).*\(2, 12, 192\)"):
+        nf4_matmul(jnp.ones((2, 192)), w)
+
+
+def test_an_unknown_implementation_is_refused_with_those_known():
+    with pytest.raises(ValueError, match="'fast' is not known here; known: .*xla"):
+        nf4_matmul(jnp.ones((2, 192)), oracle.quantized((24, 192)), "fast")
+
+
+@pytest.fixture
+def refusing(monkeypatch):
+    """Puts an implementation that cannot run here in front."""
+    xla = IMPLEMENTATIONS["xla"]
+    picky = dataclasses.replace(xla, refuses=lambda *args: "needs 17 GPUs")
+    monkeypatch.setattr(matmul, "IMPLEMENTATIONS", {"picky": picky, "xla": xla})
+
+
+def test_a_named_implementation_that_cannot_run_raises_with_the_reason(refusing):
+    with pytest.raises(ValueError, match="'picky' cannot run: needs 17 GPUs"):
+        nf4_matmul(jnp.ones((2, 192)), oracle.quantized((24, 192)), "picky")
+
+
+def test_the_free_choice_passes_over_it_and_says_so_once(refusing, caplog):
+    matmul._log_choice.cache_clear()
+    w = oracle.quantized((24, 192))
+    with caplog.at_level(logging.INFO, matmul.logger.name):
+        for _ in range(2):
+            name = matmul.choose(M, w, jnp.dtype("float32"), jax.default_backend())
+            assert name == "xla"
+    said = [r.message for r in caplog.records if r.name == matmul.logger.name]
+    assert len(said) == 1
+    assert "'xla'" in said[0] and "picky: needs 17 GPUs" in said[0]

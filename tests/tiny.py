@@ -1,0 +1,186 @@
+"""A tiny base, its tokenizer and its data, for tests that need a whole model.
+
+The model is random, 2 layers of hidden 64; the tokenizer has one token a byte. Values
+are cached: tests must not write to them (nothing in qlora_jax does).
+"""
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+from flax import nnx
+
+from qlora_jax.adapters import LoRAConfig, attach
+from qlora_jax.data import Dataset
+from qlora_jax.data.dataset import Row
+from qlora_jax.io.hf import save_model
+from qlora_jax.io.tokenizer import Tokenizer
+from qlora_jax.models import Decoder, DecoderConfig
+from qlora_jax.nn import FrozenParam, quantize
+
+BOS, EOS, USER, ASSISTANT = 256, 257, 258, 259
+SPECIAL = ("<s>", "</s>", "<user>", "<assistant>")
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+CONFIG = DecoderConfig(
+    vocab_size=272,
+    hidden_size=64,
+    intermediate_size=128,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    max_position_embeddings=256,
+)
+
+
+def byte_tokenizer() -> tokenizers.Tokenizer:
+    """Returns a tokenizer with one token a byte and the special ones."""
+    from tokenizers import decoders, models, pre_tokenizers
+
+    # The byte-level alphabet, printable stand-ins of all bytes, in byte order.
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = tokenizers.Tokenizer(
+        models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[])
+    )
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(list(SPECIAL))
+    return made
+
+
+@functools.cache
+def tokenizer(*, bos: bool = True, chat: bool = True) -> Tokenizer:
+    """Returns it as the library holds it."""
+    return Tokenizer(
+        byte_tokenizer(),
+        bos_id=BOS if bos else None,
+        eos_ids=(EOS,),
+        chat_template=CHAT_TEMPLATE if chat else None,
+        special_tokens={"bos_token": "<s>", "eos_token": "</s>"},
+    )
+
+
+@functools.cache
+def decoder(dtype: str = "float32", seed: int = 0, bias: bool = False) -> Decoder:
+    """Returns a dense base whose logits are far from uniform."""
+    import dataclasses
+
+    config = dataclasses.replace(CONFIG, attention_bias=bias)
+    model = Decoder(config, key=jax.random.key(seed), dtype="float32")
+    keys = iter(jax.random.split(jax.random.key(seed + 1), 64))
+
+    def spread(path: tuple, variable: nnx.Variable) -> nnx.Variable:
+        x = variable.get_value()
+        if path[-1] == "bias":
+            x = 0.3 * jax.random.normal(next(keys), x.shape)
+        elif path[-1] == "weight":
+            x = x + 0.1 * jax.random.normal(next(keys), x.shape)
+        else:
+            x = x * (15.0 if path[-1] == "embed_tokens" else 6.0)
+        return variable.replace(x.astype(dtype))
+
+    graphdef, state = nnx.split(model)
+    flat = [(path, spread(path, v)) for path, v in nnx.to_flat_state(state)]
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+@functools.cache
+def quantized(dtype: str = "float32", seed: int = 0, bias: bool = False) -> Decoder:
+    """Returns `decoder` with 4-bit linears (the head stays dense)."""
+    return quantize(decoder(dtype, seed, bias))
+
+
+def adapted(
+    model: nnx.Module, *, zero: bool = False, seed: int = 5, **config: Any
+) -> Any:
+    """Returns a model with an adapter whose lora_b is random, unless `zero`."""
+    config = {"rank": 4, "alpha": 8.0} | config
+    model = attach(model, LoRAConfig(**config), key=jax.random.key(seed))
+    if zero:
+        return model
+    graphdef, lora, base = nnx.split(model, nnx.LoRAParam, ...)
+    return nnx.merge(graphdef, randomized(lora, seed), base)
+
+
+def randomized(lora: nnx.State, seed: int = 5) -> nnx.State:
+    """Returns an adapter with lora_b drawn, so that it changes what the model says."""
+    keys = iter(jax.random.split(jax.random.key(seed), 64))
+
+    def draw(path: tuple, variable: nnx.Variable) -> nnx.Variable:
+        if path[-1] != "lora_b":
+            return variable
+        x = variable.get_value()
+        return variable.replace(0.05 * jax.random.normal(next(keys), x.shape))
+
+    flat = [(path, draw(path, v)) for path, v in nnx.to_flat_state(lora)]
+    return nnx.from_flat_state(flat)
+
+
+def tokens(batch: int = 2, seq: int = 7, seed: int = 3) -> jax.Array:
+    """Returns random token ids."""
+    return jax.random.randint(jax.random.key(seed), (batch, seq), 0, 256, jnp.int32)
+
+
+@functools.cache
+def sums(count: int = 12, low: int = 0) -> tuple[dict[str, str], ...]:
+    """Returns rows of a task that an adapter can learn: the next letter, doubled."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    return tuple(
+        {
+            "input": f"after {letters[(low + i) % 26]}:",
+            "output": f" {2 * letters[(low + i + 1) % 26]}",
+        }
+        for i in range(count)
+    )
+
+
+def rows(lengths: Sequence[int], seed: int = 0) -> Dataset:
+    """Returns random rows of the given lengths; their first third is prompt."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for length in lengths:
+        prompt = max(1, length // 3)
+        weights = np.zeros(length, np.float32)
+        weights[prompt:] = 1
+        ids = rng.integers(0, 256, length).astype(np.int32)
+        made.append(Row(ids, weights, prompt, ""))
+    return Dataset(made, max(lengths))
+
+
+def write_jsonl(path: Path, values: Sequence[Any]) -> Path:
+    """Writes one JSON value a line."""
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return path
+
+
+def write_folder(out: Path, model: Decoder | None = None) -> Path:
+    """Writes a Hugging Face folder with the tokenizer."""
+    save_model(decoder() if model is None else model, out)
+    byte_tokenizer().save(str(out / "tokenizer.json"))
+    settings = {
+        "bos_token": "<s>",
+        "eos_token": {"content": "</s>"},
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (out / "tokenizer_config.json").write_text(json.dumps(settings))
+    return out
+
+
+def arrays(tree: Any) -> list[np.ndarray]:
+    """Returns every leaf as a numpy array."""
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def frozen(model: nnx.Module) -> list[np.ndarray]:
+    """Returns the values of every frozen variable."""
+    return arrays(nnx.state(model, FrozenParam))
