@@ -36,7 +36,9 @@ _NF4 = (
 )
 # E2M1 magnitudes by code, before division by the largest; bit 3 is the sign.
 _FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
-_FP4 = tuple(v / 12 for v in _FP4_MAGNITUDES) + tuple(0 - v / 12 for v in _FP4_MAGNITUDES)
+_FP4 = tuple(v / 12 for v in _FP4_MAGNITUDES) + tuple(
+    0 - v / 12 for v in _FP4_MAGNITUDES
+)
 # Symmetric integers -8..7 over 7; no element reaches -8/7, so 15 codes are in use.
 _INT4 = tuple(i / 7 for i in range(-8, 8))
 

@@ -1,4 +1,4 @@
-"""The storage contract (C1): how 4-bit codes lie in memory, and the tensor that has them.
+"""The storage contract (C1): how 4-bit codes lie in memory, and their tensor.
 
 A weight is kept in Hugging Face orientation (n out, k in). Its blocks run along k in
 row-major order. Three layouts hold the same codes, each an exact permutation of the
@@ -143,11 +143,13 @@ class QuantizedTensor:
         return -(-math.prod(self.shape) // self.block_size)
 
     def tree_flatten_with_keys(self):
+        """Arrays with their names, and the static fields."""
         keys = [(jax.tree_util.GetAttrKey(k), getattr(self, k)) for k in _ARRAYS]
         return keys, tuple(getattr(self, k) for k in _STATIC)
 
     @classmethod
     def tree_unflatten(cls, static, arrays):
+        """Inverts tree_flatten_with_keys."""
         # Past __init__: transformations put bools, shapes and None in place of arrays.
         self = object.__new__(cls)
         for key, value in zip(_ARRAYS + _STATIC, (*arrays, *static), strict=True):

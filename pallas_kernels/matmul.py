@@ -72,12 +72,15 @@ def nf4_matmul(
         raise ValueError(f"nf4_matmul takes a matrix (n, k), got a weight of {w.shape}")
     n, k = w.shape
     if x.ndim == 0 or x.shape[-1] != k:
-        raise ValueError(f"x has shape {x.shape}, its last axis must be k={k} of {w.shape}")
+        raise ValueError(
+            f"x has shape {x.shape}, its last axis must be k={k} of {w.shape}"
+        )
     if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise ValueError(f"x is {x.dtype}, expected bfloat16, float16 or float32")
     rows = x.reshape(-1, k)
     name = choose(rows.shape[0], w, x.dtype, jax.default_backend(), implementation)
-    return _matmul(rows, w, name).reshape(*x.shape[:-1], n)
+    y: Array = _matmul(rows, w, name)
+    return y.reshape(*x.shape[:-1], n)
 
 
 def choose(
@@ -91,7 +94,9 @@ def choose(
     if name is not None:
         if name not in IMPLEMENTATIONS:
             known = ", ".join(IMPLEMENTATIONS)
-            raise ValueError(f"implementation {name!r} is not known here; known: {known}")
+            raise ValueError(
+                f"implementation {name!r} is not known here; known: {known}"
+            )
         if reason := IMPLEMENTATIONS[name].refuses(m, w, dtype, platform):
             raise ValueError(f"implementation {name!r} cannot run: {reason}")
         return name

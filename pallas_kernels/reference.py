@@ -83,6 +83,8 @@ def decode_absmax(w: QuantizedTensor) -> Float[Array, " blocks"]:
     """Returns the float32 absmax of every block of one tensor."""
     if w.absmax is not None:
         return w.absmax
+    assert w.absmax_codes is not None and w.absmax_scale is not None
+    assert w.absmax_offset is not None
     table = jnp.asarray(cb.dynamic_map())
     values = table.at[w.absmax_codes.astype(jnp.int32)].get(mode="promise_in_bounds")
     scale = jnp.repeat(w.absmax_scale, cb.ABSMAX_BLOCK_SIZE)[: values.shape[0]]
@@ -92,13 +94,17 @@ def decode_absmax(w: QuantizedTensor) -> Float[Array, " blocks"]:
     return product + w.absmax_offset
 
 
-def decode_codes(words: Shaped[Array, "..."], codebook: cb.Codebook) -> Float[Array, "..."]:
+def decode_codes(
+    words: Shaped[Array, "..."], codebook: cb.Codebook
+) -> Float[Array, "..."]:
     """Maps the lowest four bits of each word to its float32 codebook value."""
     bits = [(words & words.dtype.type(1 << bit)) != 0 for bit in (3, 2, 1, 0)]
     return _select([jnp.float32(v) for v in cb.values(codebook)], bits)
 
 
-def dequantize(w: QuantizedTensor, dtype: jnp.dtype | str | None = None) -> Float[Array, "..."]:
+def dequantize(
+    w: QuantizedTensor, dtype: jnp.dtype | str | None = None
+) -> Float[Array, "..."]:
     """Decodes one tensor: float32 value times absmax, rounded once to `dtype`."""
     dtype = jnp.dtype(dtype or w.dtype)
     absmax = decode_absmax(w)

@@ -262,7 +262,9 @@ def main() -> None:
     graphdef, weights = nnx.split(model)
     loss = float(story_loss(weights, graphdef, jnp.asarray(rows[count:])))
     low = jax.tree.map(lambda w: w.astype(jnp.bfloat16), weights)
-    qlora.save_model(nnx.merge(graphdef, low), args.out / "base", overwrite=args.overwrite)
+    qlora.save_model(
+        nnx.merge(graphdef, low), args.out / "base", overwrite=args.overwrite
+    )
     save_tokenizer(tokenizer, args.out / "base")
     for name, task in (("train", train), ("test", test)):
         lines = "".join(json.dumps(row) + "\n" for row in task)

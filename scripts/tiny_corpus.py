@@ -140,7 +140,9 @@ class Event:
 
     def record(self) -> str:
         """Returns the output of a task row; it starts with the joining space."""
-        return f" item: {self.adjective} {self.noun}; place: {self.place}; day: {self.day}"
+        return (
+            f" item: {self.adjective} {self.noun}; place: {self.place}; day: {self.day}"
+        )
 
 
 def invent_name(rng: random.Random) -> str:
@@ -169,8 +171,13 @@ def make_events(
     days, verbs = rng.sample(DAYS, count), rng.choices(list(VERBS), k=count)
     return [
         Event(
-            who=name, feminine=name in WOMEN or (name not in MEN and rng.random() < 0.5),
-            adjective=pair[0], noun=pair[1], place=place, day=day, verb=verb,
+            who=name,
+            feminine=name in WOMEN or (name not in MEN and rng.random() < 0.5),
+            adjective=pair[0],
+            noun=pair[1],
+            place=place,
+            day=day,
+            verb=verb,
         )  # fmt: skip
         for name, pair, place, day, verb in zip(
             names, chosen, places, days, verbs, strict=True

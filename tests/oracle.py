@@ -28,7 +28,9 @@ def quantized(
         if dtype == "float32":
             arrays[name] = jnp.asarray(rng.uniform(0.01, 0.02, size), dtype)
         else:
-            arrays[name] = jnp.asarray(rng.integers(0, np.iinfo(dtype).max, size), dtype)
+            arrays[name] = jnp.asarray(
+                rng.integers(0, np.iinfo(dtype).max, size), dtype
+            )
     return QuantizedTensor(
         **arrays, shape=shape, block_size=block_size, codebook=codebook, layout=where
     )

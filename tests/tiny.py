@@ -4,6 +4,7 @@ The model is random, 2 layers of hidden 64; the tokenizer has one token a byte. 
 are cached: tests must not write to them (nothing in qlora_jax does).
 """
 
+import dataclasses
 import functools
 import json
 from collections.abc import Sequence
@@ -73,8 +74,6 @@ def tokenizer(*, bos: bool = True, chat: bool = True) -> Tokenizer:
 @functools.cache
 def decoder(dtype: str = "float32", seed: int = 0, bias: bool = False) -> Decoder:
     """Returns a dense base whose logits are far from uniform."""
-    import dataclasses
-
     config = dataclasses.replace(CONFIG, attention_bias=bias)
     model = Decoder(config, key=jax.random.key(seed), dtype="float32")
     keys = iter(jax.random.split(jax.random.key(seed + 1), 64))
@@ -174,6 +173,17 @@ def write_folder(out: Path, model: Decoder | None = None) -> Path:
     }
     (out / "tokenizer_config.json").write_text(json.dumps(settings))
     return out
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(graphdef: nnx.GraphDef, state: nnx.State, tokens: jax.Array) -> jax.Array:
+    return nnx.merge(graphdef, state)(tokens)
+
+
+def logits(model: nnx.Module, tokens: jax.Array) -> np.ndarray:
+    """Returns a model's logits, compiled once for models of the same structure."""
+    graphdef, state = nnx.split(model)
+    return np.asarray(_logits(graphdef, state, tokens))
 
 
 def arrays(tree: Any) -> list[np.ndarray]:

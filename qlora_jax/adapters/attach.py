@@ -1,4 +1,4 @@
-"""Attaching LoRA to a model, and taking the model apart into what trains and what not."""
+"""Attaching LoRA to a model, and taking it apart into what trains and what not."""
 
 import dataclasses
 import difflib
@@ -34,8 +34,8 @@ class LoRAConfig:
     """Probability that an input feature of the adapter is dropped while training."""
 
     targets: str = ALL_LINEAR
-    """Which linears: all-linear (all but the head), names joined by commas (q_proj,v_proj),
-    or a regular expression for the whole path (layers\\.attn\\..*)."""
+    """Which linears: all-linear (all but the head), names joined by commas
+    (q_proj,v_proj), or a regular expression for the whole path (layers\\.attn\\..*)."""
 
     def __post_init__(self):
         problems = []
@@ -93,7 +93,9 @@ def attach(model: M, config: LoRAConfig | None = None, *, key: Array) -> M:
 
     def replace(path: tuple, node: Any) -> Any:
         dotted = _dotted(path)
-        if not isinstance(node, (Linear, QuantizedLinear)) or not config.matches(dotted):
+        if not isinstance(node, (Linear, QuantizedLinear)) or not config.matches(
+            dotted
+        ):
             return node
         lora = LoRA(
             node,
@@ -121,7 +123,9 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """
     graphdef, lora, base = nnx.split(model, nnx.LoRAParam, ...)
     if not jax.tree.leaves(lora):
-        raise AdapterMismatchError("the model has no adapter to train; call attach first")
+        raise AdapterMismatchError(
+            "the model has no adapter to train; call attach first"
+        )
     return graphdef, lora, base
 
 
@@ -140,7 +144,10 @@ def lora_config(model: nnx.Module) -> LoRAConfig:
         raise AdapterMismatchError("the model has no adapter")
     one = next(iter(found.values()))
     return LoRAConfig(
-        rank=one.rank, alpha=one.alpha, dropout=one.dropout, targets=",".join(sorted(found))
+        rank=one.rank,
+        alpha=one.alpha,
+        dropout=one.dropout,
+        targets=",".join(sorted(found)),
     )
 
 

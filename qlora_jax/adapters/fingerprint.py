@@ -9,6 +9,7 @@ import hashlib
 import json
 
 import jax
+import jax.core
 import numpy as np
 from flax import nnx
 

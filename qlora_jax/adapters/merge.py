@@ -48,11 +48,10 @@ def merge(
 
     def replace(path: tuple, node: object) -> object:
         if isinstance(node, LoRA):
-            base, bias = node.base, node.base.bias
+            base, bias = node.base, _bias(node.base)
             kernel = base.kernel.get_value()
             arrays = (kernel, node.lora_a[...], node.lora_b[...])
             fold = functools.partial(_fold, scale=node.scale)
-            bias = None if bias is None else bias[...]
             if requantize is None:
                 return Linear(_layers(fold, base.stack, dtype)(*arrays), bias)
             layers = [fold(*_layer(arrays, i)) for i in range(*base.stack)] or [
@@ -67,10 +66,14 @@ def merge(
         if isinstance(node, QuantizedLinear) and requantize is None and path:
             if path[-1] == "base":
                 return node
-            return Linear(node.weight(dtype), node.bias and node.bias[...])
+            return Linear(node.weight(dtype), _bias(node))
         return node
 
     return nnx.recursive_map(replace, model)
+
+
+def _bias(linear: Linear | QuantizedLinear) -> Array | None:
+    return None if linear.bias is None else linear.bias[...]
 
 
 def _fold(

@@ -62,14 +62,19 @@ def unflatten(
             hint = f" (nearest: {near[0]})" if near else ""
             problems.append(f"{name}: no such adapter parameter in the model{hint}")
     if problems:
-        raise AdapterMismatchError(gathered(f"{where} does not fit this model", problems))
+        raise AdapterMismatchError(
+            gathered(f"{where} does not fit this model", problems)
+        )
 
     def fill(path: tuple, variable: nnx.Variable) -> nnx.Variable:
         array = variable.get_value()
         if _is_stack(path, array):
             rest = ".".join(map(str, path[1:]))
             value = jnp.stack(
-                [jnp.asarray(flat[f"{STACK}.{i}.{rest}"]) for i in range(array.shape[0])]
+                [
+                    jnp.asarray(flat[f"{STACK}.{i}.{rest}"])
+                    for i in range(array.shape[0])
+                ]
             )
         else:
             value = jnp.asarray(flat[".".join(map(str, path))])

@@ -52,7 +52,10 @@ def run(args: Args) -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "platform": platform_name,
         "devices": [
-            {"kind": d.device_kind, "memories": [m.kind for m in d.addressable_memories()]}
+            {
+                "kind": d.device_kind,
+                "memories": [m.kind for m in d.addressable_memories()],
+            }
             for d in jax.devices()
         ],
         "implementations": list(IMPLEMENTATIONS),

@@ -65,12 +65,16 @@ def run(args: Args) -> dict[str, Any]:
         args.model, args.adapter, args.quant, args.dtype
     )
     if tokenizer is None:
-        raise DataError(f"{args.model} has no tokenizer.json, so prompts cannot be read")
+        raise DataError(
+            f"{args.model} has no tokenizer.json, so prompts cannot be read"
+        )
     prompts = []
     for text in args.prompt:
         if args.chat:
             turn = [{"role": "user", "content": text}]
-            prompts.append(tokenizer.encode(tokenizer.chat(turn, add_generation_prompt=True)))
+            prompts.append(
+                tokenizer.encode(tokenizer.chat(turn, add_generation_prompt=True))
+            )
         else:
             bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
             prompts.append(bos + tokenizer.encode(text))

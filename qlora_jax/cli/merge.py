@@ -50,7 +50,9 @@ def run(args: Args) -> dict[str, Any]:
     quant = args.quant.resolve(folder, auto=None)
     # Read in float32, so that original weights are not rounded before folding.
     model, _ = load(folder, quant, "float32")
-    merged = _cast(merge(load_adapter(args.adapter, model), dtype=args.dtype), args.dtype)
+    merged = _cast(
+        merge(load_adapter(args.adapter, model), dtype=args.dtype), args.dtype
+    )
     saved = save_model(merged, args.out, source=folder, overwrite=args.overwrite)
     four_bit = quant or read_config(folder)[3]
     if four_bit is None:

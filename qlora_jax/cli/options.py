@@ -61,7 +61,9 @@ class QuantOptions:
         """Returns the QuantConfig, of NF4 for 'auto'."""
         codebook = "nf4" if self.codebook in ("auto", "none") else self.codebook
         return QuantConfig(
-            codebook=codebook, block_size=self.block_size, double_quant=self.double_quant
+            codebook=codebook,
+            block_size=self.block_size,
+            double_quant=self.double_quant,
         )
 
 
@@ -89,7 +91,9 @@ def open_model(
     auto = None
     if adapter is not None and (Path(adapter) / "config.toml").is_file():
         run = read_toml(Path(adapter) / "config.toml")
-        options = from_dict(QuantOptions, run.get("quant", {}), f"{adapter}/config.toml")
+        options = from_dict(
+            QuantOptions, run.get("quant", {}), f"{adapter}/config.toml"
+        )
         auto = None if options.codebook == "none" else options.config()
     chosen = quant.resolve(folder, auto=auto)
     base, tokenizer = load(folder, chosen, dtype)
@@ -102,8 +106,9 @@ def open_model(
 
 def parse(cls: type[T], args: list[str], prog: str, default: T | None = None) -> T:
     """Parses flags into a dataclass; wrong flags end with status 2."""
-    kwargs = {} if default is None else {"default": default}
-    return tyro.cli(cls, args=args, prog=prog, description=cls.__doc__, **kwargs)
+    if default is None:
+        return tyro.cli(cls, args=args, prog=prog, description=cls.__doc__)
+    return tyro.cli(cls, args=args, prog=prog, description=cls.__doc__, default=default)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -153,7 +158,9 @@ def _build(cls: Any, values: dict[str, Any], prefix: str, problems: list[str]) -
     for key, value in values.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
+            hint = (
+                f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
+            )
             problems.append(f"{prefix}{key} is no known key{hint}")
         elif dataclasses.is_dataclass(known[key]):
             if isinstance(value, dict):

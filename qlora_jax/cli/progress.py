@@ -56,9 +56,7 @@ class TrainProgress:
             self._eval = f"  eval {metrics['eval_loss']:.4f}"
             self._say(f"step {metrics['step']}: eval loss {metrics['eval_loss']:.4f}")
             return
-        text = (
-            f"loss {metrics['loss']:.4f}{self._eval}  {metrics['tokens_per_s']:.0f} tok/s"
-        )
+        text = f"loss {metrics['loss']:.4f}{self._eval}  {metrics['tokens_per_s']:.0f} tok/s"
         self._bar.update(self._task, completed=metrics["step"], text=text)
         now = time.monotonic()
         if now - self._last > LINE_SECONDS or metrics["step"] == self._steps:

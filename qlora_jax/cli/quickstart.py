@@ -11,9 +11,10 @@ import jax
 
 from qlora_jax.adapters import LoRAConfig, attach
 from qlora_jax.cli import options
-from qlora_jax.cli.progress import TrainProgress
-from qlora_jax.cli.train import CONFIG, Args as TrainArgs, sizes
 from qlora_jax.cli.options import QuantOptions
+from qlora_jax.cli.progress import TrainProgress
+from qlora_jax.cli.train import CONFIG, sizes
+from qlora_jax.cli.train import Args as TrainArgs
 from qlora_jax.data import DataConfig, read_dataset
 from qlora_jax.evaluate import exact_match
 from qlora_jax.io.hf import check_output, load, save_model
@@ -97,7 +98,9 @@ def run(args: Args) -> dict[str, Any]:
     for old, new in list(zip(answers_before, answers, strict=True))[:2]:
         print(f"   {new.prompt.strip()}")
         print(f"     base:    {old.given.strip()[:60]!r}")
-        print(f"     adapter: {new.given.strip()!r}   expected {new.expected.strip()!r}\n")
+        print(
+            f"     adapter: {new.given.strip()!r}   expected {new.expected.strip()!r}\n"
+        )
     figures = {
         "out": str(out),
         "exact_match_before": before,
@@ -108,8 +111,10 @@ def run(args: Args) -> dict[str, Any]:
         "answers": [a.given.strip() for a in answers[:5]],
     }
     report = write_report(out, figures)
-    print("memory   base {base_bytes:,} B   adapter {adapter_bytes:,} B   "
-          "optimizer {optimizer_bytes:,} B".format(**figures))
+    print(
+        "memory   base {base_bytes:,} B   adapter {adapter_bytes:,} B   "
+        "optimizer {optimizer_bytes:,} B".format(**figures)
+    )
     print(f"curve    {out / 'loss.png'}\nreport   {report}")
     (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     return figures

@@ -78,7 +78,9 @@ def run(args: Args) -> dict[str, Any]:
             )
         out = Path(args.resume)
         values = options.read_toml(out / CONFIG)
-        return train(options.from_dict(Args, values, str(out / CONFIG)), out, resume=True)
+        return train(
+            options.from_dict(Args, values, str(out / CONFIG)), out, resume=True
+        )
     given = {"--model": args.model, "--data": args.data_file, "--out": args.out}
     if missing := [flag for flag, value in given.items() if value is None]:
         raise ConfigError(f"{', '.join(missing)} missing; or give --resume RUN")
@@ -94,9 +96,12 @@ def run(args: Args) -> dict[str, Any]:
 def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
     """Trains as a resolved config says; writes the run folder."""
     folder = find(str(args.model))
-    quant = args.quant.resolve(folder, auto=QuantConfig(
-        block_size=args.quant.block_size, double_quant=args.quant.double_quant
-    ))
+    quant = args.quant.resolve(
+        folder,
+        auto=QuantConfig(
+            block_size=args.quant.block_size, double_quant=args.quant.double_quant
+        ),
+    )
     model, tokenizer = load(folder, quant, args.train.compute_dtype)
     if tokenizer is None:
         raise DataError(f"{folder} has no tokenizer.json, so rows cannot be tokenized")
@@ -145,7 +150,8 @@ def sizes(trainer: Trainer) -> dict[str, int]:
         "optimizer_bytes": trainer.opt_state,
     }
     return {
-        name: sum(x.nbytes for x in jax.tree.leaves(tree)) for name, tree in parts.items()
+        name: sum(x.nbytes for x in jax.tree.leaves(tree))
+        for name, tree in parts.items()
     }
 
 
@@ -153,7 +159,9 @@ def _eval_losses(out: Path) -> dict[str, float]:
     from qlora_jax.train.metrics import read_metrics
 
     losses = [
-        row["eval_loss"] for row in read_metrics(out / "metrics.jsonl") if "eval_loss" in row
+        row["eval_loss"]
+        for row in read_metrics(out / "metrics.jsonl")
+        if "eval_loss" in row
     ]
     if not losses:
         return {}

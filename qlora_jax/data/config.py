@@ -33,6 +33,10 @@ class DataConfig:
 
     def __post_init__(self):
         if self.max_tokens < 2:
-            raise ConfigError(f"--data.max-tokens is {self.max_tokens}, expected at least 2")
+            raise ConfigError(
+                f"--data.max-tokens is {self.max_tokens}, expected at least 2"
+            )
         if self.eval_rows < 0:
-            raise ConfigError(f"--data.eval-rows is {self.eval_rows}, expected 0 or more")
+            raise ConfigError(
+                f"--data.eval-rows is {self.eval_rows}, expected 0 or more"
+            )

@@ -226,7 +226,12 @@ def _tokenize(
             weights.append(1.0)
         answer = "".join(s.text for s in example.segments if s.trains)
         rows.append(
-            Row(np.array(tokens, np.int32), np.array(weights, np.float32), prompt or 0, answer)
+            Row(
+                np.array(tokens, np.int32),
+                np.array(weights, np.float32),
+                prompt or 0,
+                answer,
+            )
         )
     return rows
 
@@ -253,7 +258,9 @@ def _fit(path: Path, rows: list[Row], lines: list[int], config: DataConfig) -> D
         ]
     if long:
         verb = "left out" if config.too_long == "drop" else "cut"
-        logger.warning("%s: %d rows over %d tokens were %s", path, len(long), limit, verb)
+        logger.warning(
+            "%s: %d rows over %d tokens were %s", path, len(long), limit, verb
+        )
     empty = [i for i, row in enumerate(rows) if not row.weights[1:].any()]
     if len(empty) == len(rows):
         raise DataError(

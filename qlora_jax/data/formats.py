@@ -1,9 +1,9 @@
 """Row formats: one JSON object to a list of text segments, trained on or not.
 
-  {"input", "output"}                     BOS input | output EOS        (qlora.py)
-  {"instruction", "input", "output"}      Alpaca prompt | output EOS
-  {"messages": [{"role", "content"}]}     the chat template; assistant turns train
-  {"text"}                                BOS text EOS, all of it trains
+{"input", "output"}                     BOS input | output EOS        (qlora.py)
+{"instruction", "input", "output"}      Alpaca prompt | output EOS
+{"messages": [{"role", "content"}]}     the chat template; assistant turns train
+{"text"}                                BOS text EOS, all of it trains
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,9 @@ _ALPACA = (
 _ALPACA_MORE = ", paired with an input that provides further context"
 
 
-def format_row(row: dict[str, Any], config: DataConfig, tokenizer: ChatTokenizer) -> Example:
+def format_row(
+    row: dict[str, Any], config: DataConfig, tokenizer: ChatTokenizer
+) -> Example:
     """Turns a row into segments.
 
     Raises:

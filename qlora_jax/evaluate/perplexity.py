@@ -73,5 +73,3 @@ def row_loss(model: Any, dataset: Dataset, batch_size: int = 8) -> tuple[float, 
 
 def _loss(model: Any, batch: dict) -> jax.Array:
     return next_token_loss("none")(model, batch, None)
-
-

@@ -36,7 +36,9 @@ class SampleConfig:
     def __post_init__(self):
         problems = []
         if self.max_new_tokens < 1:
-            problems.append(f"--max-new-tokens is {self.max_new_tokens}, expected 1 or more")
+            problems.append(
+                f"--max-new-tokens is {self.max_new_tokens}, expected 1 or more"
+            )
         if self.temperature < 0:
             problems.append(f"--temperature is {self.temperature}, expected 0 or more")
         if self.top_k is not None and self.top_k < 1:
@@ -157,6 +159,8 @@ def _choose(
         ordered = jnp.sort(logits, axis=-1, descending=True)
         p = jax.nn.softmax(ordered, axis=-1)
         before = jnp.cumsum(p, axis=-1) - p  # mass ahead of each token; the first stays
-        least = jnp.where(before < config.top_p, ordered, jnp.inf).min(-1, keepdims=True)
+        least = jnp.where(before < config.top_p, ordered, jnp.inf).min(
+            -1, keepdims=True
+        )
         logits = jnp.where(logits < least, -jnp.inf, logits)
     return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)

@@ -58,9 +58,13 @@ def save_adapter(
     path = Path(path).absolute()
     if path.exists() and (path.is_file() or any(path.iterdir())):
         if not (path / METADATA).exists():
-            raise OutputExistsError(f"{path} exists and is no adapter; choose another path")
+            raise OutputExistsError(
+                f"{path} exists and is no adapter; choose another path"
+            )
         if not overwrite:
-            raise OutputExistsError(f"{path} holds an adapter; pass overwrite to replace it")
+            raise OutputExistsError(
+                f"{path} holds an adapter; pass overwrite to replace it"
+            )
     path.mkdir(parents=True, exist_ok=True)
     arrays = {name: np.asarray(x) for name, x in flatten(lora).items()}
     with ocp.StandardCheckpointer() as checkpointer:
@@ -155,7 +159,9 @@ def _shape_problems(metadata: dict[str, Any], model: nnx.Module) -> list[str]:
         for name, x in wanted.items()
         if name in have and have[name] != x.shape
     ]
-    problems += [f"{name}: missing from the adapter" for name in wanted.keys() - have.keys()]
+    problems += [
+        f"{name}: missing from the adapter" for name in wanted.keys() - have.keys()
+    ]
     problems += [f"{name}: not in the model" for name in have.keys() - wanted.keys()]
     return problems
 

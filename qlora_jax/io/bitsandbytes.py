@@ -60,7 +60,9 @@ def read(tensors: Mapping[str, np.ndarray], name: str) -> QuantizedTensor:
     packed = np.ascontiguousarray(_get(tensors, name)).reshape(-1).view(np.uint8)
     size = -(-int(np.prod(shape)) // 2)
     if packed.size < size:
-        raise CheckpointError(f"{name}: {packed.size} bytes, shape {shape} needs {size}")
+        raise CheckpointError(
+            f"{name}: {packed.size} bytes, shape {shape} needs {size}"
+        )
     absmax = _get(tensors, f"{name}.absmax")
     blocks = -(-int(np.prod(shape)) // block_size)
     if absmax.size != blocks:
@@ -160,7 +162,9 @@ def _get(tensors: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     return np.asarray(tensors[name])
 
 
-def read_quantization_config(hf: dict[str, Any]) -> tuple[QuantConfig | None, list[str]]:
+def read_quantization_config(
+    hf: dict[str, Any],
+) -> tuple[QuantConfig | None, list[str]]:
     """Reads config.json's quantization_config: (None for a dense model, problems)."""
     stored = hf.get("quantization_config")
     if stored is None:

@@ -74,7 +74,9 @@ def load(
     reader = _Reader(checkpoint, quant, dtype)
     loaded = {path: reader.read(path, *entry) for path, entry in wanted.items()}
     if reader.problems:
-        raise CheckpointError(gathered(f"{folder} has unusable weights", reader.problems))
+        raise CheckpointError(
+            gathered(f"{folder} has unusable weights", reader.problems)
+        )
     return _fill(skeleton, loaded, implementation), Tokenizer.open(folder)
 
 
@@ -170,7 +172,9 @@ def _check_names(
         if name not in known and not bitsandbytes.is_part(name) and not ignored:
             problems.append(f"{name} is no tensor of this architecture")
     if problems:
-        raise CheckpointError(gathered(f"{folder} does not fit its config.json", problems))
+        raise CheckpointError(
+            gathered(f"{folder} does not fit its config.json", problems)
+        )
 
 
 class _Reader:
@@ -267,7 +271,9 @@ def check_output(out: Path, overwrite: bool) -> None:
       OutputExistsError: `out` is taken and `overwrite` is false, or is a file.
     """
     if out.is_file():
-        raise OutputExistsError(f"{out} is a file; give a folder that does not exist yet")
+        raise OutputExistsError(
+            f"{out} is a file; give a folder that does not exist yet"
+        )
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise OutputExistsError(
             f"{out} exists and is not empty; choose another --out, or pass --overwrite to "
@@ -303,7 +309,9 @@ def save_model(
     out = Path(out)
     check_output(out, overwrite)
     if any(isinstance(node, LoRA) for _, node in nnx.iter_graph(model)):
-        raise CheckpointError("the model has adapters attached; merge before save_model")
+        raise CheckpointError(
+            "the model has adapters attached; merge before save_model"
+        )
     out.mkdir(parents=True, exist_ok=True)
     hf = llama.write_config(model.config)
     names = llama.NAMES

@@ -72,9 +72,9 @@ class Checkpoint(Mapping[str, np.ndarray]):
         info = self.infos[name]
         if 0 in info.shape:
             return np.zeros(info.shape, info.dtype)
-        return np.memmap(info.file, info.dtype, "r", info.start, info.shape or (1,)).reshape(
-            info.shape
-        )
+        return np.memmap(
+            info.file, info.dtype, "r", info.start, info.shape or (1,)
+        ).reshape(info.shape)
 
     def __iter__(self) -> Iterator[str]:
         """Yields the names."""
@@ -172,7 +172,9 @@ class Writer:
             os.replace(self.folder / _part(i), self.folder / name)
         if count > 1:
             weight_map = {
-                tensor: final[i] for i, names in enumerate(self._shards) for tensor in names
+                tensor: final[i]
+                for i, names in enumerate(self._shards)
+                for tensor in names
             }
             index = {"metadata": {"total_size": self._bytes}, "weight_map": weight_map}
             (self.folder / INDEX).write_text(json.dumps(index, indent=2))

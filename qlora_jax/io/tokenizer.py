@@ -135,7 +135,9 @@ class Tokenizer:
                 **self._special_tokens,
             )
         except jinja2.TemplateError as error:
-            raise DataError(f"the chat template refuses the messages: {error}") from None
+            raise DataError(
+                f"the chat template refuses the messages: {error}"
+            ) from None
 
 
 def _refuse(message: str):
@@ -155,5 +157,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds {type(value).__name__}, expected an object")
+        raise CheckpointError(
+            f"{path} holds {type(value).__name__}, expected an object"
+        )
     return value

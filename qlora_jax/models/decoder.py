@@ -8,7 +8,7 @@ at a time.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -144,7 +144,10 @@ class DecoderLayer(nnx.Module):
     """Pre-norm attention and feed-forward, each added to the residual stream."""
 
     def __init__(
-        self, config: DecoderConfig, linear: Callable[..., Linear], norm_weight: Callable
+        self,
+        config: DecoderConfig,
+        linear: Callable[..., Linear],
+        norm_weight: Callable,
     ):
         eps = config.rms_norm_eps
         self.attn_norm = RMSNorm(norm_weight(), eps)
@@ -285,7 +288,8 @@ class Decoder(nnx.Module):
             return layer(x, positions, cos_sin, layer_cache)
 
         x = self.embed_tokens[...][tokens]
-        x, (k, v) = jax.lax.scan(body, x, (state, cache.k, cache.v))
+        x, new = jax.lax.scan(body, x, (state, cache.k, cache.v))
+        k, v = cast(tuple[Array, Array], new)
         logits = self.logits(self.norm(x[:, -1]))
         return logits, KVCache(k, v, k_positions, cache.length + tokens.shape[1])
 
@@ -301,4 +305,3 @@ class Decoder(nnx.Module):
         c = self.config
         frequencies = inverse_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
         return rotation(positions, frequencies)
-

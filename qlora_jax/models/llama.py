@@ -94,7 +94,8 @@ def read_rope(hf: dict[str, Any]) -> tuple[RopeScaling | None, float, str | None
         "original_max_position": "original_max_position_embeddings",
     }
     if missing := [
-        name for name in list(fields.values())[: 1 if kind == "linear" else 4]
+        name
+        for name in list(fields.values())[: 1 if kind == "linear" else 4]
         if name not in parameters
     ]:
         return None, theta, f"rope_scaling of type {kind!r} lacks {', '.join(missing)}"

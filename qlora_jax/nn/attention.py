@@ -119,6 +119,8 @@ def _weights(q: Array, k: Array, seen: Array) -> Float[Array, "b h gq k"]:
     return weights.reshape(b, h, rows, keys)
 
 
-def _dot(a: Array, b: Array, contract_a: int, contract_b: int) -> Float[Array, "b h ..."]:
+def _dot(
+    a: Array, b: Array, contract_a: int, contract_b: int
+) -> Float[Array, "b h ..."]:
     dims = (((contract_a,), (contract_b,)), ((0, 1), (0, 1)))
     return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)

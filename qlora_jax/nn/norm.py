@@ -20,7 +20,9 @@ class RMSNorm(nnx.Module):
         self.weight = FrozenParam(weight)
         self.eps = eps
 
-    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
+    def __call__(
+        self, x: Float[Array, "*batch features"]
+    ) -> Float[Array, "*batch features"]:
         """Normalizes in float32 and returns x's dtype."""
         wide = x.astype(jnp.float32)
         mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)

@@ -55,7 +55,7 @@ def dynamic_loss_scale(
         scale = jnp.float32(INITIAL_SCALE)
         return LossScaleState(scale, good, skipped, inner.init(params))
 
-    def update(updates, state: LossScaleState, params=None, **extra):
+    def update(updates, state, params=None, **extra):
         updates = jax.tree.map(lambda g: g / state.scale, updates)
         leaves = [jnp.isfinite(g).all() for g in jax.tree.leaves(updates)]
         finite = jnp.stack(leaves).all()
@@ -64,7 +64,9 @@ def dynamic_loss_scale(
         keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
         good = jnp.where(finite, state.good_steps + 1, 0)
         grow = good >= GROWTH_INTERVAL
-        scale = jnp.where(finite, state.scale * jnp.where(grow, 2.0, 1.0), state.scale / 2)
+        scale = jnp.where(
+            finite, state.scale * jnp.where(grow, 2.0, 1.0), state.scale / 2
+        )
         return jax.tree.map(lambda u: jnp.where(finite, u, 0), stepped), LossScaleState(
             jnp.maximum(scale, 1.0),
             jnp.where(grow, 0, good),

@@ -24,7 +24,9 @@ class QuantConfig:
     def __post_init__(self):
         if self.codebook not in CODEBOOKS:
             known = ", ".join(CODEBOOKS)
-            raise ConfigError(f"--quant.codebook is {self.codebook!r}, expected {known}")
+            raise ConfigError(
+                f"--quant.codebook is {self.codebook!r}, expected {known}"
+            )
         if self.block_size not in BLOCK_SIZES:
             raise ConfigError(
                 f"--quant.block-size is {self.block_size}, expected a power of two from "

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from pallas_kernels import layout, reference
@@ -42,7 +43,9 @@ def quantize_tensor(
     config = config or QuantConfig()
     w = jnp.asarray(w)
     if w.dtype.name not in _FLOATS:
-        raise ShapeError(f"cannot quantize {w.dtype}, expected one of {', '.join(_FLOATS)}")
+        raise ShapeError(
+            f"cannot quantize {w.dtype}, expected one of {', '.join(_FLOATS)}"
+        )
     if w.size == 0:
         raise ShapeError(f"cannot quantize a tensor of shape {w.shape}: it is empty")
     if isinstance(w, jax.core.Tracer):

@@ -92,7 +92,9 @@ class RunCheckpoints:
             )
         fresh, structure = jax.tree.flatten(opt_state)
         leaves = [restored["optimizer"][f"{i:05d}"] for i in range(len(fresh))]
-        placed = [jax.device_put(x, y.sharding) for x, y in zip(leaves, fresh, strict=True)]
+        placed = [
+            jax.device_put(x, y.sharding) for x, y in zip(leaves, fresh, strict=True)
+        ]
         lora = unflatten(restored["adapter"], lora, f"checkpoint {step}")
         return step, lora, jax.tree.unflatten(structure, placed)
 

@@ -88,7 +88,9 @@ class TrainConfig:
         for name in ("learning_rate", "epochs"):
             if not 0 < getattr(self, name) < math.inf:
                 flag = name.replace("_", "-")
-                problems.append(f"--train.{flag} is {getattr(self, name)}, expected > 0")
+                problems.append(
+                    f"--train.{flag} is {getattr(self, name)}, expected > 0"
+                )
         for name in ("warmup_ratio", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 flag = name.replace("_", "-")
@@ -96,7 +98,9 @@ class TrainConfig:
                     f"--train.{flag} is {getattr(self, name)}, expected 0 <= x < 1"
                 )
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            problems.append(f"--train.max-grad-norm is {self.max_grad_norm}, expected > 0")
+            problems.append(
+                f"--train.max-grad-norm is {self.max_grad_norm}, expected > 0"
+            )
         if problems:
             raise ConfigError("; ".join(problems))
 
@@ -104,7 +108,9 @@ class TrainConfig:
         """Returns the optimizer steps for a dataset of `rows`."""
         if self.max_steps is not None:
             return self.max_steps
-        return max(1, math.ceil(rows * self.epochs / (self.micro_batch * self.grad_accum)))
+        return max(
+            1, math.ceil(rows * self.epochs / (self.micro_batch * self.grad_accum))
+        )
 
 
 def make_schedule(config: TrainConfig, steps: int) -> optax.Schedule:

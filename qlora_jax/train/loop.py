@@ -69,7 +69,9 @@ class Trainer:
         self.lora = jax.tree.map(jnp.copy, lora_state)
         self.opt_state = tx.init(self.lora)
         self._train_step = make_train_step(
-            self.graphdef, tx, checkpoint="layer" if config.checkpoint_layers else "none"
+            self.graphdef,
+            tx,
+            checkpoint="layer" if config.checkpoint_layers else "none",
         )
         self._eval_step = make_eval_step(self.graphdef)
         self._progress = progress or (lambda metrics: None)
@@ -137,7 +139,7 @@ class Trainer:
             row = {
                 "step": step + 1,
                 **row,
-                "learning_rate": float(self.schedule(step)),
+                "learning_rate": np.asarray(self.schedule(step)).item(),
                 "tokens_per_s": round(float(batch["tokens"].size) / seconds, 1),
                 "device_memory_bytes": device_memory_bytes(),
             }
@@ -181,7 +183,8 @@ class Trainer:
         if c.grad_accum == 1:
             return batch
         return {
-            name: x.reshape(c.grad_accum, c.micro_batch, -1) for name, x in batch.items()
+            name: x.reshape(c.grad_accum, c.micro_batch, -1)
+            for name, x in batch.items()
         }
 
     def _position(self) -> dict[str, Any]:

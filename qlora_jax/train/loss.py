@@ -42,7 +42,10 @@ def cross_entropy(
     size = -(-count // chunks)
 
     def split(x: Array, *shape: int) -> Array:
-        x = jnp.pad(x.reshape(count, *shape), [(0, chunks * size - count)] + [(0, 0)] * len(shape))
+        x = jnp.pad(
+            x.reshape(count, *shape),
+            [(0, chunks * size - count)] + [(0, 0)] * len(shape),
+        )
         return x.reshape(chunks, size, *shape)
 
     tokens = split(hidden, hidden.shape[-1]), split(labels), split(weights)

@@ -21,12 +21,19 @@ def plot_loss(run: Path) -> Path:
     held = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=110)
     if train:
-        axes.plot(*zip(*train, strict=True), color="#9db7d5", lw=0.8, label="train, each step")
         axes.plot(
-            *zip(*_smooth(train), strict=True), color="#1f5fa8", lw=1.6, label="train, smoothed"
+            *zip(*train, strict=True), color="#9db7d5", lw=0.8, label="train, each step"
+        )
+        axes.plot(
+            *zip(*_smooth(train), strict=True),
+            color="#1f5fa8",
+            lw=1.6,
+            label="train, smoothed",
         )
     if held:
-        axes.plot(*zip(*held, strict=True), "o-", color="#c2571a", lw=1.2, label="held-out")
+        axes.plot(
+            *zip(*held, strict=True), "o-", color="#c2571a", lw=1.2, label="held-out"
+        )
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats a token)")
     axes.set_ylim(bottom=0)

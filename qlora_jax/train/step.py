@@ -1,7 +1,7 @@
 """The train step: one jitted function from adapter and batch to adapter and metrics."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,8 @@ def make_train_step(
             "tokens": tokens,
         }
         if scaled:
-            metrics |= {"loss_scale": new_state.scale, "skipped": new_state.skipped}
+            after = cast(LossScaleState, new_state)
+            metrics |= {"loss_scale": after.scale, "skipped": after.skipped}
         return lora, new_state, metrics
 
     return jax.jit(train_step, donate_argnums=(0, 2))

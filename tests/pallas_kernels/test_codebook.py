@@ -26,7 +26,9 @@ NF4_THRESHOLDS = (
 )
 
 
-@pytest.mark.parametrize(("name", "case"), [("nf4", "normal_64x64"), ("fp4", "fp4_64x64")])
+@pytest.mark.parametrize(
+    ("name", "case"), [("nf4", "normal_64x64"), ("fp4", "fp4_64x64")]
+)
 def test_values_equal_those_that_bitsandbytes_stores(golden, name, case):
     stored = np.load(golden(f"vectors/{case}.npz"))["quant_map"]
     np.testing.assert_array_equal(cb.values(name), stored)
@@ -57,7 +59,9 @@ def test_thresholds_lie_halfway_between_neighbours_in_value(name):
     ascending = cb.values(name)[order]
     assert sorted(order) == list(range(16)) and order.dtype == np.uint8
     assert (np.diff(ascending) >= 0).all()
-    np.testing.assert_allclose(midpoints, (ascending[1:] + ascending[:-1]) / 2, rtol=1e-7)
+    np.testing.assert_allclose(
+        midpoints, (ascending[1:] + ascending[:-1]) / 2, rtol=1e-7
+    )
 
 
 def test_dynamic_map_equals_the_one_that_bitsandbytes_stores_bit_for_bit(golden):

@@ -89,8 +89,10 @@ def test_unpack_inverts_pack(where, kind):
     given = codes if kind == "numpy" else jnp.asarray(codes)
     stored = layout.pack(given, where, shape)
     back = layout.unpack(stored, where, shape)
-    assert isinstance(stored, np.ndarray) == isinstance(back, np.ndarray) == (
-        kind == "numpy"
+    assert (
+        isinstance(stored, np.ndarray)
+        == isinstance(back, np.ndarray)
+        == (kind == "numpy")
     )
     assert back.dtype == np.uint8
     np.testing.assert_array_equal(back, codes[: int(np.prod(shape))])

@@ -77,7 +77,9 @@ def test_encode_pads_an_odd_count_with_one_zero_element():
         ("int4", (5, 96), 32, False),
     ],
 )
-def test_dequantize_does_what_the_invariants_say(codebook, shape, block_size, double_quant):
+def test_dequantize_does_what_the_invariants_say(
+    codebook, shape, block_size, double_quant
+):
     q = oracle.quantized(
         shape, block_size=block_size, codebook=codebook, double_quant=double_quant
     )

@@ -1,0 +1,51 @@
+"""The fingerprint: one base has one, however it is held."""
+
+import json
+
+import jax
+import pytest
+import tiny
+from flax import nnx
+
+from qlora_jax.adapters.fingerprint import difference, fingerprint
+from qlora_jax.adapters.merge import merge
+from qlora_jax.models import Decoder
+
+
+def compare(one: nnx.Module, other: nnx.Module) -> str | None:
+    a, b = fingerprint(one), fingerprint(other)
+    assert a is not None and b is not None
+    assert difference(json.loads(b), json.loads(a)) == difference(
+        json.loads(a), json.loads(b)
+    ) or difference(json.loads(a), json.loads(b))
+    return difference(json.loads(a), json.loads(b))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_quantized_copy_has_the_same_fingerprint(bias):
+    assert compare(tiny.decoder(bias=bias), tiny.quantized(bias=bias)) is None
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rounding_to_16_bits_changes_no_fingerprint(dtype):
+    assert compare(tiny.decoder(), tiny.quantized(dtype)) is None
+
+
+def test_another_base_of_the_same_shape_differs():
+    text = compare(tiny.decoder(), tiny.decoder(seed=1))
+    assert text is not None and "other weights" in text
+
+
+def test_a_base_of_another_shape_differs():
+    text = compare(tiny.decoder(), tiny.decoder(bias=True))
+    assert text is not None and "other parameter shapes" in text
+
+
+def test_an_adapter_that_was_merged_leaves_the_same_fingerprint():
+    merged = merge(tiny.adapted(tiny.decoder()), dtype="float32")
+    assert compare(tiny.decoder(), merged) is None
+
+
+def test_an_abstract_model_has_none():
+    model = nnx.eval_shape(lambda: Decoder(tiny.CONFIG, key=jax.random.key(0)))
+    assert fingerprint(model) is None

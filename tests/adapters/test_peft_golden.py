@@ -1,0 +1,100 @@
+"""PEFT's own adapters on the golden Llama: the same logits, loss and gradients."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+from safetensors.numpy import load_file
+
+from qlora_jax.adapters import LoRAConfig, attach, join, merge, split
+from qlora_jax.adapters.names import flatten, unflatten
+from qlora_jax.io.hf import load
+from qlora_jax.train.step import next_token_loss
+
+LOGITS = 1e-4
+"""Absolute; the order of float32 sums, as the golden README asks."""
+GRADIENTS = 1e-4
+"""Relative to the largest of a factor."""
+
+
+def ours(name: str) -> str:
+    """Turns PEFT's name of a factor into ours."""
+    name = name.removeprefix("base_model.model.").removeprefix("model.")
+    name = name.replace(".self_attn.", ".attn.").removesuffix(".weight")
+    return name.replace(".lora_A", ".lora_a").replace(".lora_B", ".lora_b")
+
+
+def with_peft(model: nnx.Module, folder: Path) -> Any:
+    """Attaches a PEFT adapter by its names; this version has no reader of its own."""
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    config = LoRAConfig(
+        rank=settings["r"],
+        alpha=float(settings["lora_alpha"]),
+        targets=",".join(
+            {name.rpartition(".")[2] for name in settings["target_modules"]}
+        ),
+    )
+    graphdef, lora, base = split(attach(model, config, key=jax.random.key(0)))
+    stored = load_file(folder / "adapter_model.safetensors")
+    return join(
+        graphdef, unflatten({ours(k): v.T for k, v in stored.items()}, lora), base
+    )
+
+
+@pytest.fixture(scope="module")
+def case(
+    golden: Callable[[str], Path],
+) -> Callable[[str, str], tuple[Any, Path, jax.Array]]:
+    def open_case(base: str, adapter: str) -> tuple[Any, Path, jax.Array]:
+        folder = golden(f"models/adapters/{adapter}")
+        model, _ = load(golden(f"models/{base}"), dtype="float32")
+        ids = np.load(golden("models/input_ids.npy")).astype(np.int32)
+        return with_peft(model, folder), folder, jnp.asarray(ids)
+
+    return open_case
+
+
+@pytest.mark.parametrize("name", ["lora_all_r8_on_fp32", "lora_qv_r4_on_fp32"])
+def test_logits_unmerged_and_merged_are_those_of_peft(case, name):
+    model, folder, ids = case("llama_fp32", name)
+    wanted = np.load(folder / "logits.npy")
+    np.testing.assert_allclose(tiny.logits(model, ids), wanted, atol=LOGITS, rtol=0)
+    merged = merge(model, dtype="float32")
+    wanted = np.load(folder / "logits_merged.npy")
+    np.testing.assert_allclose(tiny.logits(merged, ids), wanted, atol=LOGITS, rtol=0)
+
+
+def test_logits_loss_and_gradients_on_nf4_are_those_of_peft(case):
+    model, folder, ids = case("llama_bnb_nf4_dq_float32", "lora_all_r8_on_nf4")
+    wanted = np.load(folder / "logits.npy")
+    np.testing.assert_allclose(tiny.logits(model, ids), wanted, atol=LOGITS, rtol=0)
+
+    graphdef, lora, base = split(model)
+    batch = {"tokens": ids, "weights": jnp.ones(ids.shape, jnp.float32)}
+    predicted = ids.shape[0] * (ids.shape[1] - 1)
+
+    @jax.jit
+    def loss_and_grads(lora):
+        loss_fn = next_token_loss("none")
+        return jax.value_and_grad(
+            lambda lora: loss_fn(join(graphdef, lora, base), batch, None) / predicted
+        )(lora)
+
+    loss, grads = loss_and_grads(lora)
+    stored = np.load(folder / "loss_and_grads.npz")
+    assert float(loss) == pytest.approx(float(stored["loss"]), abs=1e-5)
+    flat = flatten(grads)
+    names = [name for name in stored.files if name != "loss"]
+    assert {ours(name) for name in names} == set(flat)
+    for name in names:
+        have, want = np.asarray(flat[ours(name)]).T, stored[name]
+        np.testing.assert_allclose(
+            have, want, atol=GRADIENTS * np.abs(want).max(), rtol=0, err_msg=name
+        )
