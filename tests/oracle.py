@@ -47,3 +47,93 @@ def decoded(q: QuantizedTensor) -> np.ndarray:
     block = np.arange(math.prod(q.shape)) // q.block_size
     values = cb.values(q.codebook)[codes] * np.asarray(absmax)[block]
     return values.reshape(q.shape)
+
+
+def attended(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    q_positions: np.ndarray,
+    k_positions: np.ndarray,
+    window: int | None = None,
+) -> np.ndarray:
+    """Softmax attention in float64, all scores at once; arguments as in nn.attention."""
+    group = q.shape[2] // k.shape[2]
+    k, v = (np.repeat(x.astype(np.float64), group, axis=2) for x in (k, v))
+    scores = np.einsum("bqhd,bkhd->bhqk", q.astype(np.float64), k) / math.sqrt(
+        q.shape[-1]
+    )
+    distance = q_positions[:, :, None] - k_positions[:, None, :]
+    seen = (distance >= 0) & (k_positions >= 0)[:, None]
+    if window is not None:
+        seen &= distance < window
+    scores = np.where(seen[:, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+def rope_frequencies(hf: dict, head_dim: int) -> np.ndarray:
+    """Rotation speeds from a config.json, as transformers' modeling_rope_utils says."""
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    theta = hf.get("rope_theta") or rope.get("rope_theta") or 10000.0
+    speeds = []
+    for i in range(0, head_dim, 2):
+        speed = theta ** (-i / head_dim)
+        if rope.get("rope_type") == "linear":
+            speed /= rope["factor"]
+        if rope.get("rope_type") == "llama3":
+            # Turns made within the original context decide: many are left as they are,
+            # few are slowed, and between the two it goes over linearly.
+            turns = rope["original_max_position_embeddings"] * speed / (2 * math.pi)
+            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+            kept = min(max((turns - low) / (high - low), 0), 1)
+            speed = kept * speed + (1 - kept) * speed / rope["factor"]
+        speeds.append(speed)
+    return np.array(speeds)
+
+
+def rotated(x: np.ndarray, positions: np.ndarray, speeds: np.ndarray) -> np.ndarray:
+    """Rotary embedding by complex numbers; x is (batch, seq, heads, head_dim)."""
+    half = x.shape[-1] // 2
+    turned = x[..., :half] + 1j * x[..., half:]
+    turned = turned * np.exp(1j * positions[:, :, None, None] * speeds)
+    return np.concatenate([turned.real, turned.imag], -1)
+
+
+def logits(hf: dict, tensors: dict[str, np.ndarray], ids: np.ndarray) -> np.ndarray:
+    """A whole decoder in float64 from its config.json and Hugging Face tensors."""
+    w = {name: np.asarray(x).astype(np.float64) for name, x in tensors.items()}
+    heads = hf["num_attention_heads"]
+    kv_heads = hf.get("num_key_value_heads", heads)
+    head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
+    positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+    speeds = rope_frequencies(hf, head_dim)
+
+    def linear(x: np.ndarray, name: str) -> np.ndarray:
+        return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
+
+    def norm(x: np.ndarray, name: str) -> np.ndarray:
+        mean_square = (x * x).mean(-1, keepdims=True)
+        return x / np.sqrt(mean_square + hf["rms_norm_eps"]) * w[f"{name}.weight"]
+
+    def split(x: np.ndarray, count: int) -> np.ndarray:
+        return x.reshape(*ids.shape, count, head_dim)
+
+    x = w["model.embed_tokens.weight"][ids]
+    for i in range(hf["num_hidden_layers"]):
+        at = f"model.layers.{i}"
+        y = norm(x, f"{at}.input_layernorm")
+        q = split(linear(y, f"{at}.self_attn.q_proj"), heads)
+        k = split(linear(y, f"{at}.self_attn.k_proj"), kv_heads)
+        v = split(linear(y, f"{at}.self_attn.v_proj"), kv_heads)
+        q, k = (rotated(part, positions, speeds) for part in (q, k))
+        y = attended(q, k, v, positions, positions, hf.get("sliding_window"))
+        x = x + linear(y.reshape(*ids.shape, -1), f"{at}.self_attn.o_proj")
+        y = norm(x, f"{at}.post_attention_layernorm")
+        gate = linear(y, f"{at}.mlp.gate_proj")
+        gate = gate / (1 + np.exp(-gate)) * linear(y, f"{at}.mlp.up_proj")
+        x = x + linear(gate, f"{at}.mlp.down_proj")
+    x = norm(x, "model.norm")
+    tied = hf.get("tie_word_embeddings", False)
+    return linear(x, "model.embed_tokens" if tied else "lm_head")

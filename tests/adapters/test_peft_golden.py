@@ -48,53 +48,58 @@ def with_peft(model: nnx.Module, folder: Path) -> Any:
     )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def case(
     golden: Callable[[str], Path],
-) -> Callable[[str, str], tuple[Any, Path, jax.Array]]:
-    def open_case(base: str, adapter: str) -> tuple[Any, Path, jax.Array]:
-        folder = golden(f"models/adapters/{adapter}")
+) -> Callable[[str, str], tuple[Any, Callable[[str], Any], jax.Array]]:
+    """Opens a base with an adapter: (model, reader of the case's arrays, token ids)."""
+
+    def open_case(base: str, adapter: str):
+        folder = f"models/adapters/{adapter}"
+        golden(f"{folder}/adapter_model.safetensors")  # skips before the base is loaded
         model, _ = load(golden(f"models/{base}"), dtype="float32")
         ids = np.load(golden("models/input_ids.npy")).astype(np.int32)
-        return with_peft(model, folder), folder, jnp.asarray(ids)
+        return (
+            with_peft(model, golden(folder)),
+            lambda name: np.load(golden(f"{folder}/{name}")),
+            jnp.asarray(ids),
+        )
 
     return open_case
 
 
 @pytest.mark.parametrize("name", ["lora_all_r8_on_fp32", "lora_qv_r4_on_fp32"])
 def test_logits_unmerged_and_merged_are_those_of_peft(case, name):
-    model, folder, ids = case("llama_fp32", name)
-    wanted = np.load(folder / "logits.npy")
+    model, read, ids = case("llama_fp32", name)
+    said = tiny.logits(model, ids)
+    np.testing.assert_allclose(said, read("logits.npy"), atol=LOGITS, rtol=0)
+    said = tiny.logits(merge(model, dtype="float32"), ids)
+    np.testing.assert_allclose(said, read("logits_merged.npy"), atol=LOGITS, rtol=0)
+
+
+def test_logits_on_nf4_are_those_of_peft(case):
+    model, read, ids = case("llama_bnb_nf4_dq_float32", "lora_all_r8_on_nf4")
+    wanted = read("logits.npy")
     np.testing.assert_allclose(tiny.logits(model, ids), wanted, atol=LOGITS, rtol=0)
-    merged = merge(model, dtype="float32")
-    wanted = np.load(folder / "logits_merged.npy")
-    np.testing.assert_allclose(tiny.logits(merged, ids), wanted, atol=LOGITS, rtol=0)
 
 
-def test_logits_loss_and_gradients_on_nf4_are_those_of_peft(case):
-    model, folder, ids = case("llama_bnb_nf4_dq_float32", "lora_all_r8_on_nf4")
-    wanted = np.load(folder / "logits.npy")
-    np.testing.assert_allclose(tiny.logits(model, ids), wanted, atol=LOGITS, rtol=0)
-
+def test_loss_and_gradients_on_nf4_are_those_of_peft(case):
+    model, read, ids = case("llama_bnb_nf4_dq_float32", "lora_all_r8_on_nf4")
     graphdef, lora, base = split(model)
     batch = {"tokens": ids, "weights": jnp.ones(ids.shape, jnp.float32)}
     predicted = ids.shape[0] * (ids.shape[1] - 1)
+    loss_fn = next_token_loss("none")
 
-    @jax.jit
-    def loss_and_grads(lora):
-        loss_fn = next_token_loss("none")
-        return jax.value_and_grad(
-            lambda lora: loss_fn(join(graphdef, lora, base), batch, None) / predicted
-        )(lora)
+    def mean_loss(lora):
+        return loss_fn(join(graphdef, lora, base), batch, None) / predicted
 
-    loss, grads = loss_and_grads(lora)
-    stored = np.load(folder / "loss_and_grads.npz")
+    loss, grads = jax.jit(jax.value_and_grad(mean_loss))(lora)
+    stored = read("loss_and_grads.npz")
     assert float(loss) == pytest.approx(float(stored["loss"]), abs=1e-5)
     flat = flatten(grads)
     names = [name for name in stored.files if name != "loss"]
     assert {ours(name) for name in names} == set(flat)
     for name in names:
         have, want = np.asarray(flat[ours(name)]).T, stored[name]
-        np.testing.assert_allclose(
-            have, want, atol=GRADIENTS * np.abs(want).max(), rtol=0, err_msg=name
-        )
+        atol = GRADIENTS * np.abs(want).max()
+        np.testing.assert_allclose(have, want, atol=atol, rtol=0, err_msg=name)

@@ -26,8 +26,8 @@ PUBLISHED = {
 }
 
 
-def normal(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+def normal(*shape: int, dtype: str = "float32") -> jax.Array:
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
 
 
 def equal(a, b) -> bool:
@@ -65,7 +65,7 @@ def test_int4_loses_more_than_nf4_on_a_normal_weight():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_every_float_dtype_is_taken_and_given_back(dtype):
-    w = jnp.asarray(normal(4, 128), dtype)
+    w = normal(4, 128, dtype=dtype)
     q = quantize_tensor(w)
     again = dequantize(q)
     assert q.dtype == dtype and again.dtype == dtype and again.shape == w.shape
@@ -76,10 +76,10 @@ def test_every_float_dtype_is_taken_and_given_back(dtype):
 
 @pytest.mark.parametrize(
     "shape",
-    [(), (1,), (7,), (3, 5), (7, 33), (5, 96), (3, 2, 64), (2, 300), (0 + 1, 4096)],
+    [(), (1,), (7,), (3, 5), (7, 33), (5, 96), (3, 2, 64), (2, 300), (1, 4096)],
 )
 def test_any_shape_can_be_quantized(shape):
-    w = normal(*shape).reshape(shape)
+    w = normal(*shape)
     q = quantize_tensor(w)
     assert q.shape == shape
     entries = layout.array_shapes(shape, 64, q.layout, True)
@@ -103,19 +103,19 @@ def test_no_element_is_further_off_than_half_the_widest_gap():
 def test_quantizing_what_was_decoded_changes_nothing():
     config = QuantConfig(double_quant=False)
     once = quantize_tensor(normal(8, 256), config)
-    assert equal(once, quantize_tensor(oracle.decoded(once), config))
+    assert equal(once, quantize_tensor(jnp.asarray(oracle.decoded(once)), config))
 
 
 def test_double_quantized_absmax_is_the_nearest_of_the_map():
     w = normal(300, 64)  # 300 blocks: the second scale covers 44
     q = quantize_tensor(w)
-    absmax = np.abs(w).max(1)
+    absmax = np.abs(np.asarray(w)).max(1)
     offset = np.asarray(q.absmax_offset)
     np.testing.assert_allclose(offset, absmax.mean(), rtol=1e-6)
     centred = absmax - offset
     for part in (slice(0, 256), slice(256, 300)):
         scale = np.asarray(q.absmax_scale)[part.start // 256]
-        np.testing.assert_array_equal(scale, np.abs(centred[part]).max())
+        np.testing.assert_allclose(scale, np.abs(centred[part]).max(), rtol=1e-6)
         chosen = dynamic_map()[np.asarray(q.absmax_codes)[part]]
         distance = np.abs(centred[part][:, None] / scale - dynamic_map())
         np.testing.assert_allclose(
@@ -125,7 +125,7 @@ def test_double_quantized_absmax_is_the_nearest_of_the_map():
 
 def test_a_zero_tensor_decodes_to_zero():
     for config in (QuantConfig(), QuantConfig(double_quant=False)):
-        q = quantize_tensor(np.zeros((4, 64), np.float32), config)
+        q = quantize_tensor(jnp.zeros((4, 64)), config)
         assert (oracle.decoded(q) == 0).all()
 
 
@@ -177,8 +177,7 @@ def test_dequantize_compiles_once_for_tensors_alike():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_weight_that_is_not_finite_is_refused(bad):
-    w = normal(4, 64)
-    w[2, 17] = bad
+    w = normal(4, 64).at[2, 17].set(bad)
     with pytest.raises(ShapeError, match=r"shape \(4, 64\) has NaN or Inf"):
         quantize_tensor(w)
 
@@ -191,7 +190,7 @@ def test_an_unfit_dtype_is_refused():
 
 def test_an_empty_tensor_is_refused():
     with pytest.raises(ShapeError, match=r"shape \(0, 64\): it is empty"):
-        quantize_tensor(np.zeros((0, 64), np.float32))
+        quantize_tensor(jnp.zeros((0, 64)))
 
 
 def test_errors_are_qlora_errors_and_value_errors():

@@ -1,0 +1,108 @@
+"""Attention by blocks of queries, against a softmax of all scores at once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from qlora_jax.nn import attention as module
+from qlora_jax.nn.attention import attention
+
+BATCH, SEQ, HEADS, KV_HEADS, HEAD_DIM = 2, 37, 4, 2, 8
+
+
+def inputs(seq: int = SEQ, dtype: str = "float32") -> tuple[jax.Array, ...]:
+    rng = np.random.default_rng(0)
+    shapes = [(HEADS, HEAD_DIM), (KV_HEADS, HEAD_DIM), (KV_HEADS, HEAD_DIM)]
+    return tuple(jnp.asarray(rng.normal(size=(BATCH, seq, *s)), dtype) for s in shapes)
+
+
+def positions(padding: int = 0) -> jax.Array:
+    """Positions of rows of which the second has padding on the left."""
+    rows = [np.arange(SEQ), np.maximum(np.arange(SEQ) - padding, -1)]
+    return jnp.asarray(np.stack(rows), jnp.int32)
+
+
+@pytest.fixture(params=[None, 1], ids=["one block", "three blocks"])
+def blocks(request, monkeypatch):
+    """Queries in one block, or in blocks of 13 of which the last is partial."""
+    if request.param:
+        monkeypatch.setattr(module, "SCORE_BYTES", request.param)
+
+
+@pytest.mark.parametrize(("window", "padding"), [(None, 0), (5, 0), (None, 6), (4, 3)])
+def test_it_is_the_softmax_over_seen_keys(blocks, window, padding):
+    q, k, v = inputs()
+    at = positions(padding)
+    y = jax.jit(lambda *args: attention(*args, window=window))(q, k, v, at, at)
+    arrays = map(np.asarray, (q, k, v, at, at))
+    with np.errstate(invalid="ignore"):  # rows of padding see no key
+        expected = oracle.attended(*arrays, window)
+    real = np.asarray(at) >= 0
+    np.testing.assert_allclose(np.asarray(y)[real], expected[real], atol=2e-6)
+    assert np.isfinite(y).all()
+
+
+def plain(q, k, v):
+    """The same in jax, for autodiff."""
+    k, v = (jnp.repeat(x, HEADS // KV_HEADS, axis=2) for x in (k, v))
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / HEAD_DIM**0.5
+    causal = jnp.tril(jnp.ones((SEQ, SEQ), bool))
+    weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+def test_its_gradients_are_those_of_the_plain_form(blocks):
+    arrays, at = inputs(), positions()
+    dy = jnp.asarray(np.random.default_rng(1).normal(size=arrays[0].shape), jnp.float32)
+
+    @jax.jit
+    def both(*arrays):
+        ours = jax.vjp(lambda *a: attention(*a, at, at), *arrays)[1](dy)
+        return ours, jax.vjp(plain, *arrays)[1](dy)
+
+    for ours, theirs in zip(*both(*arrays), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def test_short_dtypes_round_operands_and_keep_float32_sums():
+    short = inputs(dtype="bfloat16")
+    at = positions()
+    y, pull = jax.vjp(lambda *a: attention(*a, at, at), *short)
+    assert y.dtype == jnp.bfloat16
+    assert all(d.dtype == jnp.bfloat16 for d in pull(y))
+    exact = oracle.attended(
+        *(np.asarray(x, np.float64) for x in short), *2 * [np.asarray(at)]
+    )
+    # Weights and result are rounded to 8 bits each, of values up to about 3.
+    np.testing.assert_allclose(np.asarray(y, np.float64), exact, atol=0.02)
+
+
+def test_queries_may_be_fewer_than_keys():
+    q, k, v = inputs()
+    at = positions()
+    whole = attention(q, k, v, at, at)
+    last = attention(q[:, -1:], k, v, at[:, -1:], at)
+    np.testing.assert_allclose(last, whole[:, -1:], atol=2e-6)
+
+
+def test_nothing_of_all_scores_is_kept_or_made(monkeypatch):
+    monkeypatch.setattr(module, "SCORE_BYTES", 1)
+    seq = 256
+    arrays = inputs(seq)
+    at = jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32), (BATCH, seq))
+
+    def gradients(*arrays):
+        y, pull = jax.vjp(lambda *a: attention(*a, at, at), *arrays)
+        return pull(y)
+
+    text = str(jax.make_jaxpr(gradients)(*arrays))
+    assert f"f32[{BATCH},{KV_HEADS},{2 * seq},{seq}]" not in text
+    assert f"f32[{BATCH},{KV_HEADS},{2 * 16},{seq}]" in text
+
+    kept = jax.eval_shape(
+        lambda *a: jax.vjp(lambda *a: attention(*a, at, at), *a)[1], *arrays
+    )
+    floats = [x for x in jax.tree.leaves(kept) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert sum(x.size for x in floats) <= 2 * sum(x.size for x in arrays)
