@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels import reference
 from pallas_kernels.annotations import Array, Float
@@ -119,14 +120,18 @@ def _log_choice(name: str, platform: str, passed_over: str) -> None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _matmul(x: Array, w: QuantizedTensor, name: str) -> Array:
+    # Tied to its input, a weight is not decoded before its turn: otherwise a scheduler
+    # may decode all of a layer's weights at once.
+    x, w = lax.optimization_barrier((x, w))
     return IMPLEMENTATIONS[name].forward(x, w)
 
 
 def _matmul_fwd(x: Array, w: QuantizedTensor, name: str):
-    return IMPLEMENTATIONS[name].forward(x, w), w
+    return _matmul(x, w, name), w
 
 
 def _matmul_bwd(name: str, w: QuantizedTensor, dy: Array):
+    dy, w = lax.optimization_barrier((dy, w))
     return IMPLEMENTATIONS[name].backward(dy, w), None
 
 

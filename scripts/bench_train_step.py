@@ -28,12 +28,8 @@ import argparse
 import itertools
 import json
 import os
-import platform
-import shlex
-import subprocess
 import sys
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 from bench_peers.children import (
@@ -45,6 +41,7 @@ from bench_peers.children import (
     race,
 )
 from bench_peers.protocol import Task
+from bench_record import record
 
 PYTHONS = {
     "ours": "QLORA_OURS_PYTHON",
@@ -213,7 +210,7 @@ def measured(python: str, task: Task) -> dict:
         return measure_once(python, task)
     except ChildError as error:
         note(str(error))
-        return {"error": str(error)}
+        return {"error": error.args[0].partition("\n")[0]}
 
 
 COLUMNS = {
@@ -271,61 +268,36 @@ def format_table(rows: list[dict], columns: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def command() -> str:
-    """Returns the command line, with the interpreters by their variables' names."""
-    words = list(sys.argv[1:])
-    for family, variable in PYTHONS.items():
-        flag = f"--{family}-python"
-        for place, word in enumerate(words):
-            if word.startswith(f"{flag}="):
-                words[place] = f"{flag}=${variable}"
-            elif word == flag:
-                words[place + 1] = f"${variable}"
-            elif word == "--append":
-                words[place + 1] = os.path.relpath(words[place + 1], REPOSITORY)
-    quoted = [w if w.startswith(("$", "--")) else shlex.quote(w) for w in words]
-    return " ".join(["python scripts/bench_train_step.py", *quoted])
-
-
-def cpu_model() -> str:
-    """Returns the processor's name (Linux), or the architecture."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.machine()
-
-
-def git_commit() -> str | None:
-    """Returns the commit, with "-dirty" when tracked files differ from it."""
-    words = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    found = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True)
-    return found.stdout.strip() or None
+def command(arguments: argparse.Namespace) -> str:
+    """Returns the command line, without paths of this machine."""
+    names = {
+        path: f"${variable}"
+        for family, variable in PYTHONS.items()
+        if (path := interpreter(arguments, family))
+    }
+    if arguments.append:
+        path = arguments.append
+        names[str(path)] = os.path.relpath(path.resolve(), REPOSITORY)
+    words = ["python", "scripts/bench_train_step.py"]
+    for word in sys.argv[1:]:
+        flag, equals, value = word.rpartition("=")
+        words.append(flag + equals + names.get(value, value))
+    return " ".join(words)
 
 
 def main() -> int:
     """Runs the chosen mode, prints, and appends the record."""
     arguments = parse_arguments()
-    record = {
-        "benchmark": "train_step",
-        "command": command(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git_commit(),
-        "cpu": cpu_model(),
-        "cpus": len(os.sched_getaffinity(0)),
-        "load_before": os.getloadavg()[0],
-    }
+    figures = {"load_before": os.getloadavg()[0]}
     if arguments.memory:
         mode, rows = "memory", measure_memory(arguments)
     elif arguments.compile_time:
         mode, rows = "compile", measure_compile_time(arguments)
     else:
         mode, rows = "time", time_steps(arguments)
-        record |= {"checkpoint": arguments.checkpoint}
-        record |= {"rounds": arguments.rounds, "steps": arguments.steps}
-    record |= {"mode": mode, "rows": rows}
+        figures |= {"vocab_size": arguments.vocab_size or 32000}
+        figures |= {"checkpoint": arguments.checkpoint}
+        figures |= {"rounds": arguments.rounds, "steps": arguments.steps}
     print(format_table(rows, COLUMNS[mode]))
     still = [r["contestant"] for r in rows if r.get("loss_fell") is False]
     noisy = [r for r in rows if r.get("others_cpu_share", 0) > NOISY_SHARE]
@@ -333,12 +305,23 @@ def main() -> int:
         print("other programs kept the machine busy (others): not to be relied on")
     if still:
         print(f"the loss did not fall: {', '.join(still)}")
-    line = json.dumps(record)
+    # Each contestant's own versions, not those of the Python that runs this.
+    versions = {}
+    for row in rows:
+        if "versions" in row:
+            versions[row["contestant"].split("-")[0]] = row.pop("versions")
     if arguments.append:
         arguments.append.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.append.open("a") as results:
-            results.write(line + "\n")
-    print(line)
+    row = record(
+        "bench_train_step",
+        arguments.append,
+        command=command(arguments),
+        versions=versions,
+        mode=mode,
+        **figures,
+        rows=rows,
+    )
+    print(json.dumps(row))
     return 1 if still or any("error" in row for row in rows) else 0
 
 

@@ -1,10 +1,14 @@
 """Plain numpy forms of what is under test: slow, obvious, and none of our code in them
 beyond the layout and the codebooks, which have tests of their own."""
 
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import save_file
 
 from pallas_kernels import codebook as cb
 from pallas_kernels import layout
@@ -137,3 +141,61 @@ def logits(hf: dict, tensors: dict[str, np.ndarray], ids: np.ndarray) -> np.ndar
     x = norm(x, "model.norm")
     tied = hf.get("tie_word_embeddings", False)
     return linear(x, "model.embed_tokens" if tied else "lm_head")
+
+
+def hf_config(**changes: Any) -> dict[str, Any]:
+    """A small config.json: 2 layers, hidden 64, grouped heads."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 48,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    } | changes
+
+
+def hf_tensors(hf: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
+    """Random float32 tensors that fit a config.json, under Hugging Face names."""
+    rng = np.random.default_rng(seed)
+    hidden, wide = hf["hidden_size"], hf["intermediate_size"]
+    head_dim = hf.get("head_dim") or hidden // hf["num_attention_heads"]
+    heads = hf["num_attention_heads"] * head_dim
+    kv_heads = hf["num_key_value_heads"] * head_dim
+    qkv_bias = hf["model_type"] == "qwen2" or hf.get("attention_bias", False)
+    made = {}
+
+    def linear(name: str, out: int, features: int, bias: bool = False) -> None:
+        made[f"{name}.weight"] = rng.normal(size=(out, features)) / math.sqrt(features)
+        if bias:
+            made[f"{name}.bias"] = rng.normal(size=out) * 0.3
+
+    linear("model.embed_tokens", hf["vocab_size"], hidden)
+    made["model.embed_tokens.weight"] *= math.sqrt(hidden)
+    for i in range(hf["num_hidden_layers"]):
+        at = f"model.layers.{i}"
+        linear(f"{at}.self_attn.q_proj", heads, hidden, qkv_bias)
+        linear(f"{at}.self_attn.k_proj", kv_heads, hidden, qkv_bias)
+        linear(f"{at}.self_attn.v_proj", kv_heads, hidden, qkv_bias)
+        linear(f"{at}.self_attn.o_proj", hidden, heads, hf.get("attention_bias", False))
+        linear(f"{at}.mlp.gate_proj", wide, hidden)
+        linear(f"{at}.mlp.up_proj", wide, hidden)
+        linear(f"{at}.mlp.down_proj", hidden, wide)
+        made[f"{at}.input_layernorm.weight"] = rng.uniform(0.5, 1.5, hidden)
+        made[f"{at}.post_attention_layernorm.weight"] = rng.uniform(0.5, 1.5, hidden)
+    made["model.norm.weight"] = rng.uniform(0.5, 1.5, hidden)
+    if not hf.get("tie_word_embeddings", False):
+        linear("lm_head", hf["vocab_size"], hidden)
+    return {name: x.astype(np.float32) for name, x in made.items()}
+
+
+def write_folder(out: Path, hf: dict, tensors: dict[str, np.ndarray]) -> Path:
+    """Writes a Hugging Face folder of one file, with safetensors' own writer."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(hf))
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    return out

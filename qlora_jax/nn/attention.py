@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-SCORE_BYTES = 64 << 20
+SCORE_BYTES = 16 << 20
 """Float32 scores alive at once; what sets the query block."""
 
 

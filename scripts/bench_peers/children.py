@@ -207,7 +207,7 @@ def race(
                 children.append(Child(python, task))
             except ChildError as error:
                 note(str(error))
-                failed[task.contestant] = str(error)
+                failed[task.contestant] = error.args[0].partition("\n")[0]
         for turn in range(rounds):
             note(f"round {turn + 1} of {rounds}")
             for child in children:

@@ -9,7 +9,7 @@ import oracle
 import pytest
 from flax import nnx
 
-from qlora_jax.nn import LoRA, Linear, QuantizedLinear
+from qlora_jax.nn import Linear, LoRA, QuantizedLinear
 
 RANK = 4
 

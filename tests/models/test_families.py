@@ -1,0 +1,117 @@
+"""config.json of each family to a DecoderConfig, and what is refused."""
+
+import dataclasses
+
+import oracle
+import pytest
+
+from qlora_jax.models import FAMILIES, DecoderConfig, llama
+from qlora_jax.nn.rope import RopeScaling
+
+LLAMA3 = {
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+SCALING = RopeScaling(kind="llama3", factor=32.0)
+
+
+def read(hf: dict) -> DecoderConfig:
+    config, problems = FAMILIES[hf["model_type"]].read_config(hf)
+    assert not problems
+    return config
+
+
+def problems(hf: dict) -> str:
+    config, found = FAMILIES[hf["model_type"]].read_config(hf)
+    assert config is None
+    return "\n".join(found)
+
+
+def test_the_families_are_named_by_their_model_type():
+    assert {name: family.MODEL_TYPE for name, family in FAMILIES.items()} == {
+        name: name for name in FAMILIES
+    }
+    assert {"llama", "mistral", "qwen2"} <= FAMILIES.keys()
+
+
+def test_llama_reads_sizes_and_derives_what_is_left_out():
+    hf = oracle.hf_config()
+    config = read(hf)
+    assert (config.num_layers, config.num_kv_heads, config.head_dim) == (2, 2, 16)
+    assert (config.rope_theta, config.rope_scaling) == (10000.0, None)
+    del hf["num_key_value_heads"]
+    assert read(hf).num_kv_heads == 4
+    assert read(hf | {"head_dim": 24}).head_dim == 24
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3 | {"rope_type": "llama3"}},
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3 | {"type": "llama3"}},
+        {"rope_parameters": LLAMA3 | {"rope_type": "llama3", "rope_theta": 5e5}},
+    ],
+)
+def test_rotary_settings_are_read_in_each_of_their_spellings(rope):
+    config = read(oracle.hf_config(**rope))
+    assert config.rope_theta == 5e5
+    assert config.rope_scaling == SCALING
+
+
+def test_llamas_bias_is_on_all_four_projections_and_qwen2s_on_three():
+    config = read(oracle.hf_config(attention_bias=True))
+    assert config.attention_bias and config.output_bias
+    config = read(oracle.hf_config(model_type="qwen2"))
+    assert config.attention_bias and not config.output_bias
+
+
+def test_mistral_reads_its_window():
+    hf = oracle.hf_config(model_type="mistral")
+    assert read(hf | {"sliding_window": 7}).sliding_window == 7
+    assert read(hf | {"sliding_window": None}).sliding_window is None
+
+
+def test_all_problems_of_a_config_are_named():
+    hf = oracle.hf_config(hidden_act="gelu", mlp_bias=True)
+    hf["rope_scaling"] = {"rope_type": "yarn", "factor": 2.0}
+    del hf["vocab_size"], hf["num_hidden_layers"]
+    found = problems(hf)
+    for part in (
+        "vocab_size is missing",
+        "num_hidden_layers is missing",
+        "hidden_act is 'gelu', only 'silu'",
+        "mlp_bias is true",
+        "type 'yarn'; known: default, linear, llama3",
+    ):
+        assert part in found
+
+
+def test_scaling_without_its_parameters_is_refused():
+    hf = oracle.hf_config(rope_scaling={"rope_type": "llama3", "factor": 8.0})
+    assert "'llama3' lacks low_freq_factor, high_freq_factor, original" in problems(hf)
+    hf = oracle.hf_config(rope_scaling={"type": "linear"})
+    assert "'linear' lacks factor" in problems(hf)
+
+
+def test_qwen2s_sliding_window_is_refused_where_it_is_used():
+    hf = oracle.hf_config(model_type="qwen2", use_sliding_window=True)
+    assert "use_sliding_window is true" in problems(hf)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rope_scaling": SCALING, "rope_theta": 5e5},
+        {"rope_scaling": RopeScaling(kind="linear", factor=2.0)},
+        {"attention_bias": True, "output_bias": True, "tie_word_embeddings": True},
+        {"sliding_window": 5},
+        {"attention_bias": True},
+    ],
+    ids=["plain", "llama3", "linear", "biases", "window", "bias on q, k and v"],
+)
+def test_a_written_config_reads_back_as_it_was(changes):
+    config = dataclasses.replace(read(oracle.hf_config()), **changes)
+    assert read(llama.write_config(config)) == config

@@ -1,0 +1,267 @@
+"""Trainer: a run folder, its metrics and checkpoints, and resuming bit for bit."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from qlora_jax.adapters import LoRAConfig, attach
+from qlora_jax.adapters.names import flatten
+from qlora_jax.errors import CheckpointError, OutputExistsError, QLoRAError
+from qlora_jax.io.adapter import load_adapter
+from qlora_jax.train.config import TrainConfig
+from qlora_jax.train.loop import DivergedError, Trainer
+from qlora_jax.train.metrics import MetricsLog, read_metrics
+from qlora_jax.train.report import plot_loss, write_report
+
+CONFIG = TrainConfig(
+    max_steps=6,
+    micro_batch=2,
+    grad_accum=2,
+    learning_rate=5e-3,
+    schedule="cosine",
+    warmup_ratio=0.4,
+    save_every=2,
+    compute_dtype="float32",
+    seed=3,
+)
+LORA = LoRAConfig(rank=4, alpha=8.0, dropout=0.1)
+ROWS = tiny.rows([16, 9, 12, 5, 16, 7, 11])
+"""7, so that steps of 4 rows straddle epochs."""
+HELD = tiny.rows([16, 8, 10], seed=1)
+
+
+class Stop(Exception):
+    """What a test stops a run with."""
+
+
+def trainer(
+    out: Path,
+    config: TrainConfig = CONFIG,
+    *,
+    lora: LoRAConfig = LORA,
+    rows: Any = ROWS,
+    held: Any = None,
+    stop_at: int | None = None,
+    progress: Callable[[dict], None] | None = None,
+) -> Trainer:
+    def stop(metrics: dict[str, Any]) -> None:
+        if progress is not None:
+            progress(metrics)
+        if metrics["step"] == stop_at and "loss" in metrics:
+            raise Stop
+
+    model = attach(
+        tiny.quantized(config.compute_dtype), lora, key=jax.random.key(config.seed)
+    )
+    return Trainer(model, rows, config, out, evaluation=held, lora=lora, progress=stop)
+
+
+def losses(out: Path) -> dict[int, tuple[float, float]]:
+    rows = [row for row in read_metrics(out / "metrics.jsonl") if "loss" in row]
+    assert len(rows) == len({row["step"] for row in rows})
+    return {row["step"]: (row["loss"], row["grad_norm"]) for row in rows}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        dataclasses.replace(CONFIG, compute_dtype="bfloat16", offload=True),
+        dataclasses.replace(CONFIG, compute_dtype="float16"),
+    ],
+    ids=["float32", "bfloat16, offload", "float16"],
+)
+def test_a_resumed_run_is_bit_equal_to_one_that_was_not_stopped(config, tmp_path):
+    whole = trainer(tmp_path / "whole", config)
+    whole.fit()
+    with pytest.raises(Stop):
+        trainer(tmp_path / "parts", config, stop_at=5).fit()
+    assert set(losses(tmp_path / "parts")) == {1, 2, 3, 4, 5}
+    resumed = trainer(tmp_path / "parts", config)
+    resumed.fit(resume=True)
+    assert resumed.start == 4
+    # Step 5 was taken twice and is there once.
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert set(losses(tmp_path / "whole")) == {1, 2, 3, 4, 5, 6}
+    ours, theirs = (
+        tiny.arrays((run.lora, run.opt_state)) for run in (resumed, whole)
+    )
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(one, other)
+    kinds = [
+        {x.sharding.memory_kind for x in jax.tree.leaves(run.opt_state) if x.ndim}
+        for run in (resumed, whole)
+    ]
+    assert kinds[0] == kinds[1]
+    assert ("pinned_host" in kinds[0]) == config.offload
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> tuple[Path, Trainer, dict[str, Any], list[dict]]:
+    """A finished run with eval losses: folder, trainer, figures, what was reported."""
+    out = tmp_path_factory.mktemp("run") / "a"
+    config = dataclasses.replace(CONFIG, eval_every=4, keep_checkpoints=2)
+    said = []
+    run = trainer(out, config, held=HELD, progress=said.append)
+    figures = run.fit()
+    return out, run, figures, said
+
+
+def test_metrics_have_one_object_a_step(done):
+    out, run, figures, said = done
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert rows == said
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    wanted = {"loss", "grad_norm", "learning_rate", "tokens", "tokens_per_s"}
+    assert all(wanted | {"device_memory_bytes"} <= row.keys() for row in steps)
+    assert steps[2]["learning_rate"] == pytest.approx(5e-3)  # the end of the warm-up
+    assert figures["steps"] == 6
+    assert figures["tokens"] == sum(row["tokens"] for row in steps)
+    assert figures["loss"] == steps[-1]["loss"]
+
+
+def test_eval_losses_come_before_between_and_after(done):
+    out, run, _, _ = done
+    rows = [row for row in read_metrics(out / "metrics.jsonl") if "eval_loss" in row]
+    assert [row["step"] for row in rows] == [0, 4, 6]
+    assert rows[-1]["eval_loss"] == pytest.approx(run.evaluate(HELD))
+
+
+def test_the_callers_model_is_not_donated(tmp_path):
+    model = attach(tiny.quantized(), LORA, key=jax.random.key(0))
+    before = tiny.logits(model, tiny.tokens())
+    Trainer(model, ROWS, dataclasses.replace(CONFIG, max_steps=1), tmp_path / "a").fit()
+    np.testing.assert_array_equal(tiny.logits(model, tiny.tokens()), before)
+
+
+def test_the_adapter_of_the_run_is_the_trained_one(done):
+    out, run, _, _ = done
+    loaded = load_adapter(out, tiny.quantized())
+    x = tiny.tokens()
+    np.testing.assert_array_equal(tiny.logits(loaded, x), tiny.logits(run.model, x))
+    assert np.abs(tiny.logits(loaded, x) - tiny.logits(tiny.quantized(), x)).max() > 0.01
+
+
+def test_only_the_newest_checkpoints_are_kept(done):
+    out = done[0]
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["4", "6"]
+
+
+def test_nothing_of_the_base_is_in_a_checkpoint(done):
+    out, run, _, _ = done
+    step = out / "checkpoints" / "6"
+    names = json.loads((step / "adapter" / "_METADATA").read_text())["tree_metadata"]
+    keys = {entry["key_metadata"][0]["key"] for entry in names.values()}
+    assert keys == set(flatten(run.lora))
+    names = json.loads((step / "optimizer" / "_METADATA").read_text())["tree_metadata"]
+    assert len(names) == len(jax.tree.leaves(run.opt_state))
+    # Adapter, both moments, and what Orbax writes beside them, for each array.
+    ours = sum(x.nbytes for x in jax.tree.leaves((run.lora, run.opt_state)))
+    stored = sum(p.stat().st_size for p in step.rglob("*") if p.is_file())
+    assert stored < 1.2 * ours + 1000 * (len(keys) + len(names))
+
+
+def test_a_finished_run_can_be_resumed_and_stays_as_it_is(done):
+    out, run, _, _ = done
+    before = losses(out)
+    again = trainer(out, run.config, held=HELD)
+    figures = again.fit(resume=True)
+    assert again.start == 6 and "loss" not in figures
+    assert losses(out) == before
+    for one, other in zip(tiny.arrays(again.lora), tiny.arrays(run.lora), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_run_killed_while_it_saved_its_adapter_can_be_resumed(tmp_path):
+    config = dataclasses.replace(CONFIG, max_steps=2)
+    trainer(tmp_path / "a", config).fit()
+    (tmp_path / "a" / "adapter" / "adapter.json").unlink()  # it is written last
+    trainer(tmp_path / "a", config).fit(resume=True)
+    load_adapter(tmp_path / "a", tiny.quantized())
+
+
+def test_resuming_without_a_checkpoint_says_so(tmp_path):
+    message = r"checkpoints has no checkpoint to resume from.*save-every"
+    with pytest.raises(CheckpointError, match=message):
+        trainer(tmp_path / "a").fit(resume=True)
+
+
+def test_a_failed_resume_leaves_the_metrics_as_they_were(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    with pytest.raises(CheckpointError):
+        trainer(tmp_path).fit(resume=True)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 2.0}\n'
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 4}, "'seed': 3.*'seed': 4"),
+        ({"micro_batch": 4}, "'batch': 4.*'batch': 8"),
+        ({"max_steps": 9}, "'steps': 6.*'steps': 9"),
+        ({"rows": tiny.rows([8, 8])}, "'rows': 7.*'rows': 2"),
+        ({"lora": LoRAConfig(rank=2)}, "rank|does not fit|another run"),
+        ({"lora": LoRAConfig(rank=4, targets="q_proj")}, "does not fit|another run"),
+        ({"compute_dtype": "float16"}, "another run"),
+    ],
+    ids=["seed", "batch", "steps", "rows", "rank", "targets", "compute_dtype"],
+)
+def test_resuming_another_run_is_refused(done, change, message):
+    out, run, _, _ = done
+    parts = {key: change[key] for key in ("lora", "rows") if key in change}
+    fields = {key: value for key, value in change.items() if key not in parts}
+    other = trainer(out, dataclasses.replace(run.config, **fields), **parts)
+    with pytest.raises(QLoRAError, match=message):
+        other.fit(resume=True)
+    assert set(losses(out)) == {1, 2, 3, 4, 5, 6}
+
+
+def test_a_run_folder_that_is_taken_is_refused(done):
+    out, run, _, _ = done
+    with pytest.raises(OutputExistsError, match="resume"):
+        trainer(out, run.config).fit()
+    assert set(losses(out)) == {1, 2, 3, 4, 5, 6}
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    config = dataclasses.replace(
+        CONFIG, learning_rate=1e30, warmup_ratio=0.0, save_every=1, max_grad_norm=None
+    )
+    with pytest.raises(DivergedError, match=r"step \d: the loss is .*learning-rate"):
+        trainer(tmp_path / "a", config).fit()
+    assert not (tmp_path / "a" / "adapter").exists()
+
+
+def test_a_metrics_log_drops_what_a_resumed_run_takes_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": 0, "eval_loss": 3.0}] + [{"step": i, "loss": 1.0} for i in range(1, 5)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in lines) + '{"step": 5, "lo')
+    assert [row["step"] for row in read_metrics(path)] == [0, 1, 2, 3, 4]
+    log = MetricsLog(path, keep_until=2)
+    log.write(step=3, loss=0.5)
+    log.close()
+    assert read_metrics(path) == [*lines[:3], {"step": 3, "loss": 0.5}]
+
+
+def test_the_report_has_figures_curve_and_config(done, tmp_path):
+    out = done[0]
+    for name in ("metrics.jsonl",):
+        (tmp_path / name).write_text((out / name).read_text())
+    (tmp_path / "config.toml").write_text('model = "<tiny>"\n')
+    page = write_report(tmp_path, {"loss": 1.5, "out": "<a>"}).read_text()
+    assert "data:image/png;base64," in page
+    assert "&lt;tiny&gt;" in page and "&lt;a&gt;" in page and "<tiny>" not in page
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_curve_of_nothing_can_be_drawn(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert plot_loss(tmp_path).exists()
