@@ -85,12 +85,16 @@ class Child:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
-    parser.add_argument("--bnb-python", help="python of an environment with bitsandbytes")
+    parser.add_argument(
+        "--bnb-python", help="python of an environment with bitsandbytes"
+    )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--append", help="results file (.jsonl)")
     args = parser.parse_args()
     done = subprocess.run(
-        [sys.executable, "-c", _LOAD, "load", args.model], capture_output=True, text=True
+        [sys.executable, "-c", _LOAD, "load", args.model],
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         sys.exit(done.stderr)
@@ -106,7 +110,9 @@ def main() -> None:
         pairs = [(ours.time(), theirs.time()) for _ in range(args.rounds)]
         ratios = sorted(b / a for a, b in pairs)
         figures["quantize_4096_ms"] = 1e3 * sorted(a for a, _ in pairs)[len(pairs) // 2]
-        figures["bitsandbytes_4096_ms"] = 1e3 * sorted(b for _, b in pairs)[len(pairs) // 2]
+        figures["bitsandbytes_4096_ms"] = (
+            1e3 * sorted(b for _, b in pairs)[len(pairs) // 2]
+        )
         figures["speed_over_bitsandbytes"] = ratios[len(ratios) // 2]
         print(
             f"quantize 4096^2: {figures['quantize_4096_ms']:.0f} ms, bitsandbytes "

@@ -73,7 +73,9 @@ def main() -> None:
     for name in args.shapes:
         for m in args.m:
             shape = SHAPES[name]
-            seconds = time_rounds(variants(m, shape.n, shape.k, args.dtype), args.rounds)
+            seconds = time_rounds(
+                variants(m, shape.n, shape.k, args.dtype), args.rounds
+            )
             for part in ("forward", "both"):
                 dense, nf4 = seconds[f"dense {part}"], seconds[f"nf4 {part}"]
                 row = {

@@ -54,10 +54,14 @@ LARGEST = 9999
 UNITS = """zero one two three four five six seven eight nine ten eleven twelve thirteen
 fourteen fifteen sixteen seventeen eighteen nineteen""".split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-NAMES = "Ada Ben Clara Dev Emil Fatima Hugo Ines Jonas Kenji Lena Maya Noor Omar".split()
+NAMES = (
+    "Ada Ben Clara Dev Emil Fatima Hugo Ines Jonas Kenji Lena Maya Noor Omar".split()
+)
 THINGS = """apples books boats birds candles coins feathers hats kites lamps maps pears
 shells spoons stones tickets""".split()
-PLACES = "harbour market meadow mill museum orchard school station tower village".split()
+PLACES = (
+    "harbour market meadow mill museum orchard school station tower village".split()
+)
 
 
 def in_words(n: int) -> str:
@@ -122,7 +126,9 @@ def train_tokenizer(rng: random.Random) -> tokenizers.Tokenizer:
     pre = tokenizers.pre_tokenizers
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     byte_level = pre.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True), byte_level])
+    tokenizer.pre_tokenizer = pre.Sequence(
+        [pre.Digits(individual_digits=True), byte_level]
+    )
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=CONFIG.vocab_size,
@@ -131,6 +137,10 @@ def train_tokenizer(rng: random.Random) -> tokenizers.Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator((make_paragraph(rng) for _ in range(5000)), trainer)
+    # As Llama's: other tools then add BOS, as qlora_jax does itself.
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", BOS_ID)]
+    )
     return tokenizer
 
 
@@ -139,8 +149,8 @@ def pack(rng: random.Random, tokenizer: tokenizers.Tokenizer, rows: int, width: 
     ids: list[int] = []
     while len(ids) < rows * width:
         texts = [make_paragraph(rng) for _ in range(1000)]
-        for encoded in tokenizer.encode_batch(texts):
-            ids += [BOS_ID, *encoded.ids, EOS_ID]
+        for encoded in tokenizer.encode_batch(texts):  # adds BOS
+            ids += [*encoded.ids, EOS_ID]
     return np.array(ids[: rows * width], np.int32).reshape(rows, width)
 
 
@@ -161,7 +171,9 @@ def swap_linears(model: Decoder, old: type[Linear], new: type[Linear]) -> Decode
     return nnx.recursive_map(swap, model)
 
 
-def mean_loss(weights: nnx.State, graphdef: nnx.GraphDef, tokens: jax.Array) -> jax.Array:
+def mean_loss(
+    weights: nnx.State, graphdef: nnx.GraphDef, tokens: jax.Array
+) -> jax.Array:
     """Returns the mean next-token loss in nats, computed in bfloat16."""
     model = nnx.merge(graphdef, weights)
     embedding = model.embed_tokens[...]
@@ -210,6 +222,7 @@ def save(model: Decoder, tokenizer: tokenizers.Tokenizer, folder: Path) -> None:
         "bos_token": "<s>",
         "eos_token": "</s>",
         "unk_token": "<unk>",
+        "pad_token": "</s>",
         "model_max_length": CONFIG.max_position_embeddings,
         "clean_up_tokenization_spaces": False,
     }

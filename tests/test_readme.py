@@ -18,7 +18,9 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    lines = [line.partition("#")[0].strip() for b in blocks("sh") for line in b.splitlines()]
+    lines = [
+        line.partition("#")[0].strip() for b in blocks("sh") for line in b.splitlines()
+    ]
     return [line for line in lines if line]
 
 

@@ -75,21 +75,18 @@ def tokenizer(*, bos: bool = True, chat: bool = True) -> Tokenizer:
 def decoder(dtype: str = "float32", seed: int = 0, bias: bool = False) -> Decoder:
     """Returns a dense base whose logits are far from uniform."""
     config = dataclasses.replace(CONFIG, attention_bias=bias)
-    model = Decoder(config, key=jax.random.key(seed), dtype="float32")
-    keys = iter(jax.random.split(jax.random.key(seed + 1), 64))
+    # Filled by numpy: as many jax.random calls would each be compiled.
+    model = nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0), dtype=dtype))
+    rng = np.random.default_rng(seed)
+    size = {"embed_tokens": 0.3, "kernel": 0.12, "bias": 0.3, "weight": 0.1}
 
-    def spread(path: tuple, variable: nnx.Variable) -> nnx.Variable:
-        x = variable.get_value()
-        if path[-1] == "bias":
-            x = 0.3 * jax.random.normal(next(keys), x.shape)
-        elif path[-1] == "weight":
-            x = x + 0.1 * jax.random.normal(next(keys), x.shape)
-        else:
-            x = x * (15.0 if path[-1] == "embed_tokens" else 6.0)
-        return variable.replace(x.astype(dtype))
+    def draw(path: tuple, variable: nnx.Variable) -> nnx.Variable:
+        x = size[str(path[-1])] * rng.standard_normal(variable.get_value().shape)
+        x += path[-1] == "weight"
+        return variable.replace(jnp.asarray(x, jnp.float32).astype(dtype))
 
     graphdef, state = nnx.split(model)
-    flat = [(path, spread(path, v)) for path, v in nnx.to_flat_state(state)]
+    flat = [(path, draw(path, v)) for path, v in nnx.to_flat_state(state)]
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
@@ -113,13 +110,13 @@ def adapted(
 
 def randomized(lora: nnx.State, seed: int = 5) -> nnx.State:
     """Returns an adapter with lora_b drawn, so that it changes what the model says."""
-    keys = iter(jax.random.split(jax.random.key(seed), 64))
+    rng = np.random.default_rng(seed)
 
     def draw(path: tuple, variable: nnx.Variable) -> nnx.Variable:
         if path[-1] != "lora_b":
             return variable
-        x = variable.get_value()
-        return variable.replace(0.05 * jax.random.normal(next(keys), x.shape))
+        x = 0.05 * rng.standard_normal(variable.get_value().shape)
+        return variable.replace(jnp.asarray(x, jnp.float32))
 
     flat = [(path, draw(path, v)) for path, v in nnx.to_flat_state(lora)]
     return nnx.from_flat_state(flat)

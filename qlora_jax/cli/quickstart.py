@@ -25,10 +25,19 @@ from qlora_jax.train.report import write_report
 
 LORA = LoRAConfig(rank=16, alpha=32)
 TRAIN = TrainConfig(
-    max_steps=150, micro_batch=32, grad_accum=1, learning_rate=3e-3, schedule="cosine"
+    max_steps=300,
+    micro_batch=48,
+    grad_accum=1,
+    learning_rate=4e-3,
+    schedule="cosine",
+    warmup_ratio=0.05,
+    max_grad_norm=1.0,
+    beta2=0.99,
+    save_every=None,
 )
 DATA = DataConfig(max_tokens=128)
-"""Found by scripts/make_tiny_base.py's author on two CPU cores."""
+"""Settings that solve the task in about a minute on two CPU cores. A model this small
+wants a far higher learning rate than the defaults, which are those of 7B models."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +79,7 @@ def run(args: Args) -> dict[str, Any]:
     print("2. Ask it the held-out questions")
     rows = read_dataset(assets / "train.jsonl", tokenizer, DATA)
     held = read_dataset(assets / "test.jsonl", tokenizer, DATA)
-    before, answers_before = exact_match(model, held, tokenizer, max_new_tokens=24)
+    before, answers_before = exact_match(model, held, tokenizer, max_new_tokens=8)
     print(f"   exact match {before:.1%} of {len(held)}")
 
     print(f"3. Fine-tune an adapter, {train.max_steps} steps")
@@ -93,7 +102,7 @@ def run(args: Args) -> dict[str, Any]:
         fitted = trainer.fit()
 
     print("4. Ask again")
-    after, answers = exact_match(trainer.model, held, tokenizer, max_new_tokens=24)
+    after, answers = exact_match(trainer.model, held, tokenizer, max_new_tokens=8)
     print(f"   exact match {before:.1%} before, {after:.1%} after\n")
     for old, new in list(zip(answers_before, answers, strict=True))[:2]:
         print(f"   {new.prompt.strip()}")

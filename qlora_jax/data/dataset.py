@@ -123,9 +123,9 @@ class Dataset:
 def padded_length(longest: int, max_tokens: int) -> int:
     """Returns the length to pad to: few different ones, since each compiles anew.
 
-    Multiples of 64 up to 256, then of an eighth to a quarter of the length.
+    Multiples of 32 up to 128, then of an eighth to a quarter of the length.
     """
-    step = 64
+    step = 32
     while step * 4 < longest:
         step *= 2
     return max(longest, min(-(-longest // step) * step, max_tokens))

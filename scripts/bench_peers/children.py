@@ -99,8 +99,11 @@ class Child:
         line = self.process.stdout.readline()
         if line.startswith("{") and key in (message := json.loads(line)):
             return message
-        self.process.kill()
-        self.process.wait()
+        try:
+            self.process.wait(timeout=10)  # its own exit code says more than ours
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
         self.stderr.seek(0)
         tail = "".join(self.stderr.readlines()[-STDERR_TAIL_LINES:])
         raise ChildError(

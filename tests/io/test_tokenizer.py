@@ -52,7 +52,12 @@ def test_bos_is_the_tokenizers_own(tmp_path, settings, model, expected):
     ("settings", "generation", "model", "expected"),
     [
         ({"eos_token": "</s>"}, {}, {}, (tiny.EOS,)),
-        ({"eos_token": "</s>"}, {"eos_token_id": [7, tiny.EOS, 9]}, {}, (tiny.EOS, 7, 9)),
+        (
+            {"eos_token": "</s>"},
+            {"eos_token_id": [7, tiny.EOS, 9]},
+            {},
+            (tiny.EOS, 7, 9),
+        ),
         ({}, {"eos_token_id": 7}, {"eos_token_id": 8}, (7,)),
         ({}, {}, {"eos_token_id": [8, 9]}, (8, 9)),
         ({}, {}, {}, ()),
@@ -155,7 +160,11 @@ def test_a_broken_tokenizer_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("data", "message"),
-    [(b"{", "is not JSON"), (b"\xff", "is not JSON"), (b"[1]", "list, expected an object")],
+    [
+        (b"{", "is not JSON"),
+        (b"\xff", "is not JSON"),
+        (b"[1]", "list, expected an object"),
+    ],
 )
 def test_a_broken_settings_file_is_named(tmp_path, data, message):
     (write(tmp_path) / "tokenizer_config.json").write_bytes(data)

@@ -40,7 +40,9 @@ def test_a_step_that_is_not_finite_changes_nothing_and_halves_the_scale(bad):
     grads = grads | {"b": grads["b"].at[1, 0].set(bad)}
     updates, after = tx.update(grads, state, PARAMS)
     assert not any(np.any(update) for update in tiny.arrays(updates))
-    for one, other in zip(tiny.arrays(state.inner), tiny.arrays(after.inner), strict=True):
+    for one, other in zip(
+        tiny.arrays(state.inner), tiny.arrays(after.inner), strict=True
+    ):
         np.testing.assert_array_equal(one, other)
     assert float(after.scale) == 2.0**14
     assert (int(after.good_steps), int(after.skipped)) == (0, 1)

@@ -44,7 +44,9 @@ def value_and_grads(function, head, hidden, labels, weights):
         # Scaled, so that the cotangent is not 1.
         return 0.37 * function(nnx.merge(graphdef, lora, rest), hidden, labels, weights)
 
-    value, (d_lora, d_hidden) = jax.jit(jax.value_and_grad(of, argnums=(0, 1)))(lora, hidden)
+    value, (d_lora, d_hidden) = jax.jit(jax.value_and_grad(of, argnums=(0, 1)))(
+        lora, hidden
+    )
     return float(value), [np.asarray(x) for x in (*jax.tree.leaves(d_lora), d_hidden)]
 
 
@@ -72,7 +74,11 @@ def test_value_and_gradients_are_those_of_log_softmax(chunks, lora):
 def test_the_logits_of_one_chunk_are_all_that_is_alive(monkeypatch):
     monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * VOCAB * 5)
     head, hidden, labels, weights = problem()
-    jaxpr = str(jax.make_jaxpr(jax.grad(cross_entropy, argnums=1))(head, hidden, labels, weights))
+    jaxpr = str(
+        jax.make_jaxpr(jax.grad(cross_entropy, argnums=1))(
+            head, hidden, labels, weights
+        )
+    )
     assert f"f32[5,{VOCAB}]" in jaxpr
     assert f"f32[{BATCH},{SEQ},{VOCAB}]" not in jaxpr
     assert f"f32[{BATCH * SEQ},{VOCAB}]" not in jaxpr
@@ -96,4 +102,6 @@ def test_positions_of_weight_zero_have_no_part(chunks):
     weights = weights.at[:, -2:].set(0)
     value = float(cross_entropy(head, hidden, labels, weights))
     changed = hidden.at[:, -2:].add(100.0), labels.at[:, -2:].set(0)
-    assert float(cross_entropy(head, *changed, weights)) == pytest.approx(value, rel=1e-6)
+    assert float(cross_entropy(head, *changed, weights)) == pytest.approx(
+        value, rel=1e-6
+    )

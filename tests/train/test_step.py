@@ -61,14 +61,18 @@ def test_loss_and_gradient_norm_are_those_of_plain_autodiff(parts, sgd_step, bat
 
     def mean_nll(lora):
         log_p = jax.nn.log_softmax(join(graphdef, lora, base)(batch["tokens"]))
-        picked = jnp.take_along_axis(log_p[:, :-1], batch["tokens"][:, 1:, None], axis=2)
+        picked = jnp.take_along_axis(
+            log_p[:, :-1], batch["tokens"][:, 1:, None], axis=2
+        )
         weights = batch["weights"][:, 1:]
         return -jnp.sum(picked[..., 0] * weights) / weights.sum()
 
     loss, grads = jax.jit(jax.value_and_grad(mean_nll))(lora)
     metrics, stepped = take(sgd_step, parts, batch)
     assert metrics["loss"] == pytest.approx(float(loss), rel=1e-5)
-    assert metrics["grad_norm"] == pytest.approx(float(optax.tree.norm(grads)), rel=1e-4)
+    assert metrics["grad_norm"] == pytest.approx(
+        float(optax.tree.norm(grads)), rel=1e-4
+    )
     for have, want in zip(stepped, tiny.arrays(grads), strict=True):
         np.testing.assert_allclose(have, want, atol=5e-5 * np.abs(want).max(), rtol=0)
 
@@ -106,7 +110,9 @@ def test_weights_weigh(parts, sgd_step, batch):
     assert double["tokens"] == 2 * plain["tokens"]
 
 
-def test_a_batch_without_a_token_to_learn_is_no_division_by_zero(parts, sgd_step, batch):
+def test_a_batch_without_a_token_to_learn_is_no_division_by_zero(
+    parts, sgd_step, batch
+):
     metrics, grads = take(sgd_step, parts, batch | {"weights": 0 * batch["weights"]})
     assert metrics["loss"] == metrics["tokens"] == metrics["grad_norm"] == 0
     assert not any(np.any(g) for g in grads)
@@ -114,7 +120,8 @@ def test_a_batch_without_a_token_to_learn_is_no_division_by_zero(parts, sgd_step
 
 def test_dropout_follows_from_its_key(parts, sgd_step, batch):
     losses = [
-        take(sgd_step, parts, batch, jax.random.key(seed))[0]["loss"] for seed in (1, 1, 2)
+        take(sgd_step, parts, batch, jax.random.key(seed))[0]["loss"]
+        for seed in (1, 1, 2)
     ]
     assert losses[0] == losses[1] != losses[2]
     assert take(sgd_step, parts, batch)[0]["loss"] not in losses
@@ -140,7 +147,9 @@ def test_float16_trains_with_loss_scaling(batch):
     graphdef, lora, base = split(tiny.adapted(tiny.quantized("float16")))
     tx = dynamic_loss_scale(optax.adamw(2e-2))
     state = tx.init(lora)
-    state = state._replace(scale=jnp.float32(2.0**40))  # far too high: overflows at first
+    state = state._replace(
+        scale=jnp.float32(2.0**40)
+    )  # far too high: overflows at first
     step = make_train_step(graphdef, tx)
     rows = []
     for _ in range(60):

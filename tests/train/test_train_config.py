@@ -112,7 +112,9 @@ def test_weight_decay_is_decoupled():
     # Of a zero gradient AdamW's own update is zero; what is left is decay * param.
     assert update_norm(0.0) == 0
     assert update_norm(0.0, weight_decay=0.1) == pytest.approx(0.2)
-    assert update_norm(0.0, weight_decay=0.1, compute_dtype="float16") == pytest.approx(0.2)
+    assert update_norm(0.0, weight_decay=0.1, compute_dtype="float16") == pytest.approx(
+        0.2
+    )
 
 
 def test_gradients_are_clipped_to_their_global_norm():
@@ -129,8 +131,12 @@ def test_gradients_are_clipped_to_their_global_norm():
 
 def test_float16_scales_the_loss_and_offload_rests_on_the_host():
     params = {"w": np.ones(4, np.float32)}
-    state = make_optimizer(TrainConfig(compute_dtype="float16", offload=True), 10).init(params)
+    state = make_optimizer(TrainConfig(compute_dtype="float16", offload=True), 10).init(
+        params
+    )
     assert isinstance(state, LossScaleState)
     mu = optax.tree.get(state, "mu")["w"]
     assert mu.sharding.memory_kind == "pinned_host"
-    assert not isinstance(make_optimizer(TrainConfig(), 10).init(params), LossScaleState)
+    assert not isinstance(
+        make_optimizer(TrainConfig(), 10).init(params), LossScaleState
+    )

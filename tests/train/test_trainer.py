@@ -90,9 +90,7 @@ def test_a_resumed_run_is_bit_equal_to_one_that_was_not_stopped(config, tmp_path
     # Step 5 was taken twice and is there once.
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert set(losses(tmp_path / "whole")) == {1, 2, 3, 4, 5, 6}
-    ours, theirs = (
-        tiny.arrays((run.lora, run.opt_state)) for run in (resumed, whole)
-    )
+    ours, theirs = (tiny.arrays((run.lora, run.opt_state)) for run in (resumed, whole))
     for one, other in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(one, other)
     kinds = [
@@ -116,7 +114,9 @@ def done(tmp_path_factory) -> tuple[Path, Trainer, dict[str, Any], list[dict]]:
 
 def test_metrics_have_one_object_a_step(done):
     out, run, figures, said = done
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()
+    ]
     assert rows == said
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
@@ -147,7 +147,9 @@ def test_the_adapter_of_the_run_is_the_trained_one(done):
     loaded = load_adapter(out, tiny.quantized())
     x = tiny.tokens()
     np.testing.assert_array_equal(tiny.logits(loaded, x), tiny.logits(run.model, x))
-    assert np.abs(tiny.logits(loaded, x) - tiny.logits(tiny.quantized(), x)).max() > 0.01
+    assert (
+        np.abs(tiny.logits(loaded, x) - tiny.logits(tiny.quantized(), x)).max() > 0.01
+    )
 
 
 def test_only_the_newest_checkpoints_are_kept(done):
@@ -242,8 +244,12 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
 
 def test_a_metrics_log_drops_what_a_resumed_run_takes_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    lines = [{"step": 0, "eval_loss": 3.0}] + [{"step": i, "loss": 1.0} for i in range(1, 5)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in lines) + '{"step": 5, "lo')
+    lines = [{"step": 0, "eval_loss": 3.0}] + [
+        {"step": i, "loss": 1.0} for i in range(1, 5)
+    ]
+    path.write_text(
+        "".join(json.dumps(row) + "\n" for row in lines) + '{"step": 5, "lo'
+    )
     assert [row["step"] for row in read_metrics(path)] == [0, 1, 2, 3, 4]
     log = MetricsLog(path, keep_until=2)
     log.write(step=3, loss=0.5)
