@@ -5,6 +5,8 @@ The public names, each explained where it is defined. They load on first use, so
 """
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -68,6 +70,17 @@ def __getattr__(name: str) -> Any:
     # A subpackage of the same name (generate, quantize) must not shadow it later.
     globals()[name] = value
     return value
+
+
+class _Front(types.ModuleType):
+    """Keeps a subpackage from hiding the function of its name (generate)."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME_OF and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Front
 
 
 def __dir__() -> list[str]:

@@ -33,6 +33,7 @@ TRAIN = TrainConfig(
     warmup_ratio=0.05,
     max_grad_norm=1.0,
     beta2=0.99,
+    eval_every=60,
     save_every=None,
 )
 DATA = DataConfig(max_tokens=128)

@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from qlora_jax.errors import DataError, gathered
 logger = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class TextTokenizer(Protocol):
     """What a dataset needs of a tokenizer (io.tokenizer.Tokenizer has it)."""
 

@@ -7,12 +7,13 @@
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from qlora_jax.data.config import DataConfig
 from qlora_jax.errors import DataError
 
 
+@runtime_checkable
 class ChatTokenizer(Protocol):
     """What formats need of a tokenizer."""
 

@@ -25,6 +25,7 @@ from pallas_kernels.codebook import (
 from pallas_kernels.layout import QuantizedTensor
 from qlora_jax.errors import CheckpointError
 from qlora_jax.quant import QuantConfig
+from qlora_jax.quant.config import BLOCK_SIZES
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +86,16 @@ def _read_absmax(
         return {"absmax": jnp.asarray(absmax.astype(np.float32))}
     scale = _get(tensors, f"{name}.nested_absmax").astype(np.float32).reshape(-1)
     table = _get(tensors, f"{name}.nested_quant_map")
+    for key, kinds in (("nested_offset", (int, float)), ("nested_blocksize", int)):
+        if not isinstance(state.get(key), kinds) or (key[7] == "b" and state[key] < 1):
+            raise CheckpointError(f"{name}: its {key} is {state.get(key)!r}")
     offset = np.float32(state["nested_offset"])
-    nested_block = int(state["nested_blocksize"])
+    nested_block = state["nested_blocksize"]
+    scales = -(-absmax.size // nested_block)
+    if scale.size != scales:
+        raise CheckpointError(
+            f"{name}: {scale.size} nested_absmax values, expected {scales}"
+        )
     if np.array_equal(table, dynamic_map()) and nested_block == ABSMAX_BLOCK_SIZE:
         return {
             "absmax_codes": jnp.asarray(absmax),
@@ -152,7 +161,17 @@ def _read_state(
     except (ValueError, AttributeError):
         raise CheckpointError(f"{name}: its quant_state is not JSON") from None
     if missing:
-        raise CheckpointError(f"{name}: its quant_state lacks {', '.join(missing)}")
+        raise CheckpointError(
+            f"{name}: its quant_state lacks {', '.join(sorted(missing))}"
+        )
+    if state["blocksize"] not in BLOCK_SIZES:
+        raise CheckpointError(f"{name}: its blocksize is {state['blocksize']!r}")
+    if state["dtype"] not in ("bfloat16", "float16", "float32"):
+        raise CheckpointError(f"{name}: its dtype is {state['dtype']!r}")
+    if not isinstance(state["shape"], list) or not all(
+        type(i) is int and i > 0 for i in state["shape"]
+    ):
+        raise CheckpointError(f"{name}: its shape is {state['shape']!r}")
     return kind, state
 
 

@@ -235,7 +235,7 @@ class _Reader:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _put(stack: Any, value: Any, i: int) -> Any:
+def _put(stack: Any, value: Any, i: Any) -> Any:
     return jax.tree.map(lambda s, v: s.at[i].set(v), stack, value)
 
 
@@ -320,7 +320,9 @@ def save_model(
         hf, family, _, _ = read_config(folder)
         names = family.NAMES
         for name in TOKENIZER_FILES:
-            if (folder / name).exists():
+            if (folder / name).exists() and not (
+                (out / name).exists() and (folder / name).samefile(out / name)
+            ):
                 shutil.copyfile(folder / name, out / name)
     hf.pop("quantization_config", None)
     hf.pop("dtype", None)

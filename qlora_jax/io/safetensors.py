@@ -96,13 +96,25 @@ def _files(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     try:
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+        if wrong := [s for s in shards if Path(s).name != s]:
+            raise ValueError(f"{wrong[0]!r} is no file name")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is no safetensors index: {error!r}") from None
     if missing := [s for s in shards if not (folder / s).exists()]:
         raise CheckpointError(
             gathered(f"{folder} lacks shards that {INDEX} names", missing)
         )
     return [folder / shard for shard in shards]
+
+
+def _parse(name: str, entry: dict[str, Any]) -> tuple[str, str, tuple, int, int]:
+    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    numbers = (*shape, begin, end)
+    if not all(type(i) is int and i >= 0 for i in numbers) or not isinstance(
+        dtype, str
+    ):
+        raise ValueError(name)
+    return name, dtype, tuple(shape), begin, end
 
 
 def _read_header(file: Path) -> tuple[dict[str, TensorInfo], list[str]]:
@@ -114,11 +126,8 @@ def _read_header(file: Path) -> tuple[dict[str, TensorInfo], list[str]]:
         try:
             header: dict[str, Any] = json.loads(stream.read(length))
             header.pop("__metadata__", None)
-            entries = [
-                (name, v["dtype"], tuple(v["shape"]), *v["data_offsets"])
-                for name, v in header.items()
-            ]
-        except (ValueError, KeyError, TypeError, AttributeError):
+            entries = [_parse(name, value) for name, value in header.items()]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return {}, [f"{file.name}: its header is corrupt"]
     infos, problems = {}, []
     for name, dtype, shape, begin, end in entries:
@@ -158,7 +167,7 @@ class Writer:
         size = sum(t.nbytes for t in self._pending.values())
         if self._pending and size + tensor.nbytes > self.shard_bytes:
             self._flush()
-        self._pending[name] = np.ascontiguousarray(tensor)
+        self._pending[name] = np.asarray(tensor, order="C")
         self._bytes += tensor.nbytes
 
     def close(self) -> int:
@@ -170,6 +179,8 @@ class Writer:
             final = [SINGLE]
         for i, name in enumerate(final):
             os.replace(self.folder / _part(i), self.folder / name)
+        if count == 1:  # one of an earlier, sharded save would hide the new file
+            (self.folder / INDEX).unlink(missing_ok=True)
         if count > 1:
             weight_map = {
                 tensor: final[i]

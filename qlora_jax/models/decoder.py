@@ -297,9 +297,10 @@ class Decoder(nnx.Module):
         """Returns a cache for `capacity` tokens a row, in the compute dtype."""
         c = self.config
         shape = (c.num_layers, batch, capacity, c.num_kv_heads, c.head_dim)
-        zeros = jnp.zeros(shape, self.compute_dtype)
+        # Two buffers, not one twice: a caller may donate the cache.
+        k, v = (jnp.zeros(shape, self.compute_dtype) for _ in range(2))
         nothing = jnp.full((batch, capacity), -1, jnp.int32)
-        return KVCache(zeros, zeros, nothing, jnp.int32(0))
+        return KVCache(k, v, nothing, jnp.int32(0))
 
     def _rotation(self, positions: Array) -> tuple[Array, Array]:
         c = self.config

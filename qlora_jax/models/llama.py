@@ -115,9 +115,15 @@ def write_config(config: DecoderConfig) -> dict[str, Any]:
             "high_freq_factor": scaling.high_freq_factor,
             "original_max_position_embeddings": scaling.original_max_position,
         }
+    kind, architecture = MODEL_TYPE, "LlamaForCausalLM"
+    if config.sliding_window is not None:
+        kind, architecture = "mistral", "MistralForCausalLM"
+    elif config.attention_bias and not config.output_bias:
+        kind, architecture = "qwen2", "Qwen2ForCausalLM"
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": MODEL_TYPE,
+        "architectures": [architecture],
+        "model_type": kind,
+        "sliding_window": config.sliding_window,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,

@@ -69,10 +69,15 @@ def dequantize(q: QuantizedTensor, dtype: jnp.dtype | str | None = None) -> Arra
     Returns:
       Array of q.shape, behind the leading axes if there are any.
     """
+    return _dequantize_jit(q, jnp.dtype(dtype or q.dtype).name)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _dequantize_jit(q: QuantizedTensor, dtype: str) -> Array:
     decode = functools.partial(reference.dequantize, dtype=dtype)
     for _ in range(q.codes.ndim - (1 if q.layout == "flat" else 2)):
         decode = jax.vmap(decode)
-    return jax.jit(decode)(q)
+    return decode(q)
 
 
 def _quantize(w: Array, config: QuantConfig) -> tuple[QuantizedTensor, Array]:
@@ -91,7 +96,7 @@ def _quantize(w: Array, config: QuantConfig) -> tuple[QuantizedTensor, Array]:
         layout=where,
         dtype=w.dtype.name,
     )
-    return quantized, jnp.isfinite(absmax).all()
+    return quantized, jnp.isfinite(w).all()
 
 
 _quantize_jit = jax.jit(_quantize, static_argnums=1)

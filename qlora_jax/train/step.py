@@ -80,7 +80,7 @@ def make_train_step(
         scale = opt_state.scale if scaled else 1.0
         metrics = {
             "loss": loss / scale,
-            "grad_norm": optax.global_norm(grads) / scale,
+            "grad_norm": optax.tree.norm(grads) / scale,
             "tokens": tokens,
         }
         if scaled:

@@ -52,14 +52,12 @@ def test_mean_error_grows_with_the_block_and_double_quantization_adds_little():
     assert np.abs(double - w).mean() < np.abs(plain - w).mean() * 1.005
 
 
-def test_int4_loses_more_than_nf4_on_a_normal_weight():
+def test_nf4_loses_least_on_a_normal_weight():
     w = normal(256, 256)
-    errors = {
-        name: np.abs(
-            oracle.decoded(quantize_tensor(w, QuantConfig(codebook=name))) - w
-        ).mean()
-        for name in CODEBOOKS
-    }
+    errors = {}
+    for name in CODEBOOKS:
+        q = quantize_tensor(w, QuantConfig(codebook=name, double_quant=False))
+        errors[name] = np.abs(oracle.decoded(q) - w).mean()
     assert errors["nf4"] < min(errors["int4"], errors["fp4"])
 
 
@@ -74,10 +72,7 @@ def test_every_float_dtype_is_taken_and_given_back(dtype):
     assert dequantize(q, "float32").dtype == jnp.float32
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [(), (1,), (7,), (3, 5), (7, 33), (5, 96), (3, 2, 64), (2, 300), (1, 4096)],
-)
+@pytest.mark.parametrize("shape", [(), (7,), (7, 33), (3, 2, 64), (2, 300)])
 def test_any_shape_can_be_quantized(shape):
     w = normal(*shape)
     q = quantize_tensor(w)

@@ -32,8 +32,6 @@ NAN = float("nan")
         ("weight_decay", -0.1, "--train.weight-decay is -0.1"),
         ("weight_decay", NAN, "--train.weight-decay is nan"),
         ("seed", -1, "--train.seed is -1"),
-        ("schedule", "cosin", "--train.schedule is 'cosin'"),
-        ("compute_dtype", "float8", "--train.compute-dtype is 'float8'"),
     ],
 )
 def test_a_wrong_value_names_its_flag(field, value, flag):

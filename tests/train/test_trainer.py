@@ -41,10 +41,16 @@ class Stop(Exception):
     """What a test stops a run with."""
 
 
+def model_of(config: TrainConfig = CONFIG, lora: LoRAConfig = LORA) -> Any:
+    base = tiny.quantized(config.compute_dtype)
+    return attach(base, lora, key=jax.random.key(config.seed))
+
+
 def trainer(
     out: Path,
     config: TrainConfig = CONFIG,
     *,
+    model: Any = None,
     lora: LoRAConfig = LORA,
     rows: Any = ROWS,
     held: Any = None,
@@ -57,9 +63,7 @@ def trainer(
         if metrics["step"] == stop_at and "loss" in metrics:
             raise Stop
 
-    model = attach(
-        tiny.quantized(config.compute_dtype), lora, key=jax.random.key(config.seed)
-    )
+    model = model or model_of(config, lora)
     return Trainer(model, rows, config, out, evaluation=held, lora=lora, progress=stop)
 
 
@@ -136,9 +140,10 @@ def test_eval_losses_come_before_between_and_after(done):
 
 
 def test_the_callers_model_is_not_donated(tmp_path):
-    model = attach(tiny.quantized(), LORA, key=jax.random.key(0))
+    model = model_of()
     before = tiny.logits(model, tiny.tokens())
-    Trainer(model, ROWS, dataclasses.replace(CONFIG, max_steps=1), tmp_path / "a").fit()
+    with pytest.raises(Stop):
+        trainer(tmp_path / "a", model=model, stop_at=1).fit()
     np.testing.assert_array_equal(tiny.logits(model, tiny.tokens()), before)
 
 
@@ -168,7 +173,7 @@ def test_nothing_of_the_base_is_in_a_checkpoint(done):
     # Adapter, both moments, and what Orbax writes beside them, for each array.
     ours = sum(x.nbytes for x in jax.tree.leaves((run.lora, run.opt_state)))
     stored = sum(p.stat().st_size for p in step.rglob("*") if p.is_file())
-    assert stored < 1.2 * ours + 1000 * (len(keys) + len(names))
+    assert stored < 1.2 * ours + 2000 * (len(keys) + len(names))
 
 
 def test_a_finished_run_can_be_resumed_and_stays_as_it_is(done):
@@ -183,10 +188,9 @@ def test_a_finished_run_can_be_resumed_and_stays_as_it_is(done):
 
 
 def test_a_run_killed_while_it_saved_its_adapter_can_be_resumed(tmp_path):
-    config = dataclasses.replace(CONFIG, max_steps=2)
-    trainer(tmp_path / "a", config).fit()
+    trainer(tmp_path / "a").fit()
     (tmp_path / "a" / "adapter" / "adapter.json").unlink()  # it is written last
-    trainer(tmp_path / "a", config).fit(resume=True)
+    trainer(tmp_path / "a").fit(resume=True)
     load_adapter(tmp_path / "a", tiny.quantized())
 
 
