@@ -1,0 +1,268 @@
+"""The command: every subcommand end to end, and every refusal."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+
+from qlora_jax.cli.main import main
+from qlora_jax.train.metrics import read_metrics
+
+FAST = ["--train.micro-batch", "2", "--train.grad-accum", "1", "--lora.rank", "2"]
+FAST += ["--train.compute-dtype", "float32", "--data.max-tokens", "64"]
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_folder(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_jsonl(
+        tmp_path_factory.mktemp("data") / "rows.jsonl", tiny.sums(12)
+    )
+
+
+@pytest.fixture(scope="session")
+def run_folder(
+    base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "a"
+    args = ["--model", str(base), "--data", str(rows), "--out", str(out)]
+    args += ["--train.max-steps", "3", "--data.eval-rows", "2", *FAST]
+    assert main(["train", *args]) == 0
+    return out
+
+
+def call(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, dict, str]:
+    """Runs a command; returns its status, last line and stderr."""
+    capsys.readouterr()
+    status = main([str(arg) for arg in args])
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    return status, json.loads(lines[-1]) if lines and status == 0 else {}, captured.err
+
+
+def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    """Runs a command that must fail as wrong input; returns the message."""
+    try:
+        status, _, error = call(capsys, *args)
+    except SystemExit as stop:  # tyro's own, for flags it cannot parse
+        status, error = stop.code, capsys.readouterr().err
+    assert status == 2, error
+    assert "Traceback" not in error
+    return error
+
+
+def test_train_writes_a_whole_run_folder(run_folder: Path):
+    names = {path.name for path in run_folder.iterdir()}
+    assert names == {
+        "adapter",
+        "checkpoints",
+        "config.toml",
+        "loss.png",
+        "metrics.jsonl",
+        "report.html",
+    }
+    steps = [row for row in read_metrics(run_folder / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3]
+    wanted = {"step", "loss", "grad_norm", "learning_rate", "tokens_per_s"}
+    assert wanted <= steps[0].keys()
+
+
+def test_quantize_then_evaluate_train_and_generate(
+    base: Path, rows: Path, tmp_path: Path, capsys
+):
+    status, said, _ = call(capsys, "quantize", "--model", base, "--out", tmp_path / "q")
+    assert status == 0 and said["base"].startswith("nf4, block 64, double-quantized")
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox " * 8)
+    evaluate = ["evaluate", "--data", text, "--window", 16, "--dtype", "float32"]
+    _, stored, _ = call(capsys, *evaluate, "--model", tmp_path / "q")
+    _, now, _ = call(capsys, *evaluate, "--model", base, "--quant.codebook", "nf4")
+    _, dense, _ = call(capsys, *evaluate, "--model", base)
+    # bfloat16 embeddings in the stored copy; the linears are the same.
+    assert stored["perplexity"] == pytest.approx(now["perplexity"], rel=2e-2)
+    assert dense["perplexity"] != now["perplexity"] and dense["base"] == "dense"
+    status, said, _ = call(
+        capsys, "generate", "--model", tmp_path / "q", "--prompt", "ab", "c",
+        "--max-new-tokens", 3,
+    )  # fmt: skip
+    assert status == 0 and len(said["texts"]) == 2
+
+
+def test_evaluate_with_an_adapter_holds_the_base_as_its_run_did(
+    base: Path, rows: Path, run_folder: Path, tmp_path: Path, capsys
+):
+    args = ["evaluate", "--model", base, "--adapter", run_folder, "--data", rows]
+    args += ["--data.max-tokens", 64, "--exact-match", "--max-new-tokens", 3]
+    status, said, _ = call(capsys, *args, "--predictions", tmp_path / "p.jsonl")
+    assert status == 0 and said["base"].startswith("nf4")
+    assert said["rows"] == 12 and 0 <= said["exact_match"] <= 1
+    assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 12
+    again = refused(capsys, *args, "--predictions", tmp_path / "p.jsonl")
+    assert "is a file" in again
+
+
+@pytest.mark.parametrize(
+    ("codebook", "said"),
+    [("none", "original weights"), ("nf4", "dequantized nf4 weights")],
+)
+def test_merge_says_what_it_merged_onto(
+    base: Path, run_folder: Path, tmp_path: Path, capsys, codebook: str, said: str
+):
+    out = tmp_path / "merged"
+    args = ["merge", "--model", base, "--adapter", run_folder, "--out", out]
+    status, figures, _ = call(capsys, *args, "--quant.codebook", codebook)
+    assert status == 0 and figures["merged_onto"].startswith(said)
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    assert "is not empty" in refused(capsys, *args)
+
+
+def test_doctor_says_what_runs(capsys):
+    status, said, _ = call(capsys, "doctor")
+    assert (
+        status == 0 and said["platform"] == "cpu" and said["nf4_matmul"]["1"] == "xla"
+    )
+
+
+def test_a_taken_out_is_refused_and_overwriting_keeps_foreign_files(
+    base: Path, rows: Path, run_folder: Path, tmp_path: Path, capsys
+):
+    out = tmp_path / "b"
+    shutil.copytree(run_folder, out)
+    (out / "mine.txt").write_text("mine")
+    before = (out / "metrics.jsonl").read_text()
+    args = ["train", "--model", base, "--data", rows, "--out", out, *FAST]
+    assert "pass --overwrite" in refused(capsys, *args)
+    assert (out / "metrics.jsonl").read_text() == before
+    status, said, _ = call(capsys, *args, "--overwrite", "--train.max-steps", 1)
+    assert status == 0 and said["steps"] == 1
+    assert (out / "mine.txt").read_text() == "mine"
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["1"]
+
+
+def test_a_config_file_gives_defaults_that_flags_replace(
+    base: Path, rows: Path, tmp_path: Path, capsys
+):
+    config = tmp_path / "c.toml"
+    config.write_text("[lora]\nrank = 3\nalpha = 6\n[train]\nmax_steps = 1\n")
+    args = ["train", "--config", config, "--model", base, "--data", rows]
+    status, _, _ = call(capsys, *args, "--out", tmp_path / "r", *FAST[:4], *FAST[6:])
+    assert status == 0
+    stored = (tmp_path / "r" / "config.toml").read_text()
+    assert "rank = 3" in stored and "max_steps = 1" in stored
+    config.write_text('[lora]\nrnk = 3\n[train]\nmax_steps = "x"\nsped = 1\n')
+    error = refused(capsys, *args, "--out", tmp_path / "s")
+    assert "3 problems" in error and "did you mean rank?" in error
+    assert "train.max_steps is 'x'" in error and not (tmp_path / "s").exists()
+
+
+def test_a_killed_run_resumes_to_the_same_losses(
+    base: Path, rows: Path, tmp_path: Path
+):
+    flags = ["--model", str(base), "--data", str(rows), "--train.max-steps", "40"]
+    flags += ["--train.save-every", "4", "--lora.dropout", "0.1", *FAST]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main(["train", *flags, "--out", str(whole)]) == 0
+    child = subprocess.Popen(
+        [sys.executable, "-m", "qlora_jax.cli.main", "train", *flags, "--out", killed],
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "4"},
+    )
+    deadline = time.monotonic() + 300
+    while len(read_metrics(killed / "metrics.jsonl")) < 10:
+        assert time.monotonic() < deadline and child.poll() is None
+        time.sleep(0.02)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert main(["train", "--resume", str(killed)]) == 0
+    losses = [
+        [(row["step"], row["loss"]) for row in read_metrics(run / "metrics.jsonl")]
+        for run in (whole, killed)
+    ]
+    assert losses[0] == losses[1]
+    assert [step for step, _ in losses[0]] == list(range(1, 41))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["nonsense"], "no subcommand 'nonsense'"),
+        (["train", "--data", "{rows}", "--out", "o"], "--model missing"),
+        (["train", "--resume", "{tmp}/none"], "config.toml does not exist"),
+        (["train", "--resume", "{run}", "--lora.rank", "3"], "no other flag goes with it"),
+        (["evaluate", "--model", "{tmp}/none", "--data", "{rows}"], "is no folder"),
+        (["evaluate", "--model", "{tmp}", "--data", "{rows}"], "has no config.json"),
+        (["evaluate", "--model", "{base}", "--data", "{tmp}/x"], "is no file"),
+        (
+            ["evaluate", "--model", "{base}", "--data", "{rows}", "--adapter", "{tmp}"],
+            "holds no adapter",
+        ),
+        (
+            ["generate", "--model", "{base}", "--prompt", "a", "--top-p", "2"],
+            "--top-p is 2.0",
+        ),
+        (
+            ["quantize", "--model", "{base}", "--out", "{run}"],
+            "exists and is not empty",
+        ),
+        (
+            ["quantize", "--model", "{base}", "--out", "o", "--quant.block-size", "48"],
+            "--quant.block-size is 48, expected a power of two",
+        ),
+        (
+            ["train", "--model", "{base}", "--data", "{rows}", "--out", "{tmp}/o",
+             "--lora.targets", "q_prj"],
+            "near: q_proj",
+        ),
+        (
+            ["train", "--model", "{base}", "--data", "{rows}", "--out", "{tmp}/o",
+             "--data.max-tokens", "8"],
+            "12 of 12 rows are longer",
+        ),
+        (["train", "--lora.rank", "x"], "rank"),
+    ],
+)  # fmt: skip
+def test_wrong_input_ends_with_one_message_and_status_2(
+    args, message, base, rows, run_folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    places = {"base": base, "rows": rows, "run": run_folder, "tmp": tmp_path}
+    assert message in refused(capsys, *(arg.format(**places) for arg in args))
+    assert not (tmp_path / "o").exists()
+
+
+def test_an_unknown_architecture_names_those_known(base: Path, tmp_path: Path, capsys):
+    shutil.copytree(base, tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"model_type": "mamba"}))
+    error = refused(
+        capsys, "quantize", "--model", tmp_path / "m", "--out", tmp_path / "q"
+    )
+    assert "model_type is 'mamba'" in error and "llama" in error
+
+
+def test_debug_shows_the_traceback(capsys, tmp_path: Path):
+    status, _, error = call(
+        capsys, "evaluate", "--model", tmp_path, "--data", __file__, "--debug"
+    )
+    assert status == 2 and "Traceback" in error
+
+
+def test_help_names_every_subcommand(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for name in ("quickstart", "quantize", "train", "evaluate", "generate", "merge"):
+        assert name in out
+    assert main([]) == 2

@@ -1,0 +1,358 @@
+"""JSONL to batches: what trains, what is refused, and the order of rows."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+from qlora_jax.data import DataConfig, Dataset, load_dataset, read_dataset
+from qlora_jax.data.dataset import Row, padded_length
+from qlora_jax.errors import ConfigError, DataError
+
+BOS, EOS = tiny.BOS, tiny.EOS
+
+
+def read(tmp_path: Path, *rows: Any, tokenizer: Any = None, **config: Any) -> Dataset:
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    return read_dataset(path, tokenizer or tiny.tokenizer(), DataConfig(**config))
+
+
+def text_of(row: Row, *, trained: bool) -> str:
+    """Returns the text of the tokens that train, or of those that do not."""
+    ids = row.tokens[(row.weights > 0) == trained]
+    return tiny.tokenizer()._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "answer"),
+    [
+        ({"input": "2+2=", "output": "4"}, "<s>2+2=", "4</s>"),
+        ({"input": "", "output": "4"}, "<s>", "4</s>"),
+        ({"input": "2+2=", "output": ""}, "<s>2+2=", "</s>"),
+        ({"text": "Once upon"}, "<s>", "Once upon</s>"),
+        (
+            {"instruction": "Add.", "input": "2 2", "output": "4"},
+            "<s>Below is an instruction that describes a task, paired with an input that "
+            "provides further context. Write a response that appropriately completes the "
+            "request.\n\n### Instruction:\nAdd.\n\n### Input:\n2 2\n\n### Response:\n",
+            "4</s>",
+        ),
+        (
+            {"instruction": "Say hi.", "output": "hi"},
+            "<s>Below is an instruction that describes a task. Write a response that "
+            "appropriately completes the request.\n\n### Instruction:\nSay hi.\n\n"
+            "### Response:\n",
+            "hi</s>",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "b"},
+                    {"role": "user", "content": "c"},
+                    {"role": "assistant", "content": "d"},
+                ]
+            },
+            "<s><user>a<assistant><user>c<assistant>",
+            "b</s>d</s>",
+        ),
+    ],
+)
+def test_the_answer_alone_trains(tmp_path, row, prompt, answer):
+    (one,) = read(tmp_path, row).rows
+    assert text_of(one, trained=False) == prompt
+    assert text_of(one, trained=True) == answer
+    assert one.tokens.dtype == np.int32 and one.weights.dtype == np.float32
+
+
+def test_a_rows_prompt_and_answer_are_kept_for_evaluation(tmp_path):
+    (row,) = read(tmp_path, {"input": "2+2=", "output": " 4"}).rows
+    assert row.tokens[: row.prompt].tolist()[0] == BOS
+    assert tiny.tokenizer().decode(row.tokens[: row.prompt]) == "2+2="
+    assert row.answer == " 4"
+
+
+def test_train_on_prompt_counts_everything_but_bos(tmp_path):
+    (row,) = read(tmp_path, {"input": "ab", "output": "c"}, train_on_prompt=True).rows
+    assert row.weights.tolist() == [0, 1, 1, 1, 1]
+    assert row.prompt == 3
+
+
+def test_a_model_without_bos_gets_none(tmp_path):
+    tokenizer = tiny.tokenizer(bos=False)
+    (row,) = read(tmp_path, {"input": "ab", "output": "c"}, tokenizer=tokenizer).rows
+    assert len(row.tokens) == 4 and BOS not in row.tokens
+
+
+def test_other_names_of_the_fields(tmp_path):
+    rows = read(
+        tmp_path,
+        {"question": "2+2=", "answer": "4", "input": "not this"},
+        input_key="question",
+        output_key="answer",
+    ).rows
+    assert text_of(rows[0], trained=False) == "<s>2+2="
+    assert rows[0].answer == "4"
+
+
+def test_special_tokens_in_a_text_are_not_swallowed(tmp_path):
+    (row,) = read(tmp_path, {"input": "naïve 🙂\n", "output": "ok"}).rows
+    assert tiny.tokenizer().decode(row.tokens) == "naïve 🙂\nok"
+
+
+def test_every_bad_line_is_named_with_its_number(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    good = json.dumps({"input": "a", "output": "b"})
+    lines = [
+        good,
+        "not json",
+        "",
+        '{"input": "a"}',
+        "[1]",
+        '{"input": 3, "output": "b"}',
+        '{"messages": []}',
+        '{"messages": [{"role": "user"}]}',
+        '{"messages": [{"role": "user", "content": "a"}]}',
+        "{}",
+        good,
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError) as caught:
+        read_dataset(path, tiny.tokenizer(), DataConfig())
+    message = str(caught.value)
+    assert "(8 problems)" in message
+    assert f"{path}:2: is not JSON" in message
+    assert f"{path}:4: has 'input'; expected 'input' and 'output'" in message
+    assert f"{path}:5: is list, expected an object" in message
+    assert f"{path}:6: 'input' is int, expected a string" in message
+    assert f"{path}:7: 'messages' is not a list" in message
+    assert f"{path}:8: 'messages' has an entry without 'role' and 'content'" in message
+    assert f"{path}:9: 'messages' has no assistant turn" in message
+    assert f"{path}:10: has no keys" in message
+
+
+def test_at_most_twenty_bad_lines_are_named(tmp_path):
+    with pytest.raises(DataError) as caught:
+        read(tmp_path, *[{"wrong": i} for i in range(25)])
+    message = str(caught.value)
+    assert "25 problems" in message and message.endswith("... and 5 more")
+    assert message.count("rows.jsonl:") == 20
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (r'{"input": "\ud800", "output": "b"}', ":1: .*surrogate|:1: .*Unicode"),
+        ("[" * 100_000, ":1: is not JSON"),
+        (
+            '{"messages": [{"role": "user", "content": null},'
+            ' {"role": "assistant", "content": "b"}]}',
+            ":1: .*'content' is NoneType, expected a string",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "a"},'
+            ' {"role": "assistant", "content": {"text": "b"}}]}',
+            ":1: .*'content' is dict, expected a string",
+        ),
+        (
+            '{"messages": [{"role": 1, "content": "a"},'
+            ' {"role": "assistant", "content": "b"}]}',
+            ":1: .*'role' is int, expected a string",
+        ),
+    ],
+    ids=["lone surrogate", "deep nesting", "null content", "dict content", "int role"],
+)
+def test_odd_json_is_named_too(tmp_path, line, message):
+    (tmp_path / "rows.jsonl").write_text(line + "\n")
+    with pytest.raises(DataError, match=message):
+        read_dataset(tmp_path / "rows.jsonl", tiny.tokenizer(), DataConfig())
+
+
+def test_messages_need_a_chat_template(tmp_path):
+    row = {"messages": [{"role": "assistant", "content": "a"}]}
+    with pytest.raises(DataError, match=r":1: .*has no chat template.*'input'"):
+        read(tmp_path, row, tokenizer=tiny.tokenizer(chat=False))
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "refuses.*roles must alternate"),
+        ("{% for m in messages %}", "refuses the messages"),
+        ("{{ messages | length }}", "renders earlier turns differently"),
+        ("{{ messages[0]['content'] + 1 }}", "refuses the messages"),
+    ],
+    ids=["raises", "syntax", "rewrites", "type error"],
+)
+def test_a_template_that_cannot_be_used_says_so(tmp_path, template, message):
+    from qlora_jax.io.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(tiny.byte_tokenizer(), chat_template=template)
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant") * 2]
+    with pytest.raises(DataError, match=message):
+        read(tmp_path, {"messages": turns}, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_an_empty_file_is_refused(tmp_path, content):
+    (tmp_path / "rows.jsonl").write_text(content)
+    with pytest.raises(DataError, match="has no rows"):
+        read_dataset(tmp_path / "rows.jsonl", tiny.tokenizer(), DataConfig())
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    for path in (tmp_path / "none.jsonl", tmp_path):
+        with pytest.raises(DataError, match=f"{path} is no file"):
+            read_dataset(path, tiny.tokenizer(), DataConfig())
+
+
+LONG = ({"input": "a", "output": "b"}, {"input": "aaaa", "output": "bbbbbb"})
+"""Of 4 and 12 tokens, BOS and EOS included."""
+
+
+def test_a_row_too_long_is_an_error_that_counts_and_names(tmp_path):
+    message = r"1 of 2 rows are longer than --data\.max-tokens 11[\s\S]*:2: 12 tokens"
+    with pytest.raises(DataError, match=message):
+        read(tmp_path, *LONG, max_tokens=11)
+    assert len(read(tmp_path, *LONG, max_tokens=12)) == 2
+
+
+def test_a_row_too_long_is_dropped_when_asked(tmp_path, caplog):
+    dataset = read(tmp_path, *LONG, max_tokens=8, too_long="drop")
+    assert [len(row.tokens) for row in dataset.rows] == [4]
+    assert dataset.dropped == 1
+    assert "1 rows over 8 tokens were left out" in caplog.text
+
+
+def test_a_row_too_long_is_truncated_when_asked(tmp_path, caplog):
+    dataset = read(tmp_path, *LONG, max_tokens=8, too_long="truncate")
+    assert [len(row.tokens) for row in dataset.rows] == [4, 8]
+    assert text_of(dataset.rows[1], trained=True) == "bbb"
+    assert dataset.dropped == 0
+    assert "1 rows over 8 tokens were cut" in caplog.text
+
+
+@pytest.mark.parametrize("too_long", ["drop", "truncate"])
+def test_nothing_left_to_learn_is_an_error(tmp_path, too_long):
+    row = {"input": "aaaaaaaaaa", "output": "b"}
+    with pytest.raises(DataError, match=r"no row has a token to learn within 6 tokens"):
+        read(tmp_path, row, row, max_tokens=6, too_long=too_long)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"max_tokens": 1}, "--data.max-tokens is 1, expected at least 2"),
+        ({"eval_rows": -1}, "--data.eval-rows is -1, expected 0 or more"),
+    ],
+)
+def test_a_wrong_data_config_names_the_flag(config, message):
+    with pytest.raises(ConfigError, match=message):
+        DataConfig(**config)
+
+
+def test_batches_follow_from_step_and_seed_alone():
+    dataset = tiny.rows(range(3, 13))
+    one, other = dataset.batch(5, 4, 0), dataset.batch(5, 4, 0)
+    assert one["tokens"].dtype == np.int32 and one["weights"].dtype == np.float32
+    for name in ("tokens", "weights"):
+        np.testing.assert_array_equal(one[name], other[name])
+    different = [dataset.batch(5, 4, 1), dataset.batch(6, 4, 0)]
+    assert all(not np.array_equal(one["tokens"], b["tokens"]) for b in different)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 5, 17])
+def test_every_row_comes_once_an_epoch(batch_size):
+    dataset = tiny.rows(range(3, 13))  # lengths tell the rows apart
+    # Weights of each row: two thirds of its length, unlike any other's.
+    lengths = {int(row.weights.sum()): len(row.tokens) for row in dataset.rows}
+    assert len(lengths) >= 7
+    wanted = sorted(int(row.weights.sum()) for row in dataset.rows)
+    drawn = [
+        int(row.sum())
+        for step in range(-(-30 // batch_size))
+        for row in dataset.batch(step, batch_size, 7)["weights"]
+    ]
+    epochs = [drawn[i : i + 10] for i in (0, 10, 20)]
+    assert all(sorted(epoch) == wanted for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_in_order_gives_all_rows_once_and_fills_with_weight_zero():
+    dataset = tiny.rows([9, 3, 7, 5, 4])
+    batches = list(dataset.in_order(2))
+    assert [b["tokens"].shape[0] for b in batches] == [2, 2, 2]
+    total = sum(b["weights"].sum() for b in batches)
+    assert total == sum(row.weights.sum() for row in dataset.rows)
+    assert not batches[-1]["weights"][1].any()
+
+
+def test_padding_is_on_the_right_and_weighs_nothing():
+    dataset = tiny.rows([9, 4])
+    batch = dataset.pad(dataset.rows, 2)
+    np.testing.assert_array_equal(batch["tokens"][1, :4], dataset.rows[1].tokens)
+    assert not batch["tokens"][1, 4:].any() and not batch["weights"][1, 4:].any()
+
+
+@pytest.mark.parametrize(
+    ("longest", "max_tokens", "padded"),
+    [(3, 1024, 64), (64, 1024, 64), (65, 1024, 128), (256, 1024, 256), (257, 1024, 384),
+     (600, 1024, 768), (1000, 1024, 1024), (20, 20, 20), (90, 100, 100), (30, 20, 30)],
+)  # fmt: skip
+def test_padded_length(longest, max_tokens, padded):
+    assert padded_length(longest, max_tokens) == padded
+
+
+def test_padded_lengths_are_few_and_never_short():
+    lengths = [padded_length(n, 4096) for n in range(1, 4097)]
+    assert all(length >= n for n, length in enumerate(lengths, 1))
+    assert all(length <= max(64, 1.5 * n + 64) for n, length in enumerate(lengths, 1))
+    assert len(set(lengths)) < 30
+
+
+def test_split_holds_rows_out_by_the_seed(tmp_path):
+    dataset = tiny.rows(range(3, 23))
+    rest, held = dataset.split(5, seed=1)
+    assert (len(rest), len(held)) == (15, 5)
+    ids = [row.tokens.tobytes() for row in (*rest.rows, *held.rows)]
+    assert sorted(ids) == sorted(row.tokens.tobytes() for row in dataset.rows)
+    again = dataset.split(5, seed=1)[1]
+    assert [len(row.tokens) for row in again.rows] == [len(r.tokens) for r in held.rows]
+    other = dataset.split(5, seed=2)[1]
+    assert [len(row.tokens) for row in other.rows] != [len(r.tokens) for r in held.rows]
+    with pytest.raises(DataError, match="--data.eval-rows 20 leaves nothing"):
+        dataset.split(20, seed=0)
+
+
+def test_split_still_says_how_many_rows_were_dropped(tmp_path):
+    short = [{"input": "a", "output": letter} for letter in "bcdef"]
+    dataset = read(tmp_path, *short, LONG[1], max_tokens=8, too_long="drop")
+    assert dataset.split(2, seed=0)[0].dropped == 1
+
+
+def test_held_out_rows_have_something_to_learn(tmp_path):
+    # Truncation can leave a row all prompt; a mean over such rows would be 0 / 0.
+    rows = [{"input": "aaaaaaaaaa", "output": "b"} for _ in range(6)]
+    rows.append({"input": "a", "output": "b"})
+    dataset = read(tmp_path, *rows, max_tokens=6, too_long="truncate")
+    for seed in range(3):
+        for part in dataset.split(len(dataset) - 1, seed=seed) if len(dataset) > 1 else ():
+            assert any(row.weights[1:].any() for row in part.rows)
+
+
+def test_load_dataset_yields_whole_epochs_and_fails_at_once(tmp_path):
+    path = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.sums(7))
+    batches = list(load_dataset(path, tiny.tokenizer(), 4, 32, epochs=2))
+    assert len(batches) == 4
+    assert {b["tokens"].shape for b in batches} == {(4, 32)}
+    with pytest.raises(DataError, match="longer than --data.max-tokens 5"):
+        load_dataset(path, tiny.tokenizer(), batch_size=4, max_tokens=5)
+
+
+def test_batch_sizes_below_one_are_refused(tmp_path):
+    path = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.sums(7))
+    with pytest.raises(ConfigError, match="batch_size is 0"):
+        load_dataset(path, tiny.tokenizer(), batch_size=0)

@@ -1,0 +1,94 @@
+"""Adapters on disk: what is in them, and what they refuse."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from qlora_jax.adapters import LoRAConfig, split
+from qlora_jax.adapters.names import flatten
+from qlora_jax.errors import AdapterMismatchError, OutputExistsError
+from qlora_jax.io.adapter import load_adapter, read_adapter_config, save_adapter
+
+CONFIG = LoRAConfig(rank=4, alpha=8.0)
+TOKENS = tiny.tokens()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    lora = split(tiny.adapted(tiny.quantized()))[1]
+    return save_adapter(tmp_path_factory.mktemp("run") / "adapter", lora, CONFIG)
+
+
+def test_a_saved_adapter_comes_back_bit_for_bit(saved: Path):
+    model = load_adapter(saved, tiny.quantized())
+    expected = flatten(split(tiny.adapted(tiny.quantized()))[1])
+    found = flatten(split(model)[1])
+    assert found.keys() == expected.keys()
+    for name, x in expected.items():
+        np.testing.assert_array_equal(x, found[name])
+    assert read_adapter_config(saved) == CONFIG
+
+
+def test_a_run_folder_and_a_dense_copy_of_the_base_will_do(saved: Path):
+    dense = load_adapter(saved.parent, tiny.decoder())
+    expected = tiny.logits(tiny.adapted(tiny.decoder()), TOKENS)
+    np.testing.assert_array_equal(tiny.logits(dense, TOKENS), expected)
+
+
+def test_nothing_of_the_base_is_in_the_folder(saved: Path):
+    size = sum(f.stat().st_size for f in saved.rglob("*") if f.is_file())
+    lora = split(tiny.adapted(tiny.quantized()))[1]
+    arrays = sum(x.nbytes for x in jax.tree.leaves(lora))
+    base = sum(x.nbytes for x in tiny.frozen(tiny.quantized()))
+    assert size < arrays + 60_000  # Orbax's own metadata
+    metadata = json.loads((saved / "adapter.json").read_text())
+    assert metadata["lora"]["rank"] == 4 and metadata["base"]["structure"]
+    assert all(name.endswith(("lora_a", "lora_b")) for name in metadata["arrays"])
+    assert base > 0
+
+
+def test_another_base_is_refused_with_what_differs(saved: Path):
+    with pytest.raises(AdapterMismatchError, match="its base had other weights"):
+        load_adapter(saved, tiny.decoder(seed=1))
+    with pytest.raises(AdapterMismatchError, match="other parameter shapes"):
+        load_adapter(saved, tiny.decoder(bias=True))
+
+
+def test_another_rank_names_every_array(saved: Path):
+    model = tiny.adapted(tiny.quantized(), rank=8)
+    with pytest.raises(AdapterMismatchError) as error:
+        load_adapter(saved, model)
+    text = str(error.value)
+    assert "28 problems" in text
+    assert "layers.0.attn.k_proj.lora_a: shape (64, 4), the model has (64, 8)" in text
+
+
+def test_a_taken_folder_is_kept(saved: Path, tmp_path: Path):
+    lora = split(tiny.adapted(tiny.quantized()))[1]
+    with pytest.raises(OutputExistsError, match="pass overwrite to replace it"):
+        save_adapter(saved, lora, CONFIG)
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(OutputExistsError, match="exists and is no adapter"):
+        save_adapter(tmp_path, lora, CONFIG, overwrite=True)
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+    save_adapter(saved, lora, CONFIG, overwrite=True)
+    load_adapter(saved, tiny.quantized())
+
+
+def test_folders_that_are_no_adapter_say_what_was_expected(tmp_path: Path):
+    with pytest.raises(AdapterMismatchError, match="holds no adapter; expected a run"):
+        load_adapter(tmp_path, tiny.quantized())
+    (tmp_path / "adapter.json").write_text("{")
+    with pytest.raises(AdapterMismatchError, match=r"adapter\.json cannot be read"):
+        load_adapter(tmp_path, tiny.quantized())
+    (tmp_path / "adapter.json").write_text('{"format": 99, "lora": {}}')
+    with pytest.raises(AdapterMismatchError, match="has format 99"):
+        load_adapter(tmp_path, tiny.quantized())
+    (tmp_path / "adapter.json").unlink()
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(AdapterMismatchError, match="is a PEFT adapter"):
+        load_adapter(tmp_path, tiny.quantized())
