@@ -1,11 +1,11 @@
-"""What all tests share: strict JAX, four CPU devices, where golden cases lie.
+"""What all tests share: four CPU devices, strict dtypes, where golden cases lie.
 
 Imports nothing of the packages under test: jaxtyping instruments them on import, and its
 plugin refuses what was imported before it.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -14,6 +14,15 @@ import pytest
 HERE = Path(__file__).parent
 
 jax.config.update("jax_num_cpu_devices", 4)
+
+
+@pytest.fixture(autouse=True)
+def strict_dtypes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Forbids silent promotion where the numerics are ours; optax promotes by design."""
+    room = request.path.relative_to(HERE).parts[0]
+    strict = room in ("pallas_kernels", "quant", "nn", "models")
+    with jax.numpy_dtype_promotion("strict" if strict else "standard"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -43,7 +43,8 @@ def merge(
         raise ConfigError(
             "merge needs exactly one of dtype= (a dense result) and requantize= (4-bit)"
         )
-    if not any(isinstance(node, LoRA) for _, node in nnx.iter_graph(model)):
+    adapted = {path for path, node in nnx.iter_graph(model) if isinstance(node, LoRA)}
+    if not adapted:
         raise AdapterMismatchError("the model has no adapter to merge")
 
     def replace(path: tuple, node: object) -> object:
@@ -54,19 +55,19 @@ def merge(
             fold = functools.partial(_fold, scale=node.scale)
             if requantize is None:
                 return Linear(_layers(fold, base.stack, dtype)(*arrays), bias)
-            layers = [fold(*_layer(arrays, i)) for i in range(*base.stack)] or [
-                fold(*arrays)
+            if not base.stack:
+                return QuantizedLinear(quantize_tensor(fold(*arrays), requantize), bias)
+            parts = [
+                quantize_tensor(fold(*_layer(arrays, i)), requantize)
+                for i in range(*base.stack)
             ]
-            parts = [quantize_tensor(w, requantize) for w in layers]
-            kernel = parts[0]
-            if base.stack:
-                kernel = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+            kernel = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
             return QuantizedLinear(kernel, bias)
-        # Not the base inside a LoRA: its wrapper has replaced it by now.
-        if isinstance(node, QuantizedLinear) and requantize is None and path:
-            if path[-1] == "base":
-                return node
-            return Linear(node.weight(dtype), _bias(node))
+        # Not the base inside a LoRA: its wrapper is about to replace it.
+        if isinstance(node, QuantizedLinear) and path[:-1] not in adapted:
+            return (
+                Linear(node.weight(dtype), _bias(node)) if requantize is None else node
+            )
         return node
 
     return nnx.recursive_map(replace, model)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
@@ -35,7 +36,7 @@ def flatten(lora: nnx.State) -> dict[str, Array]:
 
 
 def unflatten(
-    flat: Mapping[str, Array], lora: nnx.State, where: str = "adapter"
+    flat: Mapping[str, Array | np.ndarray], lora: nnx.State, where: str = "adapter"
 ) -> nnx.State:
     """Fills a State of the same structure from dotted names.
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from qlora_jax.data.config import DataConfig
 from qlora_jax.data.formats import Example, format_row
-from qlora_jax.errors import DataError, gathered
+from qlora_jax.errors import ConfigError, DataError, gathered
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,8 @@ class Dataset:
             [row for i, row in enumerate(self.rows) if (i in held) == wanted]
             for wanted in (False, True)
         ]
-        return Dataset(parts[0], self.max_tokens), Dataset(parts[1], self.max_tokens)
+        rest = Dataset(parts[0], self.max_tokens, self.dropped)
+        return rest, Dataset(parts[1], self.max_tokens)
 
     def batch(self, step: int, batch_size: int, seed: int) -> dict[str, np.ndarray]:
         """Returns batch number `step`; epochs follow one another without a seam.
@@ -161,6 +162,8 @@ def load_dataset(
     """
     import dataclasses
 
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}, expected at least 1")
     config = dataclasses.replace(config or DataConfig(), max_tokens=max_tokens)
     dataset = read_dataset(path, tokenizer, config)
     steps = -(-len(dataset) * epochs // batch_size)
@@ -192,6 +195,8 @@ def read_dataset(
                 lines.append(number)
             except json.JSONDecodeError as error:
                 problems.append(f"{path}:{number}: is not JSON: {error.msg}")
+            except RecursionError:
+                problems.append(f"{path}:{number}: is not JSON: nested too deeply")
             except DataError as error:
                 problems.append(f"{path}:{number}: {error}")
     if problems:
@@ -262,10 +267,13 @@ def _fit(path: Path, rows: list[Row], lines: list[int], config: DataConfig) -> D
         logger.warning(
             "%s: %d rows over %d tokens were %s", path, len(long), limit, verb
         )
-    empty = [i for i, row in enumerate(rows) if not row.weights[1:].any()]
-    if len(empty) == len(rows):
+    useful = [row for row in rows if row.weights[1:].any()]
+    if not useful:
         raise DataError(
             f"{path}: no row has a token to learn within {limit} tokens; raise "
             "--data.max-tokens"
         )
-    return Dataset(rows, limit, len(long) if config.too_long == "drop" else 0)
+    if empty := len(rows) - len(useful):
+        logger.warning("%s: %d rows with nothing to learn were left out", path, empty)
+    dropped = empty + (len(long) if config.too_long == "drop" else 0)
+    return Dataset(useful, limit, dropped)

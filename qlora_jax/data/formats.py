@@ -79,9 +79,14 @@ def format_row(
 
 
 def _text(row: dict[str, Any], key: str) -> str:
-    if not isinstance(row[key], str):
-        raise DataError(f"{key!r} is {type(row[key]).__name__}, expected a string")
-    return row[key]
+    text = row[key]
+    if not isinstance(text, str):
+        raise DataError(f"{key!r} is {type(text).__name__}, expected a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{key!r} is no Unicode text: {error}") from None
+    return text
 
 
 def _chat(messages: Any, tokenizer: ChatTokenizer) -> list[Segment]:
@@ -90,6 +95,8 @@ def _chat(messages: Any, tokenizer: ChatTokenizer) -> list[Segment]:
     for message in messages:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise DataError("'messages' has an entry without 'role' and 'content'")
+        for key in ("role", "content"):
+            _text(message, key)
     segments, done = [], ""
     for i, message in enumerate(messages):
         if message["role"] != "assistant":

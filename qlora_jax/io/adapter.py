@@ -57,7 +57,9 @@ def save_adapter(
     """
     path = Path(path).absolute()
     if path.exists() and (path.is_file() or any(path.iterdir())):
-        if not (path / METADATA).exists():
+        # Without metadata but with nothing else either: a save that was killed.
+        half = overwrite and path.is_dir() and all(map(_is_ours, path.iterdir()))
+        if not (path / METADATA).exists() and not half:
             raise OutputExistsError(
                 f"{path} exists and is no adapter; choose another path"
             )
@@ -66,6 +68,8 @@ def save_adapter(
                 f"{path} holds an adapter; pass overwrite to replace it"
             )
     path.mkdir(parents=True, exist_ok=True)
+    # First away and last written, so that it never describes other arrays.
+    (path / METADATA).unlink(missing_ok=True)
     arrays = {name: np.asarray(x) for name, x in flatten(lora).items()}
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path / ARRAYS, arrays, force=True)
@@ -80,6 +84,10 @@ def save_adapter(
     partial.write_text(json.dumps(metadata, indent=2) + "\n")
     os.replace(partial, path / METADATA)
     return path
+
+
+def _is_ours(entry: Path) -> bool:
+    return entry.name.startswith((ARRAYS, METADATA))
 
 
 def find_adapter(path: str | os.PathLike[str]) -> Path:

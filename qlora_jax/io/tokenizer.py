@@ -134,7 +134,7 @@ class Tokenizer:
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template can fail in any way that Python can
             raise DataError(
                 f"the chat template refuses the messages: {error}"
             ) from None

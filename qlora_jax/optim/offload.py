@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import optax
 
+from qlora_jax.errors import ConfigError
+
 _SPACES = {
     "pinned_host": jax.memory.Space.Host,
     "device": jax.memory.Space.Device,
@@ -31,10 +33,13 @@ def offload(
 
     Returns:
       A transform with the state of `inner`.
+
+    Raises:
+      ConfigError: another memory_kind.
     """
     if memory_kind not in _SPACES:
         known = ", ".join(_SPACES)
-        raise ValueError(f"memory_kind is {memory_kind!r}, expected one of {known}")
+        raise ConfigError(f"memory_kind is {memory_kind!r}, expected one of {known}")
     inner = optax.with_extra_args_support(inner)
     rest = _SPACES[memory_kind]
 

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from qlora_jax.adapters.names import flatten, unflatten
-from qlora_jax.errors import CheckpointError
+from qlora_jax.errors import CheckpointError, gathered
 
 
 class RunCheckpoints:
@@ -70,6 +70,26 @@ class RunCheckpoints:
                 f"{self._manager.directory} has no checkpoint to resume from; the run was "
                 "stopped before its first --train.save-every; start it anew"
             )
+        # Before the arrays: those of another run may have other names and shapes.
+        stored = self._manager.restore(
+            step, args=ocp.args.Composite(position=ocp.args.JsonRestore())
+        )["position"]
+        if stored != position:
+            names = sorted(
+                name
+                for name in stored.keys() | position.keys()
+                if stored.get(name) != position.get(name)
+            )
+            raise CheckpointError(
+                gathered(
+                    f"checkpoint {step} belongs to another run",
+                    [
+                        f"{name}: it has {stored.get(name)!r}, the config says "
+                        f"{position.get(name)!r}"
+                        for name in names
+                    ],
+                )
+            )
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
         def abstract(x: Any) -> jax.ShapeDtypeStruct:
@@ -82,14 +102,8 @@ class RunCheckpoints:
                 optimizer=ocp.args.StandardRestore(
                     jax.tree.map(abstract, _leaves(opt_state))
                 ),
-                position=ocp.args.JsonRestore(),
             ),
         )
-        if restored["position"] != position:
-            raise CheckpointError(
-                f"checkpoint {step} belongs to another run: it has {restored['position']}, "
-                f"the config says {position}"
-            )
         fresh, structure = jax.tree.flatten(opt_state)
         leaves = [restored["optimizer"][f"{i:05d}"] for i in range(len(fresh))]
         placed = [

@@ -79,6 +79,7 @@ class TrainConfig:
             "eval_every": 1,
             "save_every": 1,
             "keep_checkpoints": 1,
+            "seed": 0,
         }
         problems = [
             f"--train.{name.replace('_', '-')} is {value}, expected at least {low}"
@@ -97,6 +98,10 @@ class TrainConfig:
                 problems.append(
                     f"--train.{flag} is {getattr(self, name)}, expected 0 <= x < 1"
                 )
+        if not 0 <= self.weight_decay < math.inf:
+            problems.append(
+                f"--train.weight-decay is {self.weight_decay}, expected 0 or more"
+            )
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             problems.append(
                 f"--train.max-grad-norm is {self.max_grad_norm}, expected > 0"

@@ -1,5 +1,6 @@
 """Trainer: steps, eval losses, metrics, checkpoints, and resuming exactly."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from flax import nnx
 
 from qlora_jax.adapters.attach import LoRAConfig, join, lora_config, split
 from qlora_jax.data import Dataset
-from qlora_jax.errors import QLoRAError
+from qlora_jax.errors import OutputExistsError, QLoRAError
 from qlora_jax.io.adapter import save_adapter
 from qlora_jax.train.checkpoints import RunCheckpoints
 from qlora_jax.train.config import TrainConfig, make_optimizer, make_schedule
@@ -96,21 +97,29 @@ class Trainer:
 
         Raises:
           DivergedError: the loss is not finite; the last checkpoint is kept.
-          CheckpointError: nothing to resume from.
+          CheckpointError: nothing to resume from, or a checkpoint of another run.
+          OutputExistsError: the folder holds a run, and resume is false.
         """
         self.out.mkdir(parents=True, exist_ok=True)
         checkpoints = RunCheckpoints(
             self.out / "checkpoints", self.config.keep_checkpoints
         )
-        if resume:
-            self.start, self.lora, self.opt_state = checkpoints.restore(
-                self.lora, self.opt_state, self._position()
-            )
-        log = MetricsLog(self.out / "metrics.jsonl", self.start if resume else -1)
         try:
-            return self._run(checkpoints, log)
+            if resume:
+                self.start, self.lora, self.opt_state = checkpoints.restore(
+                    self.lora, self.opt_state, self._position()
+                )
+            elif checkpoints.latest is not None:
+                raise OutputExistsError(
+                    f"{self.out} holds a run of {checkpoints.latest} steps; resume it, or "
+                    "choose another folder"
+                )
+            log = MetricsLog(self.out / "metrics.jsonl", self.start if resume else -1)
+            try:
+                return self._run(checkpoints, log)
+            finally:
+                log.close()
         finally:
-            log.close()
             checkpoints.close()
 
     def evaluate(self, dataset: Dataset) -> float:
@@ -194,4 +203,6 @@ class Trainer:
             "batch": c.micro_batch * c.grad_accum,
             "rows": len(self.train_data),
             "steps": self.steps,
+            "compute_dtype": c.compute_dtype,
+            "lora": dataclasses.asdict(self.lora_config),
         }

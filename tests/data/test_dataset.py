@@ -71,7 +71,7 @@ def test_the_answer_alone_trains(tmp_path, row, prompt, answer):
 def test_a_rows_prompt_and_answer_are_kept_for_evaluation(tmp_path):
     (row,) = read(tmp_path, {"input": "2+2=", "output": " 4"}).rows
     assert row.tokens[: row.prompt].tolist()[0] == BOS
-    assert tiny.tokenizer().decode(row.tokens[: row.prompt]) == "2+2="
+    assert tiny.tokenizer().decode(row.tokens[: row.prompt].tolist()) == "2+2="
     assert row.answer == " 4"
 
 
@@ -100,7 +100,7 @@ def test_other_names_of_the_fields(tmp_path):
 
 def test_special_tokens_in_a_text_are_not_swallowed(tmp_path):
     (row,) = read(tmp_path, {"input": "naïve 🙂\n", "output": "ok"}).rows
-    assert tiny.tokenizer().decode(row.tokens) == "naïve 🙂\nok"
+    assert tiny.tokenizer().decode(row.tokens.tolist()) == "naïve 🙂\nok"
 
 
 def test_every_bad_line_is_named_with_its_number(tmp_path):
@@ -145,7 +145,7 @@ def test_at_most_twenty_bad_lines_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (r'{"input": "\ud800", "output": "b"}', ":1: .*surrogate|:1: .*Unicode"),
+        (r'{"input": "\ud800", "output": "b"}', ":1: 'input' is no Unicode text"),
         ("[" * 100_000, ":1: is not JSON"),
         (
             '{"messages": [{"role": "user", "content": null},'
@@ -180,7 +180,10 @@ def test_messages_need_a_chat_template(tmp_path):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ raise_exception('roles must alternate') }}", "refuses.*roles must alternate"),
+        (
+            "{{ raise_exception('roles must alternate') }}",
+            "refuses.*roles must alternate",
+        ),
         ("{% for m in messages %}", "refuses the messages"),
         ("{{ messages | length }}", "renders earlier turns differently"),
         ("{{ messages[0]['content'] + 1 }}", "refuses the messages"),
@@ -299,8 +302,8 @@ def test_padding_is_on_the_right_and_weighs_nothing():
 
 @pytest.mark.parametrize(
     ("longest", "max_tokens", "padded"),
-    [(3, 1024, 64), (64, 1024, 64), (65, 1024, 128), (256, 1024, 256), (257, 1024, 384),
-     (600, 1024, 768), (1000, 1024, 1024), (20, 20, 20), (90, 100, 100), (30, 20, 30)],
+    [(3, 1024, 32), (64, 1024, 64), (65, 1024, 96), (256, 1024, 256), (257, 1024, 384),
+     (600, 1024, 768), (1000, 1024, 1024), (20, 20, 20), (90, 100, 96), (30, 20, 30)],
 )  # fmt: skip
 def test_padded_length(longest, max_tokens, padded):
     assert padded_length(longest, max_tokens) == padded
@@ -333,14 +336,13 @@ def test_split_still_says_how_many_rows_were_dropped(tmp_path):
     assert dataset.split(2, seed=0)[0].dropped == 1
 
 
-def test_held_out_rows_have_something_to_learn(tmp_path):
-    # Truncation can leave a row all prompt; a mean over such rows would be 0 / 0.
+def test_rows_cut_down_to_their_prompt_are_left_out_and_counted(tmp_path, caplog):
+    # A held-out part of such rows alone would have a loss of 0 / 0.
     rows = [{"input": "aaaaaaaaaa", "output": "b"} for _ in range(6)]
     rows.append({"input": "a", "output": "b"})
     dataset = read(tmp_path, *rows, max_tokens=6, too_long="truncate")
-    for seed in range(3):
-        for part in dataset.split(len(dataset) - 1, seed=seed) if len(dataset) > 1 else ():
-            assert any(row.weights[1:].any() for row in part.rows)
+    assert len(dataset) == 1 and dataset.dropped == 6
+    assert "6 rows with nothing to learn" in caplog.text
 
 
 def test_load_dataset_yields_whole_epochs_and_fails_at_once(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from qlora_jax.data import DataConfig, read_dataset
-from qlora_jax.errors import DataError
+from qlora_jax.errors import ConfigError, DataError
 from qlora_jax.evaluate import exact_match, perplexity, row_loss
 from qlora_jax.generate import SampleConfig, generate
 
@@ -81,3 +81,10 @@ def test_exact_match_compares_greedy_answers(tmp_path: Path):
     assert share == pytest.approx(2 / 3)
     assert [a.correct for a in given] == [True, False, True]
     assert [a.expected for a in given] == answers
+
+
+@pytest.mark.parametrize("wrong", [{"window": 0}, {"window": 10, "batch_size": 0}])
+def test_sizes_below_one_are_refused(wrong: dict[str, int]):
+    (name,) = (name for name, value in wrong.items() if value == 0)
+    with pytest.raises(ConfigError, match=f"{name.replace('_', '-')} is 0, expected"):
+        perplexity(tiny.quantized(), list(range(20)), **wrong)
