@@ -24,7 +24,10 @@ def record(benchmark: str, append: str | None, **figures: Any) -> dict[str, Any]
     ).stdout.strip()
     row = {
         "benchmark": benchmark,
-        "command": " ".join(["python", *(Path(sys.argv[0]).name, *sys.argv[1:])]),
+        # File names alone: where things lie on one machine is nobody else's business.
+        "command": " ".join(
+            ["python", *(Path(arg).name if arg[:1] == "/" else arg for arg in sys.argv)]
+        ),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": commit,
         "device": jax.devices()[0].device_kind,
