@@ -11,7 +11,7 @@ import tyro
 from qlora_jax.cli import options
 from qlora_jax.cli.options import QuantOptions
 from qlora_jax.data import DataConfig, read_dataset
-from qlora_jax.errors import DataError
+from qlora_jax.errors import ConfigError, DataError
 from qlora_jax.evaluate import exact_match, perplexity, row_loss
 from qlora_jax.io.hf import check_output
 
@@ -69,16 +69,27 @@ def run(args: Args) -> dict[str, Any]:
     path = Path(args.data_file)
     if not path.is_file():
         raise DataError(f"--data {path} is no file")
+    if args.batch_size < 1:
+        raise ConfigError(f"--batch-size is {args.batch_size}, expected at least 1")
     if args.predictions is not None:
         check_output(args.predictions, False)
+        if not args.predictions.parent.is_dir():
+            raise ConfigError(f"--predictions: {args.predictions.parent} is no folder")
+    text = ""
+    if path.suffix != ".jsonl":
+        try:
+            text = path.read_text(encoding="utf-8")[: args.max_chars]
+        except UnicodeDecodeError:
+            raise DataError(f"--data {path} is not UTF-8 text") from None
     model, tokenizer, said = options.open_model(
         args.model, args.adapter, args.quant, args.dtype
     )
     if tokenizer is None:
         raise DataError(f"{args.model} has no tokenizer.json, so text cannot be read")
     if path.suffix != ".jsonl":
-        text = path.read_text(encoding="utf-8")[: args.max_chars]
-        window = args.window or min(1024, model.config.max_position_embeddings - 1)
+        window = args.window
+        if window is None:
+            window = min(1024, model.config.max_position_embeddings - 1)
         bos = tokenizer.bos_id if args.bos else None
         value, count = perplexity(
             model,

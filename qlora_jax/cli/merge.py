@@ -4,6 +4,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+from flax import nnx
+
 from qlora_jax.adapters import merge
 from qlora_jax.cli import options
 from qlora_jax.cli.options import QuantOptions
@@ -63,8 +66,5 @@ def run(args: Args) -> dict[str, Any]:
 
 
 def _cast(model: Any, dtype: str) -> Any:
-    import jax
-    from flax import nnx
-
     graphdef, state = nnx.split(model)
     return nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(dtype), state))

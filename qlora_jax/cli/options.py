@@ -18,7 +18,6 @@ from qlora_jax.io.tokenizer import Tokenizer
 from qlora_jax.quant import QuantConfig
 
 T = TypeVar("T")
-Adapter = Path | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -85,10 +85,7 @@ def run(args: Args) -> dict[str, Any]:
     if missing := [flag for flag, value in given.items() if value is None]:
         raise ConfigError(f"{', '.join(missing)} missing; or give --resume RUN")
     out = Path(str(args.out))
-    if args.overwrite and (out / CONFIG).exists():
-        # Only what a run writes: anything else in the folder stays.
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    else:
+    if not (args.overwrite and (out / CONFIG).exists()):
         check_output(out, args.overwrite)
     return train(args, out, resume=False)
 
@@ -124,10 +121,12 @@ def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
             progress=progress,
         )
         if not resume:
+            # Not before all input was found good. Only what a run writes goes away:
+            # anything else in the folder stays.
+            if args.overwrite:
+                shutil.rmtree(out / "checkpoints", ignore_errors=True)
             out.mkdir(parents=True, exist_ok=True)
-            # What reproduces the run; how its folder came to be is not part of that.
-            stored = dataclasses.replace(args, config=None, overwrite=False)
-            options.write_toml(out / CONFIG, stored)
+            options.write_toml(out / CONFIG, _stored(args))
         figures = trainer.fit(resume=resume)
     figures = {
         "out": str(out),
@@ -140,6 +139,22 @@ def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
     figures |= _eval_losses(out)
     write_report(out, figures)
     return figures
+
+
+def _stored(args: Args) -> Args:
+    """What reproduces the run from any folder, but not how its own came to be."""
+
+    def absolute(path: str | None) -> str | None:
+        return str(Path(path).resolve()) if path and Path(path).exists() else path
+
+    return dataclasses.replace(
+        args,
+        model=absolute(args.model),
+        data_file=absolute(args.data_file),
+        eval_file=absolute(args.eval_file),
+        config=None,
+        overwrite=False,
+    )
 
 
 def sizes(trainer: Trainer) -> dict[str, int]:

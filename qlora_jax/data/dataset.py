@@ -1,5 +1,6 @@
 """JSONL to tokens, and tokens to batches whose order follows from seed and step alone."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -160,8 +161,6 @@ def load_dataset(
     Raises:
       DataError: see `read_dataset` (at once, not at the first batch).
     """
-    import dataclasses
-
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}, expected at least 1")
     config = dataclasses.replace(config or DataConfig(), max_tokens=max_tokens)

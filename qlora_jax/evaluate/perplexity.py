@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from qlora_jax.data import Dataset
-from qlora_jax.errors import DataError
+from qlora_jax.errors import ConfigError, DataError
 from qlora_jax.train.step import next_token_loss
 
 
@@ -35,8 +35,12 @@ def perplexity(
       batch_size: Windows at once.
 
     Raises:
+      ConfigError: window or batch_size is less than 1.
       DataError: the text has no token to predict.
     """
+    for name, value in (("window", window), ("batch-size", batch_size)):
+        if value < 1:
+            raise ConfigError(f"--{name} is {value}, expected at least 1")
     rows = [list(tokens[i : i + window]) for i in range(0, len(tokens), window)]
     if bos_id is not None:
         rows = [[bos_id, *row] for row in rows]

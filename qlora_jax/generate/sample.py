@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ class SampleConfig:
             problems.append(
                 f"--max-new-tokens is {self.max_new_tokens}, expected 1 or more"
             )
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             problems.append(f"--temperature is {self.temperature}, expected 0 or more")
         if self.top_k is not None and self.top_k < 1:
             problems.append(f"--top-k is {self.top_k}, expected 1 or more")
@@ -71,13 +72,16 @@ def generate(
       The new tokens of each row, EOS left out.
 
     Raises:
-      ShapeError: a prompt is empty.
+      ShapeError: a prompt is empty, or has an id outside the vocabulary.
     """
     config = config or SampleConfig()
     if not prompts:
         return []
     if empty := [i for i, prompt in enumerate(prompts) if len(prompt) == 0]:
         raise ShapeError(f"prompts {empty} have no tokens; give at least a BOS")
+    size = model.config.vocab_size
+    if wrong := sorted({t for prompt in prompts for t in prompt if not 0 <= t < size}):
+        raise ShapeError(f"prompts have ids {wrong}; the vocabulary has {size}")
     longest = max(len(prompt) for prompt in prompts)
     longest = -(-longest // 32) * 32  # few lengths, since each compiles anew
     tokens = np.zeros((len(prompts), longest), np.int32)

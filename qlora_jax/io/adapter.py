@@ -185,6 +185,8 @@ def _read_metadata(folder: Path) -> tuple[LoRAConfig, dict[str, Any]]:
             raise AdapterMismatchError(
                 f"{folder} has format {metadata['format']}; this version reads up to {FORMAT}"
             )
+        if missing := {"base", "arrays"} - metadata.keys():
+            raise KeyError(*sorted(missing))
         return LoRAConfig(**metadata["lora"]), metadata
     except (ValueError, KeyError, TypeError) as error:
         raise AdapterMismatchError(

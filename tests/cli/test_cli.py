@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -9,14 +10,20 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 
+from qlora_jax.adapters import merge as merge_adapter
 from qlora_jax.cli.main import main
+from qlora_jax.io.adapter import load_adapter
+from qlora_jax.io.hf import load, save_model
 from qlora_jax.train.metrics import read_metrics
 
 FAST = ["--train.micro-batch", "2", "--train.grad-accum", "1", "--lora.rank", "2"]
 FAST += ["--train.compute-dtype", "float32", "--data.max-tokens", "64"]
+TRAIN = ["train", "--model", "{base}", "--data", "{rows}", "--out", "{tmp}/o"]
+EVALUATE = ["evaluate", "--model", "{base}", "--data", "{rows}"]
 
 
 @pytest.fixture(scope="session")
@@ -231,13 +238,53 @@ def test_a_killed_run_resumes_to_the_same_losses(
             "12 of 12 rows are longer",
         ),
         (["train", "--lora.rank", "x"], "rank"),
+        ([*TRAIN, "--lora.rank", "0", "--lora.dropout", "2"], "--lora.rank is 0"),
+        ([*TRAIN, "--train.seed", "-1"], "--train.seed is -1"),
+        ([*TRAIN, "--train.micro-bach", "2"], "--train.micro-batch"),
+        ([*TRAIN, "--train.schedule", "cosin"], "cosine"),
+        ([*TRAIN, "--data.eval-rows", "12"], "--data.eval-rows 12 leaves nothing"),
+        ([*TRAIN, "--eval-data", "{tmp}/none.jsonl"], "none.jsonl is no file"),
+        ([*TRAIN, "--config", "{tmp}/none.toml"], "none.toml does not exist"),
+        ([*TRAIN, "--config", "{rows}"], "rows.jsonl is not TOML"),
+        (["evaluate", "--model", "{base}"], "data"),
+        ([*EVALUATE, "--batch-size", "0"], "--batch-size is 0, expected at least 1"),
+        ([*EVALUATE, "--dtype", "int8"], "dtype is 'int8'"),
+        ([*EVALUATE, "--exact-match", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
+        (
+            [*EVALUATE, "--exact-match", "--predictions", "{tmp}/none/p.jsonl"],
+            "none is no folder",
+        ),
+        (
+            ["evaluate", "--model", "{base}", "--data", "{text}", "--window", "0"],
+            "--window is 0, expected at least 1",
+        ),
+        (
+            ["evaluate", "--model", "{base}", "--data", "{base}/model.safetensors"],
+            "model.safetensors is not UTF-8 text",
+        ),
+        (["evaluate", "--model", "{base}", "--data", "{text}", "--max-chars", "0"],
+         "no token to predict"),
+        (["quantize", "--model", "{base}", "--out", "{tmp}/o", "--quant.codebook", "none"],
+         "--quant.codebook"),
+        (["merge", "--model", "{base}", "--adapter", "{run}", "--out", "{rows}"],
+         "rows.jsonl is a file"),
+        (["merge", "--model", "{base}", "--adapter", "{tmp}", "--out", "{tmp}/o"],
+         "holds no adapter"),
     ],
 )  # fmt: skip
 def test_wrong_input_ends_with_one_message_and_status_2(
     args, message, base, rows, run_folder, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    places = {"base": base, "rows": rows, "run": run_folder, "tmp": tmp_path}
+    text = rows.with_name("text.txt")
+    text.write_text("the quick brown fox " * 8)
+    places = {
+        "base": base,
+        "rows": rows,
+        "run": run_folder,
+        "tmp": tmp_path,
+        "text": text,
+    }
     assert message in refused(capsys, *(arg.format(**places) for arg in args))
     assert not (tmp_path / "o").exists()
 
@@ -266,3 +313,126 @@ def test_help_names_every_subcommand(capsys):
     for name in ("quickstart", "quantize", "train", "evaluate", "generate", "merge"):
         assert name in out
     assert main([]) == 2
+
+
+def test_wrong_input_loses_nothing_of_a_run_that_was_to_be_replaced(
+    rows: Path, base: Path, run_folder: Path, tmp_path: Path, capsys
+):
+    out, bad = tmp_path / "a", tmp_path / "bad.jsonl"
+    shutil.copytree(run_folder, out)
+    bad.write_text("{")
+    args = ["train", "--out", out, "--overwrite", *FAST]
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    assert "is no folder" in refused(capsys, *args, "--model", "none", "--data", rows)
+    assert "is not JSON" in refused(capsys, *args, "--model", base, "--data", bad)
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seed = 0", "seed = 1", "another run"),
+        ("rank = 2", "rank = 3", "another run|does not fit"),
+        ("max_steps = 3", "max_step = 3", "did you mean max_steps"),
+        ("[lora]", "[lora", "is not TOML"),
+        ("base", "gone", "is no folder"),
+    ],
+    ids=["seed", "rank", "unknown key", "no TOML", "model gone"],
+)
+def test_resuming_with_a_changed_config_is_refused(
+    run_folder: Path, tmp_path: Path, capsys, old: str, new: str, message: str
+):
+    out = tmp_path / "a"
+    shutil.copytree(run_folder, out)
+    config = out / "config.toml"
+    config.write_text(config.read_text().replace(old, new))
+    metrics = (out / "metrics.jsonl").read_text()
+    assert re.search(message, refused(capsys, "train", "--resume", out))
+    assert (out / "metrics.jsonl").read_text() == metrics
+
+
+def test_resuming_without_a_checkpoint_says_so(
+    run_folder: Path, tmp_path: Path, capsys
+):
+    shutil.copytree(run_folder, tmp_path / "a")
+    shutil.rmtree(tmp_path / "a" / "checkpoints")
+    error = refused(capsys, "train", "--resume", tmp_path / "a")
+    assert "no checkpoint to resume from" in error and "--train.save-every" in error
+
+
+def test_a_run_is_resumed_from_another_folder(
+    base: Path, rows: Path, tmp_path: Path, capsys, monkeypatch
+):
+    # Paths that were relative where the run began.
+    shutil.copytree(base, tmp_path / "models" / "base")
+    shutil.copy(rows, tmp_path / "rows.jsonl")
+    monkeypatch.chdir(tmp_path)
+    args = ["--model", "models/base", "--data", "rows.jsonl", "--out", "runs/a", *FAST]
+    status, _, _ = call(capsys, "train", *args, "--train.max-steps", 1)
+    assert status == 0
+    monkeypatch.chdir(tmp_path / "models")
+    status, _, error = call(capsys, "train", "--resume", "../runs/a")
+    assert status == 0, error
+
+
+def test_an_adapter_of_another_base_or_in_pieces_is_refused(
+    rows: Path, base: Path, run_folder: Path, tmp_path: Path, capsys
+):
+    other = tiny.write_folder(tmp_path / "other", tiny.decoder(seed=1))
+    args = ["evaluate", "--data", rows, "--adapter"]
+    error = refused(capsys, *args, run_folder, "--model", other)
+    assert "its base had other weights" in error
+    broken = tmp_path / "a"
+    shutil.copytree(run_folder, broken)
+    shutil.rmtree(broken / "adapter" / "arrays")
+    assert "arrays" in refused(capsys, *args, broken, "--model", base)
+    (broken / "adapter" / "adapter.json").write_text('{"format": 1, "lora": {}}')
+    assert "adapter.json" in refused(capsys, *args, broken, "--model", base)
+    (broken / "config.toml").write_text("[quant")
+    assert "is not TOML" in refused(capsys, *args, broken, "--model", base)
+
+
+def test_a_folder_without_tokenizer_can_be_quantized_and_no_more(
+    rows: Path, base: Path, tmp_path: Path, capsys
+):
+    bare = tmp_path / "bare"
+    shutil.copytree(base, bare)
+    (bare / "tokenizer.json").unlink()
+    for args in (
+        ["generate", "--prompt", "a"],
+        ["evaluate", "--data", rows],
+        ["train", "--data", rows, "--out", tmp_path / "o"],
+    ):
+        assert "has no tokenizer.json" in refused(capsys, *args, "--model", bare)
+    quantize = ["quantize", "--model", bare, "--out", tmp_path / "q"]
+    assert call(capsys, *quantize)[0] == 0
+    again = ["quantize", "--model", tmp_path / "q", "--out", tmp_path / "r"]
+    assert "4-bit already" in refused(capsys, *again)
+
+
+def test_a_model_saved_over_a_sharded_one_is_the_one_that_loads(
+    base: Path, run_folder: Path, tmp_path: Path, capsys
+):
+    out = tmp_path / "m"
+    save_model(tiny.decoder(seed=1), out, shard_bytes=100_000)
+    assert (out / "model.safetensors.index.json").exists()
+    (out / "mine.txt").write_text("mine")
+    merge = ["merge", "--model", base, "--adapter", run_folder, "--out", out]
+    assert call(capsys, *merge, "--overwrite", "--dtype", "float32")[0] == 0
+    assert (out / "mine.txt").read_text() == "mine"
+    merged, _ = load(out, dtype="float32")
+    wanted = merge_adapter(load_adapter(run_folder, tiny.decoder()), dtype="float32")
+    x = tiny.tokens()
+    np.testing.assert_allclose(
+        tiny.logits(merged, x), tiny.logits(wanted, x), atol=1e-5
+    )
+
+
+def test_a_run_that_diverges_ends_with_status_1(
+    base: Path, rows: Path, tmp_path: Path, capsys
+):
+    args = ["--model", base, "--data", rows, "--out", tmp_path / "a", *FAST]
+    args += ["--train.learning-rate", "1e38", "--train.max-grad-norm", "None"]
+    status, _, error = call(capsys, "train", *args, "--train.max-steps", 5)
+    assert status == 1
+    assert "the loss is" in error and "Traceback" not in error

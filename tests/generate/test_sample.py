@@ -51,27 +51,17 @@ def test_a_batch_of_different_lengths_equals_one_by_one(model, greedy):
 
 
 def test_a_row_stops_at_its_eos_and_others_go_on(model, greedy):
-    ends = (greedy[0][2], 270)
+    ends = (greedy[0][2], greedy[1][0])
     new = generate(model, PROMPTS, SampleConfig(max_new_tokens=NEW), eos_ids=ends)
     for row, whole in zip(new, greedy, strict=True):
         stop = next((i for i, token in enumerate(whole) if token in ends), NEW)
         assert row == whole[:stop]
-    assert len(new[0]) <= 2 < max(map(len, new))
+    assert len(new[0]) <= 2 and new[1] == []
+    assert len(new[2]) > 2
 
 
-def test_eos_at_once_gives_nothing(model, greedy):
-    ends = tuple(row[0] for row in greedy)
-    new = generate(model, PROMPTS, SampleConfig(max_new_tokens=NEW), eos_ids=ends)
-    assert new == [[], [], []]
-
-
-@pytest.mark.parametrize(
-    "config",
-    [{"top_k": 1, "temperature": 1.0}, {"top_p": 1e-6, "temperature": 1.0}],
-    ids=["top_k 1", "top_p 0"],
-)
-def test_sampling_among_one_is_greedy(model, greedy, config):
-    config = SampleConfig(max_new_tokens=NEW, seed=4, **config)
+def test_top_k_of_one_is_greedy(model, greedy):
+    config = SampleConfig(max_new_tokens=NEW, temperature=1.0, top_k=1, seed=4)
     assert generate(model, PROMPTS, config) == greedy
 
 
