@@ -1,0 +1,652 @@
+"""Fused NF4 products for Hopper (sm_90): wgmma with the weight decoded in registers.
+
+  forward   y = x @ W.T (+ u @ v.T), computed as y.T: W is the operand that wgmma takes
+            from registers, x comes from shared memory by TMA.
+  backward  dx = dy @ W (+ u @ v.T), computed as dx.T, from the same bytes: a transposed
+            load of a word tile has neighbours along n in a register.
+
+Both are persistent: as many blocks as SMs, each walking over output tiles. One
+warpgroup only issues TMA copies and runs ahead over tile borders; two compute. Of a
+compute warpgroup's products one is always in flight while the next plane is decoded,
+and the two warpgroups keep each other's tensor core busy. The low-rank pair (u, v) of a
+LoRA adapter enters as more steps of the same loop: v goes through the weight's buffers
+and straight to wgmma, so an adapted linear makes one trip of y through memory.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import codebook as cb
+from pallas_kernels import registers
+from pallas_kernels.annotations import Array, Float, UInt16
+
+WARPGROUPS = 2  # that compute; a third loads
+_MEMORY_REGISTERS = 40
+_COMPUTE_REGISTERS = 232  # (65536 / 128 - 40) / 2, rounded down to 8
+_SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+_WGMMA = plgpu.Layout.WGMMA
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """How a kernel is tiled; all of it static.
+
+    Attributes:
+      block_m: Tokens of an output tile: 8 to 256, a power of two.
+      decoder: How codes become values; see registers.py.
+      weight_stages: Word tiles in flight (backward with low rank: 2 * planes at least).
+      x_stages: Tiles of 64 features in flight.
+      minor: Axis that consecutive tiles run along, 'm' or 'n' ('n' is k in backward).
+      width: Tiles they run along it before they step along the other.
+      split_k: Parts that the contraction of forward is cut in, for small m.
+      planes: Nibble planes a warpgroup owns in backward: 2, or 1 for block_m 256, which
+        needs a table decoder.
+      out_stages: Buffers of 64 tokens that a warpgroup's results leave through.
+    """
+
+    block_m: int = 128
+    decoder: registers.Decoder = "permute"
+    weight_stages: int = 3
+    x_stages: int = 6
+    minor: str = "m"
+    width: int = 8
+    split_k: int = 1
+    planes: int = 2
+    out_stages: int = 2
+
+    @property
+    def exact(self) -> bool:
+        """Whether decoded weights equal bitsandbytes' bit for bit."""
+        return registers.decodes_exactly(self.decoder)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ring:
+    """Buffers that one warpgroup fills by TMA and the others read, in order.
+
+    Uses are counted from 0 by filler and readers alike; use c lies in slot c % slots.
+    """
+
+    buffers: tuple[Any, ...]
+    full: Any
+    free: Any
+    slots: int
+
+    @staticmethod
+    def scratch(slots: int, *buffers: plgpu.SMEM) -> dict[str, Any]:
+        """Returns the scratch types: `buffers` have a leading axis of `slots`."""
+        return {
+            "buffers": buffers,
+            "full": plgpu.Barrier(num_arrivals=len(buffers), num_barriers=slots),
+            "free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=slots),
+        }
+
+    def slot(self, use: Array) -> Array:
+        return lax.rem(use, self.slots)
+
+    def fill(self, use: Array, *sources: Any) -> None:
+        """Waits until the slot is free and copies into each of its buffers."""
+        slot = self.slot(use)
+        plgpu.barrier_wait(self.free.at[slot])
+        for source, buffer in zip(sources, self.buffers, strict=True):
+            plgpu.copy_gmem_to_smem(source, buffer.at[slot], self.full.at[slot])
+
+    def wait(self, use: Array) -> Array:
+        """Waits until the slot is filled; returns it."""
+        slot = self.slot(use)
+        plgpu.barrier_wait(self.full.at[slot])
+        return slot
+
+    def release(self, use: Array) -> None:
+        """Frees the slot; after the products of what was loaded from it are issued,
+        as nothing else orders a load before this."""
+        plgpu.barrier_arrive(self.free.at[self.slot(use)])
+
+    def open(self) -> None:
+        """Marks every slot free; once, by each reader."""
+        for slot in range(self.slots):
+            plgpu.barrier_arrive(self.free.at[slot])
+
+    def close(self) -> None:
+        """Waits for the last releases, so that no barrier is left half way."""
+        for slot in range(self.slots):
+            plgpu.barrier_wait(self.free.at[slot])
+
+
+def _run_roles(
+    rings: list[_Ring], load: Callable[[], None], compute: Callable[[Array], None]
+) -> None:
+    """Runs `load` in the last warpgroup and `compute(warpgroup)` in the others."""
+    warpgroup = lax.axis_index("wg")
+
+    @pl.when(warpgroup == WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(_MEMORY_REGISTERS, action="decrease")
+        load()
+        for ring in rings:
+            ring.close()
+
+    @pl.when(warpgroup < WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+        for ring in rings:
+            ring.open()
+        compute(warpgroup)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _store_transposed(acc: Array, staging: Any, out: Any) -> None:
+    """Writes acc (64, m) to out (m, 64) through shared memory, chunk by chunk of m."""
+    slots, chunk, _ = staging.shape
+    for number, start in enumerate(range(0, acc.shape[1], chunk)):
+        slot = number % slots
+        plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+        part = plgpu.layout_cast(acc[:, start : start + chunk], _WGMMA)
+        part = plgpu.layout_cast(part, plgpu.Layout.WGMMA_TRANSPOSED)
+        staging.at[slot].transpose((1, 0))[...] = part
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(staging.at[slot], out.at[pl.ds(start, chunk)])
+
+
+class _Multiplier:
+    """Issues a warpgroup's products, and frees each x buffer when its last has ended."""
+
+    def __init__(self, ring: _Ring, staging: Any | None):
+        self.ring, self.staging = ring, staging
+
+    def __call__(
+        self, use: Array, products: list[tuple[Any, Array]], *, first: Any = False
+    ) -> None:
+        """Computes acc += a @ x[use].T for each (acc, a); leaves them in flight.
+
+        Args:
+          use: Of the x ring.
+          products: Accumulators and register operands.
+          first: Whether no product is in flight from before (bool, or traced).
+        """
+        slot = self.ring.wait(use)
+        x = self.ring.buffers[0].at[slot].transpose((1, 0))
+        for acc, a in products:
+            if self.staging is not None:  # the interpreter takes none from registers
+                plgpu.wgmma_wait(0)
+                self.staging[...] = a
+                plgpu.commit_smem()
+                a = self.staging
+            plgpu.wgmma(acc, a, x)
+        plgpu.wgmma_wait(0 if self.staging is not None else len(products))
+
+        @pl.when(jnp.logical_not(first))
+        def _():
+            self.ring.release(use - 1)
+
+    def finish(self, uses: Array) -> None:
+        """Waits for the last products; `uses` is the number of uses so far."""
+        plgpu.wgmma_wait(0)
+        self.ring.release(uses - 1)
+
+
+def _scale(values: Array, scale: Array, axis: int, dtype: jnp.dtype) -> Array:
+    return (values * lax.broadcast_in_dim(scale, values.shape, (axis,))).astype(dtype)
+
+
+def _launch(
+    kernel: Callable[..., None],
+    operands: list[Array],
+    out: jax.ShapeDtypeStruct,
+    scratch: dict[str, Any],
+    blocks: int,
+    config: Config,
+    codebook: cb.Codebook,
+    interpret: Any,
+) -> Array:
+    """Calls kernel(*operand refs, out ref, scratch), the decoder's table loaded."""
+    dtype = operands[0].dtype
+    table = registers.table_words(codebook, dtype, config.decoder)
+    if interpret:
+        scratch["staging"] = plgpu.SMEM(
+            (WARPGROUPS, 64, 64), dtype, transforms=_SWIZZLED
+        )
+    if table is not None:
+        operands = [*operands, jnp.asarray(table)]
+        scratch["table"] = plgpu.SMEM(registers.TABLE_SHAPE, jnp.uint32)
+        scratch["table_full"] = plgpu.Barrier(num_arrivals=1)
+
+    def body(*refs):
+        *refs, out_ref, parts = refs
+        if table is not None:
+            *refs, table_ref = refs
+
+            @pl.when(lax.axis_index("wg") == WARPGROUPS)
+            def _():
+                plgpu.copy_gmem_to_smem(table_ref, parts["table"], parts["table_full"])
+
+            @pl.when(lax.axis_index("wg") < WARPGROUPS)
+            def _():
+                plgpu.barrier_wait(parts["table_full"])
+
+        kernel(*refs, out_ref, parts)
+
+    return plgpu.kernel(
+        body,
+        out_type=out,
+        grid=(blocks,),
+        grid_names=("sm",),
+        num_threads=WARPGROUPS + 1,
+        thread_name="wg",
+        interpret=interpret,
+        scratch_types=(scratch,),
+    )(*operands)
+
+
+def forward(
+    x: Float[Array, "m k"],
+    codes: UInt16[Array, "n words"],
+    scales: Float[Array, "blocks n"],
+    addend: tuple[Array, Array] | None = None,
+    *,
+    config: Config,
+    codebook: cb.Codebook,
+    num_sms: int,
+    interpret: Any = False,
+) -> Float[Array, "..."]:
+    """Computes x @ W.T, plus u @ v.T of an addend (u (m, r), v (n, r)).
+
+    Args:
+      x: bfloat16 or float16; m a multiple of config.block_m, k of 256 * config.split_k.
+      codes: planar256 words, (n, k/4); n a multiple of 128.
+      scales: One a block of 64, (k/64, n): float32 for exact decoders, else x's dtype.
+      addend: In x's dtype, r a multiple of 64.
+      config: Tiling.
+      codebook: Of the codes.
+      num_sms: Blocks to launch.
+      interpret: Parameters of the interpreter; needs the 'select' decoder.
+
+    Returns:
+      (m, n) in x's dtype; with split_k > 1 float32 parts (split_k, n, m) to be summed.
+    """
+    m, k = x.shape
+    n = codes.shape[0]
+    bm, bn, splits = config.block_m, 64 * WARPGROUPS, config.split_k
+    mi, ni, steps = m // bm, n // bn, k // 256 // splits
+    low_rank = 0 if addend is None else addend[0].shape[1] // 64
+    order = [p for half in (0, 1) for p in registers.plane_pair(config.decoder, half)]
+
+    def kernel(x_g, w_g, s_g, *rest):
+        *uv, out_g, parts = rest
+        x_ring = _Ring(**parts["x"], slots=config.x_stages)
+        w_ring = _Ring(**parts["w"], slots=config.weight_stages)
+
+        def each_tile(body):
+            """Calls body(split, its low-rank steps, token slice, row start, uses)."""
+
+            @plgpu.nd_loop(
+                (splits * mi * ni,),
+                collective_axes="sm",
+                init_carry=(jnp.int32(0), jnp.int32(0)),
+            )
+            def _(info, carry):
+                (linear,) = info.index
+                split = lax.div(linear, jnp.int32(mi * ni))
+                i, j = plgpu.planar_snake(
+                    lax.rem(linear, jnp.int32(mi * ni)),
+                    (mi, ni),
+                    0 if config.minor == "m" else 1,
+                    config.width,
+                )
+                extra = low_rank
+                if splits > 1:
+                    extra = jnp.where(split == 0, low_rank, 0)
+                return body(split, extra, pl.ds(i * bm, bm), j * bn, carry)
+
+        def load():
+            def tile(split, extra, tokens, row, carry):
+                rows = pl.ds(row, bn)
+
+                def step(s, carry):
+                    w_use, x_use = carry
+                    at = split * steps + s
+                    w_ring.fill(
+                        w_use,
+                        w_g.at[rows, pl.ds(at * 64, 64)],
+                        s_g.at[pl.ds(at * 4, 4), rows],
+                    )
+                    for position, plane in enumerate(order):
+                        columns = pl.ds(at * 256 + plane * 64, 64)
+                        x_ring.fill(x_use + position, x_g.at[tokens, columns])
+                    return w_use + 1, x_use + 4
+
+                def low_rank_step(s, carry):
+                    w_use, x_use = carry
+                    columns = pl.ds(s * 64, 64)
+                    # The slot's second copy is not used, but its barrier counts it.
+                    w_ring.fill(
+                        w_use, uv[1].at[rows, columns], s_g.at[pl.ds(0, 4), rows]
+                    )
+                    x_ring.fill(x_use, uv[0].at[tokens, columns])
+                    return w_use + 1, x_use + 1
+
+                carry = lax.fori_loop(0, steps, step, carry)
+                if low_rank:
+                    carry = lax.fori_loop(0, extra, low_rank_step, carry)
+                return carry
+
+            each_tile(tile)
+
+        def compute(wg):
+            own = pl.ds(wg * 64, 64)
+            words_s, scales_s = w_ring.buffers
+            multiply = _Multiplier(
+                x_ring, parts["staging"].at[wg] if interpret else None
+            )
+
+            def tile(split, extra, tokens, row, carry):
+                def with_accumulator(acc):
+                    def step(s, carry):
+                        w_use, x_use = carry
+                        slot = w_ring.wait(w_use)
+                        words = plgpu.load(words_s.at[slot, own], layout=_WGMMA)
+                        scale = [
+                            plgpu.load(
+                                scales_s.at[slot, p, own], layout=_WGMMA.reduce(1)
+                            )
+                            for p in order
+                        ]
+                        for half in (0, 1):
+                            values = registers.decode_pair(
+                                words,
+                                half,
+                                decoder=config.decoder,
+                                codebook=codebook,
+                                dtype=x.dtype,
+                                layout=_WGMMA,
+                                table=parts.get("table"),
+                            )
+                            for i in (0, 1):
+                                position = 2 * half + i
+                                a = _scale(values[i], scale[position], 0, x.dtype)
+                                first = s == 0 if position == 0 else False
+                                multiply(x_use + position, [(acc, a)], first=first)
+                        w_ring.release(w_use)
+                        return w_use + 1, x_use + 4
+
+                    def low_rank_step(s, carry):
+                        w_use, x_use = carry
+                        # One product a turn: its registers are the next turn's too.
+                        plgpu.wgmma_wait(0)
+                        slot = w_ring.wait(w_use)
+                        bits = plgpu.load(words_s.at[slot, own], layout=_WGMMA)
+                        a = lax.bitcast_convert_type(bits, x.dtype)
+                        multiply(x_use, [(acc, a)])
+                        w_ring.release(w_use)
+                        return w_use + 1, x_use + 1
+
+                    after = lax.fori_loop(0, steps, step, carry)
+                    if low_rank:
+                        after = lax.fori_loop(0, extra, low_rank_step, after)
+                    multiply.finish(after[1])
+                    rows = pl.ds(row + wg * 64, 64)
+                    if splits > 1:
+                        out_g[split, rows, tokens] = acc[...]
+                    else:
+                        _store_transposed(
+                            acc[...].astype(x.dtype),
+                            parts["out"].at[wg],
+                            out_g.at[tokens, rows],
+                        )
+                    return after
+
+                return pl.run_scoped(
+                    with_accumulator, plgpu.ACC((64, bm), jnp.float32)
+                )
+
+            each_tile(tile)
+
+        _run_roles([x_ring, w_ring], load, compute)
+
+    scratch = _scratch(config, x.dtype, (bn, 64), (4, bn), scales.dtype)
+    out = jax.ShapeDtypeStruct((m, n), x.dtype)
+    if splits > 1:
+        del scratch["out"]
+        out = jax.ShapeDtypeStruct((splits, n, m), jnp.float32)
+    return _launch(
+        kernel,
+        [x, codes, scales, *_addend_operands(addend)],
+        out,
+        scratch,
+        min(num_sms, splits * mi * ni),
+        config,
+        codebook,
+        interpret,
+    )
+
+
+def backward(
+    dy: Float[Array, "m n"],
+    codes: UInt16[Array, "n words"],
+    scales: Float[Array, "blocks n"],
+    addend: tuple[Array, Array] | None = None,
+    *,
+    config: Config,
+    codebook: cb.Codebook,
+    num_sms: int,
+    interpret: Any = False,
+) -> Float[Array, "m k"]:
+    """Computes dy @ W, plus u @ v.T of an addend (u (m, r), v (k, r)).
+
+    Each warpgroup decodes only the nibble planes whose columns of dx it owns.
+
+    Args:
+      dy: bfloat16 or float16; m a multiple of config.block_m, n of 64.
+      codes, scales, addend, config, codebook, num_sms, interpret: As in `forward`.
+
+    Returns:
+      (m, k) in dy's dtype.
+    """
+    m, n = dy.shape
+    k = codes.shape[1] * 4
+    bm, planes = config.block_m, config.planes
+    shares = 2 // planes  # tiles that share a group of words
+    mi, ki, steps = m // bm, k // 256 * shares, n // 64
+    low_rank = 0 if addend is None else addend[0].shape[1] // 64
+
+    def owned(share: Array, wg: Array | int, i: int) -> Array | int:
+        """The i-th plane that a warpgroup owns."""
+        if planes == 1:
+            return 2 * share + wg
+        if config.decoder == "permute":  # plane_pair, for a traced warpgroup
+            return 2 * wg + i
+        return wg + 2 * i
+
+    def kernel(dy_g, w_g, s_g, *rest):
+        *uv, out_g, parts = rest
+        x_ring = _Ring(**parts["x"], slots=config.x_stages)
+        w_ring = _Ring(**parts["w"], slots=config.weight_stages)
+
+        def each_tile(body):
+            """Calls body(token slice, group of 256 columns, share of it, uses)."""
+
+            @plgpu.nd_loop(
+                (mi * ki,),
+                collective_axes="sm",
+                init_carry=(jnp.int32(0), jnp.int32(0)),
+            )
+            def _(info, carry):
+                (linear,) = info.index
+                minor = 0 if config.minor == "m" else 1
+                i, j = plgpu.planar_snake(linear, (mi, ki), minor, config.width)
+                group, share = lax.div(j, jnp.int32(shares)), lax.rem(j, shares)
+                return body(pl.ds(i * bm, bm), group, share, carry)
+
+        def load():
+            def tile(tokens, group, share, carry):
+                def step(s, carry):
+                    w_use, x_use = carry
+                    rows = pl.ds(s * 64, 64)
+                    w_ring.fill(
+                        w_use,
+                        w_g.at[rows, pl.ds(group * 64, 64)],
+                        s_g.at[pl.ds(group * 4, 4), rows],
+                    )
+                    x_ring.fill(x_use, dy_g.at[tokens, rows])
+                    return w_use + 1, x_use + 1
+
+                def low_rank_step(s, carry):
+                    w_use, x_use = carry
+                    columns = pl.ds(s * 64, 64)
+                    for number in range(WARPGROUPS * planes):
+                        plane = owned(share, number // planes, number % planes)
+                        w_ring.fill(
+                            w_use + number,
+                            uv[1].at[pl.ds(group * 256 + plane * 64, 64), columns],
+                            s_g.at[pl.ds(group * 4, 4), pl.ds(0, 64)],
+                        )
+                    x_ring.fill(x_use, uv[0].at[tokens, columns])
+                    return w_use + WARPGROUPS * planes, x_use + 1
+
+                carry = lax.fori_loop(0, steps, step, carry)
+                if low_rank:
+                    carry = lax.fori_loop(0, low_rank, low_rank_step, carry)
+                return carry
+
+            each_tile(tile)
+
+        def compute(wg):
+            words_s, scales_s = w_ring.buffers
+            multiply = _Multiplier(
+                x_ring, parts["staging"].at[wg] if interpret else None
+            )
+
+            def decode(words, share):
+                options = dict(
+                    decoder=config.decoder, dtype=dy.dtype, layout=_WGMMA
+                )
+                table = parts.get("table")
+                if planes == 1:
+                    bits = 4 * owned(share, wg, 0)
+                    return [registers.decode_one(words, bits, table=table, **options)]
+                return registers.decode_pair(
+                    words,
+                    0,
+                    codebook=codebook,
+                    table=table,
+                    shift=wg * registers.pair_shift(config.decoder),
+                    **options,
+                )
+
+            def tile(tokens, group, share, carry):
+                def with_accumulators(*accs):
+                    def step(s, carry):
+                        w_use, x_use = carry
+                        slot = w_ring.wait(w_use)
+                        words = plgpu.load(
+                            words_s.at[slot].transpose((1, 0)), layout=_WGMMA
+                        )
+                        scale = [
+                            plgpu.load(
+                                scales_s.at[slot, owned(share, wg, i)],
+                                layout=_WGMMA.reduce(0),
+                            )
+                            for i in range(planes)
+                        ]
+                        values = decode(words, share)
+                        products = [
+                            (acc, _scale(v, c, 1, dy.dtype))
+                            for acc, v, c in zip(accs, values, scale, strict=True)
+                        ]
+                        multiply(x_use, products, first=s == 0)
+                        w_ring.release(w_use)
+                        return w_use + 1, x_use + 1
+
+                    def low_rank_step(s, carry):
+                        w_use, x_use = carry
+                        plgpu.wgmma_wait(0)
+                        slots = WARPGROUPS * planes
+                        for number in range(slots):
+                            w_ring.wait(w_use + number)
+                        bits = [
+                            plgpu.load(
+                                words_s.at[w_ring.slot(w_use + wg * planes + i)],
+                                layout=_WGMMA,
+                            )
+                            for i in range(planes)
+                        ]
+                        values = [
+                            lax.bitcast_convert_type(b, dy.dtype) for b in bits
+                        ]
+                        multiply(x_use, list(zip(accs, values, strict=True)))
+                        for number in range(slots):
+                            w_ring.release(w_use + number)
+                        return w_use + slots, x_use + 1
+
+                    after = lax.fori_loop(0, steps, step, carry)
+                    if low_rank:
+                        after = lax.fori_loop(0, low_rank, low_rank_step, after)
+                    multiply.finish(after[1])
+                    for i, acc in enumerate(accs):
+                        column = group * 256 + owned(share, wg, i) * 64
+                        _store_transposed(
+                            acc[...].astype(dy.dtype),
+                            parts["out"].at[wg],
+                            out_g.at[tokens, pl.ds(column, 64)],
+                        )
+                    return after
+
+                accumulators = [plgpu.ACC((64, bm), jnp.float32)] * planes
+                return pl.run_scoped(with_accumulators, *accumulators)
+
+            each_tile(tile)
+
+        _run_roles([x_ring, w_ring], load, compute)
+
+    return _launch(
+        kernel,
+        [dy, codes, scales, *_addend_operands(addend)],
+        jax.ShapeDtypeStruct((m, k), dy.dtype),
+        _scratch(config, dy.dtype, (64, 64), (4, 64), scales.dtype),
+        min(num_sms, mi * ki),
+        config,
+        codebook,
+        interpret,
+    )
+
+
+def _addend_operands(addend: tuple[Array, Array] | None) -> list[Array]:
+    if addend is None:
+        return []
+    u, v = addend
+    return [u, lax.bitcast_convert_type(v, jnp.uint16)]  # v in the words' buffers
+
+
+def _scratch(
+    config: Config,
+    dtype: jnp.dtype,
+    words: tuple[int, int],
+    scales: tuple[int, int],
+    scale_dtype: jnp.dtype,
+) -> dict[str, Any]:
+    bm, chunk = config.block_m, min(64, config.block_m)
+    return {
+        "x": _Ring.scratch(
+            config.x_stages,
+            plgpu.SMEM((config.x_stages, bm, 64), dtype, transforms=_SWIZZLED),
+        ),
+        "w": _Ring.scratch(
+            config.weight_stages,
+            plgpu.SMEM(
+                (config.weight_stages, *words), jnp.uint16, transforms=_SWIZZLED
+            ),
+            plgpu.SMEM((config.weight_stages, *scales), scale_dtype),
+        ),
+        "out": plgpu.SMEM(
+            (WARPGROUPS, min(config.out_stages, bm // chunk), chunk, 64),
+            dtype,
+            transforms=_SWIZZLED,
+        ),
+    }
