@@ -27,9 +27,7 @@ from pallas_kernels import codebook as cb
 from pallas_kernels import registers
 from pallas_kernels.annotations import Array, Float, UInt16
 
-WARPGROUPS = 2  # that compute; a third loads
 _MEMORY_REGISTERS = 40
-_COMPUTE_REGISTERS = 232  # (65536 / 128 - 40) / 2, rounded down to 8
 _SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _WGMMA = plgpu.Layout.WGMMA
 
@@ -42,12 +40,15 @@ class Config:
       block_m: Tokens of an output tile: 8 to 256, a power of two.
       decoder: How codes become values; see registers.py.
       weight_stages: Word tiles in flight (backward with low rank: 2 * planes at least).
-      x_stages: Tiles of 64 features in flight.
+      x_stages: Tiles of x in flight.
+      x_depth: Features of such a tile: 64, or 256 in forward for small block_m, where
+        fewer and larger copies keep up with the products.
       minor: Axis that consecutive tiles run along, 'm' or 'n' ('n' is k in backward).
       width: Tiles they run along it before they step along the other.
-      split_k: Parts that the contraction of forward is cut in, for small m.
-      planes: Nibble planes a warpgroup owns in backward: 2, or 1 for block_m 256, which
-        needs a table decoder.
+      split_k: Parts that the contraction is cut in, so that few tiles fill all SMs.
+      warpgroups: That compute: 2, or 4 for small m, where more warps hide latency.
+      planes: Nibble planes a warpgroup owns in backward: 2, or 1 (with 4 warpgroups, or
+        for block_m 256), which needs a table decoder.
       out_stages: Buffers of 64 tokens that a warpgroup's results leave through.
     """
 
@@ -55,9 +56,11 @@ class Config:
     decoder: registers.Decoder = "permute"
     weight_stages: int = 3
     x_stages: int = 6
+    x_depth: int = 64
     minor: str = "m"
     width: int = 8
     split_k: int = 1
+    warpgroups: int = 2
     planes: int = 2
     out_stages: int = 2
 
@@ -65,6 +68,18 @@ class Config:
     def exact(self) -> bool:
         """Whether decoded weights equal bitsandbytes' bit for bit."""
         return registers.decodes_exactly(self.decoder)
+
+    @property
+    def compute_registers(self) -> int:
+        """Registers a thread of the computing warpgroups may take from the loader."""
+        threads = self.warpgroups + 1
+        total = 65536 // (128 * threads) // 8 * 8 * threads
+        return (total - _MEMORY_REGISTERS) // self.warpgroups // 8 * 8
+
+    @property
+    def in_flight(self) -> int:
+        """Uses of x whose products may run on while the next plane is decoded."""
+        return 1 if self.warpgroups == 2 else 0  # more would not fit the registers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +95,12 @@ class _Ring:
     slots: int
 
     @staticmethod
-    def scratch(slots: int, *buffers: plgpu.SMEM) -> dict[str, Any]:
+    def scratch(slots: int, readers: int, *buffers: plgpu.SMEM) -> dict[str, Any]:
         """Returns the scratch types: `buffers` have a leading axis of `slots`."""
         return {
             "buffers": buffers,
             "full": plgpu.Barrier(num_arrivals=len(buffers), num_barriers=slots),
-            "free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=slots),
+            "free": plgpu.Barrier(num_arrivals=readers, num_barriers=slots),
         }
 
     def slot(self, use: Array) -> Array:
@@ -121,25 +136,42 @@ class _Ring:
 
 
 def _run_roles(
-    rings: list[_Ring], load: Callable[[], None], compute: Callable[[Array], None]
+    config: Config,
+    rings: list[_Ring],
+    load: Callable[[], None],
+    compute: Callable[[Array], None],
 ) -> None:
     """Runs `load` in the last warpgroup and `compute(warpgroup)` in the others."""
     warpgroup = lax.axis_index("wg")
 
-    @pl.when(warpgroup == WARPGROUPS)
+    @pl.when(warpgroup == config.warpgroups)
     def _():
         plgpu.set_max_registers(_MEMORY_REGISTERS, action="decrease")
         load()
         for ring in rings:
             ring.close()
 
-    @pl.when(warpgroup < WARPGROUPS)
+    @pl.when(warpgroup < config.warpgroups)
     def _():
-        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+        plgpu.set_max_registers(config.compute_registers, action="increase")
         for ring in rings:
             ring.open()
         compute(warpgroup)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _tile(
+    linear: Array, mi: int, ni: int, config: Config
+) -> tuple[Array, Array, Array]:
+    """Returns the split, and the tile's index along m and along the other axis."""
+    split = lax.div(linear, jnp.int32(mi * ni))
+    linear = lax.rem(linear, jnp.int32(mi * ni))
+    minor = 0 if config.minor == "m" else 1
+    return split, *plgpu.planar_snake(linear, (mi, ni), minor, config.width)
+
+
+def _in_first_split(steps: int, split: Array, config: Config) -> Any:
+    return steps if config.split_k == 1 else jnp.where(split == 0, steps, 0)
 
 
 def _store_transposed(acc: Array, staging: Any, out: Any) -> None:
@@ -158,21 +190,31 @@ def _store_transposed(acc: Array, staging: Any, out: Any) -> None:
 class _Multiplier:
     """Issues a warpgroup's products, and frees each x buffer when its last has ended."""
 
-    def __init__(self, ring: _Ring, staging: Any | None):
-        self.ring, self.staging = ring, staging
+    def __init__(self, ring: _Ring, in_flight: int, staging: Any | None):
+        self.ring, self.in_flight, self.staging = ring, in_flight, staging
 
     def __call__(
-        self, use: Array, products: list[tuple[Any, Array]], *, first: Any = False
+        self,
+        use: Array,
+        products: list[tuple[Any, Array]],
+        *,
+        column: int = 0,
+        first: Any = False,
+        starts: bool = True,
+        ends: bool = True,
     ) -> None:
         """Computes acc += a @ x[use].T for each (acc, a); leaves them in flight.
 
         Args:
           use: Of the x ring.
           products: Accumulators and register operands.
+          column: Of the buffer, where the 64 features lie.
           first: Whether no product is in flight from before (bool, or traced).
+          starts: Whether these are the first products of this use.
+          ends: Whether they are the last.
         """
-        slot = self.ring.wait(use)
-        x = self.ring.buffers[0].at[slot].transpose((1, 0))
+        slot = self.ring.wait(use) if starts else self.ring.slot(use)
+        x = self.ring.buffers[0].at[slot, :, pl.ds(column, 64)].transpose((1, 0))
         for acc, a in products:
             if self.staging is not None:  # the interpreter takes none from registers
                 plgpu.wgmma_wait(0)
@@ -180,16 +222,23 @@ class _Multiplier:
                 plgpu.commit_smem()
                 a = self.staging
             plgpu.wgmma(acc, a, x)
-        plgpu.wgmma_wait(0 if self.staging is not None else len(products))
+        if not self.in_flight or self.staging is not None:
+            plgpu.wgmma_wait(0)
+        else:
+            plgpu.wgmma_wait(len(products))
+        if not self.in_flight and ends:
+            self.ring.release(use)
+        elif self.in_flight and starts:
 
-        @pl.when(jnp.logical_not(first))
-        def _():
-            self.ring.release(use - 1)
+            @pl.when(jnp.logical_not(first))
+            def _():
+                self.ring.release(use - 1)
 
     def finish(self, uses: Array) -> None:
         """Waits for the last products; `uses` is the number of uses so far."""
         plgpu.wgmma_wait(0)
-        self.ring.release(uses - 1)
+        if self.in_flight:
+            self.ring.release(uses - 1)
 
 
 def _scale(values: Array, scale: Array, axis: int, dtype: jnp.dtype) -> Array:
@@ -211,24 +260,22 @@ def _launch(
     table = registers.table_words(codebook, dtype, config.decoder)
     if interpret:
         scratch["staging"] = plgpu.SMEM(
-            (WARPGROUPS, 64, 64), dtype, transforms=_SWIZZLED
+            (config.warpgroups, 64, 64), dtype, transforms=_SWIZZLED
         )
     if table is not None:
         operands = [*operands, jnp.asarray(table)]
         scratch["table"] = plgpu.SMEM(registers.TABLE_SHAPE, jnp.uint32)
-        scratch["table_full"] = plgpu.Barrier(num_arrivals=1)
+        scratch["table_full"] = plgpu.Barrier(num_arrivals=config.warpgroups)
 
     def body(*refs):
         *refs, out_ref, parts = refs
         if table is not None:
             *refs, table_ref = refs
 
-            @pl.when(lax.axis_index("wg") == WARPGROUPS)
+            @pl.when(lax.axis_index("wg") < config.warpgroups)
             def _():
-                plgpu.copy_gmem_to_smem(table_ref, parts["table"], parts["table_full"])
-
-            @pl.when(lax.axis_index("wg") < WARPGROUPS)
-            def _():
+                registers.fill_table(table_ref, parts["table"])
+                plgpu.barrier_arrive(parts["table_full"])
                 plgpu.barrier_wait(parts["table_full"])
 
         kernel(*refs, out_ref, parts)
@@ -238,7 +285,7 @@ def _launch(
         out_type=out,
         grid=(blocks,),
         grid_names=("sm",),
-        num_threads=WARPGROUPS + 1,
+        num_threads=config.warpgroups + 1,
         thread_name="wg",
         interpret=interpret,
         scratch_types=(scratch,),
@@ -260,7 +307,7 @@ def forward(
 
     Args:
       x: bfloat16 or float16; m a multiple of config.block_m, k of 256 * config.split_k.
-      codes: planar256 words, (n, k/4); n a multiple of 128.
+      codes: planar256 words, (n, k/4); n of 64 * config.warpgroups.
       scales: One a block of 64, (k/64, n): float32 for exact decoders, else x's dtype.
       addend: In x's dtype, r a multiple of 64.
       config: Tiling.
@@ -273,10 +320,11 @@ def forward(
     """
     m, k = x.shape
     n = codes.shape[0]
-    bm, bn, splits = config.block_m, 64 * WARPGROUPS, config.split_k
+    bm, bn, splits = config.block_m, 64 * config.warpgroups, config.split_k
     mi, ni, steps = m // bm, n // bn, k // 256 // splits
     low_rank = 0 if addend is None else addend[0].shape[1] // 64
     order = [p for half in (0, 1) for p in registers.plane_pair(config.decoder, half)]
+    uses = 256 // config.x_depth  # of x's ring in a step
 
     def kernel(x_g, w_g, s_g, *rest):
         *uv, out_g, parts = rest
@@ -292,17 +340,8 @@ def forward(
                 init_carry=(jnp.int32(0), jnp.int32(0)),
             )
             def _(info, carry):
-                (linear,) = info.index
-                split = lax.div(linear, jnp.int32(mi * ni))
-                i, j = plgpu.planar_snake(
-                    lax.rem(linear, jnp.int32(mi * ni)),
-                    (mi, ni),
-                    0 if config.minor == "m" else 1,
-                    config.width,
-                )
-                extra = low_rank
-                if splits > 1:
-                    extra = jnp.where(split == 0, low_rank, 0)
+                split, i, j = _tile(info.index[0], mi, ni, config)
+                extra = _in_first_split(low_rank, split, config)
                 return body(split, extra, pl.ds(i * bm, bm), j * bn, carry)
 
         def load():
@@ -317,10 +356,13 @@ def forward(
                         w_g.at[rows, pl.ds(at * 64, 64)],
                         s_g.at[pl.ds(at * 4, 4), rows],
                     )
-                    for position, plane in enumerate(order):
-                        columns = pl.ds(at * 256 + plane * 64, 64)
-                        x_ring.fill(x_use + position, x_g.at[tokens, columns])
-                    return w_use + 1, x_use + 4
+                    if uses == 1:
+                        x_ring.fill(x_use, x_g.at[tokens, pl.ds(at * 256, 256)])
+                    else:
+                        for position, plane in enumerate(order):
+                            columns = pl.ds(at * 256 + plane * 64, 64)
+                            x_ring.fill(x_use + position, x_g.at[tokens, columns])
+                    return w_use + 1, x_use + uses
 
                 def low_rank_step(s, carry):
                     w_use, x_use = carry
@@ -329,6 +371,8 @@ def forward(
                     w_ring.fill(
                         w_use, uv[1].at[rows, columns], s_g.at[pl.ds(0, 4), rows]
                     )
+                    # A whole buffer, of which only the first 64 columns are used.
+                    columns = pl.ds(s * 64, config.x_depth)
                     x_ring.fill(x_use, uv[0].at[tokens, columns])
                     return w_use + 1, x_use + 1
 
@@ -343,7 +387,9 @@ def forward(
             own = pl.ds(wg * 64, 64)
             words_s, scales_s = w_ring.buffers
             multiply = _Multiplier(
-                x_ring, parts["staging"].at[wg] if interpret else None
+                x_ring,
+                config.in_flight,
+                parts["staging"].at[wg] if interpret else None,
             )
 
             def tile(split, extra, tokens, row, carry):
@@ -371,10 +417,17 @@ def forward(
                             for i in (0, 1):
                                 position = 2 * half + i
                                 a = _scale(values[i], scale[position], 0, x.dtype)
-                                first = s == 0 if position == 0 else False
-                                multiply(x_use + position, [(acc, a)], first=first)
+                                whole = uses == 1  # one use for all four planes
+                                multiply(
+                                    x_use if whole else x_use + position,
+                                    [(acc, a)],
+                                    column=64 * order[position] if whole else 0,
+                                    first=s == 0 if position == 0 else False,
+                                    starts=not whole or position == 0,
+                                    ends=not whole or position == 3,
+                                )
                         w_ring.release(w_use)
-                        return w_use + 1, x_use + 4
+                        return w_use + 1, x_use + uses
 
                     def low_rank_step(s, carry):
                         w_use, x_use = carry
@@ -408,18 +461,16 @@ def forward(
 
             each_tile(tile)
 
-        _run_roles([x_ring, w_ring], load, compute)
+        _run_roles(config, [x_ring, w_ring], load, compute)
 
-    scratch = _scratch(config, x.dtype, (bn, 64), (4, bn), scales.dtype)
-    out = jax.ShapeDtypeStruct((m, n), x.dtype)
-    if splits > 1:
-        del scratch["out"]
-        out = jax.ShapeDtypeStruct((splits, n, m), jnp.float32)
+    if addend is not None:  # so that the last low-rank step can fill a buffer
+        u = jnp.pad(addend[0], ((0, 0), (0, config.x_depth - 64)))
+        addend = (u, addend[1])
     return _launch(
         kernel,
         [x, codes, scales, *_addend_operands(addend)],
-        out,
-        scratch,
+        _out_type(m, n, x.dtype, config),
+        _scratch(config, x.dtype, (bn, 64), (4, bn), scales.dtype),
         min(num_sms, splits * mi * ni),
         config,
         codebook,
@@ -437,29 +488,30 @@ def backward(
     codebook: cb.Codebook,
     num_sms: int,
     interpret: Any = False,
-) -> Float[Array, "m k"]:
+) -> Float[Array, "..."]:
     """Computes dy @ W, plus u @ v.T of an addend (u (m, r), v (k, r)).
 
     Each warpgroup decodes only the nibble planes whose columns of dx it owns.
 
     Args:
-      dy: bfloat16 or float16; m a multiple of config.block_m, n of 64.
+      dy: bfloat16 or float16; m a multiple of config.block_m, n of 64 * config.split_k.
       codes, scales, addend, config, codebook, num_sms, interpret: As in `forward`.
 
     Returns:
-      (m, k) in dy's dtype.
+      (m, k) in dy's dtype; with split_k > 1 float32 parts (split_k, k, m) to be summed.
     """
     m, n = dy.shape
     k = codes.shape[1] * 4
-    bm, planes = config.block_m, config.planes
-    shares = 2 // planes  # tiles that share a group of words
-    mi, ki, steps = m // bm, k // 256 * shares, n // 64
+    bm, planes, splits = config.block_m, config.planes, config.split_k
+    owners = config.warpgroups
+    shares = 4 // (owners * planes)  # tiles that share a group of words
+    mi, ki, steps = m // bm, k // 256 * shares, n // 64 // splits
     low_rank = 0 if addend is None else addend[0].shape[1] // 64
 
     def owned(share: Array, wg: Array | int, i: int) -> Array | int:
         """The i-th plane that a warpgroup owns."""
         if planes == 1:
-            return 2 * share + wg
+            return owners * share + wg
         if config.decoder == "permute":  # plane_pair, for a traced warpgroup
             return 2 * wg + i
         return wg + 2 * i
@@ -470,25 +522,24 @@ def backward(
         w_ring = _Ring(**parts["w"], slots=config.weight_stages)
 
         def each_tile(body):
-            """Calls body(token slice, group of 256 columns, share of it, uses)."""
+            """Calls body(split, low-rank steps, token slice, group, share of it, uses)."""
 
             @plgpu.nd_loop(
-                (mi * ki,),
+                (splits * mi * ki,),
                 collective_axes="sm",
                 init_carry=(jnp.int32(0), jnp.int32(0)),
             )
             def _(info, carry):
-                (linear,) = info.index
-                minor = 0 if config.minor == "m" else 1
-                i, j = plgpu.planar_snake(linear, (mi, ki), minor, config.width)
+                split, i, j = _tile(info.index[0], mi, ki, config)
                 group, share = lax.div(j, jnp.int32(shares)), lax.rem(j, shares)
-                return body(pl.ds(i * bm, bm), group, share, carry)
+                extra = _in_first_split(low_rank, split, config)
+                return body(split, extra, pl.ds(i * bm, bm), group, share, carry)
 
         def load():
-            def tile(tokens, group, share, carry):
+            def tile(split, extra, tokens, group, share, carry):
                 def step(s, carry):
                     w_use, x_use = carry
-                    rows = pl.ds(s * 64, 64)
+                    rows = pl.ds((split * steps + s) * 64, 64)
                     w_ring.fill(
                         w_use,
                         w_g.at[rows, pl.ds(group * 64, 64)],
@@ -500,7 +551,7 @@ def backward(
                 def low_rank_step(s, carry):
                     w_use, x_use = carry
                     columns = pl.ds(s * 64, 64)
-                    for number in range(WARPGROUPS * planes):
+                    for number in range(owners * planes):
                         plane = owned(share, number // planes, number % planes)
                         w_ring.fill(
                             w_use + number,
@@ -508,11 +559,11 @@ def backward(
                             s_g.at[pl.ds(group * 4, 4), pl.ds(0, 64)],
                         )
                     x_ring.fill(x_use, uv[0].at[tokens, columns])
-                    return w_use + WARPGROUPS * planes, x_use + 1
+                    return w_use + owners * planes, x_use + 1
 
                 carry = lax.fori_loop(0, steps, step, carry)
                 if low_rank:
-                    carry = lax.fori_loop(0, low_rank, low_rank_step, carry)
+                    carry = lax.fori_loop(0, extra, low_rank_step, carry)
                 return carry
 
             each_tile(tile)
@@ -520,7 +571,9 @@ def backward(
         def compute(wg):
             words_s, scales_s = w_ring.buffers
             multiply = _Multiplier(
-                x_ring, parts["staging"].at[wg] if interpret else None
+                x_ring,
+                config.in_flight,
+                parts["staging"].at[wg] if interpret else None,
             )
 
             def decode(words, share):
@@ -540,7 +593,7 @@ def backward(
                     **options,
                 )
 
-            def tile(tokens, group, share, carry):
+            def tile(split, extra, tokens, group, share, carry):
                 def with_accumulators(*accs):
                     def step(s, carry):
                         w_use, x_use = carry
@@ -567,7 +620,7 @@ def backward(
                     def low_rank_step(s, carry):
                         w_use, x_use = carry
                         plgpu.wgmma_wait(0)
-                        slots = WARPGROUPS * planes
+                        slots = owners * planes
                         for number in range(slots):
                             w_ring.wait(w_use + number)
                         bits = [
@@ -585,16 +638,26 @@ def backward(
                             w_ring.release(w_use + number)
                         return w_use + slots, x_use + 1
 
-                    after = lax.fori_loop(0, steps, step, carry)
+                    # Two steps a turn, so that a turn's first operands have registers
+                    # other than those that the last one's products still read.
+                    def two_steps(turn, carry):
+                        return step(2 * turn + 1, step(2 * turn, carry))
+
+                    after = lax.fori_loop(0, steps // 2, two_steps, carry)
+                    if steps % 2:
+                        after = step(steps - 1, after)
                     if low_rank:
-                        after = lax.fori_loop(0, low_rank, low_rank_step, after)
+                        after = lax.fori_loop(0, extra, low_rank_step, after)
                     multiply.finish(after[1])
                     for i, acc in enumerate(accs):
-                        column = group * 256 + owned(share, wg, i) * 64
+                        columns = pl.ds(group * 256 + owned(share, wg, i) * 64, 64)
+                        if splits > 1:
+                            out_g[split, columns, tokens] = acc[...]
+                            continue
                         _store_transposed(
                             acc[...].astype(dy.dtype),
                             parts["out"].at[wg],
-                            out_g.at[tokens, pl.ds(column, 64)],
+                            out_g.at[tokens, columns],
                         )
                     return after
 
@@ -603,14 +666,14 @@ def backward(
 
             each_tile(tile)
 
-        _run_roles([x_ring, w_ring], load, compute)
+        _run_roles(config, [x_ring, w_ring], load, compute)
 
     return _launch(
         kernel,
         [dy, codes, scales, *_addend_operands(addend)],
-        jax.ShapeDtypeStruct((m, k), dy.dtype),
+        _out_type(m, k, dy.dtype, config),
         _scratch(config, dy.dtype, (64, 64), (4, 64), scales.dtype),
-        min(num_sms, mi * ki),
+        min(num_sms, splits * mi * ki),
         config,
         codebook,
         interpret,
@@ -632,21 +695,34 @@ def _scratch(
     scale_dtype: jnp.dtype,
 ) -> dict[str, Any]:
     bm, chunk = config.block_m, min(64, config.block_m)
-    return {
+    scratch = {
         "x": _Ring.scratch(
             config.x_stages,
-            plgpu.SMEM((config.x_stages, bm, 64), dtype, transforms=_SWIZZLED),
+            config.warpgroups,
+            plgpu.SMEM(
+                (config.x_stages, bm, config.x_depth), dtype, transforms=_SWIZZLED
+            ),
         ),
         "w": _Ring.scratch(
             config.weight_stages,
+            config.warpgroups,
             plgpu.SMEM(
                 (config.weight_stages, *words), jnp.uint16, transforms=_SWIZZLED
             ),
             plgpu.SMEM((config.weight_stages, *scales), scale_dtype),
         ),
-        "out": plgpu.SMEM(
-            (WARPGROUPS, min(config.out_stages, bm // chunk), chunk, 64),
-            dtype,
-            transforms=_SWIZZLED,
-        ),
     }
+    if config.split_k == 1:
+        slots = min(config.out_stages, bm // chunk)
+        scratch["out"] = plgpu.SMEM(
+            (config.warpgroups, slots, chunk, 64), dtype, transforms=_SWIZZLED
+        )
+    return scratch
+
+
+def _out_type(
+    m: int, columns: int, dtype: jnp.dtype, config: Config
+) -> jax.ShapeDtypeStruct:
+    if config.split_k == 1:
+        return jax.ShapeDtypeStruct((m, columns), dtype)
+    return jax.ShapeDtypeStruct((config.split_k, columns, m), jnp.float32)

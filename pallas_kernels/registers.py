@@ -52,21 +52,59 @@ def pair_shift(decoder: Decoder) -> int:
 def table_words(
     codebook: cb.Codebook, dtype: jnp.dtype, decoder: Decoder
 ) -> np.ndarray | None:
-    """Returns the shared-memory table of a decoder, uint32 TABLE_SHAPE, or None.
+    """Returns what `fill_table` spreads, uint32 (256, 2), or None without a table.
 
-    Row `low | high << 4` holds the values of the two codes: in 16 bits, 64 copies; in
-    float32, 32 copies of the two. A lane reads its own copy.
+    Row `low | high << 4` holds the values of the two codes: both in one word, twice, in
+    16 bits; one each in float32.
     """
     values = cb.values(codebook).astype(np.float32)
-    low, high = np.meshgrid(np.arange(16), np.arange(16))
+    low, high = (codes.reshape(-1) for codes in np.meshgrid(np.arange(16), np.arange(16)))
     if decoder == "table":
         bits = values.astype(dtype).view(np.uint16).astype(np.uint32)
         words = bits[low] | bits[high] << 16
-        return np.repeat(words.reshape(256, 1), 64, axis=1)
+        return np.stack([words, words], -1)
     if decoder == "table_exact":
-        pairs = np.stack([values[low], values[high]], -1).view(np.uint32)
-        return np.tile(pairs.reshape(256, 2), (1, 32))
+        return np.stack([values[low], values[high]], -1).view(np.uint32)
     return None
+
+
+def fill_table(words: Any, table: Any) -> None:
+    """Copies each row of `table_words` (GMEM) over the lanes' copies in shared memory.
+
+    Called by all threads that compute, at least 256; they must meet at a barrier after.
+    """
+    stores = "".join(
+        f"add.u32 c,l,{i};\nand.b32 c,c,15;\nshl.b32 c,c,4;\nadd.u32 c,c,a;\n"
+        "@p st.shared.v4.b32 [c],{v,w,v,w};\n"
+        for i in range(16)
+    )
+    # Neighbouring threads have rows 256 bytes apart: each starts at a chunk of its own,
+    # so that no two meet in a bank.
+    asm = (
+        "{\n.reg .pred p;\n.reg .b32 v,w,a,c,l;\n.reg .b64 g;\n"
+        "setp.lt.u32 p,$0,256;\nmul.wide.u32 g,$0,8;\nadd.s64 g,g,$2;\n"
+        "@p ld.global.nc.v2.b32 {v,w},[g];\n"
+        "shl.b32 a,$0,8;\nadd.u32 a,a,$1;\nand.b32 l,$0,15;\n" + stores + "}"
+    )
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+    def run(ctx, words, table):
+        del ctx
+        i32 = ir.IntegerType.get_signless(32)
+        base = llvm.ptrtoint(i32, utils.memref_ptr(table))
+        source = llvm.ptrtoint(
+            ir.IntegerType.get_signless(64), utils.memref_ptr(words)
+        )
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"),
+            [utils.thread_idx(), base, source],
+            asm,
+            "r,r,l,~{memory}",
+            has_side_effects=True,
+        )
+        return ()
+
+    run(words, table)
 
 
 def select_plane(words: jax.Array, plane: int, codebook: cb.Codebook) -> jax.Array:

@@ -34,33 +34,115 @@ class Kernel:
 
     def instructions(self) -> list[str]:
         """Mnemonics with their modifiers, in order."""
-        line = r"/\*[0-9a-f]{4,6}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)"
-        return [m.group(1) for m in re.finditer(line, self.sass)]
+        return [_split(text)[0] for _, text in self._code()]
 
     def count(self, mnemonic: str) -> int:
         """Instructions whose first part is `mnemonic`."""
         return sum(i.split(".")[0] == mnemonic for i in self.instructions())
 
-    def loop(self, mnemonic: str) -> list[str]:
-        """The innermost loop (backward branch) with the most of `mnemonic`."""
-        line = r"/\*([0-9a-f]{4,6})\*/\s+((?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)[^;]*);"
-        code = [
-            (int(m.group(1), 16), m.group(3), m.group(2))
-            for m in re.finditer(line, self.sass)
+    def overwritten_operands(self) -> list[str]:
+        """Writes to registers that a wgmma in flight still reads, around the main loop.
+
+        The assembler does not guard the A operand of an asynchronous product over a
+        loop's back edge, so this walks the loop with the most HGMMA twice: from each HGMMA to
+        the DEPBAR that retires its group, nothing may write its A registers.
+        """
+        found: list[str] = []
+        code = self._code()
+        for start, end in self._inner_loops("HGMMA"):
+            body = [text for at, text in code if start <= at <= end]
+            found += _overwrites(body)
+        return found
+
+    def _inner_loops(self, mnemonic: str) -> list[tuple[int, int]]:
+        """Loops with `mnemonic` inside and no smaller such loop inside."""
+        loops = [(a, b) for n, _, a, b in self._loops(mnemonic) if n]
+        return [
+            (a, b)
+            for a, b in loops
+            if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)
         ]
-        best: tuple[int, int, list[str]] = (0, 0, [])
-        for address, name, text in code:
-            if name.split(".")[0] != "BRA":
-                continue
-            target = re.search(r"0x([0-9a-f]+)", text)
-            if not target or int(target.group(1), 16) >= address:
+
+    def _code(self) -> list[tuple[int, str]]:
+        line = r"/\*([0-9a-f]{4,6})\*/\s+([^;/]+);"
+        return [(int(a, 16), text) for a, text in re.findall(line, self.sass)]
+
+    def _loops(self, mnemonic: str) -> list[tuple[int, int, int, int]]:
+        """Backward branches: (count of mnemonic, -instructions, start, end)."""
+        code = self._code()
+        found = []
+        for address, text in code:
+            name, operands = _split(text)
+            target = re.search(r"0x([0-9a-f]+)", operands)
+            if not name.startswith("BRA") or not target:
                 continue
             start = int(target.group(1), 16)
-            body = [n for a, n, _ in code if start <= a <= address]
-            hits = sum(n.split(".")[0] == mnemonic for n in body)
-            if (hits, -len(body)) > (best[0], best[1]):
-                best = (hits, -len(body), body)
-        return best[2]
+            if start >= address:
+                continue
+            body = [t for a, t in code if start <= a <= address]
+            if any(_split(t)[0] == "EXIT" for t in body):
+                continue  # back from code moved out of the way, such as a wait
+            hits = sum(_split(t)[0].split(".")[0] == mnemonic for t in body)
+            found.append((hits, -len(body), start, address))
+        return found
+
+    def loop(self, mnemonic: str) -> list[str]:
+        """Mnemonics of the innermost loop with the most of `mnemonic`."""
+        inner = self._inner_loops(mnemonic)
+        *_, start, end = max(
+            one for one in self._loops(mnemonic) if one[2:] in inner
+        )
+        return [_split(t)[0] for a, t in self._code() if start <= a <= end]
+
+
+def _split(text: str) -> tuple[str, str]:
+    """An instruction's mnemonic and its operands, without the predicate."""
+    text = re.sub(r"^@!?U?P\w+\s+", "", text.strip())
+    name, _, operands = text.partition(" ")
+    return name, operands
+
+
+def _overwrites(body: list[str]) -> list[str]:
+    groups: list[set[int]] = []  # A registers of committed groups, oldest first
+    pending: set[int] = set()
+    found = []
+    for turn in (0, 1):
+        for text in body:
+            name, operands = _split(text)
+            if name.startswith("HGMMA"):
+                registers = re.findall(r"\bR(\d+)\b", operands)
+                if len(registers) > 2:  # accumulator, A, accumulator
+                    first = int(registers[1])
+                    pending |= set(range(first, first + 4))
+                if "gsb0" in operands:
+                    groups.append(pending)
+                    pending = set()
+            elif name.startswith("WARPGROUP.DEPBAR"):
+                left = int(re.search(r"gsb0, 0x([0-9a-f]+)", operands).group(1), 16)
+                groups = groups[len(groups) - left :] if left else []
+            elif hit := _written(name, operands) & set().union(pending, *groups):
+                found.append(f"turn {turn}: {text.strip()} writes {sorted(hit)}")
+    return found
+
+
+def _written(name: str, operands: str) -> set[int]:
+    """Registers that an instruction writes: those of its first operand."""
+    kind = name.split(".")[0]
+    if kind in ("ST", "STS", "STG", "STSM", "BRA", "SYNCS", "BAR", "UTMALDG", "RED"):
+        return set()
+    parts = [p.strip() for p in operands.split(",")]
+    target = next((p for p in parts[:2] if re.fullmatch(r"R\d+", p)), None)
+    if target is None or (target != parts[0] and not parts[0].startswith("P")):
+        return set()
+    width = 1
+    if kind == "LDSM":
+        width = int(name.rsplit(".", 1)[1]) if name[-1].isdigit() else 1
+    elif ".128" in name:
+        width = 4
+    elif ".64" in name or "WIDE" in name:
+        width = 2
+    first = int(target[1:])
+    return set(range(first, first + width))
 
 
 def available() -> str | None:
