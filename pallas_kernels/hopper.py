@@ -39,7 +39,8 @@ class Config:
     Attributes:
       block_m: Tokens of an output tile: 8 to 256, a power of two.
       decoder: How codes become values; see registers.py.
-      weight_stages: Word tiles in flight (backward with low rank: 2 * planes at least).
+      weight_stages: Word tiles in flight (backward with low rank: at least
+        warpgroups * planes).
       x_stages: Tiles of x in flight.
       x_depth: Features of such a tile: 64, or 256 in forward for small block_m, where
         fewer and larger copies keep up with the products.
@@ -86,7 +87,7 @@ class Config:
 class _Ring:
     """Buffers that one warpgroup fills by TMA and the others read, in order.
 
-    Uses are counted from 0 by filler and readers alike; use c lies in slot c % slots.
+    Filler and readers go over the slots in the same order, round and round.
     """
 
     buffers: tuple[Any, ...]
@@ -95,7 +96,7 @@ class _Ring:
     slots: int
 
     @staticmethod
-    def scratch(slots: int, readers: int, *buffers: plgpu.SMEM) -> dict[str, Any]:
+    def scratch(slots: int, readers: int, *buffers: Any) -> dict[str, Any]:
         """Returns the scratch types: `buffers` have a leading axis of `slots`."""
         return {
             "buffers": buffers,
@@ -103,26 +104,31 @@ class _Ring:
             "free": plgpu.Barrier(num_arrivals=readers, num_barriers=slots),
         }
 
-    def slot(self, use: Array) -> Array:
-        return lax.rem(use, self.slots)
+    def after(self, slot: Array, uses: int | Array = 1) -> Array:
+        """Returns the slot that many uses later (if traced, fewer than slots)."""
+        later = slot + (uses % self.slots if isinstance(uses, int) else uses)
+        if self.slots & (self.slots - 1) == 0:
+            return later & (self.slots - 1)
+        return jnp.where(later >= self.slots, later - self.slots, later)
 
-    def fill(self, use: Array, *sources: Any) -> None:
+    def before(self, slot: Array) -> Array:
+        """Returns the slot of the use before."""
+        return self.after(slot, self.slots - 1)
+
+    def fill(self, slot: Array, *sources: Any) -> None:
         """Waits until the slot is free and copies into each of its buffers."""
-        slot = self.slot(use)
         plgpu.barrier_wait(self.free.at[slot])
         for source, buffer in zip(sources, self.buffers, strict=True):
             plgpu.copy_gmem_to_smem(source, buffer.at[slot], self.full.at[slot])
 
-    def wait(self, use: Array) -> Array:
-        """Waits until the slot is filled; returns it."""
-        slot = self.slot(use)
+    def wait(self, slot: Array) -> None:
+        """Waits until the slot is filled."""
         plgpu.barrier_wait(self.full.at[slot])
-        return slot
 
-    def release(self, use: Array) -> None:
+    def release(self, slot: Array) -> None:
         """Frees the slot; after the products of what was loaded from it are issued,
         as nothing else orders a load before this."""
-        plgpu.barrier_arrive(self.free.at[self.slot(use)])
+        plgpu.barrier_arrive(self.free.at[slot])
 
     def open(self) -> None:
         """Marks every slot free; once, by each reader."""
@@ -195,7 +201,7 @@ class _Multiplier:
 
     def __call__(
         self,
-        use: Array,
+        slot: Array,
         products: list[tuple[Any, Array]],
         *,
         column: int = 0,
@@ -203,18 +209,21 @@ class _Multiplier:
         starts: bool = True,
         ends: bool = True,
     ) -> None:
-        """Computes acc += a @ x[use].T for each (acc, a); leaves them in flight.
+        """Computes acc += a @ x[slot].T for each (acc, a); leaves them in flight.
 
         Args:
-          use: Of the x ring.
+          slot: Of the x ring.
           products: Accumulators and register operands.
           column: Of the buffer, where the 64 features lie.
           first: Whether no product is in flight from before (bool, or traced).
-          starts: Whether these are the first products of this use.
+          starts: Whether these are the first products of this slot's use.
           ends: Whether they are the last.
         """
-        slot = self.ring.wait(use) if starts else self.ring.slot(use)
+        if starts:
+            self.ring.wait(slot)
         x = self.ring.buffers[0].at[slot, :, pl.ds(column, 64)].transpose((1, 0))
+        if self.staging is None:
+            products = [(acc, registers.pin(a, _WGMMA)) for acc, a in products]
         for acc, a in products:
             if self.staging is not None:  # the interpreter takes none from registers
                 plgpu.wgmma_wait(0)
@@ -227,18 +236,18 @@ class _Multiplier:
         else:
             plgpu.wgmma_wait(len(products))
         if not self.in_flight and ends:
-            self.ring.release(use)
+            self.ring.release(slot)
         elif self.in_flight and starts:
 
             @pl.when(jnp.logical_not(first))
             def _():
-                self.ring.release(use - 1)
+                self.ring.release(self.ring.before(slot))
 
-    def finish(self, uses: Array) -> None:
-        """Waits for the last products; `uses` is the number of uses so far."""
+    def finish(self, slot: Array) -> None:
+        """Waits for the last products; `slot` is the one after theirs."""
         plgpu.wgmma_wait(0)
         if self.in_flight:
-            self.ring.release(uses - 1)
+            self.ring.release(self.ring.before(slot))
 
 
 def _scale(values: Array, scale: Array, axis: int, dtype: jnp.dtype) -> Array:
@@ -324,7 +333,7 @@ def forward(
     mi, ni, steps = m // bm, n // bn, k // 256 // splits
     low_rank = 0 if addend is None else addend[0].shape[1] // 64
     order = [p for half in (0, 1) for p in registers.plane_pair(config.decoder, half)]
-    uses = 256 // config.x_depth  # of x's ring in a step
+    uses = 256 // config.x_depth  # slots of x in a step
 
     def kernel(x_g, w_g, s_g, *rest):
         *uv, out_g, parts = rest
@@ -332,7 +341,7 @@ def forward(
         w_ring = _Ring(**parts["w"], slots=config.weight_stages)
 
         def each_tile(body):
-            """Calls body(split, its low-rank steps, token slice, row start, uses)."""
+            """Calls body(split, its low-rank steps, token slice, row start, slots)."""
 
             @plgpu.nd_loop(
                 (splits * mi * ni,),
@@ -349,32 +358,32 @@ def forward(
                 rows = pl.ds(row, bn)
 
                 def step(s, carry):
-                    w_use, x_use = carry
+                    w_slot, x_slot = carry
                     at = split * steps + s
                     w_ring.fill(
-                        w_use,
+                        w_slot,
                         w_g.at[rows, pl.ds(at * 64, 64)],
                         s_g.at[pl.ds(at * 4, 4), rows],
                     )
                     if uses == 1:
-                        x_ring.fill(x_use, x_g.at[tokens, pl.ds(at * 256, 256)])
+                        x_ring.fill(x_slot, x_g.at[tokens, pl.ds(at * 256, 256)])
                     else:
                         for position, plane in enumerate(order):
                             columns = pl.ds(at * 256 + plane * 64, 64)
-                            x_ring.fill(x_use + position, x_g.at[tokens, columns])
-                    return w_use + 1, x_use + uses
+                            x_ring.fill(x_ring.after(x_slot, position), x_g.at[tokens, columns])
+                    return w_ring.after(w_slot), x_ring.after(x_slot, uses)
 
                 def low_rank_step(s, carry):
-                    w_use, x_use = carry
+                    w_slot, x_slot = carry
                     columns = pl.ds(s * 64, 64)
                     # The slot's second copy is not used, but its barrier counts it.
                     w_ring.fill(
-                        w_use, uv[1].at[rows, columns], s_g.at[pl.ds(0, 4), rows]
+                        w_slot, uv[1].at[rows, columns], s_g.at[pl.ds(0, 4), rows]
                     )
                     # A whole buffer, of which only the first 64 columns are used.
                     columns = pl.ds(s * 64, config.x_depth)
-                    x_ring.fill(x_use, uv[0].at[tokens, columns])
-                    return w_use + 1, x_use + 1
+                    x_ring.fill(x_slot, uv[0].at[tokens, columns])
+                    return w_ring.after(w_slot), x_ring.after(x_slot)
 
                 carry = lax.fori_loop(0, steps, step, carry)
                 if low_rank:
@@ -395,12 +404,12 @@ def forward(
             def tile(split, extra, tokens, row, carry):
                 def with_accumulator(acc):
                     def step(s, carry):
-                        w_use, x_use = carry
-                        slot = w_ring.wait(w_use)
-                        words = plgpu.load(words_s.at[slot, own], layout=_WGMMA)
+                        w_slot, x_slot = carry
+                        w_ring.wait(w_slot)
+                        words = plgpu.load(words_s.at[w_slot, own], layout=_WGMMA)
                         scale = [
                             plgpu.load(
-                                scales_s.at[slot, p, own], layout=_WGMMA.reduce(1)
+                                scales_s.at[w_slot, p, own], layout=_WGMMA.reduce(1)
                             )
                             for p in order
                         ]
@@ -419,26 +428,26 @@ def forward(
                                 a = _scale(values[i], scale[position], 0, x.dtype)
                                 whole = uses == 1  # one use for all four planes
                                 multiply(
-                                    x_use if whole else x_use + position,
+                                    x_slot if whole else x_ring.after(x_slot, position),
                                     [(acc, a)],
                                     column=64 * order[position] if whole else 0,
                                     first=s == 0 if position == 0 else False,
                                     starts=not whole or position == 0,
                                     ends=not whole or position == 3,
                                 )
-                        w_ring.release(w_use)
-                        return w_use + 1, x_use + uses
+                        w_ring.release(w_slot)
+                        return w_ring.after(w_slot), x_ring.after(x_slot, uses)
 
                     def low_rank_step(s, carry):
-                        w_use, x_use = carry
+                        w_slot, x_slot = carry
                         # One product a turn: its registers are the next turn's too.
                         plgpu.wgmma_wait(0)
-                        slot = w_ring.wait(w_use)
-                        bits = plgpu.load(words_s.at[slot, own], layout=_WGMMA)
+                        w_ring.wait(w_slot)
+                        bits = plgpu.load(words_s.at[w_slot, own], layout=_WGMMA)
                         a = lax.bitcast_convert_type(bits, x.dtype)
-                        multiply(x_use, [(acc, a)])
-                        w_ring.release(w_use)
-                        return w_use + 1, x_use + 1
+                        multiply(x_slot, [(acc, a)])
+                        w_ring.release(w_slot)
+                        return w_ring.after(w_slot), x_ring.after(x_slot)
 
                     after = lax.fori_loop(0, steps, step, carry)
                     if low_rank:
@@ -522,7 +531,7 @@ def backward(
         w_ring = _Ring(**parts["w"], slots=config.weight_stages)
 
         def each_tile(body):
-            """Calls body(split, low-rank steps, token slice, group, share of it, uses)."""
+            """Calls body(split, low-rank steps, token slice, group, share of it, slots)."""
 
             @plgpu.nd_loop(
                 (splits * mi * ki,),
@@ -538,28 +547,29 @@ def backward(
         def load():
             def tile(split, extra, tokens, group, share, carry):
                 def step(s, carry):
-                    w_use, x_use = carry
+                    w_slot, x_slot = carry
                     rows = pl.ds((split * steps + s) * 64, 64)
                     w_ring.fill(
-                        w_use,
+                        w_slot,
                         w_g.at[rows, pl.ds(group * 64, 64)],
                         s_g.at[pl.ds(group * 4, 4), rows],
                     )
-                    x_ring.fill(x_use, dy_g.at[tokens, rows])
-                    return w_use + 1, x_use + 1
+                    x_ring.fill(x_slot, dy_g.at[tokens, rows])
+                    return w_ring.after(w_slot), x_ring.after(x_slot)
 
                 def low_rank_step(s, carry):
-                    w_use, x_use = carry
+                    w_slot, x_slot = carry
                     columns = pl.ds(s * 64, 64)
                     for number in range(owners * planes):
                         plane = owned(share, number // planes, number % planes)
                         w_ring.fill(
-                            w_use + number,
+                            w_ring.after(w_slot, number),
                             uv[1].at[pl.ds(group * 256 + plane * 64, 64), columns],
                             s_g.at[pl.ds(group * 4, 4), pl.ds(0, 64)],
                         )
-                    x_ring.fill(x_use, uv[0].at[tokens, columns])
-                    return w_use + owners * planes, x_use + 1
+                    x_ring.fill(x_slot, uv[0].at[tokens, columns])
+                    w_slot = w_ring.after(w_slot, owners * planes)
+                    return w_slot, x_ring.after(x_slot)
 
                 carry = lax.fori_loop(0, steps, step, carry)
                 if low_rank:
@@ -596,14 +606,14 @@ def backward(
             def tile(split, extra, tokens, group, share, carry):
                 def with_accumulators(*accs):
                     def step(s, carry):
-                        w_use, x_use = carry
-                        slot = w_ring.wait(w_use)
+                        w_slot, x_slot = carry
+                        w_ring.wait(w_slot)
                         words = plgpu.load(
-                            words_s.at[slot].transpose((1, 0)), layout=_WGMMA
+                            words_s.at[w_slot].transpose((1, 0)), layout=_WGMMA
                         )
                         scale = [
                             plgpu.load(
-                                scales_s.at[slot, owned(share, wg, i)],
+                                scales_s.at[w_slot, owned(share, wg, i)],
                                 layout=_WGMMA.reduce(0),
                             )
                             for i in range(planes)
@@ -613,19 +623,19 @@ def backward(
                             (acc, _scale(v, c, 1, dy.dtype))
                             for acc, v, c in zip(accs, values, scale, strict=True)
                         ]
-                        multiply(x_use, products, first=s == 0)
-                        w_ring.release(w_use)
-                        return w_use + 1, x_use + 1
+                        multiply(x_slot, products, first=s == 0)
+                        w_ring.release(w_slot)
+                        return w_ring.after(w_slot), x_ring.after(x_slot)
 
                     def low_rank_step(s, carry):
-                        w_use, x_use = carry
+                        w_slot, x_slot = carry
                         plgpu.wgmma_wait(0)
                         slots = owners * planes
                         for number in range(slots):
-                            w_ring.wait(w_use + number)
+                            w_ring.wait(w_ring.after(w_slot, number))
                         bits = [
                             plgpu.load(
-                                words_s.at[w_ring.slot(w_use + wg * planes + i)],
+                                words_s.at[w_ring.after(w_slot, wg * planes + i)],
                                 layout=_WGMMA,
                             )
                             for i in range(planes)
@@ -633,10 +643,11 @@ def backward(
                         values = [
                             lax.bitcast_convert_type(b, dy.dtype) for b in bits
                         ]
-                        multiply(x_use, list(zip(accs, values, strict=True)))
+                        multiply(x_slot, list(zip(accs, values, strict=True)))
                         for number in range(slots):
-                            w_ring.release(w_use + number)
-                        return w_use + slots, x_use + 1
+                            w_ring.release(w_ring.after(w_slot, number))
+                        w_slot = w_ring.after(w_slot, slots)
+                        return w_slot, x_ring.after(x_slot)
 
                     # Two steps a turn, so that a turn's first operands have registers
                     # other than those that the last one's products still read.

@@ -127,7 +127,7 @@ def decode_pair(
     codebook: cb.Codebook,
     dtype: jnp.dtype,
     layout: Any,
-    table: jax.Array | None = None,
+    table: Any = None,
     shift: jax.Array | None = None,
 ) -> list[jax.Array]:
     """Decodes two nibble planes, those of `plane_pair(decoder, half)`.
@@ -166,7 +166,7 @@ def decode_one(
     decoder: Decoder,
     dtype: jnp.dtype,
     layout: Any,
-    table: jax.Array,
+    table: Any,
 ) -> jax.Array:
     """Decodes the plane at bit `shift` (int32 scalar), with a table decoder only."""
     exact = decoder == "table_exact"
@@ -174,6 +174,22 @@ def decode_one(
     out = jnp.float32 if exact else dtype
     outs = 2 if exact else 1
     return _inline(words, asm, outs, out, layout, table=table, shift=shift)[0]
+
+
+def pin(array: jax.Array, layout: Any) -> jax.Array:
+    """Computes the whole array here, none of it later between its uses.
+
+    An instruction that makes one of the operands of a group of wgmmas after the group has
+    begun makes the assembler run all products one by one (its message C7513).
+    """
+    out = plgpu.ShapeDtypeStruct(array.shape, array.dtype, layout=layout)
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=out)
+    def run(ctx, array):
+        del ctx
+        return fragmented_array.optimization_barrier(array)
+
+    return run(array)
 
 
 def _words32(values) -> list[str]:
