@@ -91,13 +91,11 @@ def main() -> None:
                     f"{name:<18}{m:>5}  {part:<9}{row['dense_ms']:>10.2f}"
                     f"{row['nf4_ms']:>10.2f}{row['ratio']:>8.2f}"
                 )
-    name = choose(
-        args.m[-1],
-        quantize_tensor(jnp.ones((256, 256))),
-        jnp.dtype(args.dtype),
-        jax.default_backend(),
+    weight = quantize_tensor(jnp.ones((256, 256)))
+    choice = choose("forward", args.m[-1], weight, jnp.dtype(args.dtype))
+    result = record(
+        "bench_matmul", args.append, implementation=choice.implementation, rows=rows
     )
-    result = record("bench_matmul", args.append, implementation=name, rows=rows)
     print(json.dumps(result))
 
 

@@ -23,8 +23,8 @@ PACKAGES = (
     "safetensors",
     "tokenizers",
 )
-# Rows, as in a training step, a prompt and one new token.
-_ROWS = (2048, 64, 1)
+# Tokens, as in a training step, a short batch, a prompt and one new token.
+_ROWS = (2048, 512, 64, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,11 +41,15 @@ def run(args: Args) -> dict[str, Any]:
     """Prints the findings; returns them."""
     platform_name = jax.default_backend()
     weight = jax.eval_shape(
-        lambda: quantize_tensor(jnp.zeros((1024, 1024)), QuantConfig())
+        lambda: quantize_tensor(jnp.zeros((4096, 4096)), QuantConfig())
     )
     assert isinstance(weight, QuantizedTensor)
     kernels = {
-        str(m): choose(m, weight, jnp.dtype(jnp.bfloat16), platform_name) for m in _ROWS
+        f"{direction} {m}": dataclasses.asdict(
+            choose(direction, m, weight, jnp.dtype(jnp.bfloat16))
+        )
+        for m in _ROWS
+        for direction in ("forward", "backward")
     }
     found: dict[str, Any] = {
         "python": platform.python_version(),
@@ -66,8 +70,14 @@ def run(args: Args) -> dict[str, Any]:
     print(f"python      {found['python']}")
     for name, version in found["packages"].items():
         print(f"{name:<18}{version}")
-    for m, name in kernels.items():
-        print(f"nf4_matmul of {m:>4} rows runs {name!r} on {platform_name}")
+    print(f"nf4_matmul on {platform_name}, a weight of 4096 x 4096 in bfloat16:")
+    for product, choice in kernels.items():
+        direction, m = product.split()
+        fields = ", ".join(f"{k}={v}" for k, v in choice["config"])
+        print(
+            f"  {direction:<8} of {m:>4} tokens  {choice['implementation']:<8} "
+            f"{choice['why']}{f' ({fields})' if fields else ''}"
+        )
     return found
 
 

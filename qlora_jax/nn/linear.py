@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels.layout import QuantizedTensor
-from pallas_kernels.matmul import nf4_matmul
+from pallas_kernels.matmul import nf4_lora_matmul, nf4_matmul
 from qlora_jax.errors import ShapeError
 from qlora_jax.nn.matmul import frozen_matmul
 from qlora_jax.nn.variables import FrozenParam
@@ -105,9 +105,17 @@ class QuantizedLinear(nnx.Module):
         """Returns the dequantized kernel."""
         return dequantize(self.quantized, dtype)
 
-    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        """Applies the layer in x's dtype."""
-        y = nf4_matmul(x, self.quantized, self.implementation)
+    def __call__(
+        self,
+        x: Float[Array, "*batch in"],
+        adapter: tuple[Array, Array, float] | None = None,
+    ) -> Float[Array, "*batch out"]:
+        """Applies the layer in x's dtype, with an adapter (lora_a, lora_b, scale) in the
+        same pass where a kernel can."""
+        if adapter is None:
+            y = nf4_matmul(x, self.quantized, self.implementation)
+        else:
+            y = nf4_lora_matmul(x, self.quantized, *adapter, self.implementation)
         return _finish(y, x, self.bias)
 
 

@@ -70,8 +70,12 @@ class LoRA(nnx.Module):
         self, x: Float[Array, "*batch in"], *, key: Array | None = None
     ) -> Float[Array, "*batch out"]:
         """Applies base and adapter in x's dtype; dropout only when a key is given."""
+        dropped = key is not None and self.dropout > 0
+        if isinstance(self.base, QuantizedLinear) and not dropped:
+            return self.base(x, adapter=(self.lora_a[...], self.lora_b[...], self.scale))
         hidden = x
-        if key is not None and self.dropout > 0:
+        if dropped:
+            assert key is not None
             keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
             hidden = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
         hidden = hidden.reshape(-1, x.shape[-1])

@@ -1,0 +1,337 @@
+"""The decode kernel: in the interpreter with race detection, its register code run in
+numpy, and compiled for an H200.
+
+The interpreter has no inline code, so it proves loads, barriers, the split of k and the
+sums; what a warp does in registers is proved by tests/emulation.py, which runs the very
+code that builds it. On hardware scripts/gpu_suite.py checks the same products.
+"""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+
+import aot
+import emulation
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+
+from pallas_kernels import codebook as cb
+from pallas_kernels import layout
+from pallas_kernels.layout import QuantizedTensor
+from pallas_kernels.shapes import SHAPES
+
+if jax.__version_info__ < (0, 11, 2):
+    pytest.skip("Mosaic GPU kernels need jax >= 0.11.2", allow_module_level=True)
+
+import jax.experimental.pallas.mosaic_gpu as plgpu  # noqa: E402
+
+from pallas_kernels import decode, decode_registers  # noqa: E402
+
+Config = decode.Config
+
+# The result is rounded once (2^-9 or 2^-12 at most, of an element), the codebook's values
+# once (as much, but random signs average over k); sums are float32.
+TOLERANCE = {"bfloat16": 3e-3, "float16": 4e-4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    m: int
+    n: int
+    k: int
+    config: Config
+    dtype: str = "bfloat16"
+    double_quant: bool = True
+    block_size: int = 64
+    codebook: cb.Codebook = "nf4"
+
+    def weight(self) -> QuantizedTensor:
+        return oracle.quantized(
+            (self.n, self.k),
+            block_size=self.block_size,
+            codebook=self.codebook,
+            double_quant=self.double_quant,
+        )
+
+    def x(self) -> jax.Array:
+        x = np.random.default_rng(1).standard_normal((self.m, self.k))
+        return jnp.asarray(x, self.dtype)
+
+    def check(self, y) -> None:
+        want = np.asarray(self.x(), np.float64) @ oracle.decoded(self.weight()).T
+        error = np.asarray(y, np.float64) - want
+        relative = np.linalg.norm(error) / np.linalg.norm(want)
+        assert relative < TOLERANCE[self.dtype], f"relative error {relative:.1e}"
+
+
+# More than two warpgroups at once need more threads than XLA's pool has on two cores.
+INTERPRETED = [
+    Case(1, 128, 256, Config(team=1)),
+    Case(3, 192, 768, Config(team=2, ahead=2), dtype="float16", block_size=128),
+    Case(8, 256, 1024, Config(team=1, rows=32), double_quant=False),
+    Case(17, 48, 2048, Config(team=1, teams=2), block_size=256, codebook="fp4"),
+    Case(32, 64, 1280, Config(team=1), dtype="float16", codebook="int4"),
+    Case(9, 96, 2816, Config(team=1, splits=2)),
+    Case(5, 64, 2048, Config(team=1, splits=2, hold_x=True), block_size=512),
+]
+
+
+def interpret(case: Case) -> None:
+    """Runs a case in the interpreter and checks it."""
+    params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
+    w, config = case.weight(), case.config
+    case.check(decode.forward(case.x(), w, config=config, num_sms=4, interpret=params))
+
+
+@pytest.mark.parametrize("case", INTERPRETED, ids=str)
+def test_products_without_races(case: Case, capfd: pytest.CaptureFixture):
+    interpret(case)
+    out = capfd.readouterr()
+    assert "RACE" not in out.out + out.err
+
+
+def test_teams_in_a_cluster_without_races():
+    """In a process of its own: eight warpgroups need as many threads of XLA's pool."""
+    code = (
+        "import sys; sys.path[:0] = sys.argv[1:3]\n"
+        "import test_decode as t\n"
+        "t.interpret(t.Case(3, 96, 4096, t.Config(teams=2, team=2, splits=2)))\n"
+    )
+    here = os.path.dirname(__file__)
+    done = subprocess.run(
+        [sys.executable, "-c", code, here, os.path.dirname(here)],
+        env=os.environ | {"NPROC": "12", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "RACE" not in done.stdout + done.stderr
+
+
+def test_shapes_that_cannot_be_cut_are_refused():
+    case = Case(1, 40, 1024, Config(team=1))
+    with pytest.raises(ValueError, match="cannot cut n=40"):
+        interpret(case)
+    with pytest.raises(ValueError, match="cannot cut"):
+        interpret(
+            dataclasses.replace(case, n=64, k=2048, config=Config(team=1, hold_x=True))
+        )
+
+
+class Emulated:
+    """A case's kernel with all that its register code reads in memory."""
+
+    def __init__(self, case: Case, monkeypatch: pytest.MonkeyPatch):
+        w = case.weight()
+        config, double_quant = case.config, case.double_quant
+        self.case = case
+        self.kernel = decode._Kernel(
+            case.x(), case.n, w, config, double_quant, 4, False
+        )
+        self.memory = memory = emulation.Memory()
+        emulation.install(monkeypatch, decode_registers, memory)
+        dtype = self.kernel.dtype
+        absmax = [np.asarray(a) for a in decode._absmax_operands(w)]
+        self.offset = absmax[2][0] if double_quant else np.float32(0)
+        self.tile_refs = [memory.put(a) for a in (np.asarray(w.codes), *absmax[:2])]
+        self.rows = memory.put(decode.table_rows(case.codebook, dtype))
+        self.table = memory.put(np.zeros((256, 64), np.uint32))
+        self.x_global = memory.put(np.asarray(case.x()))
+        self.x_shared = []
+        width = self.kernel.groups * 256
+        for start in range(0, case.k, width):
+            padded = np.zeros((case.m, self.kernel.x_width), dtype)
+            padded[:, :width] = np.asarray(case.x())[:, start : start + width]
+            self.x_shared.append(memory.put(padded))
+        self.out = memory.put(np.full((case.m, case.n), np.nan, dtype))
+        for wg in range(config.team):
+            decode_registers.fill_table(
+                self.rows, self.table, emulation.splat(wg), config.team
+            )
+
+    def warpgroup(self, row: int, split: int, member: int) -> np.ndarray:
+        """Sums of one warpgroup, (row tiles, token blocks, 64, 8)."""
+        kernel, registers = self.kernel, emulation.registers
+        blocks = kernel.row_tiles * kernel.token_blocks
+        sums = [[np.zeros((128, 2), np.float32)] * 2 for _ in range(blocks)]
+        for step in range(kernel.steps):
+            group = (step * kernel.config.team + member) * decode.GROUPS
+            inside = min(group, kernel.groups - decode.GROUPS)
+            skip = emulation.splat(group - inside)
+            start = emulation.splat(split * kernel.groups + inside)
+            tile = decode_registers.load_tile(
+                kernel, self.tile_refs, emulation.splat(row), start
+            )
+            x = self.x_shared[split]
+            if kernel.config.hold_x:
+                x = registers(decode_registers.load_x(kernel, self.x_global, start))
+            offset = [emulation.splat(self.offset)]
+            sums = decode_registers.Product(
+                kernel,
+                *(registers(values) for values in tile[:2]),
+                x,
+                self.table,
+                *(registers(v) for v in ([emulation.splat(inside)], [skip], offset)),
+                *(registers(values) for values in (*sums, *tile[2:])),
+            )()
+        thread = np.arange(128)
+        row, token = thread // 32 * 16 + thread % 32 // 4, 2 * (thread % 4)
+        out = np.zeros((blocks, 64, 8), np.float32)
+        for number, of_block in enumerate(sums):
+            for half in range(2):
+                for i in range(2):
+                    out[number, row + 8 * half, token + i] = of_block[half][:, i]
+        return out.reshape(kernel.row_tiles, kernel.token_blocks, 64, 8)
+
+    def run(self) -> np.ndarray:
+        kernel, config, memory = self.kernel, self.case.config, self.memory
+        for row in range(0, self.case.n, config.rows):
+            tile = (kernel.row_tiles, kernel.token_blocks, 16, 8)
+            gathered = memory.put(np.zeros((config.splits, *tile), np.float32))
+            for split in range(config.splits):
+                sums = np.stack(
+                    [self.warpgroup(row, split, i) for i in range(config.team)]
+                )
+                totals = decode_registers.totals(sums.shape, memory.put(sums))
+                if config.splits > 1:
+                    part = int(np.prod(tile)) * 4 * split
+                    decode_registers.send(totals, emulation.behind(gathered, part))
+            if config.splits > 1:
+                totals = decode_registers.totals(gathered.shape, gathered)
+            decode_registers.write(kernel, totals, self.out, emulation.splat(row))
+        return memory.read(self.out)
+
+
+EMULATED = [
+    Case(1, 32, 1024, Config(team=1, hold_x=True)),
+    Case(3, 16, 2816, Config(team=2)),
+    Case(8, 32, 1024, Config(team=1, rows=32), "float16", False, 128, "fp4"),
+    Case(17, 16, 2048, Config(team=1), "float16", block_size=128, codebook="int4"),
+    Case(9, 32, 2048, Config(team=1, splits=2, rows=32)),
+]
+
+
+@pytest.mark.parametrize("case", EMULATED, ids=str)
+def test_register_code_computes_the_product(case: Case, monkeypatch):
+    with emulation.types():
+        case.check(Emulated(case, monkeypatch).run())
+
+
+@pytest.mark.parametrize("codebook", cb.CODEBOOKS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_every_word_is_decoded(codebook: cb.Codebook, dtype: str, monkeypatch):
+    case = Case(1, 16, 1024, Config(team=1), dtype, codebook=codebook)
+    every = np.arange(65536, dtype=np.uint32).reshape(-1, 128)
+    values = cb.values(codebook).astype(getattr(ml_dtypes, dtype, dtype))
+    with emulation.types():
+        emulated = Emulated(case, monkeypatch)
+        (words, *rest) = (emulation.registers([np.zeros((128, 8), np.uint16)] * 4),) * 3
+        del rest
+        nothing = [emulation.splat(0)]
+        product = decode_registers.Product(
+            emulated.kernel,
+            words,
+            words,
+            emulated.x_shared[0],
+            emulated.table,
+            *(emulation.registers(nothing) for _ in range(3)),
+            emulation.registers([np.zeros((128, 2), np.float32)] * 2),
+            emulation.registers([np.zeros((128, 1), np.float32)] * 2),
+        )
+        for words in every:
+            elements = [words, words[::-1], words ^ 0x5A5A, 65535 - words]
+            first = elements[0] | elements[1] << 16
+            second = elements[2] | elements[3] << 16
+            pairs = product.pairs(first, second)
+            for plane in range(4):
+                for e in range(2):
+                    byte = plane // 2 + 2 * e
+                    got = product.look_up(pairs[plane % 2], byte, 0)
+                    for i in range(2):
+                        codes = elements[2 * e + i] >> 4 * plane & 15
+                        bits = got >> 16 * i & 0xFFFF
+                        want = values[codes].view(np.uint16)
+                        np.testing.assert_array_equal(bits, want)
+        for row in range(0, 256, 128):
+            code = np.arange(row, row + 128, dtype=np.uint32)
+            got = product.look_up(code << 8, 1, 1).view(np.float32)
+            np.testing.assert_array_equal(got, cb.dynamic_map()[code])
+
+
+def test_lookups_and_x_meet_in_no_bank():
+    """32 lanes with any 32 codes hit 32 banks; 8 lanes of a 16-byte load of x, too."""
+    codes = np.random.default_rng(1).integers(0, 256, 32)
+    assert len(set((codes * 256 + np.arange(32) * 4) // 4 % 32)) == 32
+    kernel = decode._Kernel(
+        jnp.zeros((8, 4096)),
+        64,
+        oracle.quantized((64, 4096)),
+        Config(team=4),
+        True,
+        4,
+        False,
+    )
+    lane = np.arange(8)
+    start = (lane // 4 * kernel.x_width + lane % 4 * 8) * 2 // 4
+    banks = (start[:, None] + np.arange(4)) % 32
+    assert len(set(banks.reshape(-1))) == 32
+
+
+# What is shipped, at the shapes it is for.
+COMPILED = {
+    "1 token": (1, "llama3_8b_gate_up", Config(hold_x=True)),
+    "1 token, two teams": (1, "llama3_8b_q_o", Config(teams=2)),
+    "8 tokens": (8, "llama3_8b_gate_up", Config(hold_x=True)),
+    "8 tokens, long k": (8, "llama3_8b_down", Config(teams=4, team=1, splits=2)),
+    "8 tokens, 70B": (8, "llama3_70b_q_o", Config(splits=2, hold_x=True)),
+    "16 tokens": (16, "llama3_8b_q_o", Config(teams=2, team=2, splits=2)),
+    "32 tokens": (32, "llama3_8b_q_o", Config(teams=2, team=1, splits=4, rows=32)),
+}
+# Instructions of the main loop a weight, all told: products, sums and loads for the
+# tokens come on top of decoding.
+BUDGET = {8: 3.2, 16: 3.7, 32: 4.2}
+
+
+def main_loop(sass: str) -> list[str]:
+    """Instructions of the shortest loop with the most HMMA (it may exit in the middle)."""
+    line = r"/\*([0-9a-f]{4,6})\*/\s+([^;]+);"
+    code = [(int(at, 16), text) for at, text in re.findall(line, sass)]
+    loops = []
+    for end, text in code:
+        branch = re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text)
+        if branch and int(branch.group(1), 16) < end:
+            start = int(branch.group(1), 16)
+            loops.append([t for at, t in code if start <= at <= end])
+    return max(loops, key=lambda b: (sum("HMMA" in t for t in b), -len(b)))
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiles_for_an_h200(name: str):
+    if reason := aot.available():
+        pytest.skip(f"NOT COMPILED FOR A GPU: {reason}")
+    m, shape, config = COMPILED[name]
+    n, k = SHAPES[shape].n, SHAPES[shape].k
+    entries = layout.array_shapes((n, k), 64, "planar256", True)
+    specs = [jax.ShapeDtypeStruct(s, d) for s, d in entries.values()]
+
+    def product(x, *arrays):
+        arrays = dict(zip(entries, arrays, strict=True))
+        w = QuantizedTensor(**arrays, shape=(n, k), layout="planar256")
+        return decode.forward(x, w, config=config, num_sms=132)
+
+    x = jax.ShapeDtypeStruct((m, k), jnp.bfloat16)
+    (kernel,) = aot.mosaic_kernels("h200", product, x, *specs)
+    assert kernel.spills == 0
+    loop = main_loop(kernel.sass)
+    products = sum("HMMA" in text for text in loop)
+    weights = 8 * products // (-(-m // 8))  # a thread gives 8 weights to m16n8k16
+    assert products > 0
+    assert len(loop) / weights < BUDGET[-(-m // 8) * 8]
