@@ -1,13 +1,17 @@
 """The NF4 product for few tokens (generation): bound by reading the weight once.
 
-y = x @ W.T for m <= 32, in one launch. As many blocks as SMs each hold x, or a part of its
-columns, in shared memory and walk over tiles of 16 or more rows of W. A team of
-warpgroups works on a tile, its warps splitting k; a block has one or more teams, and the
-blocks of a cluster split k as well, for x that is too large for one of them. Words go
-from memory to registers, a tile or more ahead; absmax is decoded from its 8 bits on the
-way. Sums of a tile meet in shared memory, of a cluster in that of its first block.
+y = x @ W.T for m <= 32, in one launch. As many blocks as SMs walk over tiles of 16 or
+more rows of W. A team of warpgroups works on a tile, its warps splitting k: a tile is
+small, and all SMs get the same share. Words go from memory to registers, a tile or more
+ahead; absmax is decoded from its 8 bits on the way. x is in registers, each warp having
+what it needs of it (m <= 8: shared memory is then left to the decoding), or in shared
+memory; for x too large for that the blocks of a cluster split k once more. The sums of a
+tile's warps meet in shared memory, those of a cluster in that of its first block.
 
-What a warp does with a tile in registers is in decode_registers.py.
+This file has the way through the tiles; what is done with one is in decode_steps.py.
+
+Measured on an H200: the kernel is bound by shared memory and L1, where each pair of weights
+costs a look-up, not by HBM; so it pays to keep x, and barriers, out of the main loop.
 """
 
 import dataclasses
@@ -17,32 +21,13 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.experimental.mosaic.gpu import fragmented_array as fa
 
 from pallas_kernels import codebook as cb
-from pallas_kernels import decode_plain, decode_registers, reference
+from pallas_kernels import decode_steps, reference
 from pallas_kernels.annotations import Array, Float
+from pallas_kernels.decode_steps import GROUPS
 from pallas_kernels.layout import QuantizedTensor
-
-GROUPS = 4
-"""Word groups (of 64 words, 256 weights) that a warpgroup takes at once, one a warp."""
-
-
-def _tiled(tiles, warps, lanes):
-    return plgpu.Layout.TILED(fa.Tiling(tiles), warps, lanes, -1)
-
-
-# Lane 4g+t of warp q holds of group q the words 8t to 8t+7 and 32+8t to 32+8t+7 of rows
-# g and g+8; the absmax (codes) of those rows and planes; of x, token g at those words of
-# each plane; of the sums, tokens 2t and 2t+1.
-_WORDS = _tiled(((16, 256), (16, 64), (8, 32), (8,)), (-6,), (-3, -2))
-_ABSMAX = _tiled(((16, 16), (16, 4), (8, 4)), (-5,), (-2, fa.Replicated(4)))
-_FACTOR = _tiled(((16, 4), (16, 1), (8, 1)), (-5,), (-2, fa.Replicated(4)))
-_X = _tiled(((8, 1024), (8, 256), (8, 32), (8,)), (-6,), (-3, -2))
-_SUMS = plgpu.Layout.WGMMA
-_SPLAT = plgpu.Layout.WG_SPLAT(())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +43,8 @@ class Config:
       rows: Rows of W in a tile, a multiple of 16.
       ahead: Tiles that a warpgroup loads ahead of the one that it multiplies.
       hold_x: Whether a warp keeps its part of x in registers, 32 for 8 tokens, rather
-        than in shared memory; where a team's share of k is one step.
+        than in shared memory. Where a team takes several steps along k, it takes each
+        for all tiles of a batch; ahead must be 1 then.
     """
 
     teams: int = 1
@@ -112,14 +98,16 @@ def _absmax_operands(w: QuantizedTensor) -> list[Array]:
     """Absmax of every 64 elements, (n, k/64): codes, scale and offset, or float32."""
     n = w.shape[0]
     stored = w.absmax_codes if w.double_quant else w.absmax
+    assert stored is not None
     if w.block_size > 64:
         stored = jnp.repeat(stored, w.block_size // 64)
     if not w.double_quant:
         return [stored.reshape(n, -1)]
+    assert w.absmax_scale is not None and w.absmax_offset is not None
     return [stored.reshape(n, -1), w.absmax_scale, w.absmax_offset.reshape(1)]
 
 
-class _Kernel:
+class _Kernel(decode_steps.Steps):
     """The kernel for one product's shapes."""
 
     def __init__(self, x, n, w, config, double_quant, num_sms, interpret):
@@ -132,19 +120,23 @@ class _Kernel:
         self.row_tiles, self.token_blocks = config.rows // 16, self.tokens // 8
         self.all_groups = self.k // 256
         self.groups = -(-self.all_groups // config.splits)  # of a block
+        # Padded, so that rows g and g + 1 lie in different banks.
+        self.x_width = self.groups * 256 + 32
         last = self.all_groups - (config.splits - 1) * self.groups
         self.steps = -(-self.groups // (GROUPS * config.team))
-        self.ragged = last * config.splits != self.steps * GROUPS * config.team * (
-            config.splits
-        )
+        # Whether some step of some split has no group for some warps.
+        self.ragged = not last == self.groups == self.steps * GROUPS * config.team
         self.tiles = n // config.rows
         slots = num_sms // config.splits * config.teams
         most = -(-self.tiles // slots)  # tiles of a team
+        self.batches = -(-most // config.batch)
+        # Steps that all tiles take before the next, with x held in registers.
+        self.turns = self.steps if config.hold_x else 1
         # No more clusters than that takes: not every SM can be in a cluster of 4.
         self.clusters = -(-self.tiles // (most * config.teams))
         if config.splits == 1:
             self.clusters = min(num_sms, -(-self.tiles // config.teams))
-        held = not config.hold_x or self.steps == 1
+        held = self.turns == 1 or config.ahead == 1
         alone = config.batch == 1 or config.splits == 1
         if self.k % 256 or n % config.rows or last < GROUPS or not (held and alone):
             raise ValueError(f"{config} cannot cut n={n}, k={self.k}")
@@ -191,329 +183,215 @@ class _Kernel:
             scratch_types=(scratch,),
             interpret=self.interpret,
             **options,
-        )(x, codes, jnp.asarray(table_rows(self.codebook, self.dtype)), *absmax)
+        )(
+            x,
+            codes,
+            jnp.asarray(decode_steps.table_rows(self.codebook, self.dtype)),
+            *absmax,
+        )
         return result[0] if isinstance(result, (tuple, list)) else result
-
-    @property
-    def x_width(self) -> int:
-        """Columns of x in shared memory: padded, so that rows g, g+1 differ in bank."""
-        return self.groups * 256 + 32
 
     def body(self, x_g, w_g, table_g, *refs):
         """The kernel, in every warpgroup."""
-        config = self.config
         count = 3 if self.double_quant else 1
-        absmax_g, (out_g, *rest) = refs[:count], refs[count:]
-        parts = rest[-1]
-        cluster = lax.axis_index("cluster")
-        split = lax.axis_index("split") if config.splits > 1 else jnp.int32(0)
-        if config.splits > 1 and self.interpret:
-            parts["gathered"] = rest[0].at[cluster]
-        wg = lax.axis_index("wg")
-        team, member = lax.div(wg, config.team), lax.rem(wg, config.team)
-        stride = self.clusters * config.teams
-        first = cluster * config.teams + team
-        tiles = lax.div(self.tiles - first + stride - 1, jnp.int32(stride))
-        group_0 = split * self.groups
+        absmax_g, (out_g, *rest, parts) = refs[:count], refs[count:]
+        if rest:  # the interpreter's
+            parts["gathered"] = rest[0].at[lax.axis_index("cluster")]
+        _Warpgroup(self, x_g, w_g, table_g, absmax_g, out_g, parts).run()
 
-        def row_of(tile):
-            return (first + tile * stride) * config.rows
 
-        def place(item):
-            """Row, group and the number of its warps to leave out, of an item."""
-            tile, step = item, jnp.int32(0)
-            if self.steps > 1:
-                tile = lax.div(item, jnp.int32(self.steps))
-                step = lax.rem(item, jnp.int32(self.steps))
-            row = jnp.minimum(row_of(tile), self.n - config.rows)
-            group = group_0 + (step * config.team + member) * GROUPS
-            if not self.ragged:
-                return row, group, jnp.int32(0)
-            end = jnp.minimum(group_0 + self.groups, self.all_groups)
-            inside = jnp.minimum(group, end - GROUPS)
-            return row, inside, group - inside
+class _Warpgroup:
+    """A warpgroup's way through the tiles of its team; made while tracing the kernel.
 
-        def load(item):
-            row, group, _ = place(item)
-            return self.load(w_g, absmax_g, row, group)
+    A team's tiles are numbered from 0. `ahead` are the loaded tiles that come next.
+    """
 
+    def __init__(self, kernel, x_g, w_g, table_g, absmax_g, out_g, parts):
+        self.kernel, self.config = kernel, kernel.config
+        self.x_g, self.w_g, self.table_g, self.absmax_g = x_g, w_g, table_g, absmax_g
+        self.out_g, self.parts = out_g, parts
+        splits, teams, team = self.config.splits, self.config.teams, self.config.team
+        self.wg = lax.axis_index("wg")
+        self.split = lax.axis_index("split") if splits > 1 else jnp.int32(0)
+        self.team, self.member = lax.div(self.wg, team), lax.rem(self.wg, team)
+        self.first = lax.axis_index("cluster") * teams + self.team
+        self.stride = stride = kernel.clusters * teams
+        self.tiles = lax.div(kernel.tiles - self.first + stride - 1, jnp.int32(stride))
+        self.group_0 = self.split * kernel.groups
+        zero = plgpu.layout_cast(jnp.zeros((64, 8), jnp.float32), decode_steps.SUMS)
+        self.zeros = (zero,) * (kernel.row_tiles * kernel.token_blocks)
+
+    def run(self):
+        """Multiplies all tiles."""
+        kernel, config = self.kernel, self.config
         # The loads of words are on their way while the table is filled.
-        held = self.hold_x(x_g, place(jnp.int32(0))[1]) if config.hold_x else None
-        ahead = tuple(load(jnp.int32(i)) for i in range(config.ahead))
-        offset = absmax_g[2][0] if self.double_quant else jnp.float32(0)
-        if held is None:
-            self.fill_x(x_g, parts["x"], wg, group_0 * 256)
-        self.fill_table(table_g, parts["table"], wg)
-        plgpu.barrier_arrive(parts["ready"])
-        plgpu.barrier_wait(parts["ready"])
+        start, held = jnp.int32(0), None
+        if config.hold_x:
+            held = kernel.hold_x(self.x_g, self.place(start, start)[1])
+        ahead = tuple(
+            self.load(*self.split_item(jnp.int32(i))) for i in range(config.ahead)
+        )
+        double = kernel.double_quant
+        self.offset = self.absmax_g[2][0] if double else jnp.float32(0)
+        if not config.hold_x:
+            kernel.fill_x(self.x_g, self.parts["x"], self.wg, self.group_0 * 256)
+        kernel.fill_table(self.table_g, self.parts["table"], self.wg)
+        plgpu.barrier_arrive(self.parts["ready"])
+        plgpu.barrier_wait(self.parts["ready"])
+
+        self.held = held if kernel.turns == 1 else None
+        carry = ahead if kernel.turns == 1 else (ahead, held)
+        if kernel.batches == 1:
+            self.batch(start, carry)
+        else:
+            count = lax.div(self.tiles + config.batch - 1, jnp.int32(config.batch))
+            lax.fori_loop(0, count, self.batch, carry)
+        if config.splits > 1:
+            pl.when(self.tiles > 0)(self.collect_last)
+
+    def row_of(self, tile):
+        """First row of a tile."""
+        return (self.first + tile * self.stride) * self.config.rows
+
+    def place(self, tile, step):
+        """Row and group of a tile's step, and how many warps to leave out of it.
+
+        Behind the last tile and step that of another, which does no harm.
+        """
+        kernel = self.kernel
+        row = jnp.minimum(self.row_of(tile), kernel.n - self.config.rows)
+        group = self.group_0 + (step * self.config.team + self.member) * GROUPS
+        if not kernel.ragged:
+            return row, group, jnp.int32(0)
+        end = jnp.minimum(self.group_0 + kernel.groups, kernel.all_groups)
+        inside = jnp.minimum(group, end - GROUPS)
+        return row, inside, group - inside
+
+    def load(self, tile, step):
+        """Starts the loads of a tile's step."""
+        row, group, _ = self.place(tile, step)
+        return self.kernel.load(self.w_g, self.absmax_g, row, group)
+
+    def split_item(self, item):
+        """Tile and step of the item-th load, where a tile's steps follow each other."""
+        if self.kernel.steps == 1 or self.kernel.turns > 1:
+            return item, jnp.int32(0)
+        steps = jnp.int32(self.kernel.steps)
+        return lax.div(item, steps), lax.rem(item, steps)
+
+    def multiply(self, here, later, held, ahead, sums):
+        """Multiplies a (tile, step), loading a later one; returns (ahead, sums)."""
+        coming = self.load(*later)
+        _, group, skip = self.place(*here)
+        x = held, self.parts.get("x"), group - self.group_0
+        sums = self.kernel.multiply(
+            ahead[0], x, self.parts["table"], skip, self.offset, sums
+        )
+        return (*ahead[1:], coming), sums
+
+    def tile(self, tile, start, ahead):
+        """Multiplies all steps of a tile, in the batch that starts at `start`."""
+
+        def item_body(item, carry):
+            later = self.split_item(item + self.config.ahead)
+            return self.multiply(self.split_item(item), later, self.held, *carry)
+
+        steps = self.kernel.steps
+        if steps == 1:
+            ahead, sums = item_body(tile, (ahead, self.zeros))
+        else:
+            ahead, sums = lax.fori_loop(
+                tile * steps, (tile + 1) * steps, item_body, (ahead, self.zeros)
+            )
+        self.kernel.keep(sums, self.sums_at(tile - start).at[self.member])
+        return ahead
+
+    def turn(self, turn, start, end, ahead, held):
+        """Multiplies the same step of all tiles of a batch, with x held for it."""
+        last = turn + 1 == self.kernel.turns
+        following = lax.select(last, jnp.int32(0), turn + 1)
+        # Behind the last tile is the first of the next turn, or of the next batch.
+        begin = lax.select(last, end, start)
 
         def tile_body(tile, ahead):
-            def step_body(step, carry):
-                ahead, sums = carry
-                item = tile * self.steps + step
-                coming = load(item + config.ahead)
-                _, group, skip = place(item)
-                sums = self.multiply(
-                    ahead[0], held, parts, group - group_0, skip, offset, sums
-                )
-                return (*ahead[1:], coming), sums
-
-            zero = plgpu.layout_cast(jnp.zeros((64, 8), jnp.float32), _SUMS)
-            carry = (ahead, (zero,) * (self.row_tiles * self.token_blocks))
-            if self.steps == 1:
-                carry = step_body(jnp.int32(0), carry)
-            else:
-                carry = lax.fori_loop(0, self.steps, step_body, carry)
-            ahead, sums = carry
-            slot = lax.rem(tile, jnp.int32(config.batch))
-            for number, part in enumerate(sums):
-                i, j = divmod(number, self.token_blocks)
-                parts["sums"].at[slot, team, member, i, j][...] = part
+            same = tile + 1 < end
+            later = (
+                lax.select(same, tile + 1, begin),
+                lax.select(same, turn, following),
+            )
+            ahead, sums = self.multiply((tile, turn), later, held, ahead, self.zeros)
+            target = self.sums_at(tile - start).at[self.member]
+            self.kernel.keep(sums, target, turn > 0)
             return ahead
 
-        def meet():
-            if config.team > 1:
-                plgpu.barrier_arrive(parts["summed"].at[team])
-                plgpu.barrier_wait(parts["summed"].at[team])
+        ahead = lax.fori_loop(start, end, tile_body, ahead)
+        return ahead, self.kernel.hold_x(self.x_g, self.place(start, following)[1])
 
-        def batch_body(number, ahead):
-            start = number * config.batch
-            end = jnp.minimum(start + config.batch, tiles)
-            ahead = lax.fori_loop(start, end, tile_body, ahead)
-            if config.splits > 1:
-                # Before they meet: none may be two phases behind in `sent`.
-                pl.when(start > 0)(lambda: plgpu.barrier_wait(parts["sent"].at[team]))
-            meet()
-            if config.splits == 1:
-
-                @pl.loop(start + member, end, step=config.team)
-                def _(tile):
-                    sums = parts["sums"].at[tile - start, team]
-                    self.add_up(sums, out_g, row_of(tile))
-
-            else:
-                mine = lax.rem(start, config.team) == member
-                pl.when(mine)(
-                    lambda: self.exchange(start, parts, team, split, row_of, out_g)
-                )
-            if batches > 1:
-                meet()  # the sums may be overwritten
-            return ahead
-
-        most = -(-self.tiles // stride)
-        batches = -(-most // config.batch)
-        if batches == 1:
-            batch_body(jnp.int32(0), ahead)
+    def batch(self, number, carry):
+        """Multiplies a batch of tiles and adds up the sums of the team's warps."""
+        config, turns = self.config, self.kernel.turns
+        start = number * config.batch
+        end = jnp.minimum(start + config.batch, self.tiles)
+        if turns > 1:
+            carry = lax.fori_loop(
+                0, turns, lambda i, carry: self.turn(i, start, end, *carry), carry
+            )
         else:
-            count = lax.div(tiles + config.batch - 1, jnp.int32(config.batch))
-            lax.fori_loop(0, count, batch_body, ahead)
+            carry = lax.fori_loop(
+                start, end, lambda tile, ahead: self.tile(tile, start, ahead), carry
+            )
         if config.splits > 1:
+            # Before they meet: none may be two phases behind in `sent`.
+            sent = self.parts["sent"].at[self.team]
+            pl.when(start > 0)(lambda: plgpu.barrier_wait(sent))
+        self.meet()
+        if config.splits > 1:
+            mine = lax.rem(start, config.team) == self.member
+            pl.when(mine)(lambda: self.exchange(start))
+        else:
 
-            @pl.when(tiles > 0)
-            def _():
-                plgpu.barrier_wait(parts["sent"].at[team])
-                pl.when((split == 0) & (member == 0))(
-                    lambda: self.collect(tiles - 1, parts, team, row_of, out_g)
+            @pl.loop(start + self.member, end, step=config.team)
+            def _(tile):
+                self.kernel.add_up(
+                    self.sums_at(tile - start), self.out_g, self.row_of(tile)
                 )
 
-    def exchange(self, tile, parts, team, split, row_of, out_g):
-        """Adds up the sums of a team's warps and sends them to split 0.
+        if self.kernel.batches > 1:
+            self.meet()  # the sums may be overwritten
+        return carry
+
+    def sums_at(self, slot):
+        """The sums of the team's warpgroups for a tile of the batch."""
+        return self.parts["sums"].at[slot, self.team]
+
+    def meet(self):
+        """Waits for the team."""
+        plgpu.barrier_arrive(self.parts["summed"].at[self.team])
+        plgpu.barrier_wait(self.parts["summed"].at[self.team])
+
+    def exchange(self, tile):
+        """Adds up the sums of the team's warps and sends them to split 0.
 
         Split 0 collects a tile when the next is sent. It arrives for a tile behind
         collecting the one before, so a sender that has waited for it may overwrite that.
         """
-        pl.when((tile > 0) & (split == 0))(
-            lambda: self.collect(tile - 1, parts, team, row_of, out_g)
-        )
-        target = parts["gathered"].at[lax.rem(tile, 2), team, split]
-        self.send(parts["sums"].at[0, team], target)
-        plgpu.barrier_arrive(parts["sent"].at[team])
+        pl.when((tile > 0) & (self.split == 0))(lambda: self.collect(tile - 1))
+        target = self.gathered_at(tile).at[self.split]
+        self.kernel.send(self.sums_at(0), target)
+        plgpu.barrier_arrive(self.parts["sent"].at[self.team])
 
-    def collect(self, tile, parts, team, row_of, out_g):
+    def collect(self, tile):
         """Adds up a tile's sums of all splits and writes them."""
-        source = parts["gathered"].at[lax.rem(tile, 2), team]
-        self.add_up(source, out_g, row_of(tile))
+        source = self.gathered_at(tile)
+        self.kernel.add_up(source, self.out_g, self.row_of(tile))
 
-    def add_up(self, source, out_g, row):
-        """Adds up sums of several parts and writes them to columns of out."""
-        if self.interpret:
-            decode_plain.write(self, decode_plain.totals(source[...]), out_g, row)
-            return
-
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), _SPLAT))
-        def run(ctx, sums, out, row):
-            del ctx
-            totals = decode_registers.totals(source.shape, sums)
-            decode_registers.write(self, totals, out, row.registers.item())
-
-        run(source, out_g, row)
-
-    def send(self, source, target):
-        """Adds up sums of a team into `target` (row tiles, token blocks, 16, 8)."""
-        if self.interpret:
-            target[...] = decode_plain.totals(source[...])
-            return
-
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
-        def run(ctx, sums, target):
-            del ctx
-            totals = decode_registers.totals(source.shape, sums)
-            decode_registers.send(totals, target)
-
-        run(source, target)
-
-    def load(self, w_g, absmax_g, row, group):
-        """Starts the loads of a tile: words, absmax (codes), and absmax_scale if any."""
-        absmax_g = absmax_g[:2]  # the third is the offset
-        if self.interpret:
-            return decode_plain.load_tile(self, (w_g, *absmax_g), row, group)
-        layouts = (_WORDS, _ABSMAX, _FACTOR)
-        types = [
-            plgpu.ShapeDtypeStruct(
-                (self.config.rows, width * GROUPS), ref.dtype, layout=layout
-            )
-            for width, ref, layout in zip(
-                (64, 4, 1), (w_g, *absmax_g), layouts, strict=False
-            )
-        ]
-        refs = (plgpu.RefType(),) * len(types)
-
-        @plgpu.inline_mgpu(arg_types=(*refs, _SPLAT, _SPLAT), return_type=tuple(types))
-        def run(ctx, *args):
-            del ctx
-            *refs, row, group = args
-            loaded = decode_registers.load_tile(
-                self, refs, row.registers.item(), group.registers.item()
-            )
-            return tuple(
-                _array(
-                    values,
-                    t.layout.to_mgpu(),
-                    t.shape,
-                    None if t.dtype == jnp.float32 else False,
-                )
-                for values, t in zip(loaded, types, strict=True)
-            )
-
-        return run(w_g, *absmax_g, row, group)
-
-    def fill_table(self, table_g, table_s, wg):
-        """Copies each of the 2 * 256 values to 32 lanes, rows shared out to warps."""
-        wgs = self.config.teams * self.config.team
-        if self.interpret:
-
-            @pl.when(wg == 0)
-            def _():
-                table_s[...] = jnp.repeat(table_g[...].T, 32, axis=1)
-
-            return
-
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), _SPLAT))
-        def run(ctx, source, target, wg):
-            del ctx
-            decode_registers.fill_table(source, target, wg.registers.item(), wgs)
-
-        run(table_g, table_s, wg)
-
-    def fill_x(self, x_g, x_s, wg, column_0):
-        """Copies a split's columns of x, in chunks shared out to warpgroups."""
-        wgs = self.config.teams * self.config.team
-        width = self.groups * 256
-        chunk = next(c for c in (1024, 512, 256) if not (width % c or self.k % c))
-        layout = plgpu.Layout.WG_STRIDED((chunk,), vec_size=chunk // 128)
-        chunks = self.m * (width // chunk)
-
-        def copy(start, stop):
-            """Copies chunks start + wg, start + wg + wgs, ... below stop."""
-            places, values = [], []
-            for number in range(start, stop, wgs):
-                at = number + wg
-                token = lax.div(at, jnp.int32(width // chunk))
-                column = lax.rem(at, jnp.int32(width // chunk)) * chunk
-                # Behind the last split's columns nothing is read: any will do.
-                source = jnp.minimum(column_0 + column, self.k - chunk)
-                source = x_g.at[token, pl.ds(source, chunk)]
-                values.append(plgpu.load(source, layout=layout, optimized=False))
-                places.append((token, pl.ds(column, chunk)))
-            for place, value in zip(places, values, strict=True):
-                x_s.at[*place][...] = value
-
-        whole = chunks // wgs * wgs  # behind it not every warpgroup has a chunk
-        for start in range(0, whole, 8 * wgs):  # 8 in flight
-            copy(start, min(start + 8 * wgs, whole))
-        if whole < chunks:
-            pl.when(wg < chunks - whole)(lambda: copy(whole, whole + 1))
-
-    def hold_x(self, x_g, group):
-        """Loads what the warps of a warpgroup need of x, (tokens, 1024), from `group`.
-
-        Tokens behind the last are copies of it; what is computed for them is not stored.
-        """
-        if self.interpret:
-            return decode_plain.load_x(self, x_g, group * 256)
-        shape = (self.tokens, 256 * GROUPS)
-
-        @plgpu.inline_mgpu(
-            arg_types=(plgpu.RefType(), _SPLAT),
-            return_type=plgpu.ShapeDtypeStruct(shape, self.dtype, layout=_X),
+    def collect_last(self):
+        """Waits for what is on its way, and collects it."""
+        plgpu.barrier_wait(self.parts["sent"].at[self.team])
+        pl.when((self.split == 0) & (self.member == 0))(
+            lambda: self.collect(self.tiles - 1)
         )
-        def run(ctx, x, group):
-            del ctx
-            values = decode_registers.load_x(self, x, group.registers.item())
-            return _array(values, _X.to_mgpu(), shape)
 
-        return run(x_g, group)
-
-    def multiply(self, tile, held, parts, group, skip, offset, sums):
-        """Adds the tile's products to sums.
-
-        They are (64, 8), of 16 rows and 8 tokens, token blocks minor: row 16q+r is what
-        warp q has for row r.
-        """
-        if self.interpret:
-            x, table = held, parts["table"]
-            if held is None:
-                x = decode_plain.load_x(self, parts["x"], group * 256)
-            return decode_plain.multiply(self, tile, x, table, skip, offset, sums)
-        words, absmax, *factor = tile
-        x, x_type = parts.get("x"), plgpu.RefType()
-        if held is not None:
-            x, x_type = held, _X
-        args = [words, absmax, x, parts["table"], group, skip, offset, *sums]
-        types = [_WORDS, _ABSMAX, x_type, plgpu.RefType(), *[_SPLAT] * 3]
-        structs = [plgpu.ShapeDtypeStruct((64, 8), jnp.float32, layout=_SUMS)]
-
-        @plgpu.inline_mgpu(
-            arg_types=(*types, *[_SUMS] * len(sums), *[_FACTOR] * len(factor)),
-            return_type=tuple(structs * len(sums)),
-        )
-        def run(ctx, *args):
-            del ctx
-            product = decode_registers.Product(self, *args)
-            return tuple(_array(v, _SUMS.to_mgpu(), (64, 8)) for v in product())
-
-        return run(*args, *factor)
-
-
-def _array(values, layout, shape, is_signed=None) -> fa.FragmentedArray:
-    """An array of these registers; is_signed of integers, else None."""
-    out = np.empty(len(values), object)
-    for i, value in enumerate(values):
-        out[i] = value
-    return fa.FragmentedArray(
-        _registers=out.reshape(layout.registers_shape(shape)),
-        _layout=layout,
-        _is_signed=is_signed,
-    )
-
-
-def table_rows(codebook: cb.Codebook, dtype: jnp.dtype) -> np.ndarray:
-    """Returns what fills the table: uint32 (2, 256), each for 32 lanes.
-
-    Row `code e | code e+1 << 4` of the first half has the pair in 16 bits; row r of the
-    second has value r of the dynamic map, float32 bits.
-    """
-    bits = cb.values(codebook).astype(dtype).view(np.uint16).astype(np.uint32)
-    low, high = np.meshgrid(np.arange(16), np.arange(16))
-    pairs = (bits[low] | bits[high] << 16).reshape(256)
-    return np.stack([pairs, cb.dynamic_map().view(np.uint32)])
+    def gathered_at(self, tile):
+        """What the splits send of a tile."""
+        return self.parts["gathered"].at[lax.rem(tile, 2), self.team]

@@ -83,6 +83,30 @@ def fill_table(source: Value, target: Value, wg: Value, wgs: int) -> None:
         llvm.store(copies, utils.getelementptr(target, [at], i32))
 
 
+def keep(target: Value, sums: Any, add: Any | None = None) -> None:
+    """Stores a warpgroup's sums, each (64, 8), one behind the other in shared memory.
+
+    Args:
+      target: Where to.
+      sums: The fragments.
+      add: Whether to add to what is there (int32 scalar).
+    """
+    lane, f32x2 = _Lane(), ir.VectorType.get((2,), ir.F32Type.get())
+    row = arith.addi(_times(lane.warp, 16), lane.row)
+    first = arith.addi(_times(row, 4), lane.quarter)  # in pairs of floats
+    pointer = utils.memref_ptr(target)
+    for number, of_block in enumerate(sums):
+        for half, value in enumerate(_flat(of_block)):
+            at = arith.addi(first, _i32(256 * number + 32 * half))
+            address = utils.getelementptr(pointer, [at], f32x2)
+            if add is not None:
+                old = llvm.load(f32x2, address)
+                none = vector.broadcast(f32x2, utils.c(0.0, ir.F32Type.get()))
+                there = arith.cmpi(arith.CmpIPredicate.ne, _flat(add)[0], _i32(0))
+                value = arith.addf(value, arith.select(there, old, none))
+            llvm.store(value, address)
+
+
 def totals(shape: tuple[int, ...], sums: Value) -> list[list[Value]]:
     """Adds up sums in shared memory: one float a thread, by row tile and token block.
 

@@ -138,6 +138,10 @@ def install(monkeypatch, module, memory: Memory) -> None:
     def pointer(ref):
         return np.full(THREADS, ref.at, np.int64)
 
+    def size(ty):
+        dtype, count = _kind(ty)
+        return dtype.itemsize * max(count, 1)
+
     def wide(value):
         return value.astype(np.int32).astype(np.int64)
 
@@ -154,9 +158,9 @@ def install(monkeypatch, module, memory: Memory) -> None:
             shrui=lambda a, b: a >> b,
             addf=lambda a, b: a + b,
             mulf=lambda a, b: a * b,
-            cmpi=lambda p, a, b: {"uge": a >= b, "ult": a < b}[p],
-            CmpIPredicate=SimpleNamespace(uge="uge", ult="ult"),
-            select=np.where,
+            cmpi=lambda p, a, b: {"uge": a >= b, "ult": a < b, "ne": a != b}[p],
+            CmpIPredicate=SimpleNamespace(uge="uge", ult="ult", ne="ne"),
+            select=lambda p, a, b: np.where(p.reshape(-1, *[1] * (a.ndim - 1)), a, b),
             extui=lambda ty, a: a.astype(np.uint32),
             truncf=lambda ty, a: a.astype(_kind(ty)[0]),
         ),
@@ -181,7 +185,7 @@ def install(monkeypatch, module, memory: Memory) -> None:
         module,
         "vector",
         SimpleNamespace(
-            broadcast=lambda ty, v: v[:, None],
+            broadcast=lambda ty, v: np.repeat(v[:, None], _kind(ty)[1], 1),
             from_elements=lambda ty, v: np.stack(v, 1),
         ),
     )
@@ -196,7 +200,7 @@ def install(monkeypatch, module, memory: Memory) -> None:
             memref_ptr=pointer,
             get_cluster_ptr=lambda at, block: at,  # one memory for all blocks
             warpgroup_barrier=lambda: None,
-            getelementptr=lambda p, i, ty: p + wide(i[0]) * _kind(ty)[0].itemsize,
+            getelementptr=lambda p, i, ty: p + wide(i[0]) * size(ty),
             dtype_to_ir_type=lambda d: {
                 "bfloat16": ir.BF16Type,
                 "float16": ir.F16Type,

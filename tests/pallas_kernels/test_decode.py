@@ -31,7 +31,7 @@ if jax.__version_info__ < (0, 11, 2):
 
 import jax.experimental.pallas.mosaic_gpu as plgpu  # noqa: E402
 
-from pallas_kernels import decode, decode_registers  # noqa: E402
+from pallas_kernels import decode, decode_registers, decode_steps  # noqa: E402
 
 Config = decode.Config
 
@@ -73,12 +73,16 @@ class Case:
 # More than two warpgroups at once need more threads than XLA's pool has on two cores.
 INTERPRETED = [
     Case(1, 128, 256, Config(team=1)),
-    Case(3, 192, 768, Config(team=2, ahead=2), dtype="float16", block_size=128),
+    Case(
+        3, 192, 768, Config(team=2, ahead=2, batch=3), dtype="float16", block_size=128
+    ),
     Case(8, 256, 1024, Config(team=1, rows=32), double_quant=False),
     Case(17, 48, 2048, Config(team=1, teams=2), block_size=256, codebook="fp4"),
     Case(32, 64, 1280, Config(team=1), dtype="float16", codebook="int4"),
     Case(9, 96, 2816, Config(team=1, splits=2)),
-    Case(5, 64, 2048, Config(team=1, splits=2, hold_x=True), block_size=512),
+    Case(5, 64, 1280, Config(team=1, splits=1, batch=2, hold_x=True), block_size=128),
+    Case(2, 144, 2048, Config(team=2, batch=2), double_quant=False),
+    Case(3, 208, 2048, Config(team=1, batch=2, hold_x=True), dtype="float16"),
 ]
 
 
@@ -101,7 +105,7 @@ def test_teams_in_a_cluster_without_races():
     code = (
         "import sys; sys.path[:0] = sys.argv[1:3]\n"
         "import test_decode as t\n"
-        "t.interpret(t.Case(3, 96, 4096, t.Config(teams=2, team=2, splits=2)))\n"
+        "t.interpret(t.Case(3, 96, 4096, t.Config(teams=2, team=2, splits=2, hold_x=True)))\n"
     )
     here = os.path.dirname(__file__)
     done = subprocess.run(
@@ -119,10 +123,9 @@ def test_shapes_that_cannot_be_cut_are_refused():
     case = Case(1, 40, 1024, Config(team=1))
     with pytest.raises(ValueError, match="cannot cut n=40"):
         interpret(case)
-    with pytest.raises(ValueError, match="cannot cut"):
-        interpret(
-            dataclasses.replace(case, n=64, k=2048, config=Config(team=1, hold_x=True))
-        )
+    two_steps = Case(1, 128, 2048, Config(team=1, hold_x=True, ahead=2))
+    with pytest.raises(ValueError, match="cannot cut n=128, k=2048"):
+        interpret(two_steps)
 
 
 class Emulated:
@@ -141,7 +144,7 @@ class Emulated:
         absmax = [np.asarray(a) for a in decode._absmax_operands(w)]
         self.offset = absmax[2][0] if double_quant else np.float32(0)
         self.tile_refs = [memory.put(a) for a in (np.asarray(w.codes), *absmax[:2])]
-        self.rows = memory.put(decode.table_rows(case.codebook, dtype))
+        self.rows = memory.put(decode_steps.table_rows(case.codebook, dtype))
         self.table = memory.put(np.zeros((256, 64), np.uint32))
         self.x_global = memory.put(np.asarray(case.x()))
         self.x_shared = []
@@ -162,8 +165,8 @@ class Emulated:
         blocks = kernel.row_tiles * kernel.token_blocks
         sums = [[np.zeros((128, 2), np.float32)] * 2 for _ in range(blocks)]
         for step in range(kernel.steps):
-            group = (step * kernel.config.team + member) * decode.GROUPS
-            inside = min(group, kernel.groups - decode.GROUPS)
+            group = (step * kernel.config.team + member) * decode_steps.GROUPS
+            inside = min(group, kernel.groups - decode_steps.GROUPS)
             skip = emulation.splat(group - inside)
             start = emulation.splat(split * kernel.groups + inside)
             tile = decode_registers.load_tile(
@@ -181,14 +184,17 @@ class Emulated:
                 *(registers(v) for v in ([emulation.splat(inside)], [skip], offset)),
                 *(registers(values) for values in (*sums, *tile[2:])),
             )()
-        thread = np.arange(128)
-        row, token = thread // 32 * 16 + thread % 32 // 4, 2 * (thread % 4)
-        out = np.zeros((blocks, 64, 8), np.float32)
-        for number, of_block in enumerate(sums):
-            for half in range(2):
-                for i in range(2):
-                    out[number, row + 8 * half, token + i] = of_block[half][:, i]
-        return out.reshape(kernel.row_tiles, kernel.token_blocks, 64, 8)
+        tile = (kernel.row_tiles, kernel.token_blocks, 64, 8)
+        target = self.memory.put(np.full(tile, np.nan, np.float32))
+        fragments = [registers(of_block) for of_block in sums]
+        for add in (0, 1):
+            flag = registers([emulation.splat(add)])
+            decode_registers.keep(target, fragments, flag)
+        twice = self.memory.read(target).copy()
+        decode_registers.keep(target, fragments)
+        once = self.memory.read(target)
+        np.testing.assert_array_equal(twice, 2 * once)
+        return once
 
     def run(self) -> np.ndarray:
         kernel, config, memory = self.kernel, self.case.config, self.memory
@@ -286,11 +292,12 @@ def test_lookups_and_x_meet_in_no_bank():
 
 # What is shipped, at the shapes it is for.
 COMPILED = {
-    "1 token": (1, "llama3_8b_gate_up", Config(hold_x=True)),
-    "1 token, two teams": (1, "llama3_8b_q_o", Config(teams=2)),
-    "8 tokens": (8, "llama3_8b_gate_up", Config(hold_x=True)),
-    "8 tokens, long k": (8, "llama3_8b_down", Config(teams=4, team=1, splits=2)),
-    "8 tokens, 70B": (8, "llama3_70b_q_o", Config(splits=2, hold_x=True)),
+    "1 token": (1, "llama3_8b_gate_up", Config(hold_x=True, batch=7)),
+    "8 tokens": (8, "llama3_8b_gate_up", Config(hold_x=True, batch=7)),
+    "8 tokens, long k": (8, "llama3_8b_down", Config(hold_x=True, batch=2)),
+    "8 tokens, ragged": (8, "llama2_7b_down", Config(hold_x=True, batch=2)),
+    "8 tokens, 70B": (8, "llama3_70b_q_o", Config(hold_x=True, batch=4)),
+    "8 tokens, 70B, wide": (8, "llama3_70b_gate_up", Config(hold_x=True, batch=14)),
     "16 tokens": (16, "llama3_8b_q_o", Config(teams=2, team=2, splits=2)),
     "32 tokens": (32, "llama3_8b_q_o", Config(teams=2, team=1, splits=4, rows=32)),
 }

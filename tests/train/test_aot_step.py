@@ -1,0 +1,82 @@
+"""The whole train step, compiled for an H200 that is not there."""
+
+import re
+
+import aot
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import qlora_jax as qlora
+from qlora_jax.models import Decoder, DecoderConfig
+
+pytestmark = pytest.mark.aot
+
+BATCH, SEQ = 1, 512
+CONFIG = DecoderConfig(
+    vocab_size=512,
+    hidden_size=1024,
+    intermediate_size=2816,
+    num_layers=3,
+    num_heads=8,
+    num_kv_heads=2,
+    head_dim=128,
+    rms_norm_eps=1e-5,
+    rope_theta=1e4,
+)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    if jax.__version_info__ < (0, 11, 2):
+        pytest.skip("Mosaic GPU kernels need jax >= 0.11.2")
+    if reason := aot.available():
+        pytest.skip(f"NOT COMPILED FOR A GPU: {reason}")
+    model = qlora.quantize(Decoder(CONFIG, key=jax.random.key(0)))
+    lora = qlora.LoRAConfig(rank=16, alpha=32, targets="all-linear")
+    model = qlora.attach(model, lora, key=jax.random.key(1))
+    graphdef, lora, base = qlora.split(model)
+    tx = optax.adamw(2e-4)
+    step = qlora.make_train_step(graphdef, tx, checkpoint="layer")
+    batch = {
+        "tokens": jnp.zeros((BATCH, SEQ), jnp.int32),
+        "weights": jnp.ones((BATCH, SEQ), jnp.float32),
+    }
+    arguments = (lora, base, tx.init(lora), batch)
+    specs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arguments)
+    return aot.compile_for("h200", step, *specs), base
+
+
+def test_it_uses_the_fused_kernels(compiled):
+    program, _ = compiled
+    # Seven linears: forward, again when backward recomputes the layer (the last one's
+    # product is not needed for that), and backward.
+    kernels = re.findall(r'custom_call_target="mosaic_gpu', program.as_text())
+    assert len(kernels) == 7 + 6 + 7
+
+
+def test_no_dense_weight_is_made(compiled):
+    program, _ = compiled
+    hidden, inner = CONFIG.hidden_size, CONFIG.intermediate_size
+    kv = CONFIG.num_kv_heads * CONFIG.head_dim
+    shapes = [(inner, hidden), (hidden, inner), (hidden, hidden), (kv, hidden)]
+    for n, k in shapes:
+        for dense in (f"[{n},{k}]", f"[1,{n},{k}]", f"[{CONFIG.num_layers},{n},{k}]"):
+            found = re.findall(rf"(?:bf16|f32|f16){re.escape(dense)}", program.as_text())
+            assert not found, f"{found[0]} in the compiled step"
+
+
+def test_its_memory_is_the_packed_base_and_activations(compiled):
+    program, base = compiled
+    analysis = program.memory_analysis()
+    packed = sum(x.nbytes for x in jax.tree.leaves(base))
+    weights = CONFIG.num_layers * (
+        3 * CONFIG.hidden_size * CONFIG.intermediate_size
+        + 2 * CONFIG.hidden_size**2
+        + 2 * CONFIG.hidden_size * CONFIG.num_kv_heads * CONFIG.head_dim
+    )
+    dense = 2 * weights
+    assert packed < 0.35 * dense  # embeddings and norms are in it, unquantized
+    # All of the step's temporaries are less than the dense weights alone would be.
+    assert analysis.temp_size_in_bytes < 0.75 * dense
