@@ -28,7 +28,8 @@ from pallas_kernels import registers
 from pallas_kernels.annotations import Array, Float, UInt16
 
 _MEMORY_REGISTERS = 40
-_SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+_transforms: Any = plgpu  # whose classes look abstract to a type checker
+_SWIZZLED = (_transforms.TilingTransform((8, 64)), _transforms.SwizzleTransform(128))
 _WGMMA = plgpu.Layout.WGMMA
 
 
@@ -173,7 +174,8 @@ def _tile(
     split = lax.div(linear, jnp.int32(mi * ni))
     linear = lax.rem(linear, jnp.int32(mi * ni))
     minor = 0 if config.minor == "m" else 1
-    return split, *plgpu.planar_snake(linear, (mi, ni), minor, config.width)
+    i, j = plgpu.planar_snake(linear, (mi, ni), minor, config.width)
+    return split, i, j
 
 
 def _in_first_split(steps: int, split: Array, config: Config) -> Any:
@@ -370,7 +372,9 @@ def forward(
                     else:
                         for position, plane in enumerate(order):
                             columns = pl.ds(at * 256 + plane * 64, 64)
-                            x_ring.fill(x_ring.after(x_slot, position), x_g.at[tokens, columns])
+                            x_ring.fill(
+                                x_ring.after(x_slot, position), x_g.at[tokens, columns]
+                            )
                     return w_ring.after(w_slot), x_ring.after(x_slot, uses)
 
                 def low_rank_step(s, carry):
@@ -464,9 +468,7 @@ def forward(
                         )
                     return after
 
-                return pl.run_scoped(
-                    with_accumulator, plgpu.ACC((64, bm), jnp.float32)
-                )
+                return pl.run_scoped(with_accumulator, plgpu.ACC((64, bm), jnp.float32))
 
             each_tile(tile)
 
@@ -517,7 +519,7 @@ def backward(
     mi, ki, steps = m // bm, k // 256 * shares, n // 64 // splits
     low_rank = 0 if addend is None else addend[0].shape[1] // 64
 
-    def owned(share: Array, wg: Array | int, i: int) -> Array | int:
+    def owned(share: Array, wg: Array | int, i: int) -> Any:
         """The i-th plane that a warpgroup owns."""
         if planes == 1:
             return owners * share + wg
@@ -587,9 +589,11 @@ def backward(
             )
 
             def decode(words, share):
-                options = dict(
-                    decoder=config.decoder, dtype=dy.dtype, layout=_WGMMA
-                )
+                options: dict[str, Any] = {
+                    "decoder": config.decoder,
+                    "dtype": dy.dtype,
+                    "layout": _WGMMA,
+                }
                 table = parts.get("table")
                 if planes == 1:
                     bits = 4 * owned(share, wg, 0)
@@ -640,9 +644,7 @@ def backward(
                             )
                             for i in range(planes)
                         ]
-                        values = [
-                            lax.bitcast_convert_type(b, dy.dtype) for b in bits
-                        ]
+                        values = [lax.bitcast_convert_type(b, dy.dtype) for b in bits]
                         multiply(x_slot, list(zip(accs, values, strict=True)))
                         for number in range(slots):
                             w_ring.release(w_ring.after(w_slot, number))
@@ -706,7 +708,7 @@ def _scratch(
     scale_dtype: jnp.dtype,
 ) -> dict[str, Any]:
     bm, chunk = config.block_m, min(64, config.block_m)
-    scratch = {
+    scratch: dict[str, Any] = {
         "x": _Ring.scratch(
             config.x_stages,
             config.warpgroups,

@@ -200,10 +200,14 @@ def choose(
         elif candidate not in preferred and not one.suits(problem, device):
             refused[candidate] = "slower here"
         else:
-            why = tuned.why if tuned and candidate in preferred else "the best that runs"
+            why = (
+                tuned.why if tuned and candidate in preferred else "the best that runs"
+            )
             choice = _configured(candidate, problem, device, exact, tuned, why)
             passed_over = "; ".join(f"{k}: {v}" for k, v in refused.items())
-            _log_choice(direction, candidate, device.kind or device.platform, passed_over)
+            _log_choice(
+                direction, candidate, device.kind or device.platform, passed_over
+            )
             return choice
     raise ValueError(f"no implementation can run this product: {refused}")
 
@@ -452,7 +456,9 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         forward=_decode_forward,
         backward=None,
         refuses=_refuses_decode,
-        configure=lambda problem, device, exact: tuning.decode_config(problem),
+        configure=lambda problem, device, exact: tuning.decode_config(
+            problem, device.cores
+        ),
         suits=lambda problem, device: problem.m <= tuning.DECODE_TOKENS,
     ),
     "hopper": Implementation(

@@ -151,7 +151,7 @@ _BYTES_A_MICROSECOND = 3.0e6  # the parts' way through memory
 def hopper_config(problem: Problem, cores: int, exact: bool = False) -> dict[str, Any]:
     """Returns the hopper.Config fields that the model expects to be fastest."""
     candidates = hopper_candidates(problem, exact)
-    return min(candidates, key=lambda c: _cost(problem, cores, c))
+    return min(candidates, key=lambda c: cost(problem, cores, c))
 
 
 def hopper_candidates(problem: Problem, exact: bool = False) -> list[dict[str, Any]]:
@@ -188,22 +188,20 @@ def _fields(
         if block_m == 64:
             fields["out_stages"] = 1
         return fields
-    stages = {64: 8, 128: 4, 256: 3}[block_m]
-    return fields | {"x_stages": stages, "weight_stages": 4, "planes": planes}
+    fields |= {"planes": planes, "x_stages": 8 if block_m == 64 else 4}
+    if block_m == 256:
+        return fields | {"weight_stages": 2, "out_stages": 1}
+    return fields | {"weight_stages": 4}
 
 
-def decode_config(problem: Problem) -> dict[str, Any]:
-    """Returns the decode.Config fields: measured best of a few shapes on an H200."""
-    if problem.k <= 4096:
-        return {"hold_x": True}  # a warp's part of x fits its registers
-    if problem.k <= 8192:
-        return {"splits": 2, "hold_x": True}
-    if problem.k % 512 == 0:
-        return {"teams": 4, "team": 1, "splits": 2}
-    return {}
+def decode_config(problem: Problem, cores: int) -> dict[str, Any]:
+    """Returns the decode.Config fields that were fastest at the shapes measured."""
+    # A tile's sums stay in shared memory; a block adds up all of its tiles at once.
+    tiles = math.ceil(problem.n / 16 / (cores or 132))
+    return {"hold_x": True, "batch": min(14, tiles)}
 
 
-def _cost(problem: Problem, cores: int, fields: dict[str, Any]) -> float:
+def cost(problem: Problem, cores: int, fields: dict[str, Any]) -> float:
     """Predicts microseconds."""
     block_m, split = fields["block_m"], fields["split_k"]
     rows = math.ceil(problem.m / block_m)

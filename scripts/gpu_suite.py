@@ -61,7 +61,14 @@ def tasks(sections: list[str], large: bool, quick: bool) -> list[dict]:
     shapes = [SHAPES[name] for name in SMALL + (LARGE if large else ())]
     if "sweep" in sections:
         found += [
-            {"section": "sweep", "what": what, "direction": d, "m": m, "n": s.n, "k": s.k}
+            {
+                "section": "sweep",
+                "what": what,
+                "direction": d,
+                "m": m,
+                "n": s.n,
+                "k": s.k,
+            }
             for s in shapes
             for m in (QUICK if quick else TOKENS)
             for d in directions
@@ -142,7 +149,10 @@ class Bench:
         spec = jax.ShapeDtypeStruct
         if task["section"] == "ceilings":
             if task["what"] == "copy":
-                f, args = lambda x: x + jnp.bfloat16(1), [spec((1 << 31,), jnp.bfloat16)]
+                f, args = (
+                    lambda x: x + jnp.bfloat16(1),
+                    [spec((1 << 31,), jnp.bfloat16)],
+                )
             else:
                 f = lambda a, b: jnp.dot(a, b)  # noqa: E731
                 args = [spec((8192, 8192), jnp.bfloat16)] * 2
@@ -161,11 +171,15 @@ class Bench:
                     y, pull = jax.vjp(lambda x, a, b: product(x, w, a, b), x, a, b)
                     return y, *pull(dy)
 
-                return jax.jit(f).lower(x, dy, *factors, w).compile(), [
-                    x,
-                    dy,
-                    *factors,
-                ], [w]
+                return (
+                    jax.jit(f).lower(x, dy, *factors, w).compile(),
+                    [
+                        x,
+                        dy,
+                        *factors,
+                    ],
+                    [w],
+                )
         elif what == "dense":
             w = spec((n, k), jnp.bfloat16)
             product = lambda x, w: jnp.dot(  # noqa: E731
@@ -220,9 +234,7 @@ class Bench:
         args = [self.random(s) for s in fixed]
         size = sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(rotated))
         count = max(3, min(24, -(-200_000_000 // size))) if rotated else 1
-        sets = [
-            [jax.tree.map(self.random, w) for w in rotated] for _ in range(count)
-        ]
+        sets = [[jax.tree.map(self.random, w) for w in rotated] for _ in range(count)]
         for one in sets:
             jax.block_until_ready(run(*args, *one))
         repeats = max(2, 24 // count)
@@ -570,7 +582,9 @@ def step_worker(task: dict, out: str) -> None:
 def read(out: str) -> list[dict]:
     """Rows so far."""
     path = Path(out)
-    return [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
+    return (
+        [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
+    )
 
 
 def is_done(task: dict, rows: list[dict]) -> bool:
@@ -581,7 +595,9 @@ def report(rows: list[dict]) -> None:
     """Prints what was found: failures, errors, and a line a product."""
     for row in rows:
         if "failed" in row and row["what"] != "decode":
-            print("failed", {k: v for k, v in row.items() if k != "failed"}, row["failed"])
+            print(
+                "failed", {k: v for k, v in row.items() if k != "failed"}, row["failed"]
+            )
     for row in rows:
         if "error" in row:
             print(
@@ -616,7 +632,9 @@ def report(rows: list[dict]) -> None:
         )
     for row in rows:
         if row["section"] == "lora" and "us" in row:
-            print(f"lora {row['what']:<22}{row['n']}x{row['k']} m={row['m']}: {row['us']:.1f}")
+            print(
+                f"lora {row['what']:<22}{row['n']}x{row['k']} m={row['m']}: {row['us']:.1f}"
+            )
         if row["section"] == "step" and "step_s" in row:
             print("step", row)
 

@@ -80,7 +80,7 @@ class Kernel:
             if start >= address:
                 continue
             body = [t for a, t in code if start <= a <= address]
-            if any(_split(t)[0] == "EXIT" for t in body):
+            if any(t.strip() == "EXIT" for t in body):
                 continue  # back from code moved out of the way, such as a wait
             hits = sum(_split(t)[0].split(".")[0] == mnemonic for t in body)
             found.append((hits, -len(body), start, address))
@@ -89,9 +89,7 @@ class Kernel:
     def loop(self, mnemonic: str) -> list[str]:
         """Mnemonics of the innermost loop with the most of `mnemonic`."""
         inner = self._inner_loops(mnemonic)
-        *_, start, end = max(
-            one for one in self._loops(mnemonic) if one[2:] in inner
-        )
+        *_, start, end = max(one for one in self._loops(mnemonic) if one[2:] in inner)
         return [_split(t)[0] for a, t in self._code() if start <= a <= end]
 
 

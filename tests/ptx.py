@@ -5,7 +5,9 @@ import re
 import numpy as np
 
 
-def run(asm: str, *operands: np.ndarray, outputs: int, shared: np.ndarray | None = None):
+def run(
+    asm: str, *operands: np.ndarray, outputs: int, shared: np.ndarray | None = None
+):
     """Runs a block whose first `outputs` operands ($0, ...) it writes.
 
     Args:
@@ -30,7 +32,9 @@ def run(asm: str, *operands: np.ndarray, outputs: int, shared: np.ndarray | None
             continue
         op, rest = line.split(None, 1)
         if op.startswith("ld.shared"):
-            targets, address = re.fullmatch(r"\{?([^}\[]*?)\}?,\[(\w+)\]", rest).groups()
+            targets, address = re.fullmatch(
+                r"\{?([^}\[]*?)\}?,\[(\w+)\]", rest
+            ).groups()
             targets = targets.split(",")
             at = value(address)
             assert (at % (4 * len(targets)) == 0).all(), "misaligned"

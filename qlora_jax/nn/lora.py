@@ -72,7 +72,9 @@ class LoRA(nnx.Module):
         """Applies base and adapter in x's dtype; dropout only when a key is given."""
         dropped = key is not None and self.dropout > 0
         if isinstance(self.base, QuantizedLinear) and not dropped:
-            return self.base(x, adapter=(self.lora_a[...], self.lora_b[...], self.scale))
+            return self.base(
+                x, adapter=(self.lora_a[...], self.lora_b[...], self.scale)
+            )
         hidden = x
         if dropped:
             assert key is not None

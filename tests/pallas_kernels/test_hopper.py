@@ -161,9 +161,7 @@ COMPILED = {
         False,
         32,
         64,
-        dataclasses.replace(
-            TABLE, block_m=32, x_depth=256, x_stages=3, warpgroups=4
-        ),
+        dataclasses.replace(TABLE, block_m=32, x_depth=256, x_stages=3, warpgroups=4),
     ),
     "backward 128": (True, 512, 0, BACK),
     "backward 128 with low rank": (True, 512, 64, BACK),

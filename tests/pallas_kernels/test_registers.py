@@ -4,9 +4,9 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from ptx import run
 
 from pallas_kernels import codebook as cb
-from ptx import run
 
 pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 if jax.__version_info__ < (0, 11, 2):

@@ -63,7 +63,9 @@ def test_no_dense_weight_is_made(compiled):
     shapes = [(inner, hidden), (hidden, inner), (hidden, hidden), (kv, hidden)]
     for n, k in shapes:
         for dense in (f"[{n},{k}]", f"[1,{n},{k}]", f"[{CONFIG.num_layers},{n},{k}]"):
-            found = re.findall(rf"(?:bf16|f32|f16){re.escape(dense)}", program.as_text())
+            found = re.findall(
+                rf"(?:bf16|f32|f16){re.escape(dense)}", program.as_text()
+            )
             assert not found, f"{found[0]} in the compiled step"
 
 
