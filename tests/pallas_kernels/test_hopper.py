@@ -139,11 +139,11 @@ BACK = dataclasses.replace(TABLE, weight_stages=4)
 COMPILED = {
     "forward 128": (False, 128, 0, TABLE),
     "forward 256 with low rank": (False, 4096, 64, WIDE),
-    "forward 256 permute": (
+    "forward 128 permute": (
         False,
-        4096,
+        1024,
         0,
-        dataclasses.replace(WIDE, decoder="permute", x_stages=4),
+        dataclasses.replace(TABLE, decoder="permute", x_stages=6),
     ),
     "forward 128 exact": (
         False,
@@ -170,7 +170,9 @@ COMPILED = {
         True,
         4096,
         64,
-        dataclasses.replace(BACK, block_m=256, x_stages=3, planes=1),
+        dataclasses.replace(
+            BACK, block_m=256, x_stages=4, weight_stages=2, planes=1, out_stages=1
+        ),
     ),
     "backward permute": (
         True,
