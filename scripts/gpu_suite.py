@@ -199,6 +199,10 @@ class Bench:
                 pull = jax.vjp(lambda x: product(x, rest[-1], *rest[:-1]), zero)[1]
                 return pull(dy)[0]
 
+        if what == "dense" and task["direction"] == "backward":
+            f = lambda dy, w: jnp.dot(  # noqa: E731
+                dy, w, preferred_element_type=jnp.float32
+            ).astype(dy.dtype)
         first = x if task["direction"] == "forward" else dy
         return jax.jit(f).lower(first, *extra, w).compile(), [first, *extra], [w]
 
