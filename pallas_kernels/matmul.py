@@ -432,6 +432,20 @@ def _refuses_hopper(problem, w, device, exact) -> str | None:
     return None
 
 
+def _refuses_ampere(problem, w, device, exact) -> str | None:
+    if reason := _refuses_mosaic(problem, w, device, exact):
+        return reason
+    if device.capability not in ((8, 0), (8, 6), (8, 9)):
+        return (
+            f"needs an sm_80, 86 or 89 GPU (A100, 3090, 4090), this is {_name(device)}"
+        )
+    if exact:
+        return "its exact decoder is too slow to be of use; take 'two_pass'"
+    if problem.n % 128:
+        return f"takes n in multiples of 128, this is {problem.n}"
+    return None
+
+
 def _refuses_decode(problem, w, device, exact) -> str | None:
     if reason := _refuses_mosaic(problem, w, device, exact):
         return reason
@@ -468,6 +482,14 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         configure=lambda problem, device, exact: tuning.hopper_config(
             problem, device.cores, exact
         ),
+    ),
+    "ampere": Implementation(
+        forward=_tiled("ampere", "forward"),
+        backward=_tiled("ampere", "backward"),
+        refuses=_refuses_ampere,
+        configure=lambda problem, device, exact: tuning.ampere_config(problem),
+        # Compiled for these cards, but not run on one yet: by name alone.
+        suits=lambda problem, device: False,
     ),
     "two_pass": Implementation(
         forward=_plain(two_pass.matmul),

@@ -201,6 +201,12 @@ def decode_config(problem: Problem, cores: int) -> dict[str, Any]:
     return {"hold_x": True, "batch": min(14, tiles)}
 
 
+def ampere_config(problem: Problem) -> dict[str, Any]:
+    """Returns the ampere.Config fields; not measured, chosen to compile without spills."""
+    fields = {"block_m": 64, "rows": 128}
+    return fields if problem.direction == "forward" else fields | {"weight_stages": 3}
+
+
 def cost(problem: Problem, cores: int, fields: dict[str, Any]) -> float:
     """Predicts microseconds."""
     block_m, split = fields["block_m"], fields["split_k"]

@@ -147,6 +147,7 @@ REFUSALS = [
     ("hopper", H200, BF16, {"n": 96}, 4, "takes n in multiples of 128, this is 96"),
     ("decode", H200, BF16, {}, 33, "takes up to 32 tokens, these are 33"),
     ("decode", A100, BF16, {}, 4, "needs an sm_90 GPU"),
+    ("ampere", H200, BF16, {}, 4, "needs an sm_80, 86 or 89 GPU"),
 ]
 
 
@@ -156,6 +157,13 @@ def test_a_named_kernel_that_cannot_run_says_why(name, device, dtype, shape, m, 
     w = oracle.quantized((shape.get("n", 128), shape.get("k", 256)))
     with pytest.raises(ValueError, match=f"'{name}' cannot run: .*{reason}"):
         choose("forward", m, w, dtype, device=device, name=name)
+
+
+@needs_mosaic
+def test_kernels_that_no_card_has_proved_run_by_name_alone(llama):
+    assert choose("forward", 64, llama, BF16, device=A100).implementation == "two_pass"
+    named = choose("forward", 64, llama, BF16, device=A100, name="ampere")
+    assert dict(named.config)["block_m"] == 64
 
 
 @needs_mosaic
