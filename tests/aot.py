@@ -1,6 +1,6 @@
 """Compiles for a GPU that is not there, and reads what came out.
 
-Needs the CUDA wheels but no GPU and no driver (kernels/notes: a compile-only PJRT
+Needs the CUDA wheels but no GPU and no driver (a compile-only PJRT
 topology): jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cuda-nvcc, nvidia-nvvm, and
 nvidia-cuda-cuobjdump for the disassembly. JAX_PLATFORMS must be cpu.
 """
