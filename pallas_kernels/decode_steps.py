@@ -234,7 +234,7 @@ class Steps:
         x, x_type = (x_s, plgpu.RefType()) if held is None else (held, _X)
         args = [words, absmax, x, table, group, skip, offset, *sums]
         types = [_WORDS, _ABSMAX, x_type, plgpu.RefType(), *[_SPLAT] * 3]
-        structs = [plgpu.ShapeDtypeStruct((64, 8), jnp.float32, layout=SUMS)]
+        structs = [plgpu.ShapeDtypeStruct((64, 8), jnp.dtype(jnp.float32), layout=SUMS)]
 
         @plgpu.inline_mgpu(
             arg_types=(*types, *[SUMS] * len(sums), *[_FACTOR] * len(factor)),

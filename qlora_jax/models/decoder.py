@@ -178,7 +178,7 @@ class Decoder(nnx.Module):
         config: DecoderConfig,
         *,
         key: Array,
-        dtype: jnp.dtype | str = jnp.bfloat16,
+        dtype: jnp.dtype | str = "bfloat16",
     ):
         """Makes a decoder with random weights, N(0, 0.02)."""
         self.config = config
