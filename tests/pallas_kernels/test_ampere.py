@@ -20,6 +20,9 @@ from pallas_kernels.tuning import Problem
 if jax.__version_info__ < (0, 11, 2):
     pytest.skip("Mosaic GPU kernels need jax >= 0.11.2", allow_module_level=True)
 
+if jax.__version_info__ >= (0, 12):
+    pytest.skip("refused by name on jax 0.12 (matmul.py)", allow_module_level=True)
+
 from pallas_kernels import ampere  # noqa: E402
 
 CASES = [
