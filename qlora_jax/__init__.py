@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from qlora_jax.adapters.attach import attach as attach
     from qlora_jax.adapters.attach import join as join
     from qlora_jax.adapters.attach import split as split
+    from qlora_jax.adapters.compensate import compensate as compensate
+    from qlora_jax.adapters.compensate import input_moments as input_moments
     from qlora_jax.adapters.merge import merge as merge
     from qlora_jax.data.config import DataConfig as DataConfig
     from qlora_jax.data.dataset import load_dataset as load_dataset
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from qlora_jax.io.adapter import load_adapter as load_adapter
     from qlora_jax.io.adapter import save_adapter as save_adapter
     from qlora_jax.io.hf import load as load
+    from qlora_jax.io.hf import original_kernels as original_kernels
     from qlora_jax.io.hf import save_model as save_model
     from qlora_jax.nn.linear import quantize as quantize
     from qlora_jax.optim.loss_scale import dynamic_loss_scale as dynamic_loss_scale
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "qlora_jax.adapters.attach": ("LoRAConfig", "attach", "join", "split"),
+    "qlora_jax.adapters.compensate": ("compensate", "input_moments"),
     "qlora_jax.adapters.merge": ("merge",),
     "qlora_jax.data.config": ("DataConfig",),
     "qlora_jax.data.dataset": ("load_dataset",),
@@ -45,7 +49,7 @@ _HOMES = {
     "qlora_jax.evaluate.perplexity": ("perplexity",),
     "qlora_jax.generate.sample": ("SampleConfig", "generate"),
     "qlora_jax.io.adapter": ("load_adapter", "save_adapter"),
-    "qlora_jax.io.hf": ("load", "save_model"),
+    "qlora_jax.io.hf": ("load", "original_kernels", "save_model"),
     "qlora_jax.nn.linear": ("quantize",),
     "qlora_jax.optim.loss_scale": ("dynamic_loss_scale",),
     "qlora_jax.optim.offload": ("offload",),

@@ -3,19 +3,25 @@
 import dataclasses
 import difflib
 import json
+import logging
 import re
 import zlib
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import jax
 from flax import nnx
 from jaxtyping import Array
 
+from qlora_jax.adapters.compensate import Moments, Original, compensate, describe
 from qlora_jax.adapters.fingerprint import fingerprint
+from qlora_jax.adapters.names import dotted
 from qlora_jax.errors import AdapterMismatchError, ConfigError
 from qlora_jax.nn import Linear, LoRA, QuantizedLinear
+from qlora_jax.nn.lora import Init
 
 M = TypeVar("M", bound=nnx.Module)
+
+logger = logging.getLogger(__name__)
 
 ALL_LINEAR = "all-linear"
 
@@ -37,6 +43,12 @@ class LoRAConfig:
     """Which linears: all-linear (all but the head), names joined by commas
     (q_proj,v_proj), or a regular expression for the whole path (layers\\.attn\\..*)."""
 
+    init: Init = "zero"
+    """How it starts: zero changes nothing; loftq is the best low-rank copy of what
+    quantization lost of the weights, qera of what it lost of the outputs, given the second
+    moments of the inputs (qera-diagonal: their diagonal, for less memory). All but zero
+    need the original weights, and the adapter then belongs to the 4-bit base alone."""
+
     def __post_init__(self):
         problems = []
         if self.rank < 1:
@@ -45,6 +57,10 @@ class LoRAConfig:
             problems.append(f"--lora.alpha is {self.alpha}, expected more than 0")
         if not 0 <= self.dropout < 1:
             problems.append(f"--lora.dropout is {self.dropout}, expected 0 <= p < 1")
+        if self.init not in get_args(Init):
+            problems.append(
+                f"--lora.init is {self.init!r}, expected {', '.join(get_args(Init))}"
+            )
         try:
             re.compile(self.targets)
         except re.error as error:
@@ -62,47 +78,76 @@ class LoRAConfig:
         return any(path == name or path.endswith(f".{name}") for name in names)
 
 
-def attach(model: M, config: LoRAConfig | None = None, *, key: Array) -> M:
-    """Puts a new LoRA beside every targeted linear; the output does not change yet.
+def attach(
+    model: M,
+    config: LoRAConfig | None = None,
+    *,
+    key: Array,
+    original: Original | nnx.Module | None = None,
+    moments: Moments | None = None,
+) -> M:
+    """Puts a new LoRA beside every targeted linear.
+
+    With config.init 'zero' the output does not change yet; else the adapter makes up for
+    what quantization lost, as `compensate` says.
 
     Args:
       model: Any nnx.Module with qlora_jax linears. It is left as it was.
       config: The adapter's shape and targets.
       key: For lora_a. Each linear's values depend on the key and its path alone.
+      original: The dense weights, for another init than zero.
+      moments: From `input_moments`, for init 'qera' and 'qera-diagonal'.
 
     Returns:
       A model with LoRA modules in place of the targeted linears.
 
     Raises:
-      ConfigError: the targets match nothing; names near matches.
-      AdapterMismatchError: the model has adapters already.
+      ConfigError: the targets match nothing (names near matches), or what config.init
+        needs is missing.
+      AdapterMismatchError: the model has adapters already, or the original does not fit.
     """
     config = config or LoRAConfig()
+    if config.init == "zero":
+        return attach_zero(model, config, key=key)
+    weighted = config.init != "loftq"
+    if original is None or (weighted and moments is None):
+        needs = "original and moments (input_moments)" if weighted else "original"
+        raise ConfigError(f"init {config.init!r} needs {needs}")
+    model = attach_zero(model, config, key=key)
+    model, errors = compensate(model, original, moments if weighted else None, key=key)
+    logger.info("%s: %s", config.init, describe(errors))
+    return model
+
+
+def attach_zero(model: M, config: LoRAConfig, *, key: Array) -> M:
+    """Attaches an adapter whose factors start as for init 'zero', or are filled later.
+
+    Args, returns and raises as `attach`.
+    """
     linears = []
     for path, node in nnx.iter_graph(model):
         if isinstance(node, LoRA):
             raise AdapterMismatchError(
-                f"the model has an adapter at {_dotted(path)} already; merge it first, or "
+                f"the model has an adapter at {dotted(path)} already; merge it first, or "
                 "attach to the model without it"
             )
         if isinstance(node, (Linear, QuantizedLinear)):
-            linears.append(_dotted(path))
+            linears.append(dotted(path))
     if not any(config.matches(path) for path in linears):
         raise ConfigError(_no_match(config.targets, linears))
     base = fingerprint(model)
 
     def replace(path: tuple, node: Any) -> Any:
-        dotted = _dotted(path)
-        if not isinstance(node, (Linear, QuantizedLinear)) or not config.matches(
-            dotted
-        ):
+        name = dotted(path)
+        if not isinstance(node, (Linear, QuantizedLinear)) or not config.matches(name):
             return node
         lora = LoRA(
             node,
             rank=config.rank,
             alpha=config.alpha,
             dropout=config.dropout,
-            key=jax.random.fold_in(key, zlib.crc32(dotted.encode())),
+            init=config.init,
+            key=jax.random.fold_in(key, zlib.crc32(name.encode())),
         )
         # Travels with the adapter's own tree, so that saving it alone can name the base.
         for variable in (lora.lora_a, lora.lora_b):
@@ -139,7 +184,7 @@ def lora_config(model: nnx.Module) -> LoRAConfig:
 
     Targets are the paths that have one, joined by commas.
     """
-    found = {_dotted(p): n for p, n in nnx.iter_graph(model) if isinstance(n, LoRA)}
+    found = {dotted(p): n for p, n in nnx.iter_graph(model) if isinstance(n, LoRA)}
     if not found:
         raise AdapterMismatchError("the model has no adapter")
     one = next(iter(found.values()))
@@ -147,6 +192,7 @@ def lora_config(model: nnx.Module) -> LoRAConfig:
         rank=one.rank,
         alpha=one.alpha,
         dropout=one.dropout,
+        init=one.init,
         targets=",".join(sorted(found)),
     )
 
@@ -158,10 +204,6 @@ def base_fingerprint(lora: nnx.State) -> dict[str, Any] | None:
         if text is not None:
             return json.loads(text)
     return None
-
-
-def _dotted(path: tuple) -> str:
-    return ".".join(map(str, path))
 
 
 def _no_match(targets: str, linears: list[str]) -> str:

@@ -18,6 +18,11 @@ from qlora_jax.errors import AdapterMismatchError, gathered
 STACK = "layers"
 
 
+def dotted(path: tuple) -> str:
+    """Returns a path of nnx as a dotted name."""
+    return ".".join(map(str, path))
+
+
 def _is_stack(path: tuple, array: Array) -> bool:
     return str(path[0]) == STACK and array.ndim == 3
 

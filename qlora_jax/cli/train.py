@@ -2,25 +2,35 @@
 
 import dataclasses
 import shutil
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
 import tyro
 
-from qlora_jax.adapters import LoRAConfig, attach
+from qlora_jax.adapters.attach import LoRAConfig, attach_zero
+from qlora_jax.adapters.compensate import (
+    compensate,
+    describe,
+    input_moments,
+    overall,
+)
 from qlora_jax.cli import options
 from qlora_jax.cli.options import QuantOptions
 from qlora_jax.cli.progress import TrainProgress
-from qlora_jax.data import DataConfig, read_dataset
+from qlora_jax.data import DataConfig, Dataset, read_dataset
 from qlora_jax.errors import ConfigError, DataError
-from qlora_jax.io.hf import check_output, find, load
+from qlora_jax.io.hf import check_output, find, load, original_kernels
 from qlora_jax.quant import QuantConfig
 from qlora_jax.train.config import TrainConfig
 from qlora_jax.train.loop import Trainer
 from qlora_jax.train.report import write_report
 
 CONFIG = "config.toml"
+
+CALIBRATION_TOKENS = 16384
+"""Of the training rows, for the moments that --lora.init qera needs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +51,9 @@ class Args:
 
     resume: str | None = None
     """Continue this run folder exactly; no other flag goes with it."""
+
+    original: str | None = None
+    """Dense folder behind a 4-bit --model, for another --lora.init than zero."""
 
     config: str | None = None
     """TOML file whose values replace the defaults; flags replace both."""
@@ -108,7 +121,13 @@ def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
         held = read_dataset(args.eval_file, tokenizer, args.data)
     elif args.data.eval_rows:
         rows, held = rows.split(args.data.eval_rows, args.train.seed)
-    model = attach(model, args.lora, key=jax.random.key(args.train.seed))
+    key = jax.random.key(args.train.seed)
+    started = {}
+    if resume or args.lora.init == "zero":
+        # The factors of a run that goes on come from its checkpoint.
+        model = attach_zero(model, args.lora, key=key)
+    else:
+        model, started = _compensated(model, rows, args, folder, key)
     steps = args.train.steps(len(rows))
     with TrainProgress(steps) as progress:
         trainer = Trainer(
@@ -134,11 +153,35 @@ def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
         "rows": len(rows),
         "rows_left_out": rows.dropped,
         "base": options.describe_quant(folder, quant),
+        **started,
         **sizes(trainer),
     }
     figures |= _eval_losses(out)
     write_report(out, figures)
     return figures
+
+
+def _compensated(
+    model: Any, rows: Dataset, args: Args, folder: Path, key: jax.Array
+) -> tuple[Any, dict[str, float]]:
+    """Attaches an adapter that begins with what quantization lost; and by how much."""
+    read = original_kernels(args.original or folder)
+    moments = None
+    if args.lora.init.startswith("qera"):
+        size, length = args.train.micro_batch, min(args.data.max_tokens, 512)
+        batches = -(-CALIBRATION_TOKENS // (size * length))
+        tokens = rows.packed(batches * size, length, args.train.seed)
+        moments = input_moments(
+            model,
+            tokens.reshape(batches, size, length),
+            paths=args.lora.matches,
+            diagonal=args.lora.init == "qera-diagonal",
+        )
+    model = attach_zero(model, args.lora, key=key)
+    model, errors = compensate(model, read, moments, key=key)
+    print(f"{args.lora.init}: {describe(errors)}", file=sys.stderr)
+    before, after = overall(errors)
+    return model, {"quantization_error": before, "compensated_error": after}
 
 
 def _stored(args: Args) -> Args:
@@ -152,6 +195,7 @@ def _stored(args: Args) -> Args:
         model=absolute(args.model),
         data_file=absolute(args.data_file),
         eval_file=absolute(args.eval_file),
+        original=absolute(args.original),
         config=None,
         overwrite=False,
     )

@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from qlora_jax.adapters.attach import LoRAConfig, attach, base_fingerprint
+from qlora_jax.adapters.attach import LoRAConfig, attach_zero, base_fingerprint
 from qlora_jax.adapters.fingerprint import difference, fingerprint
 from qlora_jax.adapters.names import flatten, unflatten
 from qlora_jax.errors import (
@@ -25,6 +25,7 @@ from qlora_jax.errors import (
     OutputExistsError,
     gathered,
 )
+from qlora_jax.nn import Linear, LoRA
 
 logger = logging.getLogger(__name__)
 
@@ -137,10 +138,19 @@ def load_adapter(path: str | os.PathLike[str], model: M) -> M:
             if text := difference(json.loads(ours), metadata["base"]):
                 problems.append(text)
         try:
-            model = attach(model, config, key=jax.random.key(0))
+            model = attach_zero(model, config, key=jax.random.key(0))
         except ConfigError as error:
             problems.append(str(error))
             raise AdapterMismatchError(_unfit(folder, problems)) from None
+        dense = any(
+            isinstance(node, LoRA) and isinstance(node.base, Linear)
+            for _, node in nnx.iter_graph(model)
+        )
+        if config.init != "zero" and dense:
+            problems.append(
+                f"it began as what quantization lost (init {config.init}), so it belongs to "
+                "the 4-bit base; quantize this one (--quant.codebook nf4)"
+            )
         if problems:
             problems += _shape_problems(metadata, model)
             raise AdapterMismatchError(_unfit(folder, problems))

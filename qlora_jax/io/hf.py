@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -78,6 +79,32 @@ def load(
             gathered(f"{folder} has unusable weights", reader.problems)
         )
     return _fill(skeleton, loaded, implementation), Tokenizer.open(folder)
+
+
+def original_kernels(
+    path_or_repo: str | os.PathLike[str],
+) -> Callable[[str, int | None], np.ndarray]:
+    """Returns a reader of a dense folder's linears, for `attach` and `compensate`.
+
+    Returns:
+      read(dotted path, layer or None) -> the stored kernel (out, in), in its own dtype.
+
+    Raises:
+      CheckpointError: the folder cannot be read, or is 4-bit itself.
+    """
+    folder = find(path_or_repo)
+    _, family, _, stored = read_config(folder)
+    if stored is not None:
+        raise CheckpointError(
+            f"{folder} holds 4-bit weights ({stored.codebook}), not the original ones; "
+            "give the dense folder (--original)"
+        )
+    checkpoint = Checkpoint(folder)
+
+    def read(path: str, layer: int | None) -> np.ndarray:
+        return checkpoint[family.NAMES[f"{path}.kernel"].format(layer)]
+
+    return read
 
 
 def find(path_or_repo: str | os.PathLike[str], revision: str | None = None) -> Path:

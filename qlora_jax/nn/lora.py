@@ -5,6 +5,7 @@ lora_A kaiming_uniform with a=sqrt(5), lora_B zero).
 """
 
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,10 @@ from jaxtyping import Array, Float
 
 from qlora_jax.nn.linear import Linear, QuantizedLinear
 from qlora_jax.nn.matmul import factor_matmul
+
+Init = Literal["zero", "loftq", "qera-diagonal", "qera"]
+"""How an adapter starts: changing nothing, or making up for what quantization lost
+(adapters/compensate.py)."""
 
 
 class LoRA(nnx.Module):
@@ -26,6 +31,7 @@ class LoRA(nnx.Module):
         nothing.
       scale: alpha / rank.
       dropout: Probability that an input feature of the adapter is dropped.
+      init: How the factors started; unless 'zero', they hold a part of the base.
     """
 
     def __init__(
@@ -35,6 +41,7 @@ class LoRA(nnx.Module):
         rank: int,
         alpha: float,
         dropout: float,
+        init: Init = "zero",
         key: Array,
     ):
         # in + out comes from the kernel's static shape, so a stack works unsliced.
@@ -50,6 +57,7 @@ class LoRA(nnx.Module):
         self.rank = rank
         self.alpha = alpha
         self.dropout = dropout
+        self.init: Init = init
 
     @property
     def scale(self) -> float:

@@ -428,6 +428,41 @@ def test_a_model_saved_over_a_sharded_one_is_the_one_that_loads(
     )
 
 
+def test_an_adapter_can_start_from_what_quantization_lost(
+    base: Path, rows: Path, tmp_path: Path, capsys
+):
+    args = ["train", "--data", rows, "--data.eval-rows", "2", *FAST]
+    args += ["--train.max-steps", "2", "--lora.rank", "8", "--lora.init"]
+    status, one, said = call(
+        capsys, *args, "qera", "--model", base, "--out", tmp_path / "a"
+    )
+    assert status == 0, said
+    assert "qera: quantization changes a linear's output by" in said
+    assert one["compensated_error"] < 0.9 * one["quantization_error"]
+    metrics = read_metrics(tmp_path / "a" / "metrics.jsonl")
+
+    # The same from a 4-bit folder, whose original is elsewhere.
+    status, _, _ = call(capsys, "quantize", "--model", base, "--out", tmp_path / "q")
+    assert status == 0
+    args += ["loftq", "--model", tmp_path / "q"]
+    status, _, said = call(capsys, *args, "--out", tmp_path / "b")
+    assert status == 2 and "give the dense folder (--original)" in said
+    status, two, said = call(capsys, *args, "--original", base, "--out", tmp_path / "b")
+    assert status == 0, said
+    assert two["compensated_error"] < two["quantization_error"]
+
+    # What trained is what is evaluated, and what merges is the 4-bit base.
+    held = metrics[-1]["eval_loss"]
+    assert held == one["eval_loss"]
+    merge = ["merge", "--model", base, "--adapter", tmp_path / "a"]
+    status, _, said = call(capsys, *merge, "--out", tmp_path / "m")
+    assert status == 2 and "belongs to the 4-bit base" in said
+    status, _, said = call(
+        capsys, *merge, "--quant.codebook", "nf4", "--out", tmp_path / "m"
+    )
+    assert status == 0, said
+
+
 def test_a_run_that_diverges_ends_with_status_1(
     base: Path, rows: Path, tmp_path: Path, capsys
 ):
