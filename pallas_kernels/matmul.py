@@ -435,11 +435,6 @@ def _refuses_hopper(problem, w, device, exact) -> str | None:
 def _refuses_ampere(problem, w, device, exact) -> str | None:
     if reason := _refuses_mosaic(problem, w, device, exact):
         return reason
-    if jax.__version_info__ >= (
-        0,
-        12,
-    ):  # its stores leave memory sectors partly written
-        return f"does not compile on jax 0.12 yet, this is {jax.__version__}"
     if device.capability not in ((8, 0), (8, 6), (8, 9)):
         return (
             f"needs an sm_80, 86 or 89 GPU (A100, 3090, 4090), this is {_name(device)}"
