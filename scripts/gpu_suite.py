@@ -3,8 +3,8 @@
     python scripts/gpu_suite.py --out suite.jsonl               # everything, some minutes
     python scripts/gpu_suite.py --out suite.jsonl --only sweep --large
 
-Sections: ceilings (copy bandwidth, bf16 product), numerics (every implementation against
-float64, fresh random inputs, NaN-poisoned outputs' memory), sweep (tokens over the linears
+Sections: ceilings (copy bandwidth, bf16 product), numerics (every implementation, and
+attention, against float64, fresh random inputs, NaN-poisoned outputs' memory), sweep (tokens over the linears
 of Llama-3 8B, and 70B with --large: the library's choice, cuBLAS on dense bf16 weights,
 two_pass, bitsandbytes where it is installed), lora (an adapted linear with its gradients),
 step (a training step of an 8B-shaped model; PEFT + bitsandbytes where installed).
@@ -58,6 +58,11 @@ def tasks(sections: list[str], large: bool, quick: bool) -> list[dict]:
             for dtype in (("bfloat16", "float16") if m == 33 else ("bfloat16",))
             if not (name == "decode" and (d == "backward" or m > 32))
         ]  # fmt: skip
+        found += [  # tokens, heads, head_dim
+            {"section": "numerics", "what": "attention", "direction": d, "m": 1000,
+             "n": 8, "k": 128, "exact": False, "dtype": "bfloat16"}
+            for d in directions
+        ]  # fmt: skip
     shapes = [SHAPES[name] for name in SMALL + (LARGE if large else ())]
     if "sweep" in sections:
         found += [
@@ -86,7 +91,7 @@ def tasks(sections: list[str], large: bool, quick: bool) -> list[dict]:
         found += [
             {"section": "step", "what": what, "batch": batch, "seq": 2048}
             for batch in (1, 4)
-            for what in ("ours", "peft")
+            for what in ("ours", "peft", "ours, attention by xla")
         ]
     return found
 
@@ -143,6 +148,8 @@ class Bench:
 
     def build(self, task: dict):
         """Compiles a task; returns the executable, the fixed specs and the rotated ones."""
+        if task["what"] == "attention":
+            return self.build_attention(task)
         jax, jnp = self.jax, self.jax.numpy
         from pallas_kernels.matmul import nf4_lora_matmul, nf4_matmul
 
@@ -206,12 +213,62 @@ class Bench:
         first = x if task["direction"] == "forward" else dy
         return jax.jit(f).lower(first, *extra, w).compile(), [first, *extra], [w]
 
+    def build_attention(self, task: dict):
+        """Compiles causal attention with grouped keys, or all of its gradients."""
+        from qlora_jax.nn.attention import causal_attention
+
+        jax = self.jax
+
+        def f(q, k, v, dy):
+            y, vjp = jax.vjp(causal_attention, q, k, v)
+            return (y,) if task["direction"] == "forward" else vjp(dy)
+
+        seq, heads, dim = task["m"], task["n"], task["k"]
+        q = jax.ShapeDtypeStruct((1, seq, heads, dim), task["dtype"])
+        k = jax.ShapeDtypeStruct((1, seq, heads // 4, dim), task["dtype"])
+        return jax.jit(f).lower(q, k, k, q).compile(), [q, k, k, q], []
+
+    def attention_error(self, task: dict, run, fixed) -> dict:
+        """Compares attention with numpy float64; the largest of all outputs' errors."""
+        import numpy as np
+
+        args = [self.random(s) for s in fixed]
+        got = run(*args)
+        q, k, v, dy = (np.asarray(a, np.float64)[0].swapaxes(0, 1) for a in args)
+        group = q.shape[0] // k.shape[0]
+        k, v = (np.repeat(x, group, axis=0) for x in (k, v))
+        scores = q @ k.swapaxes(1, 2) * q.shape[2] ** -0.5
+        seen = np.tri(q.shape[1], dtype=bool)
+        p = np.where(seen, np.exp(scores - scores.max(-1, keepdims=True)), 0)
+        p /= p.sum(-1, keepdims=True)
+        dp = dy @ v.swapaxes(1, 2)
+        ds = p * (dp - (dp * p).sum(-1, keepdims=True)) * q.shape[2] ** -0.5
+
+        def summed(x):
+            return x.reshape(-1, group, *x.shape[1:]).sum(1)
+
+        want = [p @ v]
+        if task["direction"] == "backward":
+            want = [
+                ds @ k,
+                summed(ds.swapaxes(1, 2) @ q),
+                summed(p.swapaxes(1, 2) @ dy),
+            ]
+        errors = [
+            np.linalg.norm(np.asarray(g, np.float64)[0].swapaxes(0, 1) - w)
+            / np.linalg.norm(w)
+            for g, w in zip(got, want, strict=True)
+        ]
+        return {"error": float(max(errors))}
+
     def error(self, task: dict, run, fixed, rotated) -> dict:
         """Compares one product with numpy float64 on fresh random data."""
         import numpy as np
 
         from pallas_kernels import reference
 
+        if task["what"] == "attention":
+            return self.attention_error(task, run, fixed)
         jnp = self.jax.numpy
         args = [self.random(s) for s in fixed]
         w = self.jax.tree.map(self.random, rotated[0])
@@ -571,7 +628,9 @@ def peft_step(task: dict) -> dict:
 def step_worker(task: dict, out: str) -> None:
     """Runs one training step task in this process."""
     try:
-        if task["what"] == "ours":
+        if task["what"].startswith("ours"):
+            if task["what"] == "ours, attention by xla":
+                os.environ["QLORA_JAX_ATTENTION"] = "xla"
             emit(out, task, **our_step(task, turn(out)))
         else:
             with turn(out):

@@ -158,6 +158,16 @@ def available() -> str | None:
     return None
 
 
+def without_cudnn() -> str | None:
+    """Returns why cuDNN's fused attention cannot be compiled here, or None."""
+    try:
+        if importlib.util.find_spec("nvidia.cudnn") is not None:
+            return None
+    except ModuleNotFoundError:
+        pass
+    return "the wheel of cuDNN (nvidia-cudnn-cu13) is not installed"
+
+
 def compile_for(target: str, f, *specs, devices: int = 1):
     """Compiles f of ShapeDtypeStructs for 'h200', 'a100', ...: a jax Compiled."""
     topology = topologies.get_topology_desc(

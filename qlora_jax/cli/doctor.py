@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels.layout import QuantizedTensor
 from pallas_kernels.matmul import IMPLEMENTATIONS, choose
 from qlora_jax.cli import options
+from qlora_jax.nn.attention import choose_attention
 from qlora_jax.quant import QuantConfig, quantize_tensor
 
 PACKAGES = (
@@ -64,6 +65,13 @@ def run(args: Args) -> dict[str, Any]:
         ],
         "implementations": list(IMPLEMENTATIONS),
         "nf4_matmul": kernels,
+        "attention": dict(
+            zip(
+                ("implementation", "why"),
+                choose_attention((1, 2048, 32, 128), 8, jnp.dtype(jnp.bfloat16)),
+                strict=True,
+            )
+        ),
     }
     for device in found["devices"]:
         print(f"device      {device['kind']}  ({', '.join(device['memories'])})")
@@ -78,6 +86,8 @@ def run(args: Args) -> dict[str, Any]:
             f"  {direction:<8} of {m:>4} tokens  {choice['implementation']:<8} "
             f"{choice['why']}{f' ({fields})' if fields else ''}"
         )
+    attention = found["attention"]
+    print(f"attention   {attention['implementation']}  ({attention['why']})")
     return found
 
 

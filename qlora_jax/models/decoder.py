@@ -16,7 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from qlora_jax.nn.attention import attention
+from qlora_jax.nn.attention import attention, causal_attention
 from qlora_jax.nn.linear import Linear
 from qlora_jax.nn.lora import LoRA
 from qlora_jax.nn.norm import RMSNorm
@@ -108,8 +108,9 @@ class Attention(nnx.Module):
         q = checkpoint_name(rotate(q, cos_sin), "q")
         k = checkpoint_name(rotate(k, cos_sin), "k")
         v = checkpoint_name(v, "v")
-        k_positions, new = positions, None
-        if cache is not None:
+        if cache is None:
+            mixed, new = causal_attention(q, k, v, window=c.sliding_window), None
+        else:
             cache_k, cache_v, k_positions, length = cache
             put = functools.partial(
                 jax.lax.dynamic_update_slice_in_dim, start_index=length, axis=1
@@ -117,7 +118,7 @@ class Attention(nnx.Module):
             k = put(cache_k, k.astype(cache_k.dtype))
             v = put(cache_v, v.astype(cache_v.dtype))
             new = (k, v)
-        mixed = attention(q, k, v, positions, k_positions, window=c.sliding_window)
+            mixed = attention(q, k, v, positions, k_positions, window=c.sliding_window)
         mixed = checkpoint_name(mixed.reshape(*x.shape[:2], -1), "mixed")
         return apply(self.o_proj, mixed, key, 3), new
 

@@ -2,16 +2,127 @@
 
 Scores of [batch, heads, seq, seq] never exist: queries go block by block, each block
 against all keys, and backward recomputes a block's scores from q, k and v, which are
-all it keeps.
+all it keeps. On NVIDIA GPUs whole sequences go through cuDNN's fused attention.
 """
+
+import functools
+import logging
+import os
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.tuning import current_device
+from qlora_jax.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
 SCORE_BYTES = 16 << 20
 """Float32 scores alive at once; what sets the query block."""
+
+GPU_SCORE_BYTES = 64 << 20
+"""On a GPU, where small blocks are all launches; the most that does not raise the peak of
+an 8B-shaped step of 2048 tokens (XLA's memory analysis for an H200)."""
+
+Implementation = Literal["xla", "cudnn"]
+VARIABLE = "QLORA_JAX_ATTENTION"
+"""Environment variable that names the implementation for whole sequences."""
+
+
+def causal_attention(
+    q: Float[Array, "batch seq heads head_dim"],
+    k: Float[Array, "batch seq kv_heads head_dim"],
+    v: Float[Array, "batch seq kv_heads head_dim"],
+    *,
+    window: int | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "batch seq heads head_dim"]:
+    """Softmax attention in whole sequences: token i sees the tokens up to i.
+
+    Args:
+      q, k, v, window: As in `attention`; padding belongs to the right.
+      implementation: 'xla' is `attention`; 'cudnn' is jax.nn.dot_product_attention's, for
+        16-bit heads on an NVIDIA GPU of sm_80 or later. None takes cuDNN's where it runs;
+        $QLORA_JAX_ATTENTION names one for all.
+
+    Returns:
+      The heads' outputs in q's dtype.
+
+    Raises:
+      ConfigError: the named implementation cannot run, with the reason.
+    """
+    name, _ = choose_attention(q.shape, k.shape[2], q.dtype, window, implementation)
+    if name == "cudnn":
+        return _cudnn(q, k, v, window)
+    positions = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), q.shape[:2])
+    return attention(q, k, v, positions, positions, window=window)
+
+
+def choose_attention(
+    shape: tuple[int, ...],
+    kv_heads: int,
+    dtype: jnp.dtype,
+    window: int | None = None,
+    implementation: str | None = None,
+) -> tuple[str, str]:
+    """Returns what `causal_attention` runs for q of a shape, and why."""
+    implementation = implementation or os.environ.get(VARIABLE)
+    if implementation not in (None, "xla", "cudnn"):
+        raise ConfigError(
+            f"attention {implementation!r} (or ${VARIABLE}) is unknown; expected xla or "
+            "cudnn"
+        )
+    if implementation == "xla":
+        return "xla", "asked for"
+    device = current_device()
+    if device.platform != "gpu":
+        reason = f"cudnn needs an NVIDIA GPU, this is {device.platform}"
+    else:
+        reason = _cudnn_refuses(shape, kv_heads, jnp.dtype(dtype).name, window)
+    if reason is None:
+        _log_choice("cudnn", "fused")
+        return "cudnn", "fused"
+    if implementation == "cudnn":
+        raise ConfigError(f"attention 'cudnn' cannot run: {reason}")
+    _log_choice("xla", reason)
+    return "xla", reason
+
+
+def _cudnn(q: Array, k: Array, v: Array, window: int | None) -> Array:
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn",
+    )
+
+
+@functools.cache
+def _cudnn_refuses(
+    shape: tuple[int, ...], kv_heads: int, dtype: str, window: int | None
+) -> str | None:
+    """Traces forward and backward, where jax checks what this cuDNN and card support."""
+    q = jax.ShapeDtypeStruct(shape, dtype)
+    k = jax.ShapeDtypeStruct((*shape[:2], kv_heads, shape[3]), dtype)
+
+    def total(q, k, v):
+        return jnp.sum(_cudnn(q, k, v, window).astype(jnp.float32))
+
+    try:
+        jax.eval_shape(jax.grad(total, argnums=(0, 1, 2)), q, k, k)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        return f"cudnn refuses: {error}"
+    return None
+
+
+@functools.cache
+def _log_choice(name: str, why: str) -> None:
+    logger.info("attention runs %r (%s)", name, why)
 
 
 def attention(
@@ -50,7 +161,9 @@ def attention(
         y = y.reshape(batch, kv_heads, group, -1, head_dim).transpose(0, 3, 1, 2, 4)
         return y.reshape(batch, -1, heads, head_dim)
 
-    limit = max(16, SCORE_BYTES // (4 * batch * heads * keys))
+    gpu = current_device().platform == "gpu"
+    limit = GPU_SCORE_BYTES if gpu else SCORE_BYTES
+    limit = max(16, limit // (4 * batch * heads * keys))
     if seq <= limit:
         return block(q, q_positions)
     blocks = -(-seq // limit)

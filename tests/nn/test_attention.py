@@ -1,13 +1,17 @@
 """Attention by blocks of queries, against a softmax of all scores at once."""
 
+import re
+
+import aot
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
 
+from qlora_jax.errors import ConfigError
 from qlora_jax.nn import attention as module
-from qlora_jax.nn.attention import attention
+from qlora_jax.nn.attention import attention, causal_attention, choose_attention
 
 BATCH, SEQ, HEADS, KV_HEADS, HEAD_DIM = 2, 37, 4, 2, 8
 
@@ -106,3 +110,48 @@ def test_nothing_of_all_scores_is_kept_or_made(monkeypatch):
     )
     floats = [x for x in jax.tree.leaves(kept) if jnp.issubdtype(x.dtype, jnp.floating)]
     assert sum(x.size for x in floats) <= 2 * sum(x.size for x in arrays)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_whole_sequences_attend_as_their_positions_say(window):
+    q, k, v = inputs()
+    at = positions()
+    said = causal_attention(q, k, v, window=window)
+    np.testing.assert_array_equal(said, attention(q, k, v, at, at, window=window))
+
+
+def test_the_choice_of_attention_says_why(monkeypatch):
+    shape = (1, 64, 4, 64)
+    name, why = choose_attention(shape, 2, jnp.dtype("bfloat16"))
+    assert name == "xla" and "needs an NVIDIA GPU, this is cpu" in why
+    with pytest.raises(ConfigError, match="'cudnn' cannot run: cudnn needs an NVIDIA"):
+        choose_attention(shape, 2, jnp.dtype("bfloat16"), implementation="cudnn")
+    monkeypatch.setenv(module.VARIABLE, "flash")
+    with pytest.raises(ConfigError, match="attention 'flash'.*expected xla or cudnn"):
+        choose_attention(shape, 2, jnp.dtype("bfloat16"))
+    monkeypatch.setenv(module.VARIABLE, "xla")
+    assert choose_attention(shape, 2, jnp.dtype("bfloat16")) == ("xla", "asked for")
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "window", "fused"),
+    [
+        ("bfloat16", 64, None, True),
+        ("float16", 128, 128, True),
+        ("bfloat16", 12, None, False),
+        ("float32", 64, None, False),
+    ],
+)
+def test_on_a_gpu_it_is_cudnn_where_that_can_run(dtype, head_dim, window, fused):
+    if reason := aot.available() or aot.without_cudnn():
+        pytest.skip(f"NOT COMPILED FOR A GPU: {reason}")
+
+    def total(q, k, v):
+        return jnp.sum(causal_attention(q, k, v, window=window).astype(jnp.float32))
+
+    q = jax.ShapeDtypeStruct((2, 512, 4, head_dim), dtype)
+    k = jax.ShapeDtypeStruct((2, 512, 2, head_dim), dtype)
+    program = aot.compile_for("h200", jax.grad(total, argnums=(0, 1, 2)), q, k, k)
+    calls = re.findall(r"__cudnn\$(\w+)", program.as_text())
+    assert set(calls) == ({"fmhaSoftmax", "fmhaSoftmaxBackward"} if fused else set())

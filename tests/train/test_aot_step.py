@@ -82,3 +82,12 @@ def test_its_memory_is_the_packed_base_and_activations(compiled):
     assert packed < 0.35 * dense  # embeddings and norms are in it, unquantized
     # All of the step's temporaries are less than the dense weights alone would be.
     assert analysis.temp_size_in_bytes < 0.75 * dense
+
+
+def test_attention_is_cudnns(compiled):
+    if reason := aot.without_cudnn():
+        pytest.skip(f"NOT COMPILED WITH FUSED ATTENTION: {reason}")
+    program, _ = compiled
+    calls = re.findall(r'custom_call_target="__cudnn\$(\w+)"', program.as_text())
+    # Forward, again when backward recomputes the layer, and backward.
+    assert sorted(calls) == ["fmhaSoftmax", "fmhaSoftmax", "fmhaSoftmaxBackward"]
