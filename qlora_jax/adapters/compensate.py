@@ -32,8 +32,8 @@ from qlora_jax.quant import dequantize
 
 M = TypeVar("M", bound=nnx.Module)
 
-Original = Callable[[str, int | None], Array | np.ndarray]
-"""(dotted path of a linear, layer or None) -> its dense kernel (out, in)."""
+Original = Callable[[str, tuple[int, ...]], Array | np.ndarray]
+"""(dotted path of a linear, index in its stack, such as a layer) -> its dense kernel."""
 
 Moments = Mapping[str, Array]
 """Dotted path -> mean of x x^T, float32 (..., in, in), or of x**2, (..., in)."""
@@ -228,11 +228,10 @@ def _reader(dense: nnx.Module) -> Original:
         if isinstance(node, Linear)
     }
 
-    def read(path: str, layer: int | None) -> Array:
+    def read(path: str, index: tuple[int, ...]) -> Array:
         if path not in linears:
             raise AdapterMismatchError(f"the original model has no dense {path}")
-        kernel = linears[path].kernel[...]
-        return kernel if layer is None else kernel[layer]
+        return linears[path].kernel[index or ...]
 
     return read
 
@@ -247,19 +246,16 @@ def _stack(
 ) -> tuple[Array, Array, Compensation]:
     """Returns both factors, stacked, and the error over the whole stack."""
     made = []
-    for layer in range(*base.stack) if base.stack else (None,):
-        q, c = base.quantized, moment
-        if layer is not None:
-            q, c = jax.tree.map(operator.itemgetter(layer), (q, c))
-        w = jnp.asarray(read(name, layer))
+    for index in np.ndindex(*base.stack):
+        q, c = jax.tree.map(operator.itemgetter(index), (base.quantized, moment))
+        w = jnp.asarray(read(name, index))
         if w.shape != q.shape:
             raise AdapterMismatchError(
                 f"{name}: the original has shape {w.shape}, the base {q.shape}"
             )
         made.append(_factors(w, q, c, key, rank=node.rank, scale=node.scale))
     a, b, energies = (jnp.stack(parts) for parts in zip(*made, strict=True))
-    if not base.stack:
-        a, b = a[0], b[0]
+    a, b = (x.reshape(*base.stack, *x.shape[1:]) for x in (a, b))
     whole, before, after = np.asarray(energies, np.float64).sum(axis=0)
     whole = max(whole, np.finfo(np.float64).tiny)
     return a, b, Compensation((before / whole) ** 0.5, (max(after, 0) / whole) ** 0.5)

@@ -1,10 +1,12 @@
 """Folding adapters into the base: W + scale * (a @ b).T, in float32, rounded once."""
 
 import functools
+from collections.abc import Callable
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -55,13 +57,13 @@ def merge(
             fold = functools.partial(_fold, scale=node.scale)
             if requantize is None:
                 return Linear(_layers(fold, base.stack, dtype)(*arrays), bias)
-            if not base.stack:
-                return QuantizedLinear(quantize_tensor(fold(*arrays), requantize), bias)
             parts = [
-                quantize_tensor(fold(*_layer(arrays, i)), requantize)
-                for i in range(*base.stack)
+                quantize_tensor(fold(*_layer(arrays, index)), requantize)
+                for index in np.ndindex(*base.stack)
             ]
-            kernel = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+            kernel = jax.tree.map(
+                lambda *x: jnp.stack(x).reshape(*base.stack, *x[0].shape), *parts
+            )
             return QuantizedLinear(kernel, bias)
         # Not the base inside a LoRA: its wrapper is about to replace it.
         if isinstance(node, QuantizedLinear) and path[:-1] not in adapted:
@@ -90,16 +92,14 @@ def _fold(
     return kernel.astype(jnp.float32) + scale * update
 
 
-def _layer(arrays: tuple, i: int) -> tuple:
-    return jax.tree.map(lambda leaf: leaf[i], arrays)
+def _layer(arrays: tuple, index: tuple[int, ...]) -> tuple:
+    return jax.tree.map(lambda leaf: leaf[index], arrays)
 
 
 def _layers(fold, stack: tuple[int, ...], dtype: str | None):
     """Maps `fold` over stacked layers, one float32 weight alive at a time."""
 
-    def one(arrays: tuple) -> Array:
-        return fold(*arrays).astype(dtype)
-
-    if stack:
-        return jax.jit(lambda *arrays: jax.lax.map(one, arrays))
-    return jax.jit(lambda *arrays: one(arrays))
+    run: Callable[[tuple], Array] = lambda arrays: fold(*arrays).astype(dtype)  # noqa: E731
+    for _ in stack:
+        run = functools.partial(jax.lax.map, run)
+    return jax.jit(lambda *arrays: run(arrays))

@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from qlora_jax.errors import AdapterMismatchError, gathered
 
-STACK = "layers"
+STACK, EXPERTS = "layers", "experts"
 
 
 def dotted(path: tuple) -> str:
@@ -23,8 +23,25 @@ def dotted(path: tuple) -> str:
     return ".".join(map(str, path))
 
 
-def _is_stack(path: tuple, array: Array) -> bool:
-    return str(path[0]) == STACK and array.ndim == 3
+def stacked_names(
+    path: tuple, array: Array | jax.ShapeDtypeStruct
+) -> dict[str, tuple[int, ...]]:
+    """Returns {dotted name: index in the array} of a factor or a stack of them.
+
+    A stack of layers is numbered behind `layers`, one of experts behind `experts`.
+    """
+    stack = array.shape[: array.ndim - 2]
+    if str(path[0]) != STACK or not stack:
+        return {dotted(path): ()}
+    inner = path.index(EXPERTS) + 1 if len(stack) > 1 else None
+    names = {}
+    for index in np.ndindex(*stack):
+        parts = list(path)
+        if inner is not None:
+            parts.insert(inner, index[1])
+        parts.insert(1, index[0])
+        names[dotted(tuple(parts))] = index
+    return names
 
 
 def flatten(lora: nnx.State) -> dict[str, Array]:
@@ -32,11 +49,7 @@ def flatten(lora: nnx.State) -> dict[str, Array]:
     flat = {}
     for path, variable in nnx.to_flat_state(lora):
         array = variable.get_value()
-        if _is_stack(path, array):
-            rest = ".".join(map(str, path[1:]))
-            flat |= {f"{STACK}.{i}.{rest}": array[i] for i in range(array.shape[0])}
-        else:
-            flat[".".join(map(str, path))] = array
+        flat |= {name: array[i] for name, i in stacked_names(path, array).items()}
     return flat
 
 
@@ -74,16 +87,8 @@ def unflatten(
 
     def fill(path: tuple, variable: nnx.Variable) -> nnx.Variable:
         array = variable.get_value()
-        if _is_stack(path, array):
-            rest = ".".join(map(str, path[1:]))
-            value = jnp.stack(
-                [
-                    jnp.asarray(flat[f"{STACK}.{i}.{rest}"])
-                    for i in range(array.shape[0])
-                ]
-            )
-        else:
-            value = jnp.asarray(flat[".".join(map(str, path))])
+        parts = [jnp.asarray(flat[name]) for name in stacked_names(path, array)]
+        value = jnp.stack(parts).reshape(array.shape)
         return variable.replace(value.astype(array.dtype))
 
     entries = [(path, fill(path, v)) for path, v in nnx.to_flat_state(lora)]

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from qlora_jax.io.tokenizer import FILES as TOKENIZER_FILES
 from qlora_jax.io.tokenizer import Tokenizer, read_json
 from qlora_jax.models import FAMILIES, Decoder, DecoderConfig, llama
 from qlora_jax.nn import FrozenParam, Linear, LoRA, QuantizedLinear
+from qlora_jax.nn.moe import Router
 from qlora_jax.nn.norm import RMSNorm
 from qlora_jax.quant import QuantConfig, quantize_tensor
 
@@ -73,7 +74,7 @@ def load(
     wanted = _wanted(skeleton, family, config)
     _check_names(folder, checkpoint, wanted, family)
     reader = _Reader(checkpoint, quant, dtype)
-    loaded = {path: reader.read(path, *entry) for path, entry in wanted.items()}
+    loaded = {path: reader.read(path, entry) for path, entry in wanted.items()}
     if reader.problems:
         raise CheckpointError(
             gathered(f"{folder} has unusable weights", reader.problems)
@@ -83,11 +84,12 @@ def load(
 
 def original_kernels(
     path_or_repo: str | os.PathLike[str],
-) -> Callable[[str, int | None], np.ndarray]:
+) -> Callable[[str, tuple[int, ...]], np.ndarray]:
     """Returns a reader of a dense folder's linears, for `attach` and `compensate`.
 
     Returns:
-      read(dotted path, layer or None) -> the stored kernel (out, in), in its own dtype.
+      read(dotted path, index in its stack) -> the stored kernel (out, in), in its own
+      dtype.
 
     Raises:
       CheckpointError: the folder cannot be read, or is 4-bit itself.
@@ -101,8 +103,8 @@ def original_kernels(
         )
     checkpoint = Checkpoint(folder)
 
-    def read(path: str, layer: int | None) -> np.ndarray:
-        return checkpoint[family.NAMES[f"{path}.kernel"].format(layer)]
+    def read(path: str, index: tuple[int, ...]) -> np.ndarray:
+        return checkpoint[family.NAMES[f"{path}.kernel"].format(*index)]
 
     return read
 
@@ -163,25 +165,44 @@ def read_config(
     return hf, FAMILIES[kind], config, stored
 
 
+class _Wanted(NamedTuple):
+    """A parameter's Hugging Face names, and how they are stacked.
+
+    Attributes:
+      names: In order.
+      stack: Leading axes: (), (layers,) or (layers, experts).
+      shape: Of one.
+    """
+
+    names: list[str]
+    stack: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
 def _wanted(
     skeleton: Decoder, family: ModuleType, config: DecoderConfig
-) -> dict[str, tuple[list[str], bool, tuple[int, ...]]]:
-    """Returns {our path: (HF names, whether a stack, shape of one)}."""
+) -> dict[str, _Wanted]:
+    """Returns what each of our paths is made of."""
     wanted = {}
     for path, variable in nnx.to_flat_state(nnx.state(skeleton)):
         dotted = ".".join(map(str, path))
-        template = family.NAMES[dotted]
         shape = variable.get_value().shape
-        if "{}" in template:
-            names = [template.format(i) for i in range(config.num_layers)]
-            wanted[dotted] = (names, True, shape[1:])
-        else:
-            wanted[dotted] = ([template], False, shape)
+        names, stack = hf_names(family.NAMES[dotted], config)
+        wanted[dotted] = _Wanted(names, stack, shape[len(stack) :])
     return wanted
 
 
+def hf_names(template: str, config: DecoderConfig) -> tuple[list[str], tuple[int, ...]]:
+    """Returns the names that a template stands for, and the stack's shape."""
+    stack = (config.num_layers, config.num_experts)[: template.count("{}")]
+    return [template.format(*index) for index in np.ndindex(*stack)], stack
+
+
 def _check_names(
-    folder: Path, checkpoint: Checkpoint, wanted: dict, family: ModuleType
+    folder: Path,
+    checkpoint: Checkpoint,
+    wanted: dict[str, _Wanted],
+    family: ModuleType,
 ) -> None:
     problems, known = [], set()
     for names, _, shape in wanted.values():
@@ -211,20 +232,19 @@ class _Reader:
         self.checkpoint, self.quant, self.dtype = checkpoint, quant, dtype
         self.problems: list[str] = []
 
-    def read(
-        self, path: str, names: list[str], stacked: bool, shape: tuple[int, ...]
-    ) -> Any:
+    def read(self, path: str, wanted: _Wanted) -> Any:
         """Returns one parameter: an array, a QuantizedTensor, or a stack of either."""
-        if not stacked:
+        names, lead, shape = wanted
+        if not lead:
             return self._one(path, names[0], shape)
         stack = None
-        for i, name in enumerate(names):
+        for name, index in zip(names, np.ndindex(*lead), strict=True):
             value = self._one(path, name, shape)
             if value is None:
                 continue
             if stack is None:
                 stack = jax.tree.map(
-                    lambda leaf: jnp.zeros((len(names), *leaf.shape), leaf.dtype), value
+                    lambda leaf: jnp.zeros((*lead, *leaf.shape), leaf.dtype), value
                 )
             if jax.tree.structure(stack) != jax.tree.structure(value):
                 self.problems.append(
@@ -232,7 +252,7 @@ class _Reader:
                 )
                 continue
             # In place (the stack is donated), so memory holds the model and one tensor.
-            stack = _put(stack, value, i)
+            stack = _put(stack, value, index)
         return stack
 
     def _one(self, path: str, name: str, shape: tuple[int, ...]) -> Any:
@@ -283,7 +303,9 @@ def _fill(
                 return QuantizedLinear(kernel, bias, implementation)
             return Linear(kernel, bias)
         if isinstance(node, RMSNorm):
-            return RMSNorm(loaded[f"{dotted}.weight"], node.eps)
+            return RMSNorm(loaded[f"{dotted}.weight"], node.eps, node.offset)
+        if isinstance(node, Router):
+            node.weight = FrozenParam(loaded[f"{dotted}.weight"])
         if isinstance(node, Decoder):
             node.embed_tokens = FrozenParam(loaded["embed_tokens"])
         return node
@@ -339,28 +361,29 @@ def save_model(
         raise CheckpointError(
             "the model has adapters attached; merge before save_model"
         )
-    out.mkdir(parents=True, exist_ok=True)
-    hf = llama.write_config(model.config)
     names = llama.NAMES
-    if source is not None:
+    if source is None:
+        hf = llama.write_config(model.config)
+    else:
         folder = find(source)
         hf, family, _, _ = read_config(folder)
         names = family.NAMES
+        out.mkdir(parents=True, exist_ok=True)
         for name in TOKENIZER_FILES:
             if (folder / name).exists() and not (
                 (out / name).exists() and (folder / name).samefile(out / name)
             ):
                 shutil.copyfile(folder / name, out / name)
+    out.mkdir(parents=True, exist_ok=True)
     hf.pop("quantization_config", None)
     hf.pop("dtype", None)
     hf["torch_dtype"] = model.compute_dtype.name
     writer = Writer(out, shard_bytes)
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         template, value = names[".".join(map(str, path))], variable.get_value()
-        layers = range(model.config.num_layers) if "{}" in template else (None,)
-        for i in layers:
-            one = value if i is None else jax.tree.map(lambda leaf, i=i: leaf[i], value)
-            name = template.format(i)
+        parts, stack = hf_names(template, model.config)
+        for name, index in zip(parts, np.ndindex(*stack), strict=True):
+            one = jax.tree.map(lambda leaf, index=index: leaf[index], value)
             if isinstance(one, QuantizedTensor):
                 for key, array in bitsandbytes.write(one, name).items():
                     writer.add(key, array)

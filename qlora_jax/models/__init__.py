@@ -2,11 +2,40 @@
 
 from types import ModuleType
 
-from qlora_jax.models import llama, mistral, qwen2
+from qlora_jax.models import (
+    gemma,
+    gemma2,
+    gemma3_text,
+    granite,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
 from qlora_jax.models.decoder import Decoder as Decoder
 from qlora_jax.models.decoder import DecoderConfig as DecoderConfig
 
 FAMILIES: dict[str, ModuleType] = {
-    family.MODEL_TYPE: family for family in (llama, mistral, qwen2)
+    family.MODEL_TYPE: family
+    for family in (
+        llama,
+        mistral,
+        qwen2,
+        qwen3,
+        gemma,
+        gemma2,
+        gemma3_text,
+        phi3,
+        smollm3,
+        olmo2,
+        granite,
+        mixtral,
+        qwen3_moe,
+    )
 }
 """Hugging Face model_type -> the module that reads it (read_config, NAMES, IGNORED)."""

@@ -19,16 +19,34 @@ from jaxtyping import Array, Float, Int
 from qlora_jax.nn.attention import attention, causal_attention
 from qlora_jax.nn.linear import Linear
 from qlora_jax.nn.lora import LoRA
+from qlora_jax.nn.moe import Experts, Router
 from qlora_jax.nn.norm import RMSNorm
-from qlora_jax.nn.rope import RopeScaling, inverse_frequencies, rotate, rotation
+from qlora_jax.nn.rope import RopeScaling, rotate, rotation
 from qlora_jax.nn.variables import FrozenParam
 
 Checkpoint = Literal["none", "layer"]
 """What backward recomputes: 'none' elementwise work only, 'layer' each whole layer."""
 
-SAVED = ("q", "k", "v", "mixed", "middle", "gate", "up", "lora_hidden")
+SAVED = ("q", "k", "v", "mixed", "middle", "gate", "up", "gate_up", "lora_hidden")
 """Activations kept for backward without checkpointing: each matmul's output and the
 residual stream. Norms, rotations and the gated product are made again from them."""
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerKind:
+    """What may differ between layers whose parameters are alike."""
+
+    window: int | None = None
+    """Positions that a token sees, itself included; None for all before it."""
+
+    rope: Literal["global", "local", "none"] = "global"
+    """Which rotary positions: those of rope_theta, of local_rope_theta, or none."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,14 +63,59 @@ class DecoderConfig:
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
+    local_rope_theta: float = 10000.0
+    rotary_dim: int | None = None
+    """Features of a head that are rotated, the first ones; None for all."""
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     """Bias on q, k and v (Qwen2; Llama's optional attention_bias)."""
     output_bias: bool = False
     """Bias on the attention's output projection (Llama's attention_bias alone)."""
     sliding_window: int | None = None
-    """Positions that a token sees, itself included; None for all before it."""
+    """Of every layer, where layer_kinds is empty."""
+    layer_kinds: tuple[LayerKind, ...] = ()
+    """One a layer; empty where all are alike. Layers are scanned by the shortest group
+    that repeats."""
     max_position_embeddings: int = 2048
+    activation: Literal["silu", "gelu_tanh", "gelu"] = "silu"
+    norms: Literal["pre", "post", "both"] = "pre"
+    """Whether attention and feed-forward have a norm before, after, or both (Gemma 2)."""
+    norm_offset: float = 0.0
+    """Added to norms' stored weights (1 for Gemma)."""
+    qk_norm: Literal["none", "head", "all"] = "none"
+    """RMSNorm on queries and keys: of each head (Qwen3), or over all heads (OLMo 2)."""
+    fused: bool = False
+    """One linear for q, k and v, and one for gate and up (Phi-3)."""
+    attention_scale: float | None = None
+    """Of scores; None for head_dim**-0.5."""
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    """What attention and feed-forward are multiplied by before they are added."""
+    logit_scale: float = 1.0
+    num_experts: int = 0
+    """Feed-forwards to choose from; 0 for one that all tokens take."""
+    experts_per_token: int = 2
+    normalize_experts: bool = True
+    """Whether the chosen experts' weights are scaled to sum to 1."""
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer."""
+        return self.layer_kinds or (LayerKind(window=self.sliding_window),) * (
+            self.num_layers
+        )
+
+    @property
+    def period(self) -> int:
+        """Layers of the shortest group that repeats (the last one may be cut)."""
+        kinds = self.kinds
+        return next(
+            p
+            for p in range(1, len(kinds) + 1)
+            if all(kind == kinds[i % p] for i, kind in enumerate(kinds))
+        )
 
 
 class KVCache(nnx.Pytree):
@@ -81,35 +144,57 @@ def apply(linear: Any, x: Array, key: Array | None, index: int) -> Array:
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions."""
 
-    def __init__(self, config: DecoderConfig, linear: Callable[..., Linear]):
-        self.config = config
-        q_size = config.num_heads * config.head_dim
-        kv_size = config.num_kv_heads * config.head_dim
-        hidden, bias = config.hidden_size, config.attention_bias
-        self.q_proj = linear("q_proj", q_size, hidden, bias)
-        self.k_proj = linear("k_proj", kv_size, hidden, bias)
-        self.v_proj = linear("v_proj", kv_size, hidden, bias)
-        self.o_proj = linear("o_proj", hidden, q_size, config.output_bias)
+    def __init__(
+        self,
+        config: DecoderConfig,
+        linear: Callable[..., Linear],
+        norm: Callable[[int], RMSNorm],
+    ):
+        c = self.config = config
+        q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        hidden, bias = c.hidden_size, c.attention_bias
+        if c.fused:
+            self.qkv_proj = linear(q_size + 2 * kv_size, hidden, bias)
+        else:
+            self.q_proj = linear(q_size, hidden, bias)
+            self.k_proj = linear(kv_size, hidden, bias)
+            self.v_proj = linear(kv_size, hidden, bias)
+        self.o_proj = linear(hidden, q_size, c.output_bias)
+        if c.qk_norm != "none":
+            per_head = c.qk_norm == "head"
+            self.q_norm = norm(c.head_dim if per_head else q_size)
+            self.k_norm = norm(c.head_dim if per_head else kv_size)
 
     def __call__(
         self,
         x: Float[Array, "batch seq hidden"],
+        kind: LayerKind,
         positions: Int[Array, "batch seq"],
-        cos_sin: tuple[Array, Array],
+        rotations: dict[str, tuple[Array, Array]],
         cache: tuple[Array, Array, Array, Array] | None = None,
         key: Array | None = None,
     ) -> tuple[Float[Array, "batch seq hidden"], tuple[Array, Array] | None]:
         """Attends; with a cache, over its keys and the new ones, which are returned."""
         c = self.config
+        q, k, v = self._projected(x, key)
         heads = lambda y, n: y.reshape(*x.shape[:2], n, c.head_dim)  # noqa: E731
-        q = heads(apply(self.q_proj, x, key, 0), c.num_heads)
-        k = heads(apply(self.k_proj, x, key, 1), c.num_kv_heads)
-        v = heads(apply(self.v_proj, x, key, 2), c.num_kv_heads)
-        q = checkpoint_name(rotate(q, cos_sin), "q")
-        k = checkpoint_name(rotate(k, cos_sin), "k")
-        v = checkpoint_name(v, "v")
+        if c.qk_norm == "all":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = heads(q, c.num_heads), heads(k, c.num_kv_heads)
+        v = heads(v, c.num_kv_heads)
+        if c.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if kind.rope != "none":
+            cos_sin = rotations[kind.rope]
+            q, k = rotate(q, cos_sin), rotate(k, cos_sin)
+        q, k, v = (checkpoint_name(*y) for y in ((q, "q"), (k, "k"), (v, "v")))
+        options = {
+            "window": kind.window,
+            "scale": c.attention_scale,
+            "softcap": c.attention_softcap,
+        }
         if cache is None:
-            mixed, new = causal_attention(q, k, v, window=c.sliding_window), None
+            mixed, new = causal_attention(q, k, v, **options), None
         else:
             cache_k, cache_v, k_positions, length = cache
             put = functools.partial(
@@ -118,49 +203,106 @@ class Attention(nnx.Module):
             k = put(cache_k, k.astype(cache_k.dtype))
             v = put(cache_v, v.astype(cache_v.dtype))
             new = (k, v)
-            mixed = attention(q, k, v, positions, k_positions, window=c.sliding_window)
+            mixed = attention(q, k, v, positions, k_positions, **options)
         mixed = checkpoint_name(mixed.reshape(*x.shape[:2], -1), "mixed")
         return apply(self.o_proj, mixed, key, 3), new
 
+    def _projected(self, x: Array, key: Array | None) -> list[Array]:
+        c = self.config
+        if not c.fused:
+            projections = (self.q_proj, self.k_proj, self.v_proj)
+            return [apply(one, x, key, i) for i, one in enumerate(projections)]
+        q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        qkv = apply(self.qkv_proj, x, key, 0)
+        return jnp.split(qkv, (q_size, q_size + kv_size), axis=-1)
+
 
 class MLP(nnx.Module):
-    """The gated feed-forward: down(silu(gate(x)) * up(x))."""
+    """The gated feed-forward: down(activation(gate(x)) * up(x))."""
 
     def __init__(self, config: DecoderConfig, linear: Callable[..., Linear]):
         hidden, wide = config.hidden_size, config.intermediate_size
-        self.gate_proj = linear("gate_proj", wide, hidden, False)
-        self.up_proj = linear("up_proj", wide, hidden, False)
-        self.down_proj = linear("down_proj", hidden, wide, False)
+        self.config = config
+        if config.fused:
+            self.gate_up_proj = linear(2 * wide, hidden, False)
+        else:
+            self.gate_proj = linear(wide, hidden, False)
+            self.up_proj = linear(wide, hidden, False)
+        self.down_proj = linear(hidden, wide, False)
 
     def __call__(
-        self, x: Float[Array, "batch seq hidden"], key: Array | None = None
-    ) -> Float[Array, "batch seq hidden"]:
-        """Applies the three projections."""
-        gate = checkpoint_name(apply(self.gate_proj, x, key, 4), "gate")
-        up = checkpoint_name(apply(self.up_proj, x, key, 5), "up")
-        return apply(self.down_proj, jax.nn.silu(gate) * up, key, 6)
+        self, x: Float[Array, "*batch hidden"], key: Array | None = None
+    ) -> Float[Array, "*batch hidden"]:
+        """Applies the projections."""
+        if self.config.fused:
+            both = checkpoint_name(apply(self.gate_up_proj, x, key, 4), "gate_up")
+            gate, up = jnp.split(both, 2, axis=-1)
+        else:
+            gate = checkpoint_name(apply(self.gate_proj, x, key, 4), "gate")
+            up = checkpoint_name(apply(self.up_proj, x, key, 5), "up")
+        act = ACTIVATIONS[self.config.activation]
+        return apply(self.down_proj, act(gate) * up, key, 6)
 
 
 class DecoderLayer(nnx.Module):
-    """Pre-norm attention and feed-forward, each added to the residual stream."""
+    """Attention and feed-forward, each with its norms added to the residual stream."""
 
     def __init__(
         self,
         config: DecoderConfig,
         linear: Callable[..., Linear],
-        norm_weight: Callable,
+        norm: Callable[[int], RMSNorm],
+        mlp: Callable[[], Any],
     ):
-        eps = config.rms_norm_eps
-        self.attn_norm = RMSNorm(norm_weight(), eps)
-        self.attn = Attention(config, linear)
-        self.mlp_norm = RMSNorm(norm_weight(), eps)
-        self.mlp = MLP(config, linear)
+        hidden = config.hidden_size
+        self.config = config
+        if config.norms != "post":
+            self.attn_norm = norm(hidden)
+            self.mlp_norm = norm(hidden)
+        if config.norms != "pre":
+            self.attn_post_norm = norm(hidden)
+            self.mlp_post_norm = norm(hidden)
+        self.attn = Attention(config, linear, norm)
+        self.mlp = mlp()
 
-    def __call__(self, x, positions, cos_sin, cache=None, key=None):
+    def __call__(self, x, kind, positions, rotations, cache=None, key=None):
         """Returns (the stream after the layer, the cache's new keys and values)."""
-        mixed, new = self.attn(self.attn_norm(x), positions, cos_sin, cache, key)
-        x = checkpoint_name(x + mixed, "middle")
-        return x + self.mlp(self.mlp_norm(x), key), new
+        before, after = self.config.norms != "post", self.config.norms != "pre"
+        scale = self.config.residual_scale
+        y = self.attn_norm(x) if before else x
+        y, new = self.attn(y, kind, positions, rotations, cache, key)
+        y = self.attn_post_norm(y) if after else y
+        x = checkpoint_name(x + _scaled(y, scale), "middle")
+        y = self.mlp(self.mlp_norm(x) if before else x, key)
+        y = self.mlp_post_norm(y) if after else y
+        return x + _scaled(y, scale), new
+
+
+class Head(nnx.Module):
+    """A linear whose logits are scaled (Granite) or capped (Gemma 2)."""
+
+    def __init__(self, linear: Any, scale: float, softcap: float | None):
+        self.linear = linear
+        self.scale = scale
+        self.softcap = softcap
+
+    @property
+    def out_features(self) -> int:
+        """Size of the vocabulary."""
+        return self.linear.out_features
+
+    def __call__(
+        self, x: Float[Array, "*batch hidden"]
+    ) -> Float[Array, "*batch vocab"]:
+        """Returns logits in x's dtype."""
+        logits = _scaled(self.linear(x), self.scale)
+        if self.softcap is not None:
+            logits = jnp.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+
+def _scaled(x: Array, scale: float) -> Array:
+    return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
 
 
 class Decoder(nnx.Module):
@@ -183,22 +325,37 @@ class Decoder(nnx.Module):
     ):
         """Makes a decoder with random weights, N(0, 0.02)."""
         self.config = config
-        stack = (config.num_layers,)
-        keys = iter(jax.random.split(key, 16))
+        layers = (config.num_layers,)
+        keys = iter(jax.random.split(key, 24))
 
         def normal(*shape: int) -> Array:
             return (0.02 * jax.random.normal(next(keys), shape)).astype(dtype)
 
-        def linear(name: str, out: int, features: int, bias: bool) -> Linear:
-            kernel = normal(*stack, out, features)
-            return Linear(kernel, jnp.zeros((*stack, out), dtype) if bias else None)
+        def linears(stack: tuple[int, ...]) -> Callable[..., Linear]:
+            def linear(out: int, features: int, bias: bool) -> Linear:
+                kernel = normal(*stack, out, features)
+                return Linear(kernel, jnp.zeros((*stack, out), dtype) if bias else None)
 
-        def norm_weight() -> Array:
-            return jnp.ones((*stack, config.hidden_size), dtype)
+            return linear
+
+        def norm(features: int, stack: tuple[int, ...] = layers) -> RMSNorm:
+            weight = jnp.full((*stack, features), 1 - config.norm_offset, dtype)
+            return RMSNorm(weight, config.rms_norm_eps, config.norm_offset)
+
+        def mlp() -> Any:
+            experts = config.num_experts
+            if not experts:
+                return MLP(config, linears(layers))
+            router = Router(
+                normal(*layers, experts, config.hidden_size),
+                config.experts_per_token,
+                config.normalize_experts,
+            )
+            return Experts(router, MLP(config, linears((*layers, experts))), experts)
 
         self.embed_tokens = FrozenParam(normal(config.vocab_size, config.hidden_size))
-        self.layers = DecoderLayer(config, linear, norm_weight)
-        self.norm = RMSNorm(jnp.ones(config.hidden_size, dtype), config.rms_norm_eps)
+        self.layers = DecoderLayer(config, linears(layers), norm, mlp)
+        self.norm = norm(config.hidden_size, ())
         head = None
         if not config.tie_word_embeddings:
             head = Linear(normal(config.vocab_size, config.hidden_size))
@@ -206,8 +363,12 @@ class Decoder(nnx.Module):
 
     @property
     def head(self) -> Any:
-        """The linear from hidden states to logits: lm_head, or the tied embedding."""
-        return Linear(self.embed_tokens[...]) if self.lm_head is None else self.lm_head
+        """What makes logits of hidden states: lm_head, or the tied embedding."""
+        c = self.config
+        head = Linear(self.embed_tokens[...]) if self.lm_head is None else self.lm_head
+        if c.logit_scale == 1 and c.logit_softcap is None:
+            return head
+        return Head(head, c.logit_scale, c.logit_softcap)
 
     @property
     def compute_dtype(self) -> jnp.dtype:
@@ -243,24 +404,18 @@ class Decoder(nnx.Module):
         positions = jnp.broadcast_to(
             jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape
         )
-        graphdef, state = nnx.split(self.layers)
-        cos_sin = self._rotation(positions)
+        rotations = self._rotations(positions)
         keys = None
         if key is not None:
             keys = jax.random.split(key, self.config.num_layers)
-
-        def body(x, slices):
-            layer_state, layer_key = slices
-            layer = nnx.merge(graphdef, layer_state)
-            return layer(x, positions, cos_sin, None, layer_key)[0], None
-
         policy = None
         if checkpoint == "none":
             policy = jax.checkpoint_policies.save_only_these_names(*SAVED)
-        # Inside a scan there is nothing to deduplicate against, so CSE stays allowed.
-        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-        x = self.embed_tokens[...][tokens]
-        x, _ = jax.lax.scan(body, x, (state, keys))
+
+        def apply_layer(layer, kind, x, layer_key):
+            return layer(x, kind, positions, rotations, None, layer_key)
+
+        x, _ = self._scan(apply_layer, self._embed(tokens), keys, policy, remat=True)
         return self.norm(x)
 
     def decode(
@@ -276,20 +431,16 @@ class Decoder(nnx.Module):
         Returns:
           Float32 logits after the last token, and the cache with the tokens added.
         """
-        graphdef, state = nnx.split(self.layers)
-        cos_sin = self._rotation(positions)
+        rotations = self._rotations(positions)
         k_positions = jax.lax.dynamic_update_slice_in_dim(
             cache.positions, positions, cache.length, axis=1
         )
 
-        def body(x, slices):
-            layer_state, k, v = slices
-            layer = nnx.merge(graphdef, layer_state)
-            layer_cache = (k, v, k_positions, cache.length)
-            return layer(x, positions, cos_sin, layer_cache)
+        def apply_layer(layer, kind, x, kv):
+            layer_cache = (*kv, k_positions, cache.length)
+            return layer(x, kind, positions, rotations, layer_cache)
 
-        x = self.embed_tokens[...][tokens]
-        x, new = jax.lax.scan(body, x, (state, cache.k, cache.v))
+        x, new = self._scan(apply_layer, self._embed(tokens), (cache.k, cache.v))
         k, v = cast(tuple[Array, Array], new)
         logits = self.logits(self.norm(x[:, -1]))
         return logits, KVCache(k, v, k_positions, cache.length + tokens.shape[1])
@@ -303,7 +454,77 @@ class Decoder(nnx.Module):
         nothing = jnp.full((batch, capacity), -1, jnp.int32)
         return KVCache(k, v, nothing, jnp.int32(0))
 
-    def _rotation(self, positions: Array) -> tuple[Array, Array]:
+    def _embed(self, tokens: Array) -> Array:
+        return _scaled(self.embed_tokens[...][tokens], self.config.embedding_scale)
+
+    def _rotations(self, positions: Array) -> dict[str, tuple[Array, Array]]:
         c = self.config
-        frequencies = inverse_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
-        return rotation(positions, frequencies)
+        dim = c.rotary_dim or c.head_dim
+        made = {"global": rotation(positions, dim, c.rope_theta, c.rope_scaling)}
+        if any(kind.rope == "local" for kind in c.kinds):
+            made["local"] = rotation(positions, dim, c.local_rope_theta, None)
+        return made
+
+    def _scan(
+        self,
+        apply_layer: Callable[..., tuple[Array, Any]],
+        x: Array,
+        extra: Any,
+        policy: Any = None,
+        remat: bool = False,
+    ) -> tuple[Array, Any]:
+        """Applies all layers: (layer, kind, x, its part of extra) -> (x, output).
+
+        Layers of one kind are one scan. Otherwise the group that repeats is; what is left
+        of a last group follows by itself.
+        """
+        c = self.config
+        period, kinds = c.period, c.kinds
+        graphdef, lora, frozen = nnx.split(self.layers, nnx.LoRAParam, ...)
+
+        def run(kind: LayerKind, x: Array, slices: Any) -> tuple[Array, Any]:
+            *states, part = slices
+            return apply_layer(nnx.merge(graphdef, *states), kind, x, part)
+
+        def one(kind: LayerKind) -> Callable[[Array, Any], tuple[Array, Any]]:
+            f = functools.partial(run, kind)
+            # In a scan there is nothing to deduplicate against, so CSE stays allowed.
+            return jax.checkpoint(f, policy=policy, prevent_cse=False) if remat else f
+
+        if period == 1:
+            return jax.lax.scan(one(kinds[0]), x, (lora, frozen, extra))
+
+        def at(tree: Any, i: Any) -> Any:
+            index = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
+            return jax.tree.map(lambda leaf: index(leaf, i), tree)
+
+        groups = c.num_layers // period
+        whole = groups * period
+        # What is differentiated, and the caches, go through the scan; the base stays where
+        # it is and is read by index, as cutting off the last group would copy it.
+        moving = lora, extra
+        grouped = jax.tree.map(
+            lambda leaf: leaf[:whole].reshape(groups, period, *leaf.shape[1:]), moving
+        )
+
+        def body(x: Array, xs: Any) -> tuple[Array, Any]:
+            group, (lora, extra) = xs
+            outputs = []
+            for j in range(period):
+                base = at(frozen, group * period + j)
+                mine = jax.tree.map(lambda leaf, j=j: leaf[j], (lora, extra))
+                x, output = one(kinds[j])(x, (mine[0], base, mine[1]))
+                outputs.append(output)
+            return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+        x, outputs = jax.lax.scan(body, x, (jnp.arange(groups), grouped))
+        outputs = jax.tree.map(
+            lambda leaf: leaf.reshape(whole, *leaf.shape[2:]), outputs
+        )
+        for i in range(whole, c.num_layers):
+            mine = jax.tree.map(lambda leaf, i=i: leaf[i], (lora, frozen, extra))
+            x, output = one(kinds[i])(x, mine)
+            outputs = jax.tree.map(
+                lambda leaf, new: jnp.concatenate([leaf, new[None]]), outputs, output
+            )
+        return x, outputs

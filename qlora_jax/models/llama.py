@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from qlora_jax.errors import CheckpointError
+from qlora_jax.models import reading
 from qlora_jax.models.decoder import DecoderConfig
-from qlora_jax.nn.rope import RopeScaling
 
 MODEL_TYPE = "llama"
 
@@ -25,86 +26,29 @@ NAMES = {
     "layers.mlp.up_proj.kernel": "model.layers.{}.mlp.up_proj.weight",
     "layers.mlp.down_proj.kernel": "model.layers.{}.mlp.down_proj.weight",
 }
-"""Our path of a parameter -> its Hugging Face name; {} is the layer."""
+"""Our path of a parameter -> its Hugging Face name; {} is the layer (and the expert)."""
+
+QK_NORM = {
+    "layers.attn.q_norm.weight": "model.layers.{}.self_attn.q_norm.weight",
+    "layers.attn.k_norm.weight": "model.layers.{}.self_attn.k_norm.weight",
+}
+"""More names, of families that norm queries and keys."""
 
 IGNORED = ("rotary_emb.inv_freq",)
 """Endings of tensors that old checkpoints carry and no model needs."""
 
-REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
-_ROPE_KINDS = ("default", "linear", "llama3")
 
-
-def read_config(hf: dict[str, Any]) -> tuple[DecoderConfig | None, list[str]]:
-    """Reads a config.json.
-
-    Returns:
-      The decoder's config and no problems, or None and every problem found.
-    """
-    problems = [f"{key} is missing" for key in REQUIRED if key not in hf]
-    act = hf.get("hidden_act", "silu")
-    if act != "silu":
-        problems.append(f"hidden_act is {act!r}, only 'silu' is supported")
-    if hf.get("mlp_bias"):
-        problems.append("mlp_bias is true; no bias in the feed-forward is supported")
-    scaling, theta, rope_problem = read_rope(hf)
-    if rope_problem:
-        problems.append(rope_problem)
-    if problems:
-        return None, problems
-    heads = hf["num_attention_heads"]
-    bias = bool(hf.get("attention_bias", False))
-    return DecoderConfig(
-        vocab_size=hf["vocab_size"],
-        hidden_size=hf["hidden_size"],
-        intermediate_size=hf["intermediate_size"],
-        num_layers=hf["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=hf.get("num_key_value_heads") or heads,
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-        rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
-        attention_bias=bias,
-        output_bias=bias,
-        max_position_embeddings=hf.get("max_position_embeddings", 2048),
-    ), []
-
-
-def read_rope(hf: dict[str, Any]) -> tuple[RopeScaling | None, float, str | None]:
-    """Reads rotary settings: (scaling, theta, problem). Both of HF's spellings."""
-    parameters = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    theta = float(hf.get("rope_theta") or parameters.get("rope_theta") or 10000.0)
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if kind not in _ROPE_KINDS:
-        known = ", ".join(_ROPE_KINDS)
-        return None, theta, f"rope_scaling has type {kind!r}; known: {known}"
-    if kind == "default":
-        return None, theta, None
-    fields = {
-        "factor": "factor",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-        "original_max_position": "original_max_position_embeddings",
-    }
-    if missing := [
-        name
-        for name in list(fields.values())[: 1 if kind == "linear" else 4]
-        if name not in parameters
-    ]:
-        return None, theta, f"rope_scaling of type {kind!r} lacks {', '.join(missing)}"
-    values = {ours: parameters[hf] for ours, hf in fields.items() if hf in parameters}
-    return RopeScaling(kind=kind, **values), theta, None
+def read_config(hf: dict[str, Any]) -> reading.Read:
+    """Reads a config.json: (config, problems)."""
+    return reading.read(hf)
 
 
 def write_config(config: DecoderConfig) -> dict[str, Any]:
-    """Returns a config.json for a decoder that came from no folder."""
+    """Returns a config.json for a decoder that came from no folder.
+
+    Raises:
+      CheckpointError: it is no Llama, Mistral or Qwen2.
+    """
     rope: dict[str, Any] | None = None
     if config.rope_scaling is not None:
         scaling = config.rope_scaling
@@ -120,7 +64,7 @@ def write_config(config: DecoderConfig) -> dict[str, Any]:
         kind, architecture = "mistral", "MistralForCausalLM"
     elif config.attention_bias and not config.output_bias:
         kind, architecture = "qwen2", "Qwen2ForCausalLM"
-    return {
+    written = {
         "architectures": [architecture],
         "model_type": kind,
         "sliding_window": config.sliding_window,
@@ -140,3 +84,11 @@ def write_config(config: DecoderConfig) -> dict[str, Any]:
         "mlp_bias": False,
         "tie_word_embeddings": config.tie_word_embeddings,
     }
+    from qlora_jax.models import FAMILIES
+
+    if FAMILIES[kind].read_config(written)[0] != config:
+        raise CheckpointError(
+            "the model's shape is of no family whose config.json can be written from "
+            "nothing (llama, mistral, qwen2); give the folder it came from as source="
+        )
+    return written

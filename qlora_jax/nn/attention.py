@@ -38,12 +38,14 @@ def causal_attention(
     v: Float[Array, "batch seq kv_heads head_dim"],
     *,
     window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Softmax attention in whole sequences: token i sees the tokens up to i.
 
     Args:
-      q, k, v, window: As in `attention`; padding belongs to the right.
+      q, k, v, window, scale, softcap: As in `attention`; padding belongs to the right.
       implementation: 'xla' is `attention`; 'cudnn' is jax.nn.dot_product_attention's, for
         16-bit heads on an NVIDIA GPU of sm_80 or later. None takes cuDNN's where it runs;
         $QLORA_JAX_ATTENTION names one for all.
@@ -54,11 +56,15 @@ def causal_attention(
     Raises:
       ConfigError: the named implementation cannot run, with the reason.
     """
-    name, _ = choose_attention(q.shape, k.shape[2], q.dtype, window, implementation)
+    name, _ = choose_attention(
+        q.shape, k.shape[2], q.dtype, window, softcap, implementation
+    )
     if name == "cudnn":
-        return _cudnn(q, k, v, window)
+        return _cudnn(q, k, v, window, scale)
     positions = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), q.shape[:2])
-    return attention(q, k, v, positions, positions, window=window)
+    return attention(
+        q, k, v, positions, positions, window=window, scale=scale, softcap=softcap
+    )
 
 
 def choose_attention(
@@ -66,6 +72,7 @@ def choose_attention(
     kv_heads: int,
     dtype: jnp.dtype,
     window: int | None = None,
+    softcap: float | None = None,
     implementation: str | None = None,
 ) -> tuple[str, str]:
     """Returns what `causal_attention` runs for q of a shape, and why."""
@@ -80,6 +87,8 @@ def choose_attention(
     device = current_device()
     if device.platform != "gpu":
         reason = f"cudnn needs an NVIDIA GPU, this is {device.platform}"
+    elif softcap is not None:
+        reason = "cudnn has no softcap"
     else:
         reason = _cudnn_refuses(shape, kv_heads, jnp.dtype(dtype).name, window)
     if reason is None:
@@ -91,11 +100,14 @@ def choose_attention(
     return "xla", reason
 
 
-def _cudnn(q: Array, k: Array, v: Array, window: int | None) -> Array:
+def _cudnn(
+    q: Array, k: Array, v: Array, window: int | None, scale: float | None = None
+) -> Array:
     return jax.nn.dot_product_attention(
         q,
         k,
         v,
+        scale=scale,
         is_causal=True,
         local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn",
@@ -133,6 +145,8 @@ def attention(
     k_positions: Int[Array, "batch keys"],
     *,
     window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Softmax attention with grouped keys; a query sees keys at or before its position.
 
@@ -144,6 +158,8 @@ def attention(
       k_positions: Position of each key; a negative one is never seen (padding, unused
         cache).
       window: Only the last `window` positions are seen; None for all.
+      scale: Of the scores; None for head_dim**-0.5.
+      softcap: Scores s become softcap * tanh(s / softcap) (Gemma 2); None leaves them.
 
     Returns:
       The heads' outputs in q's dtype; softmax and sums are float32.
@@ -151,13 +167,15 @@ def attention(
     batch, seq, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
     group = heads // kv_heads
+    scale = head_dim**-0.5 if scale is None else scale
     # Batch axes first and one matrix each behind them: (batch, kv_heads, rows, head_dim).
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
 
     def block(q: Array, q_positions: Array) -> Array:
         rows = q.reshape(batch, -1, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
         seen = _seen(q_positions, k_positions, window)[:, None, None]
-        y = _attend(rows.reshape(batch, kv_heads, -1, head_dim), k, v, seen)
+        rows = rows.reshape(batch, kv_heads, -1, head_dim)
+        y = _attend(rows, k, v, seen, scale, softcap)
         y = y.reshape(batch, kv_heads, group, -1, head_dim).transpose(0, 3, 1, 2, 4)
         return y.reshape(batch, -1, heads, head_dim)
 
@@ -185,34 +203,36 @@ def _seen(q_positions: Array, k_positions: Array, window: int | None) -> Array:
     return seen if window is None else seen & (q - k < window)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attend(
     q: Float[Array, "b h gq d"],
     k: Float[Array, "b h k d"],
     v: Float[Array, "b h k d"],
     seen: Bool[Array, "b 1 1 q k"],
+    scale: float,
+    softcap: float | None,
 ) -> Float[Array, "b h gq d"]:
     """Attention of one query block; rows are the queries of each head of a group."""
-    weights = _weights(q, k, seen).astype(q.dtype)
+    weights = _weights(q, k, seen, scale, softcap)[0].astype(q.dtype)
     return _dot(weights, v, 3, 2).astype(q.dtype)
 
 
-def _attend_fwd(q, k, v, seen):
-    return _attend(q, k, v, seen), (q, k, v, seen)
+def _attend_fwd(q, k, v, seen, scale, softcap):
+    return _attend(q, k, v, seen, scale, softcap), (q, k, v, seen)
 
 
-def _attend_bwd(residuals, dy):
+def _attend_bwd(scale, softcap, residuals, dy):
     # By hand, so that products are of the compute dtype: autodiff of the float32 sums
     # would multiply in float32.
     q, k, v, seen = residuals
     # Barriers, so that exp is not fused into, and redone for, each of its consumers,
     # and transposes are made once rather than inside a product.
-    weights = lax.optimization_barrier(_weights(q, k, seen))
+    weights, slope = _weights(q, k, seen, scale, softcap)
+    weights = lax.optimization_barrier(weights)
     dv = _dot(_transpose(weights.astype(q.dtype)), dy, 3, 2)
     d_weights = _dot(dy, v, 3, 3)
     centre = jnp.sum(d_weights * weights, axis=-1, keepdims=True)
-    d_scores = weights * (d_weights - centre) * (q.shape[-1] ** -0.5)
-    d_scores = d_scores.astype(q.dtype)
+    d_scores = (weights * (d_weights - centre) * slope).astype(q.dtype)
     dq, dk = _dot(d_scores, k, 3, 2), _dot(_transpose(d_scores), q, 3, 2)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
@@ -224,12 +244,19 @@ def _transpose(x: Array) -> Array:
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _weights(q: Array, k: Array, seen: Array) -> Float[Array, "b h gq k"]:
-    scores = _dot(q, k, 3, 3) * (q.shape[-1] ** -0.5)
+def _weights(
+    q: Array, k: Array, seen: Array, scale: float, softcap: float | None
+) -> tuple[Float[Array, "b h gq k"], Array | float]:
+    """Returns the softmax, and what a score's derivative is multiplied by."""
+    scores = _dot(q, k, 3, 3) * scale
+    slope = scale
+    if softcap is not None:
+        capped = jnp.tanh(scores / softcap)
+        scores, slope = softcap * capped, scale * (1 - capped**2)
     b, h, rows, keys = scores.shape
     scores = scores.reshape(b, h, -1, seen.shape[3], keys)
     weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1)
-    return weights.reshape(b, h, rows, keys)
+    return weights.reshape(b, h, rows, keys), slope
 
 
 def _dot(

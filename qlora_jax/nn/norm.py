@@ -9,16 +9,18 @@ from qlora_jax.nn.variables import FrozenParam
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * weight over the last axis; statistics in float32.
+    """x / rms(x) * (offset + weight) over the last axis; statistics in float32.
 
     Attributes:
       weight: FrozenParam, (..., features).
       eps: Added to the mean square.
+      offset: 1 where weights are stored as their difference from 1 (Gemma).
     """
 
-    def __init__(self, weight: Array, eps: float):
+    def __init__(self, weight: Array, eps: float, offset: float = 0.0):
         self.weight = FrozenParam(weight)
         self.eps = eps
+        self.offset = offset
 
     def __call__(
         self, x: Float[Array, "*batch features"]
@@ -27,4 +29,5 @@ class RMSNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
         normed = wide * jax.lax.rsqrt(mean_square + self.eps)
-        return (normed * self.weight[...].astype(jnp.float32)).astype(x.dtype)
+        weight = self.offset + self.weight[...].astype(jnp.float32)
+        return (normed * weight).astype(x.dtype)

@@ -1,38 +1,91 @@
-"""Rotary position embedding, half-split as in Hugging Face, with llama3 scaling.
+"""Rotary position embedding, half-split as in Hugging Face, with its scalings.
 
-Source: Su et al., arXiv 2104.09864; transformers modeling_rope_utils.py for the scaled
-frequencies.
+Source: Su et al., arXiv 2104.09864; YaRN, arXiv 2309.00071; LongRoPE, arXiv 2402.13753;
+transformers modeling_rope_utils.py for all the scaled frequencies.
 """
 
 import dataclasses
 import math
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+Kind = Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How frequencies change beyond the pretraining length ('linear' or 'llama3')."""
+    """How frequencies change beyond the pretraining length.
 
-    kind: str
-    factor: float
+    Attributes:
+      kind: 'linear' and 'dynamic' use factor alone; 'dynamic' and 'longrope' depend on the
+        length of the sequence.
+      factor: Of the context.
+      low_freq_factor, high_freq_factor: Of llama3.
+      original_max_position: Pretraining length; for 'dynamic' the length from which on
+        frequencies change.
+      attention_factor: What cosines and sines are multiplied by (yarn, longrope).
+      beta_fast, beta_slow, truncate: Of yarn.
+      short_factor, long_factor: Of longrope, one a frequency.
+    """
+
+    kind: Kind
+    factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
 
 
 def inverse_frequencies(
-    head_dim: int, theta: float, scaling: RopeScaling | None
-) -> np.ndarray:
-    """Returns the float32 (head_dim/2,) rotation speeds, radians a position."""
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
+    dim: int,
+    theta: float,
+    scaling: RopeScaling | None,
+    length: Int[Array, ""] | int | None = None,
+) -> np.ndarray | Float[Array, " half"]:
+    """Returns the float32 (dim/2,) rotation speeds, radians a position.
+
+    Args:
+      dim: Rotated features of a head.
+      theta: The base.
+      scaling: None for plain RoPE.
+      length: Of the longest sequence, for 'dynamic' and 'longrope'.
+    """
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / dim
     frequencies = (1.0 / theta**exponents).astype(np.float32)
     if scaling is None:
         return frequencies
-    if scaling.kind == "linear":
-        return frequencies / np.float32(scaling.factor)
+    match scaling.kind:
+        case "linear":
+            return frequencies / np.float32(scaling.factor)
+        case "llama3":
+            return _llama3(frequencies, scaling)
+        case "yarn":
+            return _yarn(frequencies, dim, theta, scaling)
+        case "dynamic":
+            limit = scaling.original_max_position
+            reach = jnp.maximum(limit if length is None else length, limit) / limit
+            grown = scaling.factor * reach.astype(jnp.float32) - (scaling.factor - 1)
+            base = theta * grown ** (dim / (dim - 2))
+            return 1.0 / base ** jnp.asarray(exponents)
+        case "longrope":
+            short, long = (
+                jnp.asarray(frequencies / np.asarray(factors, np.float32))
+                for factors in (scaling.short_factor, scaling.long_factor)
+            )
+            longer = (0 if length is None else length) > scaling.original_max_position
+            return jnp.where(longer, long, short)
+    raise ValueError(f"unknown RoPE scaling {scaling}")
+
+
+def _llama3(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     wavelengths = 2 * math.pi / frequencies
     low = scaling.original_max_position / scaling.low_freq_factor
     high = scaling.original_max_position / scaling.high_freq_factor
@@ -45,20 +98,47 @@ def inverse_frequencies(
     return np.where(middle, blended, scaled).astype(np.float32)
 
 
+def _yarn(
+    frequencies: np.ndarray, dim: int, theta: float, scaling: RopeScaling
+) -> np.ndarray:
+    def boundary(rotations: float) -> float:
+        """The feature that turns so often within the pretraining length."""
+        turns = scaling.original_max_position / (rotations * 2 * math.pi)
+        return dim * math.log(turns) / (2 * math.log(theta))
+
+    low, high = boundary(scaling.beta_fast), boundary(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    high += 0.001 * (low == high)
+    ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+    slow = frequencies / np.float32(scaling.factor)
+    return (slow * ramp + frequencies * (1 - ramp)).astype(np.float32)
+
+
 def rotation(
-    positions: Int[Array, "batch seq"], frequencies: np.ndarray
+    positions: Int[Array, "batch seq"],
+    dim: int,
+    theta: float,
+    scaling: RopeScaling | None,
 ) -> tuple[Float[Array, "batch seq 1 half"], Float[Array, "batch seq 1 half"]]:
-    """Returns float32 cosines and sines of every position."""
+    """Returns float32 cosines and sines of every position, (..., dim/2)."""
+    frequencies = inverse_frequencies(dim, theta, scaling, jnp.max(positions) + 1)
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    factor = 1.0 if scaling is None else scaling.attention_factor
+    return factor * jnp.cos(angles), factor * jnp.sin(angles)
 
 
 def rotate(
     x: Float[Array, "batch seq heads head_dim"],
     cos_sin: tuple[Float[Array, "batch seq 1 half"], Float[Array, "batch seq 1 half"]],
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """Rotates the first half of each head against the second, in float32."""
+    """Rotates each head's first features, half against half, in float32.
+
+    Features beyond twice the cosines' size (partial RoPE) stay as they are.
+    """
     cos, sin = cos_sin
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = [first * cos - second * sin, second * cos + first * sin]
+    half = cos.shape[-1]
+    first, second, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin, rest]
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)

@@ -262,7 +262,7 @@ def test_a_path_that_is_no_model_is_refused(tmp_path, make):
 def test_an_unknown_architecture_names_those_known(tmp_path):
     oracle.write_folder(tmp_path, CONFIG | {"model_type": "rwkv"}, tensors())
     with pytest.raises(
-        CheckpointError, match="model_type is 'rwkv'; known .*llama, mistral, qwen2"
+        CheckpointError, match="model_type is 'rwkv'; known .*llama, mistral"
     ):
         load(tmp_path)
 
@@ -275,9 +275,9 @@ def test_a_config_that_is_no_json_is_refused(tmp_path):
 
 
 def test_all_problems_of_a_config_are_gathered(tmp_path):
-    hf = CONFIG | {"hidden_act": "gelu", "quantization_config": {"quant_method": "awq"}}
+    hf = CONFIG | {"hidden_act": "relu", "quantization_config": {"quant_method": "awq"}}
     oracle.write_folder(tmp_path, hf, tensors())
-    with pytest.raises(CheckpointError, match=r"(?s)2 problems.*'gelu'.*'awq'"):
+    with pytest.raises(CheckpointError, match=r"(?s)2 problems.*'relu'.*'awq'"):
         load(tmp_path)
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import oracle
 import pytest
 
+from qlora_jax.errors import CheckpointError
 from qlora_jax.models import FAMILIES, DecoderConfig, llama
 from qlora_jax.nn.rope import RopeScaling
 
@@ -33,7 +34,6 @@ def test_the_families_are_named_by_their_model_type():
     assert {name: family.MODEL_TYPE for name, family in FAMILIES.items()} == {
         name: name for name in FAMILIES
     }
-    assert {"llama", "mistral", "qwen2"} <= FAMILIES.keys()
 
 
 def test_llama_reads_sizes_and_derives_what_is_left_out():
@@ -74,16 +74,16 @@ def test_mistral_reads_its_window():
 
 
 def test_all_problems_of_a_config_are_named():
-    hf = oracle.hf_config(hidden_act="gelu", mlp_bias=True)
-    hf["rope_scaling"] = {"rope_type": "yarn", "factor": 2.0}
+    hf = oracle.hf_config(hidden_act="relu", mlp_bias=True)
+    hf["rope_scaling"] = {"rope_type": "spiral", "factor": 2.0}
     del hf["vocab_size"], hf["num_hidden_layers"]
     found = problems(hf)
     for part in (
         "vocab_size is missing",
         "num_hidden_layers is missing",
-        "hidden_act is 'gelu', only 'silu'",
+        "hidden_act is 'relu'; known: silu",
         "mlp_bias is true",
-        "type 'yarn'; known: default, linear, llama3",
+        "type 'spiral'; known: default, linear, dynamic, yarn, llama3",
     ):
         assert part in found
 
@@ -95,9 +95,32 @@ def test_scaling_without_its_parameters_is_refused():
     assert "'linear' lacks factor" in problems(hf)
 
 
-def test_qwen2s_sliding_window_is_refused_where_it_is_used():
-    hf = oracle.hf_config(model_type="qwen2", use_sliding_window=True)
-    assert "use_sliding_window is true" in problems(hf)
+def test_layers_are_scanned_by_the_group_that_repeats():
+    hf = oracle.hf_config(model_type="gemma3_text", num_hidden_layers=26)
+    config = read(hf)
+    assert config.period == 6
+    assert [kind.rope for kind in config.kinds[:6]] == ["local"] * 5 + ["global"]
+    assert read(oracle.hf_config(model_type="gemma2", num_hidden_layers=26)).period == 2
+    windows = {"use_sliding_window": True, "max_window_layers": 3, "sliding_window": 9}
+    hf = oracle.hf_config(model_type="qwen2", num_hidden_layers=5, **windows)
+    assert [kind.window for kind in read(hf).kinds] == [None] * 3 + [9] * 2
+    assert read(oracle.hf_config(model_type="qwen2")).period == 1
+
+
+def test_what_a_family_cannot_be_is_refused():
+    hf = oracle.hf_config(model_type="qwen3_moe", mlp_only_layers=[1])
+    assert "mlp_only_layers is [1]; layers without experts" in problems(hf)
+    hf = oracle.hf_config(model_type="gemma2", use_bidirectional_attention=True)
+    assert "only causal is supported" in problems(hf)
+    rope = {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}
+    hf = oracle.hf_config(model_type="gemma3_text", rope_parameters=rope)
+    assert "the sliding layers' rope_scaling is linear" in problems(hf)
+
+
+def test_a_shape_of_no_writable_family_asks_for_its_source():
+    config = read(oracle.hf_config(model_type="granite", residual_multiplier=0.5))
+    with pytest.raises(CheckpointError, match="give the folder it came from"):
+        llama.write_config(config)
 
 
 @pytest.mark.parametrize(

@@ -66,18 +66,17 @@ def test_rotation_turns_the_first_half_against_the_second():
     x = heads()
     at = np.stack([np.arange(5), np.arange(100, 105)])
     speeds = inverse_frequencies(8, 10000.0, None)
-    y = rotate(jnp.asarray(x), rotation(jnp.asarray(at, jnp.int32), speeds))
+    y = rotate(jnp.asarray(x), rotation(jnp.asarray(at, jnp.int32), 8, 10000.0, None))
     np.testing.assert_allclose(y, oracle.rotated(x, at, speeds), atol=2e-5)
 
 
 def test_scores_depend_on_the_distance_alone():
     q, k = heads(1), heads(1)[:, :, ::-1]
-    speeds = inverse_frequencies(8, 10000.0, None)
 
     def score(q_at: int, k_at: int) -> np.ndarray:
         at = [jnp.full((2, 1), p, jnp.int32) for p in (q_at, k_at)]
         a, b = (
-            rotate(jnp.asarray(x), rotation(p, speeds))
+            rotate(jnp.asarray(x), rotation(p, 8, 10000.0, None))
             for x, p in zip((q, k), at, strict=True)
         )
         return np.sum(np.asarray(a) * np.asarray(b), -1)
@@ -89,7 +88,7 @@ def test_rotation_is_float32_inside_and_keeps_the_dtype():
     x = jnp.asarray(heads(), jnp.bfloat16)
     at = jnp.full((2, 5), 30000, jnp.int32)  # bfloat16 could not count so far
     speeds = inverse_frequencies(8, 10000.0, None)
-    y = rotate(x, rotation(at, speeds))
+    y = rotate(x, rotation(at, 8, 10000.0, None))
     assert y.dtype == jnp.bfloat16
     exact = oracle.rotated(
         np.asarray(x, np.float64), np.asarray(at), speeds.astype(np.float64)

@@ -1,0 +1,186 @@
+"""What config.json files of all families have in common, read into a DecoderConfig."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from qlora_jax.models.decoder import DecoderConfig, LayerKind
+from qlora_jax.nn.rope import RopeScaling
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+SLIDING = "sliding_attention"
+_NEEDS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+    "longrope": ("short_factor", "long_factor"),
+}
+
+Read = tuple[DecoderConfig | None, list[str]]
+"""A decoder's config and no problems, or None and every problem found."""
+
+
+def read(
+    hf: dict[str, Any], problems: Iterable[str] = (), rope: Any = None, **fields: Any
+) -> Read:
+    """Reads what families share.
+
+    Args:
+      hf: The object of config.json.
+      problems: Found already.
+      rope: Rotary settings, where they are not at their usual place.
+      **fields: Of DecoderConfig, as this family has them.
+    """
+    found = [f"{key} is missing" for key in REQUIRED if hf.get(key) is None]
+    act = hf.get("hidden_act") or hf.get("hidden_activation") or "silu"
+    if act not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        found.append(f"hidden_act is {act!r}; known: {known}")
+    if hf.get("mlp_bias"):
+        found.append("mlp_bias is true; no bias in the feed-forward is supported")
+    scaling, theta, partial, problem = read_rope(hf, rope)
+    found += [problem] if problem else []
+    found += problems
+    if found:
+        return None, found
+    heads = hf["num_attention_heads"]
+    head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
+    bias = bool(hf.get("attention_bias", False))
+    values = {
+        "vocab_size": hf["vocab_size"],
+        "hidden_size": hf["hidden_size"],
+        "intermediate_size": hf["intermediate_size"],
+        "num_layers": hf["num_hidden_layers"],
+        "num_heads": heads,
+        "num_kv_heads": hf.get("num_key_value_heads") or heads,
+        "head_dim": head_dim,
+        "rms_norm_eps": hf.get("rms_norm_eps", 1e-6),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "rotary_dim": None if partial == 1 else int(head_dim * partial),
+        "tie_word_embeddings": bool(hf.get("tie_word_embeddings", False)),
+        "attention_bias": bias,
+        "output_bias": bias,
+        "max_position_embeddings": hf.get("max_position_embeddings", 2048),
+        "activation": ACTIVATIONS[act],
+    }
+    return DecoderConfig(**values | fields), []
+
+
+def read_rope(
+    hf: dict[str, Any], settings: dict[str, Any] | None = None
+) -> tuple[RopeScaling | None, float, float, str | None]:
+    """Reads rotary settings, in both of Hugging Face's spellings.
+
+    Args:
+      hf: The object of config.json.
+      settings: Its rotary ones, where they are not at their usual place.
+
+    Returns:
+      (scaling, theta, share of a head that is rotated, problem).
+    """
+    rope: dict[str, Any] = (
+        settings or hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    )
+    theta = float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0)
+    partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor")) or 1.0
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        if hf.get("model_type") != "phi3":  # transformers does not heed it elsewhere
+            partial = 1.0
+        return None, theta, partial, None
+    if kind not in _NEEDS:
+        known = ", ".join(("default", *_NEEDS))
+        problem = f"rope_scaling has type {kind!r}; known: {known}"
+        return None, theta, partial, problem
+    longest = hf.get("max_position_embeddings", 2048)
+    pretrained = hf.get("original_max_position_embeddings") or rope.get(
+        "original_max_position_embeddings", longest
+    )
+    given = {name for name, value in rope.items() if value is not None}
+    if kind == "yarn":
+        given.add("factor")  # it follows from both lengths
+    if missing := [name for name in _NEEDS[kind] if name not in given]:
+        problem = f"rope_scaling of type {kind!r} lacks {', '.join(missing)}"
+        return None, theta, partial, problem
+    factor = rope.get("factor") or longest / pretrained
+    values: dict[str, Any] = {"factor": factor}
+    if kind == "dynamic":
+        values["original_max_position"] = longest
+    elif kind == "llama3":
+        values["low_freq_factor"] = rope["low_freq_factor"]
+        values["high_freq_factor"] = rope["high_freq_factor"]
+        values["original_max_position"] = rope["original_max_position_embeddings"]
+    elif kind == "yarn":
+        values["original_max_position"] = pretrained
+        values["attention_factor"] = _yarn_attention(rope, factor)
+        values["beta_fast"] = rope.get("beta_fast") or 32
+        values["beta_slow"] = rope.get("beta_slow") or 1
+        values["truncate"] = rope.get("truncate", True)
+    elif kind == "longrope":
+        attention = rope.get("attention_factor")
+        if attention is None:
+            grown = 1 + math.log(factor) / math.log(pretrained) if factor > 1 else 1
+            attention = math.sqrt(grown)
+        values["original_max_position"] = pretrained
+        values["attention_factor"] = attention
+        values["short_factor"] = tuple(rope["short_factor"])
+        values["long_factor"] = tuple(rope["long_factor"])
+    return RopeScaling(kind=kind, **values), theta, partial, None
+
+
+def _yarn_attention(rope: dict[str, Any], factor: float) -> float:
+    def scale(m: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
+
+    if rope.get("attention_factor") is not None:
+        return rope["attention_factor"]
+    m, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
+    return scale(m) / scale(all_dim) if m and all_dim else scale(1)
+
+
+def layer_kinds(
+    hf: dict[str, Any], default: Iterable[str], **sliding: Any
+) -> tuple[LayerKind, ...]:
+    """Reads layer_types: which layers attend in a sliding window.
+
+    Args:
+      hf: With sliding_window and, maybe, layer_types.
+      default: The types where there are none.
+      **sliding: More of LayerKind for sliding layers.
+
+    Returns:
+      One kind a layer, or () when all are full attention.
+    """
+    types = hf.get("layer_types") or list(default)
+    kind = LayerKind(window=hf.get("sliding_window"), **sliding)
+    kinds = tuple(kind if one == SLIDING else LayerKind() for one in types)
+    return () if set(kinds) == {LayerKind()} else kinds
+
+
+def windows_from(hf: dict[str, Any]) -> tuple[LayerKind, ...]:
+    """Reads Qwen's windows: of the layers from max_window_layers on, where it uses any."""
+    if not hf.get("use_sliding_window"):
+        return ()
+    layers, first = hf.get("num_hidden_layers", 0), hf.get("max_window_layers", 28)
+    return layer_kinds(
+        hf, (SLIDING if i >= first else "full_attention" for i in range(layers))
+    )

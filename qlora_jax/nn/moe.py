@@ -1,0 +1,146 @@
+"""Mixture of experts: each token through the experts that its router chose.
+
+Tokens are sorted by expert and laid out in blocks that belong to one expert each, so that
+a quantized expert is one `nf4_matmul` a block and nothing is dropped (as MegaBlocks does,
+arXiv 2211.15841). How many blocks there can be is known from shapes alone; those that stay
+empty are skipped.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from qlora_jax.nn.matmul import frozen_matmul
+from qlora_jax.nn.variables import FrozenParam
+
+_SMALLEST_BLOCK, _LARGEST_BLOCK = 8, 256
+
+
+class Router(nnx.Module):
+    """Chooses experts: the largest of a softmax over a frozen linear's outputs.
+
+    Attributes:
+      weight: FrozenParam, (..., experts, hidden); neither quantized nor adapted.
+      top_k: Experts a token.
+      normalize: Whether the chosen probabilities are scaled to sum to 1.
+    """
+
+    def __init__(self, weight: Array, top_k: int, normalize: bool):
+        self.weight = FrozenParam(weight)
+        self.top_k = top_k
+        self.normalize = normalize
+
+    def __call__(
+        self, x: Float[Array, "tokens hidden"]
+    ) -> tuple[Float[Array, "tokens k"], Int[Array, "tokens k"]]:
+        """Returns float32 weights and the experts' indices."""
+        logits = frozen_matmul(x, self.weight[...]).astype(jnp.float32)
+        weights, chosen = lax.top_k(jax.nn.softmax(logits, axis=-1), self.top_k)
+        if self.normalize:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        return weights, chosen
+
+
+class Experts(nnx.Module):
+    """A router and feed-forwards of which each token takes some.
+
+    Attributes:
+      router: Router.
+      experts: One feed-forward module, every array with a leading axis of experts.
+      count: Of experts.
+    """
+
+    def __init__(self, router: Router, experts: Any, count: int):
+        self.router = router
+        self.experts = experts
+        self.count = count
+
+    def __call__(
+        self, x: Float[Array, "batch seq hidden"], key: Array | None = None
+    ) -> Float[Array, "batch seq hidden"]:
+        """Sums the chosen experts' outputs, weighted."""
+        flat = x.reshape(-1, x.shape[-1])
+        weights, chosen = self.router(flat)
+        graphdef, lora, frozen = nnx.split(self.experts, nnx.LoRAParam, ...)
+
+        def prepare(experts: Int[Array, " blocks"]) -> Any:
+            # The adapters' factors, small, are gathered at once, so that their gradient is
+            # one sum and not one a block.
+            return jax.tree.map(lambda leaf: leaf[experts], lora), experts
+
+        def apply(prepared: Any, index: Array, rows: Array) -> Array:
+            factors, expert = prepared
+            one = jax.tree.map(
+                lambda leaf: lax.dynamic_index_in_dim(leaf, expert, keepdims=False),
+                frozen,
+            )
+            block_key = None if key is None else jax.random.fold_in(key, index)
+            return nnx.merge(graphdef, factors, one)(rows, block_key)
+
+        y = grouped(flat, weights, chosen, self.count, prepare, apply)
+        return y.reshape(x.shape)
+
+
+def grouped(
+    x: Float[Array, "tokens hidden"],
+    weights: Float[Array, "tokens k"],
+    chosen: Int[Array, "tokens k"],
+    count: int,
+    prepare: Callable[[Int[Array, " blocks"]], Any],
+    apply: Callable[[Any, Array, Array], Array],
+) -> Float[Array, "tokens hidden"]:
+    """Applies to each token the experts chosen for it.
+
+    Args:
+      x: Tokens.
+      weights: Of each token's experts.
+      chosen: Their indices, below count.
+      count: Of experts.
+      prepare: (expert of each block) -> pytree with a leading axis of blocks.
+      apply: (one of these, block index, rows (block, hidden)) -> rows.
+
+    Returns:
+      Sum of weight * output over a token's experts, in x's dtype.
+    """
+    tokens, k = chosen.shape
+    pairs = tokens * k
+    block = _block_size(pairs, count)
+    blocks = (pairs + count * (block - 1)) // block
+    expert = chosen.reshape(-1)
+    order = jnp.argsort(expert, stable=True)
+    sizes = jnp.bincount(expert, length=count)
+    ends = jnp.cumsum(-(-sizes // block))  # blocks up to and with each expert
+    # Where a pair lies: its expert's first block, and its rank among that expert's pairs.
+    starts = (ends - -(-sizes // block)) * block
+    rank = jnp.arange(pairs) - (jnp.cumsum(sizes) - sizes)[expert[order]]
+    slot = jnp.zeros(pairs, jnp.int32).at[order].set(starts[expert[order]] + rank)
+    # Slots without a pair read a row of zeros behind the last token.
+    source = jnp.full(blocks * block, tokens, jnp.int32)
+    source = source.at[slot].set(jnp.arange(pairs, dtype=jnp.int32) // k)
+    rows = jnp.pad(x, ((0, 1), (0, 0)))[source].reshape(blocks, block, -1)
+    index = jnp.arange(blocks)
+    owner = jnp.minimum(jnp.searchsorted(ends, index, side="right"), count - 1)
+
+    def body(_: None, block_xs: tuple) -> tuple[None, Array]:
+        i, prepared, some = block_xs
+        y = lax.cond(
+            i < ends[-1], lambda: apply(prepared, i, some), lambda: jnp.zeros_like(some)
+        )
+        return None, y
+
+    _, y = lax.scan(body, None, (index, prepare(owner), rows))
+    y = y.reshape(blocks * block, -1)[slot].reshape(tokens, k, -1)
+    return jnp.sum(y.astype(jnp.float32) * weights[..., None], axis=1).astype(x.dtype)
+
+
+def _block_size(pairs: int, count: int) -> int:
+    """Half of an expert's mean share, as a power of two: padding wastes about a fourth."""
+    size = _SMALLEST_BLOCK
+    while size < min(_LARGEST_BLOCK, pairs // (2 * count)):
+        size *= 2
+    return size

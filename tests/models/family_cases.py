@@ -1,0 +1,308 @@
+"""Tiny models of every family, for goldens that need no stored weights.
+
+Config, weights and tokens of a case all follow from its name and this file alone, so
+that the golden files hold logits and no weights. numpy only: the script that makes the
+goldens imports it beside torch.
+"""
+
+import hashlib
+import math
+from typing import Any
+
+import numpy as np
+
+VOCAB = 96
+SEQ = 40
+PADDED = 27
+"""Real tokens of the second row where it is padded on the right."""
+
+_GAINS = {
+    "q_proj": 1.5,
+    "k_proj": 1.5,
+    "qkv_proj": 1.5,
+    "lm_head": 3.0,
+    "gate": 3.0,  # a router: far from equal shares
+}
+"""Output size of a linear for inputs of size 1, where it is not 1.2: attention and
+logits far from uniform."""
+_GAIN = 1.2
+
+
+def _config(model_type: str, **changes: Any) -> dict[str, Any]:
+    """Returns a config.json in the spelling of the hub's files."""
+    return {
+        "model_type": model_type,
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    } | changes
+
+
+_SHORT = [1.0, 1.05, 1.1, 1.3, 1.6, 2.0, 2.5, 3.0]
+_LONG = [1.0, 1.2, 1.7, 2.5, 4.0, 6.0, 9.0, 12.0]
+
+CASES: dict[str, dict[str, Any]] = {
+    "llama_llama3": _config(
+        "llama",
+        hidden_size=64,
+        head_dim=24,
+        max_position_embeddings=128,
+        rope_theta=500.0,
+        rope_scaling={
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    "llama_linear": _config(
+        "llama",
+        attention_bias=True,
+        rope_scaling={"type": "linear", "factor": 3.0},
+        tie_word_embeddings=True,
+    ),
+    "llama_dynamic": _config(
+        "llama",
+        max_position_embeddings=24,
+        rope_theta=500.0,
+        rope_scaling={"rope_type": "dynamic", "factor": 2.0},
+    ),
+    "llama_yarn": _config(
+        "llama",
+        head_dim=16,
+        max_position_embeddings=128,
+        rope_theta=500.0,
+        rope_scaling={
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "beta_fast": 1.0,
+            "beta_slow": 0.125,
+            "original_max_position_embeddings": 32,
+        },
+        tie_word_embeddings=True,
+    ),
+    "llama_yarn_mscale": _config(
+        "llama",
+        head_dim=16,
+        max_position_embeddings=128,
+        rope_theta=500.0,
+        rope_scaling={
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "beta_fast": 2.0,
+            "beta_slow": 0.25,
+            "mscale": 1.5,
+            "mscale_all_dim": 0.5,
+            "truncate": False,
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    "mistral": _config("mistral", num_key_value_heads=1, sliding_window=8),
+    "mistral_full": _config(
+        "mistral", head_dim=24, sliding_window=None, rope_theta=1e6
+    ),
+    "qwen2": _config(
+        "qwen2",
+        use_sliding_window=False,
+        sliding_window=8,
+        max_window_layers=1,
+        tie_word_embeddings=True,
+    ),
+    "qwen2_window": _config(
+        "qwen2",
+        num_hidden_layers=4,
+        use_sliding_window=True,
+        sliding_window=8,
+        max_window_layers=2,
+    ),
+    "qwen3": _config("qwen3", head_dim=24, rope_theta=1e6, tie_word_embeddings=True),
+    "qwen3_window": _config(
+        "qwen3",
+        head_dim=16,
+        num_hidden_layers=3,
+        attention_bias=True,
+        use_sliding_window=True,
+        sliding_window=8,
+        max_window_layers=1,
+    ),
+    "gemma": _config("gemma", head_dim=24, num_key_value_heads=1, hidden_act="gelu"),
+    "gemma2": _config(
+        "gemma2",
+        head_dim=24,
+        num_hidden_layers=4,
+        hidden_activation="gelu_pytorch_tanh",
+        sliding_window=8,
+        query_pre_attn_scalar=20,
+        attn_logit_softcapping=3.0,
+        final_logit_softcapping=6.0,
+    ),
+    "gemma3_text": _config(
+        "gemma3_text",
+        head_dim=16,
+        num_hidden_layers=5,
+        sliding_window=8,
+        sliding_window_pattern=3,
+        query_pre_attn_scalar=12,
+        rope_theta=5000.0,
+        rope_local_base_freq=100.0,
+        rope_scaling={"rope_type": "linear", "factor": 4.0},
+    ),
+    "phi3": _config("phi3", sliding_window=10, original_max_position_embeddings=64),
+    "phi3_partial": _config(
+        "phi3",
+        hidden_size=64,
+        partial_rotary_factor=0.5,
+        original_max_position_embeddings=64,
+    ),
+    "phi3_longrope": _config(
+        "phi3",
+        hidden_size=64,
+        original_max_position_embeddings=16,
+        rope_scaling={
+            "type": "longrope",
+            "short_factor": _SHORT,
+            "long_factor": _LONG,
+        },
+    ),
+    "phi3_longrope_partial": _config(
+        "phi3",
+        hidden_size=64,
+        partial_rotary_factor=0.75,
+        original_max_position_embeddings=32,
+        max_position_embeddings=128,
+        rope_scaling={
+            "type": "longrope",
+            "short_factor": _SHORT[:6],
+            "long_factor": _LONG[:6],
+        },
+        tie_word_embeddings=True,
+    ),
+    "smollm3": _config("smollm3", num_hidden_layers=4, no_rope_layer_interval=2),
+    "smollm3_window": _config(
+        "smollm3",
+        num_hidden_layers=3,
+        head_dim=16,
+        no_rope_layers=[1, 0, 0],
+        use_sliding_window=True,
+        sliding_window=8,
+        tie_word_embeddings=False,
+    ),
+    "olmo2": _config("olmo2", hidden_size=64),
+    "granite": _config(
+        "granite",
+        hidden_size=64,
+        embedding_multiplier=5.0,
+        attention_multiplier=0.4,
+        residual_multiplier=0.7,
+        logits_scaling=3.0,
+        tie_word_embeddings=True,
+    ),
+    "mixtral": _config(
+        "mixtral",
+        intermediate_size=24,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=12,
+    ),
+    "qwen3_moe": _config(
+        "qwen3_moe",
+        head_dim=16,
+        num_experts=6,
+        num_experts_per_tok=3,
+        moe_intermediate_size=16,
+        norm_topk_prob=True,
+        tie_word_embeddings=True,
+    ),
+    "qwen3_moe_raw": _config(
+        "qwen3_moe",
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        norm_topk_prob=False,
+        use_sliding_window=True,
+        sliding_window=8,
+    ),
+    "qwen3_moe_dense": _config(
+        "qwen3_moe",
+        head_dim=16,
+        num_hidden_layers=3,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        norm_topk_prob=True,
+        mlp_only_layers=[0],
+    ),
+    "qwen3_moe_step": _config(
+        "qwen3_moe",
+        head_dim=16,
+        num_hidden_layers=4,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        norm_topk_prob=True,
+        decoder_sparse_step=2,
+    ),
+}
+"""Name of a case -> its config.json."""
+
+SHORTER = {"llama_dynamic": 20, "phi3_longrope": 16, "phi3_longrope_partial": 32}
+"""Cases whose frequencies depend on the length -> a length that scaling leaves alone."""
+
+
+def weight(case: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns the float32 tensor of a case, by its name on disk."""
+    x = _uniform(f"{case}/{name}", shape)
+    part = name.split(".")[-2]
+    family = CASES[case]["model_type"]
+    if part.endswith("norm"):
+        # Larger for q and k, so that normed scores are far from equal.
+        center = 1.5 if part in ("q_norm", "k_norm") else 1.0
+        center -= family.startswith("gemma")  # whose norms multiply by 1 + weight
+        return (center + 0.25 * x).astype(np.float32)
+    if name.endswith("bias"):
+        return (0.3 * x).astype(np.float32)
+    if part == "embed_tokens":
+        # Gemma multiplies them by sqrt(hidden), Granite by its multiplier.
+        size = 0.2 if family.startswith("gemma") or family == "granite" else 0.5
+        return (size * x).astype(np.float32)
+    return (_GAINS.get(part, _GAIN) / math.sqrt(shape[-1]) * x).astype(np.float32)
+
+
+def tokens(case: str, length: int | None = None) -> np.ndarray:
+    """Returns int32 (2, length) token ids, the first of SEQ."""
+    uniform = _uniform(f"{case}/tokens", (2, SEQ), 1.0)
+    return (3 + (uniform + 1) / 2 * (VOCAB - 3)).astype(np.int32)[:, :length]
+
+
+def padded_tokens(case: str) -> np.ndarray:
+    """Returns `tokens` with zeros in the second row from PADDED on."""
+    ids = tokens(case)
+    ids[1, PADDED:] = 0
+    return ids
+
+
+def positions(length: int) -> list[int]:
+    """Returns the positions whose logits a golden holds."""
+    return [1, length // 2, length - 1]
+
+
+def _uniform(key: str, shape: tuple[int, ...], limit: float = math.sqrt(3)):
+    """Returns float64 values in [-limit, limit), of variance 1 by default.
+
+    From the raw bits of PCG64, which numpy keeps the same between versions (what its
+    distributions make of them may change).
+    """
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "big")
+    raw = np.random.PCG64(seed).random_raw(math.prod(shape))
+    return (2 * limit * ((raw >> np.uint64(11)) * 2.0**-53) - limit).reshape(shape)

@@ -1,0 +1,126 @@
+"""Our decoders against transformers: logits of tiny models of every family."""
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+from models import family_cases as cases
+from safetensors.numpy import save_file
+
+import qlora_jax as qlora
+from qlora_jax.models import FAMILIES, Decoder
+from qlora_jax.models.decoder import KVCache
+from qlora_jax.nn import Linear, QuantizedLinear
+
+LOGITS_RTOL = 2e-5
+"""Of the largest logit. Both sides compute in float32 and differ in the order of their
+sums: 2e-6 here. The nearest wrong formula, erf for tanh in GELU, is off by 1e-4."""
+REFUSED = {
+    "qwen3_moe_dense": "mlp_only_layers is [0]; layers without experts",
+    "qwen3_moe_step": "decoder_sparse_step is 2; layers without experts",
+}
+"""Cases that we do not read, and in what words."""
+READ = [case for case in cases.CASES if case not in REFUSED]
+FAMILY = {cases.CASES[case]["model_type"]: case for case in reversed(READ)}
+"""Model type -> its first case."""
+# Not llama_dynamic: its frequencies change with each token, and keys in a cache stay.
+CACHED = [*FAMILY.values(), "qwen2_window", "phi3_longrope", "smollm3_window"]
+
+
+def read(case: str, golden: Callable[[str], Path]) -> dict[str, Any]:
+    """Returns a golden's arrays, with what transformers saved as an object."""
+    if (kind := cases.CASES[case]["model_type"]) not in FAMILIES:
+        pytest.skip(f"{kind} is no family of ours yet")
+    with np.load(golden(f"families/{case}.npz")) as arrays:
+        made = dict(arrays)
+    return made | {"saved": json.loads(made["saved"].tobytes())}
+
+
+def load(case: str, made: dict[str, Any], folder: Path, quant: Any = None) -> Decoder:
+    """Writes the case's folder, as transformers saves it, and loads it."""
+    (folder / "config.json").write_text(json.dumps(made["saved"]["config"]))
+    shapes = made["saved"]["tensors"].items()
+    tensors = {name: cases.weight(case, name, tuple(shape)) for name, shape in shapes}
+    save_file(tensors, folder / "model.safetensors")
+    return qlora.load(folder, quant, dtype="float32")[0]
+
+
+def check(got: Any, want: np.ndarray) -> None:
+    atol = LOGITS_RTOL * np.abs(want).max()
+    np.testing.assert_allclose(np.asarray(got), want, rtol=0, atol=atol)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def decode(
+    graphdef: nnx.GraphDef, state: nnx.State, ids: jax.Array, at: jax.Array, c: KVCache
+) -> tuple[jax.Array, KVCache]:
+    return nnx.merge(graphdef, state).decode(ids, at, c)
+
+
+@pytest.mark.parametrize("case", READ)
+def test_logits_are_those_of_transformers(case, golden, tmp_path):
+    made = read(case, golden)
+    model = load(case, made, tmp_path)
+    got = tiny.logits(model, jnp.asarray(cases.tokens(case)))
+    check(got[:, cases.positions(cases.SEQ)], made["logits"])
+    got = tiny.logits(model, jnp.asarray(cases.padded_tokens(case)))
+    check(got[1, cases.PADDED - 1], made["logits_padded"])
+    if length := cases.SHORTER.get(case):
+        got = tiny.logits(model, jnp.asarray(cases.tokens(case, length)))
+        check(got[:, cases.positions(length)], made["logits_shorter"])
+
+
+@pytest.mark.parametrize("case", CACHED)
+def test_a_cache_gives_the_same_logits(case, golden, tmp_path):
+    made = read(case, golden)
+    graphdef, state = nnx.split(model := load(case, made, tmp_path))
+    ids, at = cases.tokens(case), np.tile(np.arange(cases.SEQ, dtype=np.int32), (2, 1))
+    # The second row is the padded one, with its padding on the left.
+    shift = cases.SEQ - cases.PADDED
+    ids[1], at[1] = np.roll(ids[1], shift), np.roll(at[1], shift)
+    at[1, :shift] = -1
+    cache = model.empty_cache(2, cases.SEQ + 3)
+    for part in (slice(0, cases.SEQ - 1), slice(cases.SEQ - 1, cases.SEQ)):
+        now = jnp.asarray(ids[:, part]), jnp.asarray(at[:, part])
+        got, cache = decode(graphdef, state, *now, cache)
+    check(got[0], made["logits"][0, -1])
+    check(got[1], made["logits_padded"])
+
+
+@pytest.mark.parametrize("case", READ)
+def test_both_spellings_of_a_config_read_the_same(case, golden):
+    saved = read(case, golden)["saved"]["config"]
+    read_config = FAMILIES[saved["model_type"]].read_config
+    config, problems = read_config(saved)
+    assert not problems
+    assert read_config(cases.CASES[case]) == (config, [])
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_no_family_reads_is_refused_in_words(case, golden):
+    saved = read(case, golden)["saved"]["config"]
+    for hf in (saved, cases.CASES[case]):
+        config, problems = FAMILIES[hf["model_type"]].read_config(hf)
+        assert config is None
+        assert REFUSED[case] in "\n".join(problems)
+
+
+@pytest.mark.parametrize("case", FAMILY.values())
+def test_a_model_quantizes_as_it_loads(case, golden, tmp_path):
+    model = load(case, read(case, golden), tmp_path, qlora.QuantConfig())
+    linears = {
+        ".".join(map(str, path)): isinstance(node, QuantizedLinear)
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, Linear | QuantizedLinear)
+    }
+    assert linears.pop("lm_head", False) is False
+    assert len(linears) >= 4 and all(linears.values())
+    assert np.isfinite(tiny.logits(model, jnp.asarray(cases.tokens(case)))).all()
