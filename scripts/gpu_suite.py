@@ -4,10 +4,11 @@
     python scripts/gpu_suite.py --out suite.jsonl --only sweep --large
 
 Sections: ceilings (copy bandwidth, bf16 product), numerics (every implementation, and
-attention, against float64, fresh random inputs, NaN-poisoned outputs' memory), sweep (tokens over the linears
-of Llama-3 8B, and 70B with --large: the library's choice, cuBLAS on dense bf16 weights,
-two_pass, bitsandbytes where it is installed), lora (an adapted linear with its gradients),
-step (a training step of an 8B-shaped model; PEFT + bitsandbytes where installed).
+attention, against float64, fresh random inputs, NaN-poisoned outputs' memory), sweep
+(tokens over the linears of Llama-3 8B, and 70B with --large: the library's choice, cuBLAS
+on dense bf16 weights, two_pass, bitsandbytes where it is installed), lora (an adapted
+linear with its gradients), step (a training step of an 8B-shaped model; PEFT +
+bitsandbytes where installed).
 
 Times are device time (CUPTI, the sum of a call's kernels): medians over calls that rotate
 among weights larger together than the L2. Workers compile in parallel and run one at a

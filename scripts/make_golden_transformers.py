@@ -15,6 +15,8 @@ NAME.npz holds, all float32 unless noted:
   with an attention mask.
 - saved: JSON bytes, {"config": config.json as transformers writes it, "tensors":
   {name on disk: shape}, "versions": {...}}.
+
+defaults.json: {model type: config.json as transformers writes it, made from SIZES}.
 """
 
 import argparse
@@ -28,12 +30,14 @@ import safetensors
 import torch
 import transformers
 from safetensors.numpy import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "models"))
 
 import family_cases as cases  # noqa: E402
 
+# Of every model's config, and nothing about its shape.
+UNUSED = set(PreTrainedConfig().to_dict()) - {"tie_word_embeddings"}
 VERSIONS = {
     "torch": torch.__version__,
     "transformers": transformers.__version__,
@@ -58,6 +62,8 @@ def main() -> None:
         size = (options.out / f"{case}.npz").stat().st_size
         spread = made["logits"].std(-1).mean()
         print(f"{case}: {size} bytes, logits spread {spread:.2f}")
+    text = json.dumps(defaults(), indent=1, sort_keys=True)
+    (options.out / "defaults.json").write_text(text + "\n")
 
 
 def make(case: str) -> dict[str, np.ndarray]:
@@ -95,6 +101,17 @@ def make(case: str) -> dict[str, np.ndarray]:
             made["logits_shorter"] = shorter[:, cases.positions(length)]
     text = json.dumps(saved | {"versions": VERSIONS}, separators=(",", ":"))
     return made | {"saved": np.frombuffer(text.encode(), np.uint8)}
+
+
+def defaults() -> dict[str, dict]:
+    """Returns {model type: its config with every default}."""
+    families = dict.fromkeys(hf["model_type"] for hf in cases.CASES.values())
+    read = {}
+    for family in families:
+        config = AutoConfig.for_model(family, **cases.SIZES).to_dict()
+        kept = {key: value for key, value in config.items() if key not in UNUSED}
+        read[family] = {"model_type": family} | kept
+    return read
 
 
 def write(case: str, folder: Path) -> dict:

@@ -34,12 +34,13 @@ def fingerprint(model: nnx.Module) -> str | None:
             lead = value.codes.shape[: -1 if value.layout == "flat" else -2]
             shapes.append([".".join(map(str, path)), [*lead, *value.shape]])
             continue
-        if isinstance(value, (jax.core.Tracer, jax.ShapeDtypeStruct)):
-            return None
         shapes.append([".".join(map(str, path)), list(value.shape)])
         # Kernels may be quantized elsewhere, so only what never is takes part.
-        if path[-1] != "kernel":
-            values.append(value.reshape(-1))
+        if path[-1] == "kernel":
+            continue
+        if isinstance(value, (jax.core.Tracer, jax.ShapeDtypeStruct)):
+            return None
+        values.append(value.reshape(-1))
     structure = hashlib.sha256(json.dumps(sorted(shapes)).encode()).hexdigest()[:16]
     share = max(1, _SAMPLES // max(1, len(values)))
     sample = []

@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": "perplexity of a text, or loss and exact match of rows",
     "generate": "continue prompts",
     "merge": "fold an adapter into a dense model folder",
+    "inspect": "what a folder holds, and whether an adapter fits a base",
     "doctor": "devices, versions, and which kernels will run",
 }
 

@@ -7,6 +7,7 @@ rank, alpha, dropout, targets, the base's fingerprint.
 import dataclasses
 import json
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any, TypeVar
@@ -114,6 +115,41 @@ def find_adapter(path: str | os.PathLike[str]) -> Path:
 def read_adapter_config(path: str | os.PathLike[str]) -> LoRAConfig:
     """Reads an adapter's rank, alpha, dropout and targets."""
     return _read_metadata(find_adapter(path))[0]
+
+
+def describe_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns what an adapter is, from its metadata alone."""
+    folder = find_adapter(path)
+    config, metadata = _read_metadata(folder)
+    shapes = metadata["arrays"].values()
+    return {
+        "kind": "adapter",
+        **dataclasses.asdict(config),
+        "parameters": sum(math.prod(shape) for shape in shapes),
+        "arrays": len(shapes),
+        "base_structure": (metadata["base"] or {}).get("structure"),
+    }
+
+
+def misfits(path: str | os.PathLike[str], model: nnx.Module) -> list[str]:
+    """Returns why an adapter does not fit a base, whose kernels may be shapes alone."""
+    config, metadata = _read_metadata(find_adapter(path))
+    problems = []
+    ours = fingerprint(model)
+    if metadata["base"] is not None and ours is not None:
+        if text := difference(json.loads(ours), metadata["base"]):
+            problems.append(text)
+    try:
+        graphdef, state = nnx.split(model)
+        shapes = nnx.eval_shape(
+            lambda state: attach_zero(
+                nnx.merge(graphdef, state), config, key=jax.random.key(0)
+            ),
+            state,
+        )
+    except ConfigError as error:
+        return [*problems, str(error)]
+    return problems + _shape_problems(metadata, shapes)
 
 
 def load_adapter(path: str | os.PathLike[str], model: M) -> M:

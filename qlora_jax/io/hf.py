@@ -82,6 +82,37 @@ def load(
     return _fill(skeleton, loaded, implementation), Tokenizer.open(folder)
 
 
+def outline(path_or_repo: str | os.PathLike[str]) -> tuple[Decoder, Checkpoint]:
+    """Opens a folder without reading its linears.
+
+    Returns:
+      A model whose kernels are shapes alone and whose other parameters are mapped from
+      the files, and the tensors of the folder.
+
+    Raises:
+      CheckpointError: as `load`.
+    """
+    folder = find(path_or_repo)
+    _, family, config, _ = read_config(folder)
+    checkpoint = Checkpoint(folder)
+    skeleton = nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0)))
+    wanted = _wanted(skeleton, family, config)
+    _check_names(folder, checkpoint, wanted, family)
+
+    def fill(path: tuple, variable: nnx.Variable) -> nnx.Variable:
+        names, stack, _ = wanted[".".join(map(str, path))]
+        if path[-1] == "kernel":
+            return variable
+        if not stack:
+            return variable.replace(checkpoint[names[0]])
+        value = np.stack([checkpoint[name] for name in names])
+        return variable.replace(value.reshape(variable.get_value().shape))
+
+    graphdef, state = nnx.split(skeleton)
+    flat = [(path, fill(path, v)) for path, v in nnx.to_flat_state(state)]
+    return nnx.merge(graphdef, nnx.from_flat_state(flat)), checkpoint
+
+
 def original_kernels(
     path_or_repo: str | os.PathLike[str],
 ) -> Callable[[str, tuple[int, ...]], np.ndarray]:
@@ -158,7 +189,12 @@ def read_config(
             f"{folder / 'config.json'}: model_type is {kind!r}; known architectures: "
             f"{', '.join(sorted(FAMILIES))}"
         )
-    config, problems = FAMILIES[kind].read_config(hf)
+    try:
+        config, problems = FAMILIES[kind].read_config(hf)
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+        raise CheckpointError(
+            f"{folder / 'config.json'} has a value of the wrong kind: {error!r}"
+        ) from None
     stored, more = bitsandbytes.read_quantization_config(hf)
     if problems := problems + more:
         raise CheckpointError(gathered(f"{folder / 'config.json'}", problems))

@@ -17,7 +17,8 @@ DEFAULTS = {
 
 def read_config(hf: dict[str, Any]) -> reading.Read:
     """Reads a config.json: (config, problems)."""
-    return read_gemma(DEFAULTS | hf)
+    # 'gelu' in old configs means the tanh form too (transformers, GemmaConfig).
+    return read_gemma(DEFAULTS | hf | {"hidden_act": "gelu_pytorch_tanh"})
 
 
 def read_gemma(hf: dict[str, Any], **fields: Any) -> reading.Read:
@@ -25,8 +26,6 @@ def read_gemma(hf: dict[str, Any], **fields: Any) -> reading.Read:
     problems = []
     if hf.get("use_bidirectional_attention"):
         problems.append("use_bidirectional_attention is true; only causal is supported")
-    # 'gelu' in old configs means the tanh form too (transformers, GemmaConfig).
-    hf = hf | {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": None}
     return reading.read(
         hf,
         problems,

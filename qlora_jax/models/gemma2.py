@@ -13,6 +13,7 @@ NAMES = llama.NAMES | {
 IGNORED = llama.IGNORED
 DEFAULTS = gemma.DEFAULTS | {
     "num_key_value_heads": 4,
+    "hidden_activation": "gelu_pytorch_tanh",
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
     "attn_logit_softcapping": 50.0,
@@ -23,13 +24,14 @@ DEFAULTS = gemma.DEFAULTS | {
 def read_config(hf: dict[str, Any]) -> reading.Read:
     """Reads a config.json: (config, problems)."""
     hf = DEFAULTS | hf
+    hf["hidden_act"] = hf["hidden_activation"]
     layers = range(hf.get("num_hidden_layers") or 0)
-    types = (reading.SLIDING if i % 2 == 0 else "full_attention" for i in layers)
+    types = (reading.FULL if i % 2 else reading.SLIDING for i in layers)
     return gemma.read_gemma(
         hf,
         norms="both",
         attention_scale=hf["query_pre_attn_scalar"] ** -0.5,
         attention_softcap=hf["attn_logit_softcapping"],
         logit_softcap=hf["final_logit_softcapping"],
-        layer_kinds=reading.layer_kinds(hf, types),
+        types=types,
     )

@@ -10,6 +10,7 @@ IGNORED = llama.IGNORED
 DEFAULTS = gemma.DEFAULTS | {
     "num_key_value_heads": 4,
     "max_position_embeddings": 131072,
+    "hidden_activation": "gelu_pytorch_tanh",
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
     "sliding_window_pattern": 6,
@@ -19,10 +20,11 @@ DEFAULTS = gemma.DEFAULTS | {
 def read_config(hf: dict[str, Any]) -> reading.Read:
     """Reads a config.json: (config, problems)."""
     hf = DEFAULTS | hf
+    hf["hidden_act"] = hf["hidden_activation"]
     layers, every = hf.get("num_hidden_layers") or 0, hf["sliding_window_pattern"]
-    types = (
-        reading.SLIDING if (i + 1) % every else "full_attention" for i in range(layers)
-    )
+    types = [
+        reading.SLIDING if (i + 1) % every else reading.FULL for i in range(layers)
+    ]
     rope = hf.get("rope_parameters") or {}
     far, near = rope.get("full_attention"), rope.get(reading.SLIDING)
     if far is None:
@@ -39,7 +41,8 @@ def read_config(hf: dict[str, Any]) -> reading.Read:
         attention_softcap=hf.get("attn_logit_softcapping"),
         logit_softcap=hf.get("final_logit_softcapping"),
         local_rope_theta=theta,
-        layer_kinds=reading.layer_kinds(hf, types, rope="local"),
+        types=types,
+        sliding_rope="local",
     )
     if scaling is not None:
         problem = (

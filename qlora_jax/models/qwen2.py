@@ -21,5 +21,5 @@ def read_config(hf: dict[str, Any]) -> reading.Read:
         hf,
         attention_bias=True,
         output_bias=False,
-        layer_kinds=reading.windows_from(hf),
+        types=reading.qwen_types(hf),
     )

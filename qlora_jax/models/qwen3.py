@@ -13,4 +13,4 @@ DEFAULTS = qwen2.DEFAULTS | {"head_dim": 128}
 def read_config(hf: dict[str, Any]) -> reading.Read:
     """Reads a config.json: (config, problems)."""
     hf = DEFAULTS | hf
-    return reading.read(hf, qk_norm="head", layer_kinds=reading.windows_from(hf))
+    return reading.read(hf, qk_norm="head", types=reading.qwen_types(hf))

@@ -20,7 +20,7 @@ REQUIRED = (
     "num_hidden_layers",
     "num_attention_heads",
 )
-SLIDING = "sliding_attention"
+SLIDING, FULL = "sliding_attention", "full_attention"
 _NEEDS = {
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -29,7 +29,6 @@ _NEEDS = {
         "factor",
         "low_freq_factor",
         "high_freq_factor",
-        "original_max_position_embeddings",
     ),
     "longrope": ("short_factor", "long_factor"),
 }
@@ -39,7 +38,13 @@ Read = tuple[DecoderConfig | None, list[str]]
 
 
 def read(
-    hf: dict[str, Any], problems: Iterable[str] = (), rope: Any = None, **fields: Any
+    hf: dict[str, Any],
+    problems: Iterable[str] = (),
+    *,
+    rope: dict[str, Any] | None = None,
+    types: Iterable[str] | None = None,
+    sliding_rope: str = "global",
+    **fields: Any,
 ) -> Read:
     """Reads what families share.
 
@@ -47,6 +52,9 @@ def read(
       hf: The object of config.json.
       problems: Found already.
       rope: Rotary settings, where they are not at their usual place.
+      types: What layer_types is where config.json has none; None for a family whose
+        layers are all alike.
+      sliding_rope: The rotary positions of sliding layers, a LayerKind's.
       **fields: Of DecoderConfig, as this family has them.
     """
     found = [f"{key} is missing" for key in REQUIRED if hf.get(key) is None]
@@ -63,6 +71,26 @@ def read(
         return None, found
     heads = hf["num_attention_heads"]
     head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
+    rotated = int(head_dim * partial)
+    if scaling is not None and scaling.kind == "longrope":
+        sizes = {len(scaling.short_factor), len(scaling.long_factor)}
+        if sizes != {rotated // 2}:
+            found.append(
+                f"rope_scaling has short_factor and long_factor of {sorted(sizes)} values, "
+                f"expected {rotated // 2}"
+            )
+    if types is not None:
+        kinds, more = _layer_kinds(hf, list(types), sliding_rope)
+        fields["layer_kinds"] = kinds
+        found += more
+    window = fields.get("sliding_window")
+    if window is not None and window < 1:
+        found.append(f"sliding_window is {window}, expected at least 1 or null")
+    experts, taken = fields.get("num_experts", 0), fields.get("experts_per_token", 0)
+    if taken > experts:
+        found.append(f"num_experts_per_tok is {taken}, of {experts} experts")
+    if found:
+        return None, found
     bias = bool(hf.get("attention_bias", False))
     values = {
         "vocab_size": hf["vocab_size"],
@@ -75,7 +103,7 @@ def read(
         "rms_norm_eps": hf.get("rms_norm_eps", 1e-6),
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "rotary_dim": None if partial == 1 else int(head_dim * partial),
+        "rotary_dim": None if partial == 1 else rotated,
         "tie_word_embeddings": bool(hf.get("tie_word_embeddings", False)),
         "attention_bias": bias,
         "output_bias": bias,
@@ -128,13 +156,13 @@ def read_rope(
     elif kind == "llama3":
         values["low_freq_factor"] = rope["low_freq_factor"]
         values["high_freq_factor"] = rope["high_freq_factor"]
-        values["original_max_position"] = rope["original_max_position_embeddings"]
+        values["original_max_position"] = pretrained
     elif kind == "yarn":
         values["original_max_position"] = pretrained
         values["attention_factor"] = _yarn_attention(rope, factor)
         values["beta_fast"] = rope.get("beta_fast") or 32
         values["beta_slow"] = rope.get("beta_slow") or 1
-        values["truncate"] = rope.get("truncate", True)
+        values["truncate"] = bool(rope.get("truncate", True))
     elif kind == "longrope":
         attention = rope.get("attention_factor")
         if attention is None:
@@ -157,30 +185,26 @@ def _yarn_attention(rope: dict[str, Any], factor: float) -> float:
     return scale(m) / scale(all_dim) if m and all_dim else scale(1)
 
 
-def layer_kinds(
-    hf: dict[str, Any], default: Iterable[str], **sliding: Any
-) -> tuple[LayerKind, ...]:
-    """Reads layer_types: which layers attend in a sliding window.
-
-    Args:
-      hf: With sliding_window and, maybe, layer_types.
-      default: The types where there are none.
-      **sliding: More of LayerKind for sliding layers.
-
-    Returns:
-      One kind a layer, or () when all are full attention.
-    """
-    types = hf.get("layer_types") or list(default)
-    kind = LayerKind(window=hf.get("sliding_window"), **sliding)
-    kinds = tuple(kind if one == SLIDING else LayerKind() for one in types)
-    return () if set(kinds) == {LayerKind()} else kinds
+def _layer_kinds(
+    hf: dict[str, Any], default: list[str], sliding_rope: str
+) -> tuple[tuple[LayerKind, ...], list[str]]:
+    """Reads which layers attend in a sliding window; () when none does."""
+    types, layers = hf.get("layer_types") or default, hf["num_hidden_layers"]
+    problems = []
+    if len(types) != layers:
+        problems.append(f"layer_types has {len(types)} entries for {layers} layers")
+    if unknown := sorted(set(types) - {SLIDING, FULL}):
+        problems.append(
+            f"layer_types has {', '.join(unknown)}; known: {FULL}, {SLIDING}"
+        )
+    sliding: Any = {"window": hf.get("sliding_window"), "rope": sliding_rope}
+    kinds = tuple(LayerKind(**sliding) if t == SLIDING else LayerKind() for t in types)
+    return (() if set(kinds) == {LayerKind()} else kinds), problems
 
 
-def windows_from(hf: dict[str, Any]) -> tuple[LayerKind, ...]:
-    """Reads Qwen's windows: of the layers from max_window_layers on, where it uses any."""
+def qwen_types(hf: dict[str, Any]) -> list[str] | None:
+    """Returns Qwen's layer types: windows from max_window_layers on, if it uses any."""
     if not hf.get("use_sliding_window"):
-        return ()
-    layers, first = hf.get("num_hidden_layers", 0), hf.get("max_window_layers", 28)
-    return layer_kinds(
-        hf, (SLIDING if i >= first else "full_attention" for i in range(layers))
-    )
+        return None
+    layers, first = hf.get("num_hidden_layers") or 0, hf.get("max_window_layers", 28)
+    return [SLIDING if i >= first else FULL for i in range(layers)]

@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 from qlora_jax.models import llama, reading
-from qlora_jax.models.decoder import LayerKind
 
 MODEL_TYPE = "smollm3"
 NAMES = llama.NAMES
@@ -25,12 +24,19 @@ def read_config(hf: dict[str, Any]) -> reading.Read:
     rotated = hf.get("no_rope_layers")  # 1 where there are rotary positions
     if rotated is None:
         rotated = [(i + 1) % every != 0 for i in range(layers)]
-    kinds = (LayerKind(),) * layers
+    problems = []
+    if len(rotated) < layers:
+        problems.append(
+            f"no_rope_layers has {len(rotated)} entries for {layers} layers"
+        )
+    types = None
     if hf.get("use_sliding_window"):
-        types = ("full_attention" if on else reading.SLIDING for on in rotated)
-        kinds = reading.layer_kinds(hf, types) or kinds
-    kinds = tuple(
+        types = [reading.FULL if on else reading.SLIDING for on in rotated[:layers]]
+    config, problems = reading.read(hf, problems, types=types)
+    if config is None:
+        return None, problems
+    kinds = (
         kind if on else dataclasses.replace(kind, rope="none")
-        for kind, on in zip(kinds, rotated, strict=True)
+        for kind, on in zip(config.kinds, rotated, strict=False)
     )
-    return reading.read(hf, layer_kinds=kinds)
+    return dataclasses.replace(config, layer_kinds=tuple(kinds)), []

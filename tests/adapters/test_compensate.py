@@ -130,22 +130,17 @@ def test_a_rank_above_the_outputs_takes_all_away():
     np.testing.assert_allclose(made(x), dense(x), rtol=1e-4, atol=1e-4)
 
 
-def test_logits_come_nearer_to_the_dense_model_the_more_is_known():
+def test_logits_come_nearer_to_the_dense_models():
     dense, model = tiny.decoder(), tiny.quantized()
     tokens = tiny.tokens(8, 32)
     wanted = tiny.logits(dense, tokens)
-
-    def distance(init: str) -> float:
-        moments = None
-        if init.startswith("qera"):
-            moments = input_moments(model, [tokens], diagonal=init == "qera-diagonal")
-        config = LoRAConfig(rank=16, alpha=8, init=init)
-        made = attach(model, config, key=KEY, original=dense, moments=moments)
-        return float(np.linalg.norm(tiny.logits(made, tokens) - wanted))
-
-    zero, loftq, diagonal, full = map(distance, ("zero", *INITS))
-    assert full < 0.8 * zero
-    assert full < diagonal < zero and loftq < zero
+    config = LoRAConfig(rank=16, alpha=8, init="qera")
+    moments = input_moments(model, [tokens])
+    made = attach(model, config, key=KEY, original=dense, moments=moments)
+    near, far = (
+        np.linalg.norm(tiny.logits(one, tokens) - wanted) for one in (made, model)
+    )
+    assert near < 0.7 * far
 
 
 def test_what_an_init_needs_is_named():

@@ -274,6 +274,13 @@ def test_a_config_that_is_no_json_is_refused(tmp_path):
         load(tmp_path)
 
 
+def test_a_config_with_values_of_a_wrong_kind_is_refused(tmp_path):
+    hf = CONFIG | {"model_type": "gemma2", "query_pre_attn_scalar": None}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    with pytest.raises(CheckpointError, match="a value of the wrong kind: TypeError"):
+        load(tmp_path)
+
+
 def test_all_problems_of_a_config_are_gathered(tmp_path):
     hf = CONFIG | {"hidden_act": "relu", "quantization_config": {"quant_method": "awq"}}
     oracle.write_folder(tmp_path, hf, tensors())

@@ -256,6 +256,15 @@ CASES: dict[str, dict[str, Any]] = {
 }
 """Name of a case -> its config.json."""
 
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 32,
+}
+"""All that a config.json must have; what families take for the rest is a golden too."""
+
 SHORTER = {"llama_dynamic": 20, "phi3_longrope": 16, "phi3_longrope_partial": 32}
 """Cases whose frequencies depend on the length -> a length that scaling leaves alone."""
 

@@ -90,7 +90,7 @@ def test_all_problems_of_a_config_are_named():
 
 def test_scaling_without_its_parameters_is_refused():
     hf = oracle.hf_config(rope_scaling={"rope_type": "llama3", "factor": 8.0})
-    assert "'llama3' lacks low_freq_factor, high_freq_factor, original" in problems(hf)
+    assert "'llama3' lacks low_freq_factor, high_freq_factor" in problems(hf)
     hf = oracle.hf_config(rope_scaling={"type": "linear"})
     assert "'linear' lacks factor" in problems(hf)
 
@@ -115,6 +115,40 @@ def test_what_a_family_cannot_be_is_refused():
     rope = {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}
     hf = oracle.hf_config(model_type="gemma3_text", rope_parameters=rope)
     assert "the sliding layers' rope_scaling is linear" in problems(hf)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_types": ["full_attention"]}, "layer_types has 1 entries for 2 layers"),
+        ({"layer_types": ["full_attention", "chunked"]}, "layer_types has chunked"),
+        ({"hidden_activation": "relu"}, "hidden_act is 'relu'"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0"),
+        ({"model_type": "mixtral", "num_experts_per_tok": 9}, "is 9, of 8 experts"),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, "has 1 entries for 2"),
+        (
+            {
+                "model_type": "phi3",
+                "rope_scaling": {
+                    "type": "longrope",
+                    "short_factor": [1.0],
+                    "long_factor": [1.0],
+                },
+            },
+            r"of [1] values, expected 8",
+        ),
+    ],
+)
+def test_values_that_do_not_fit_together_are_refused(changes, message):
+    hf = oracle.hf_config(**{"model_type": "gemma2"} | changes)
+    assert message in problems(hf)
+
+
+def test_more_rope_flags_than_layers_and_old_gelu_are_taken():
+    hf = oracle.hf_config(model_type="smollm3", no_rope_layers=[1, 0, 1])
+    assert [kind.rope for kind in read(hf).kinds] == ["global", "none"]
+    hf = oracle.hf_config(model_type="gemma", hidden_act="gelu")
+    assert read(hf).activation == "gelu_tanh"
 
 
 def test_a_shape_of_no_writable_family_asks_for_its_source():

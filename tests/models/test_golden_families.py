@@ -104,6 +104,14 @@ def test_both_spellings_of_a_config_read_the_same(case, golden):
     assert read_config(cases.CASES[case]) == (config, [])
 
 
+@pytest.mark.parametrize("kind", FAMILY)
+def test_what_a_config_leaves_out_is_as_transformers_has_it(kind, golden):
+    saved = json.loads(golden("families/defaults.json").read_text())[kind]
+    config, problems = FAMILIES[kind].read_config(saved)
+    assert not problems
+    assert FAMILIES[kind].read_config({"model_type": kind} | cases.SIZES)[0] == config
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_no_family_reads_is_refused_in_words(case, golden):
     saved = read(case, golden)["saved"]["config"]
