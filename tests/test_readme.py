@@ -88,3 +88,11 @@ def test_python_example_runs(clone: Path, monkeypatch: pytest.MonkeyPatch):
     exec(compile(example, "README.md", "exec"), names)
     assert names["merged"].compute_dtype.name == "bfloat16"
     assert (clone / "adapter" / "adapter.json").exists()
+
+
+def test_the_table_of_families_is_that_of_the_registry(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import make_tables
+
+    assert make_tables.written(README) == README
+    assert make_tables.families() in README

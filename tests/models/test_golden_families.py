@@ -16,6 +16,7 @@ from models import family_cases as cases
 from safetensors.numpy import save_file
 
 import qlora_jax as qlora
+from qlora_jax.adapters.attach import lora_config
 from qlora_jax.models import FAMILIES, Decoder
 from qlora_jax.models.decoder import KVCache
 from qlora_jax.nn import Linear, QuantizedLinear
@@ -123,7 +124,7 @@ def test_what_no_family_reads_is_refused_in_words(case, golden):
 
 @pytest.mark.parametrize("case", FAMILY.values())
 def test_a_model_quantizes_as_it_loads(case, golden, tmp_path):
-    model = load(case, read(case, golden), tmp_path, qlora.QuantConfig())
+    model = load(case, read(case, golden), tmp_path, quant=qlora.QuantConfig())
     linears = {
         ".".join(map(str, path)): isinstance(node, QuantizedLinear)
         for path, node in nnx.iter_graph(model)
@@ -132,3 +133,25 @@ def test_a_model_quantizes_as_it_loads(case, golden, tmp_path):
     assert linears.pop("lm_head", False) is False
     assert len(linears) >= 4 and all(linears.values())
     assert np.isfinite(tiny.logits(model, jnp.asarray(cases.tokens(case)))).all()
+
+
+@pytest.mark.parametrize("case", FAMILY.values())
+def test_what_a_family_saves_it_loads_again(case, golden, tmp_path):
+    """4-bit with bitsandbytes' keys, and an adapter merged into dense weights."""
+    source = tmp_path / "source"
+    source.mkdir()
+    model = load(case, read(case, golden), source, quant=qlora.QuantConfig())
+    adapted = tiny.adapted(model)
+    merged = qlora.merge(adapted, dtype="float32")
+    for name, one in (("4-bit", model), ("merged", merged)):
+        qlora.save_model(one, tmp_path / name, source=source)
+        again, _ = qlora.load(tmp_path / name, dtype="float32")
+        assert again.config == model.config
+        for a, b in zip(tiny.frozen(again), tiny.frozen(one), strict=True):
+            np.testing.assert_array_equal(a, b)
+    lora = qlora.split(adapted)[1]
+    config = lora_config(adapted)
+    qlora.save_adapter(tmp_path / "adapter", lora, config)
+    back = qlora.split(qlora.load_adapter(tmp_path / "adapter", model))[1]
+    for a, b in zip(tiny.arrays(back), tiny.arrays(lora), strict=True):
+        np.testing.assert_array_equal(a, b)
