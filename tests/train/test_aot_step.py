@@ -10,6 +10,7 @@ import pytest
 
 import qlora_jax as qlora
 from qlora_jax.models import Decoder, DecoderConfig
+from qlora_jax.models.decoder import LayerKind
 
 pytestmark = pytest.mark.aot
 
@@ -27,13 +28,13 @@ CONFIG = DecoderConfig(
 )
 
 
-@pytest.fixture(scope="module")
-def compiled():
+def compile_step(config: DecoderConfig):
+    """Returns the compiled step of a quantized, adapted model, and its base."""
     if jax.__version_info__ < (0, 11, 2):
         pytest.skip("Mosaic GPU kernels need jax >= 0.11.2")
     if reason := aot.available():
         pytest.skip(f"NOT COMPILED FOR A GPU: {reason}")
-    model = qlora.quantize(Decoder(CONFIG, key=jax.random.key(0)))
+    model = qlora.quantize(Decoder(config, key=jax.random.key(0)))
     lora = qlora.LoRAConfig(rank=16, alpha=32, targets="all-linear")
     model = qlora.attach(model, lora, key=jax.random.key(1))
     graphdef, lora, base = qlora.split(model)
@@ -46,6 +47,11 @@ def compiled():
     arguments = (lora, base, tx.init(lora), batch)
     specs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arguments)
     return aot.compile_for("h200", step, *specs), base
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return compile_step(CONFIG)
 
 
 def test_it_uses_the_fused_kernels(compiled):
@@ -91,3 +97,25 @@ def test_attention_is_cudnns(compiled):
     calls = re.findall(r'custom_call_target="__cudnn\$(\w+)"', program.as_text())
     # Forward, again when backward recomputes the layer, and backward.
     assert sorted(calls) == ["fmhaSoftmax", "fmhaSoftmax", "fmhaSoftmaxBackward"]
+
+
+def test_experts_and_layers_that_differ_use_the_kernels_too():
+    kinds = (LayerKind(window=128, rope="local"), LayerKind(), LayerKind(window=128))
+    config = DecoderConfig(
+        vocab_size=512,
+        hidden_size=512,
+        intermediate_size=768,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=128,
+        layer_kinds=kinds,
+        num_experts=4,
+        qk_norm="head",
+    )
+    program = compile_step(config)[0].as_text()
+    assert program.count('custom_call_target="mosaic_gpu') >= 3 * 7
+    if aot.without_cudnn() is None:  # windows go through cuDNN too
+        assert program.count("__cudnn$fmhaSoftmaxBackward") == 3
+    for dense in ("[768,512]", "[256,512]"):  # others are shapes of activations too
+        assert not re.findall(rf"(?:bf16|f32|f16){re.escape(dense)}", program)

@@ -1,0 +1,321 @@
+"""GGUF metadata <-> config.json: a decoder's settings as llama.cpp names them.
+
+Names, and what an absent one means, are those of llama.cpp's converter and loader
+(conversion/*.py and src/models/*.cpp there). Some settings are no metadata: llama.cpp
+takes them for granted of an architecture, so a model that has others cannot be written.
+"""
+
+import dataclasses
+import math
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from qlora_jax.models import FAMILIES, DecoderConfig
+from qlora_jax.nn.rope import RopeScaling, inverse_frequencies
+
+FREQS = "rope_freqs.weight"
+LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+"""Tensors that hold rotary settings: what each frequency is divided by."""
+
+
+class Architecture(NamedTuple):
+    """What llama.cpp takes for granted of an architecture.
+
+    Attributes:
+      model_type: Hugging Face's name of it.
+      settings: Of config.json that no metadata holds.
+      window: The sliding window where no metadata says one; None for no windows at all.
+      largest: Layers of the one size whose scores are scaled by hidden/heads (Gemma).
+      scalings: Kinds of rotary scaling it can hold.
+    """
+
+    model_type: str
+    settings: dict[str, Any] = {}
+    window: int | None = None
+    largest: int | None = None
+    scalings: tuple[str, ...] = ("linear", "yarn")
+
+
+ARCHITECTURES = {
+    "llama": Architecture("llama", scalings=("linear", "yarn", "llama3")),
+    "qwen2": Architecture("qwen2", {"use_sliding_window": False}),
+    "qwen3": Architecture("qwen3", {"use_sliding_window": False}),
+    "gemma": Architecture("gemma"),
+    "gemma2": Architecture("gemma2", window=4096, largest=46),
+    "gemma3": Architecture("gemma3_text", window=0, largest=62),
+    "phi3": Architecture("phi3", window=0, scalings=("longrope",)),
+}
+WRITTEN_AS = {a.model_type: name for name, a in ARCHITECTURES.items()}
+WRITTEN_AS["mistral"] = "llama"
+
+
+class _Key(NamedTuple):
+    """A setting's names in GGUF, in config.json and in DecoderConfig."""
+
+    gguf: str
+    hf: str
+    field: str
+    kind: type = int
+    required: bool = True
+
+
+_KEYS = (
+    _Key("embedding_length", "hidden_size", "hidden_size"),
+    _Key("block_count", "num_hidden_layers", "num_layers"),
+    _Key("feed_forward_length", "intermediate_size", "intermediate_size"),
+    _Key("attention.head_count", "num_attention_heads", "num_heads"),
+    _Key("attention.layer_norm_rms_epsilon", "rms_norm_eps", "rms_norm_eps", float),
+    _Key(
+        "context_length",
+        "max_position_embeddings",
+        "max_position_embeddings",
+        required=False,
+    ),
+    _Key("attention.head_count_kv", "num_key_value_heads", "num_kv_heads", int, False),
+    _Key("attention.key_length", "head_dim", "head_dim", int, False),
+    _Key("rope.freq_base", "rope_theta", "rope_theta", float, False),
+    *(
+        _Key(
+            f"{part}_logit_softcapping",
+            f"{part}_logit_softcapping",
+            field,
+            float,
+            False,
+        )
+        for part, field in (("attn", "attention_softcap"), ("final", "logit_softcap"))
+    ),
+)
+
+
+def read(
+    meta: dict[str, Any],
+    tensors: Collection[str],
+    factors: Mapping[str, np.ndarray],
+    vocab_size: int,
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns what config.json would say, and problems.
+
+    Args:
+      meta: All metadata; its general.architecture is a known one.
+      tensors: Names in the file.
+      factors: Those of FREQS, LONG and SHORT that there are.
+      vocab_size: Rows of the embedding.
+    """
+    arch, problems = meta["general.architecture"], []
+    known = ARCHITECTURES[arch]
+    config: dict[str, Any] = {"model_type": known.model_type} | known.settings
+    for key in _KEYS:
+        value = meta.get(f"{arch}.{key.gguf}")
+        if isinstance(value, list):  # one a layer
+            if len(set(value)) > 1:
+                problems.append(f"{arch}.{key.gguf} differs between layers: {value}")
+            value = value[0]
+        if value is not None:
+            config[key.hf] = key.kind(_decimal(value))
+        elif key.required:
+            problems.append(f"{arch}.{key.gguf} is missing")
+    if problems:
+        return config, problems
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    config = {
+        "num_key_value_heads": heads,
+        "head_dim": hidden // heads,
+        "rope_theta": 10000.0,
+        "vocab_size": vocab_size,
+        "tie_word_embeddings": "output.weight" not in tensors,
+    } | config
+    if arch == "llama":
+        config["attention_bias"] = "blk.0.attn_q.bias" in tensors
+    if known.largest is not None:
+        largest = config["num_hidden_layers"] == known.largest
+        scale = hidden // heads if largest else config["head_dim"]
+        config["query_pre_attn_scalar"] = scale
+    if known.window is not None:
+        window = meta.get(f"{arch}.attention.sliding_window", known.window)
+        config["sliding_window"] = window or None
+    if arch == "gemma3":
+        config["sliding_window_pattern"] = 6 if config["sliding_window"] else 1
+        local = meta.get("gemma3.rope.freq_base_swa", 10000.0)
+        config["rope_local_base_freq"] = _decimal(local)
+    for key, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        if (token := meta.get(f"tokenizer.ggml.{name}_token_id")) is not None:
+            config[f"{key}_token_id"] = token
+    problems = _read_rope(config, meta, factors)
+    return config, problems or FAMILIES[known.model_type].read_config(config)[1]
+
+
+def write(
+    config: DecoderConfig, arch: str
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Returns a decoder's metadata, and the tensors that hold rotary settings."""
+    known = ARCHITECTURES[arch]
+    values: dict[str, Any] = {
+        key.gguf: key.kind(value)
+        for key in _KEYS
+        if (value := getattr(config, key.field)) is not None
+    }
+    dim = config.rotary_dim or config.head_dim
+    values["vocab_size"] = config.vocab_size
+    values["attention.value_length"] = config.head_dim
+    values["rope.dimension_count"] = dim
+    if known.window is not None:
+        windows = [kind.window or 0 for kind in config.kinds]
+        values["attention.sliding_window"] = max(windows)
+    if arch == "gemma3":
+        values["rope.freq_base_swa"] = float(config.local_rope_theta)
+    scaling, factors = config.rope_scaling, {}
+    kind = scaling.kind if scaling and scaling.kind in known.scalings else None
+    if scaling and kind == "llama3":
+        plain = inverse_frequencies(dim, config.rope_theta, None)
+        made = inverse_frequencies(dim, config.rope_theta, scaling)
+        factors[FREQS] = np.asarray(plain / made, np.float32)
+    elif scaling and kind is not None:
+        length = scaling.original_max_position
+        more: dict[str, Any] = {"type": kind, "factor": float(scaling.factor)}
+        if kind == "yarn":
+            more |= {
+                "original_context_length": length,
+                "yarn_beta_fast": float(scaling.beta_fast),
+                "yarn_beta_slow": float(scaling.beta_slow),
+            }
+        if kind == "longrope":
+            attention = float(scaling.attention_factor)
+            more = {
+                "type": kind,
+                "original_context_length": length,
+                "attn_factor": attention,
+            }
+            factors[LONG] = np.asarray(scaling.long_factor, np.float32)
+            factors[SHORT] = np.asarray(scaling.short_factor, np.float32)
+        values |= {f"rope.scaling.{key}": value for key, value in more.items()}
+    meta = {f"{arch}.{key}": value for key, value in values.items()}
+    return {"general.architecture": arch} | meta, factors
+
+
+def lost(
+    config: DecoderConfig,
+    meta: dict[str, Any],
+    tensors: Collection[str],
+    factors: Mapping[str, np.ndarray],
+) -> list[str]:
+    """Returns what of a decoder is not as these metadata say."""
+    source, problems = read(meta, tensors, factors, config.vocab_size)
+    have, _ = FAMILIES[source["model_type"]].read_config(source)
+    if problems or have is None:
+        return problems
+    pairs = [
+        (field.name, getattr(config, field.name), getattr(have, field.name))
+        for field in dataclasses.fields(config)
+    ]
+    return [
+        f"{name} is {ours!r}; llama.cpp would take {theirs!r}"
+        for name, ours, theirs in pairs
+        if _rounded(ours) != _rounded(theirs)
+    ]
+
+
+def _decimal(value: Any) -> Any:
+    """Returns a float32's shortest decimal, which is what it was made from."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _rounded(value: Any) -> Any:
+    """Returns a setting with all its floats as a file holds them."""
+    if isinstance(value, RopeScaling):
+        value = tuple(vars(value).values())
+    if isinstance(value, tuple):
+        return tuple(map(_rounded, value))
+    return np.float32(value) if isinstance(value, float) else value
+
+
+def _read_rope(
+    config: dict[str, Any], meta: dict[str, Any], factors: Mapping[str, np.ndarray]
+) -> list[str]:
+    """Adds the rotary settings to a config; returns problems."""
+    prefix = f"{meta['general.architecture']}.rope."
+    rope = {
+        key.removeprefix(prefix).removeprefix("scaling."): _decimal(value)
+        for key, value in meta.items()
+        if key.startswith(prefix)
+    }
+    dim, kind = (
+        rope.get("dimension_count", config["head_dim"]),
+        rope.get("type", "none"),
+    )
+    if dim != config["head_dim"]:
+        if config["model_type"] != "phi3":
+            return [
+                f"{prefix}dimension_count is {dim}, a part of a head; not supported"
+            ]
+        config["partial_rotary_factor"] = dim / config["head_dim"]
+    original = rope.get(
+        "original_context_length", config.get("max_position_embeddings")
+    )
+    values = {
+        name: [_decimal(float(x)) for x in array] for name, array in factors.items()
+    }
+    for name, array in values.items():
+        if len(array) != dim // 2:
+            return [f"{name} has {len(array)} factors, expected {dim // 2}"]
+    if FREQS in values:
+        config["rope_scaling"] = _llama3(values[FREQS], config["rope_theta"])
+    elif LONG in values and SHORT in values:
+        config["original_max_position_embeddings"] = original
+        config["rope_scaling"] = {
+            "rope_type": "longrope",
+            "short_factor": values[SHORT],
+            "long_factor": values[LONG],
+            "attention_factor": rope.get("attn_factor"),
+        }
+    elif kind in ("linear", "yarn") and rope.get("factor", 0) not in (0, 1):
+        # What llama.cpp multiplies yarn's attention by has changed between its versions.
+        for key in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor"):
+            if rope.get(key, 1.0) != 1.0:
+                return [f"{prefix}scaling.{key} is {rope[key]}; not supported"]
+        config["rope_scaling"] = {"rope_type": kind, "factor": rope["factor"]}
+        if kind == "yarn":
+            config["rope_scaling"] |= {
+                "original_max_position_embeddings": original,
+                "beta_fast": rope.get("yarn_beta_fast", 32.0),
+                "beta_slow": rope.get("yarn_beta_slow", 1.0),
+            }
+    elif kind not in ("none", "linear", "yarn", "longrope"):
+        return [f"{prefix}scaling.type is {kind!r}; known: linear, yarn, longrope"]
+    return []
+
+
+def _llama3(values: list[float], theta: float) -> dict[str, Any]:
+    """Returns the rope_scaling whose frequencies are divided by these factors.
+
+    A frequency of wavelength w is divided by 1 where w < length / high, by `factor` where
+    w > length / low, and between by 1 / (s + (1 - s) / factor) with s = (length / w - low)
+    / (high - low): a line in 1 / w, so two of them give high and length. low is 1, as in
+    every Llama; only its ratio to the others matters. Factors that are made in no such
+    way are kept as they are, in the form of LongRoPE.
+    """
+    factors, largest = np.array(values), max(values)
+    dim, plain = 2 * len(factors), inverse_frequencies(2 * len(factors), theta, None)
+    middle = (factors > 1.0001) & (factors < largest * 0.9999)
+    if middle.sum() >= 2:
+        blend = (1 / factors[middle] - 1 / largest) / (1 - 1 / largest)
+        turns = np.asarray(plain, np.float64)[middle] / (2 * math.pi)
+        slope, start = np.polyfit(turns, blend, 1)
+        scaling = RopeScaling(
+            kind="llama3",
+            factor=largest,
+            high_freq_factor=round(1 - 1 / float(start), 3),
+            original_max_position=round(-slope / start),
+        )
+        made = plain / inverse_frequencies(dim, theta, scaling)
+        if np.allclose(np.asarray(made), factors, rtol=1e-5):
+            return {
+                "rope_type": "llama3",
+                "factor": largest,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": scaling.high_freq_factor,
+                "original_max_position_embeddings": scaling.original_max_position,
+            }
+    kept = {"short_factor": values, "long_factor": values, "attention_factor": 1.0}
+    return {"rope_type": "longrope", "factor": 1.0} | kept
