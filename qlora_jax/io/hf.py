@@ -18,6 +18,7 @@ from flax import nnx
 from pallas_kernels.layout import QuantizedTensor
 from qlora_jax.errors import CheckpointError, OutputExistsError, ShapeError, gathered
 from qlora_jax.io import bitsandbytes
+from qlora_jax.io.gguf import GGUF, open_gguf
 from qlora_jax.io.safetensors import Checkpoint, Writer
 from qlora_jax.io.tokenizer import FILES as TOKENIZER_FILES
 from qlora_jax.io.tokenizer import Tokenizer, read_json
@@ -43,7 +44,8 @@ def load(
     """Loads a Hugging Face model, one tensor at a time.
 
     Args:
-      path_or_repo: A folder with config.json and safetensors, or a hub id.
+      path_or_repo: A folder with config.json and safetensors, a hub id, or a GGUF file,
+        whose tensors are dequantized as they are read.
       quant: Quantize the linears as they stream in (all but the head); None keeps a
         dense model dense. A folder with bitsandbytes 4-bit weights is read as it is.
       dtype: Of everything that stays dense, and so of the computation: 'bfloat16',
@@ -67,7 +69,7 @@ def load(
             f"{folder} is quantized already ({stored}); it cannot become {quant}. Load the "
             "original folder, or leave quant out."
         )
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_tensors(folder)
     skeleton = nnx.eval_shape(
         lambda: Decoder(config, key=jax.random.key(0), dtype=dtype)
     )
@@ -79,10 +81,12 @@ def load(
         raise CheckpointError(
             gathered(f"{folder} has unusable weights", reader.problems)
         )
-    return _fill(skeleton, loaded, implementation), Tokenizer.open(folder)
+    return _fill(skeleton, loaded, implementation), open_tokenizer(folder)
 
 
-def outline(path_or_repo: str | os.PathLike[str]) -> tuple[Decoder, Checkpoint]:
+def outline(
+    path_or_repo: str | os.PathLike[str],
+) -> tuple[Decoder, Checkpoint | GGUF]:
     """Opens a folder without reading its linears.
 
     Returns:
@@ -94,7 +98,7 @@ def outline(path_or_repo: str | os.PathLike[str]) -> tuple[Decoder, Checkpoint]:
     """
     folder = find(path_or_repo)
     _, family, config, _ = read_config(folder)
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_tensors(folder)
     skeleton = nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0)))
     wanted = _wanted(skeleton, family, config)
     _check_names(folder, checkpoint, wanted, family)
@@ -132,7 +136,7 @@ def original_kernels(
             f"{folder} holds 4-bit weights ({stored.codebook}), not the original ones; "
             "give the dense folder (--original)"
         )
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_tensors(folder)
 
     def read(path: str, index: tuple[int, ...]) -> np.ndarray:
         return checkpoint[family.NAMES[f"{path}.kernel"].format(*index)]
@@ -141,13 +145,13 @@ def original_kernels(
 
 
 def find(path_or_repo: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """Returns the local folder of a path or a hub id, fetching the latter.
+    """Returns the local folder (or GGUF file) of a path or a hub id, fetching the latter.
 
     Raises:
       CheckpointError: it is neither.
     """
     path = Path(path_or_repo).expanduser()
-    if path.is_dir():
+    if path.is_dir() or is_gguf(path):
         return path
     text = os.fspath(path_or_repo)
     if path.exists() or not _REPO_ID.fullmatch(text):
@@ -170,19 +174,50 @@ def find(path_or_repo: str | os.PathLike[str], revision: str | None = None) -> P
         ) from None
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a path is a GGUF file."""
+    return path.suffix == ".gguf" and path.is_file()
+
+
+@functools.lru_cache(maxsize=1)
+def _parsed_gguf(path: Path, size: int, changed: int) -> GGUF:
+    return open_gguf(path)
+
+
+def _gguf(path: Path) -> GGUF:
+    # Its metadata, with the whole vocabulary, takes seconds to parse.
+    return _parsed_gguf(path, path.stat().st_size, path.stat().st_mtime_ns)
+
+
+def open_tensors(path: Path) -> Checkpoint | GGUF:
+    """Opens the tensors of a folder or a GGUF file, by their Hugging Face names."""
+    return _gguf(path) if is_gguf(path) else Checkpoint(path)
+
+
+def open_tokenizer(path: Path) -> Tokenizer | None:
+    """Opens the tokenizer of a folder or a GGUF file; None where it has none."""
+    return _gguf(path).tokenizer() if is_gguf(path) else Tokenizer.open(path)
+
+
 def read_config(
     folder: Path,
 ) -> tuple[dict[str, Any], ModuleType, DecoderConfig, QuantConfig | None]:
-    """Reads config.json: (its object, family module, decoder config, stored quant).
+    """Reads config.json, or what it would be of a GGUF file.
+
+    Returns:
+      (its object, family module, decoder config, stored quant).
 
     Raises:
       CheckpointError: it is missing, or describes a model we do not know.
     """
-    if not (folder / "config.json").exists():
+    if is_gguf(folder):
+        hf = dict(_gguf(folder).config)
+    elif (folder / "config.json").exists():
+        hf = read_json(folder / "config.json")
+    else:
         raise CheckpointError(
             f"{folder} has no config.json; expected a Hugging Face model folder"
         )
-    hf = read_json(folder / "config.json")
     kind = hf.get("model_type")
     if kind not in FAMILIES:
         raise CheckpointError(
@@ -236,7 +271,7 @@ def hf_names(template: str, config: DecoderConfig) -> tuple[list[str], tuple[int
 
 def _check_names(
     folder: Path,
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | GGUF,
     wanted: dict[str, _Wanted],
     family: ModuleType,
 ) -> None:
@@ -264,7 +299,9 @@ def _check_names(
 class _Reader:
     """Reads parameters, stacking layers in place and gathering problems."""
 
-    def __init__(self, checkpoint: Checkpoint, quant: QuantConfig | None, dtype: str):
+    def __init__(
+        self, checkpoint: Checkpoint | GGUF, quant: QuantConfig | None, dtype: str
+    ):
         self.checkpoint, self.quant, self.dtype = checkpoint, quant, dtype
         self.problems: list[str] = []
 
@@ -379,7 +416,7 @@ def save_model(
     Args:
       model: Without adapters (merge first).
       out: The folder.
-      source: The model's original folder, whose config.json and tokenizer go along;
+      source: The model's original folder or file, whose config and tokenizer go along;
         without it the config is written as a Llama's.
       overwrite: Write into a folder that is not empty.
       shard_bytes: Largest size of a file.
@@ -405,6 +442,9 @@ def save_model(
         hf, family, _, _ = read_config(folder)
         names = family.NAMES
         out.mkdir(parents=True, exist_ok=True)
+        if is_gguf(folder):
+            if (tokenizer := open_tokenizer(folder)) is not None:
+                tokenizer.save(out)
         for name in TOKENIZER_FILES:
             if (folder / name).exists() and not (
                 (out / name).exists() and (folder / name).samefile(out / name)

@@ -90,6 +90,22 @@ class Tokenizer:
             special_tokens=special,
         )
 
+    def save(self, folder: Path) -> None:
+        """Writes tokenizer.json, tokenizer_config.json and generation_config.json."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._tokenizer.save(str(folder / "tokenizer.json"))
+        settings: dict[str, Any] = dict(self._special_tokens)
+        if self.bos_id is None:  # null says that none is put before a text
+            settings["bos_token"] = None
+        if self.chat_template is not None:
+            settings["chat_template"] = self.chat_template
+        for name, content in (
+            ("tokenizer_config.json", settings),
+            ("generation_config.json", {"eos_token_id": list(self.eos_ids)}),
+        ):
+            text = json.dumps(content, indent=2, ensure_ascii=False)
+            (folder / name).write_text(text + "\n", encoding="utf-8")
+
     @property
     def vocab_size(self) -> int:
         """Ids it knows."""

@@ -27,7 +27,10 @@ from qlora_jax.nn.variables import FrozenParam
 Checkpoint = Literal["none", "layer"]
 """What backward recomputes: 'none' elementwise work only, 'layer' each whole layer."""
 
-SAVED = ("q", "k", "v", "mixed", "middle", "gate", "up", "gate_up", "lora_hidden")
+SAVED = (
+    *("q", "k", "v", "mixed", "middle", "gate", "up", "gate_up"),
+    *("unnormed", "lora_hidden"),
+)
 """Activations kept for backward without checkpointing: each matmul's output and the
 residual stream. Norms, rotations and the gated product are made again from them."""
 
@@ -178,6 +181,8 @@ class Attention(nnx.Module):
         c = self.config
         q, k, v = self._projected(x, key)
         heads = lambda y, n: y.reshape(*x.shape[:2], n, c.head_dim)  # noqa: E731
+        if c.qk_norm != "none":
+            q, k = checkpoint_name(q, "unnormed"), checkpoint_name(k, "unnormed")
         if c.qk_norm == "all":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = heads(q, c.num_heads), heads(k, c.num_kv_heads)
@@ -271,10 +276,10 @@ class DecoderLayer(nnx.Module):
         scale = self.config.residual_scale
         y = self.attn_norm(x) if before else x
         y, new = self.attn(y, kind, positions, rotations, cache, key)
-        y = self.attn_post_norm(y) if after else y
+        y = self.attn_post_norm(checkpoint_name(y, "unnormed")) if after else y
         x = checkpoint_name(x + _scaled(y, scale), "middle")
         y = self.mlp(self.mlp_norm(x) if before else x, key)
-        y = self.mlp_post_norm(y) if after else y
+        y = self.mlp_post_norm(checkpoint_name(y, "unnormed")) if after else y
         return x + _scaled(y, scale), new
 
 
