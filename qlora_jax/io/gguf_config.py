@@ -174,12 +174,8 @@ def write(
     elif scaling and kind is not None:
         length = scaling.original_max_position
         more: dict[str, Any] = {"type": kind, "factor": float(scaling.factor)}
-        if kind == "yarn":
-            more |= {
-                "original_context_length": length,
-                "yarn_beta_fast": float(scaling.beta_fast),
-                "yarn_beta_slow": float(scaling.beta_slow),
-            }
+        if kind == "yarn":  # its betas are read of none of these architectures
+            more["original_context_length"] = length
         if kind == "longrope":
             attention = float(scaling.attention_factor)
             more = {

@@ -1,0 +1,809 @@
+"""GGUF files: read by Hugging Face names, written for llama.cpp, and what is refused.
+
+What is written was also run by llama.cpp itself (of October 2026): tiny float32 models
+of every architecture here give our logits, and the tokenizers our ids.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny
+import tokenizers
+from flax import nnx
+from models import family_cases as cases
+from safetensors.numpy import save_file
+from tokenizers import (
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+
+from qlora_jax.errors import CheckpointError, OutputExistsError, ShapeError
+from qlora_jax.io.gguf import GGUF, open_gguf, write_gguf
+from qlora_jax.io.gguf_tokenizer import PROBE
+from qlora_jax.io.hf import hf_names, save_model
+from qlora_jax.io.safetensors import Checkpoint
+from qlora_jax.io.tokenizer import Tokenizer
+from qlora_jax.models import FAMILIES, Decoder
+from qlora_jax.nn import quantize
+from qlora_jax.nn.rope import RopeScaling
+
+gguf = pytest.importorskip("gguf")
+
+VOCAB = 320
+NORM_ATOL = 2e-7
+"""A norm near 0 loses what float32 cannot keep of it beside the 1 that Gemma adds."""
+WRITTEN: dict[str, dict[str, Any]] = {
+    "llama_llama3": {},
+    "llama_linear": {},
+    "mistral_full": {},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma": {},
+    "gemma2": {"query_pre_attn_scalar": 24},
+    "gemma3_text": {
+        "num_hidden_layers": 7,
+        "query_pre_attn_scalar": 16,
+        "sliding_window_pattern": 6,
+    },
+    "phi3": {},
+    "phi3_longrope_partial": {},
+}
+"""Cases that a GGUF file can hold -> what must be otherwise for it."""
+TEXT = "the quick brown fox, then the other one: 12 of 345, isn't it? " * 3
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PRE: dict[str, list[Any]] = {
+    "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "smollm": [
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ],
+    **{
+        name: [
+            pre_tokenizers.Split(tokenizers.Regex(words), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+        for name, words in {
+            "qwen2": LLAMA3.replace("{1,3}", ""),
+            "deepseek-r1-qwen": LLAMA3.replace("{1,3}", ""),
+            "llama-bpe": LLAMA3,
+            "dbrx": LLAMA3,
+        }.items()
+    },
+}
+"""tokenizer.ggml.pre -> how Hugging Face's tokenizer.json says it."""
+
+
+def byte_level(pre: str = "gpt-2") -> tokenizers.Tokenizer:
+    """Returns a small byte-level tokenizer with merges and three added tokens."""
+    made = tokenizers.Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
+    made.pre_tokenizer = pre_tokenizers.Sequence(PRE[pre])
+    made.decoder = decoders.ByteLevel()
+    if pre == "qwen2":
+        made.normalizer = normalizers.NFC()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB - 20, initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator([TEXT], trainer)
+    made.add_special_tokens(["<s>", "</s>"])
+    made.add_tokens(["<tool>"])
+    return made
+
+
+def sentencepiece(prefix: bool = True) -> tokenizers.Tokenizer:
+    """Returns a small SentencePiece tokenizer in tokenizer.json's form."""
+    pieces = [
+        "_t",
+        "he",
+        "_the",
+        "in",
+        "qu",
+        "_a",
+        "an",
+        "_an",
+        "er",
+        "he_",
+        "__",
+        "_b",
+    ]
+    pieces = [piece.replace("_", "▁") for piece in pieces]
+    known = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁"]
+    known += [chr(ord("a") + i) for i in range(22)] + pieces
+    vocab = {piece: i for i, piece in enumerate(known)}
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece in pieces
+        for cut in reversed(range(1, len(piece)))
+        if piece[:cut] in vocab and piece[cut:] in vocab
+    ]
+    model = models.BPE(
+        vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True
+    )
+    made = tokenizers.Tokenizer(model)
+    prepend = [normalizers.Prepend("▁")] if prefix else []
+    made.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    made.decoder = decoders.Sequence([*steps, *strip])
+    made.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return made
+
+
+def write_tokenizer(folder: Path, made: tokenizers.Tokenizer, **settings: Any) -> Path:
+    made.save(str(folder / "tokenizer.json"))
+    settings = {
+        "bos_token": "<s>",
+        "eos_token": {"content": "</s>"},
+        "chat_template": tiny.CHAT_TEMPLATE,
+    } | settings
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def write_case(folder: Path, case: str, **changes: Any) -> Path:
+    """Writes a tiny model of a family with a tokenizer."""
+    config = cases.CASES[case] | {"vocab_size": VOCAB, "pad_token_id": None}
+    config |= WRITTEN.get(case, {}) | changes
+    family = FAMILIES[config["model_type"]]
+    decoder, problems = family.read_config(config)
+    assert decoder is not None, problems
+    skeleton = nnx.eval_shape(lambda: Decoder(decoder, key=jax.random.key(0)))
+    tensors = {}
+    for path, variable in nnx.to_flat_state(nnx.state(skeleton)):
+        names, stack = hf_names(family.NAMES[".".join(map(str, path))], decoder)
+        shape = variable.get_value().shape[len(stack) :]
+        tensors |= {name: cases.weight(case, name, shape) for name in names}
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return write_tokenizer(folder, byte_level())
+
+
+def written(folder: Path, dtype: str = "f32") -> GGUF:
+    write_gguf(folder, folder / "model.gguf", dtype)
+    return open_gguf(folder / "model.gguf")
+
+
+def decoder_of(config: dict[str, Any]) -> Any:
+    return FAMILIES[config["model_type"]].read_config(config)[0]
+
+
+def same_settings(a: Any, b: Any) -> None:
+    """Asserts that two decoders' configs are the same, as far as float32 can tell."""
+    for key, value in vars(a).items():
+        other = getattr(b, key)
+        if isinstance(value, RopeScaling):
+            same_settings(value, other)
+        else:
+            wanted = pytest.approx(other) if isinstance(other, float) else other
+            assert value == wanted, key
+
+
+def raw(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns metadata and tensors as the package gguf reads them."""
+    reader = gguf.GGUFReader(path)
+    meta = {key: field.contents() for key, field in reader.fields.items()}
+    return meta, {tensor.name: tensor for tensor in reader.tensors}
+
+
+LLAMA = {
+    "general.architecture": "llama",
+    "llama.context_length": 64,
+    "llama.embedding_length": 32,
+    "llama.block_count": 1,
+    "llama.feed_forward_length": 64,
+    "llama.attention.head_count": 4,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+}
+"""What a file of a Llama must say; the defaults of the rest are llama.cpp's."""
+
+
+def write_raw(
+    path: Path,
+    meta: dict[str, Any],
+    tensors: dict[str, np.ndarray | tuple[np.ndarray, Any]] | None = None,
+) -> Path:
+    """Writes a file with the package gguf: metadata, and arrays or (bytes, type)."""
+    writer = gguf.GGUFWriter(path, meta.get("general.architecture", "none"))
+    add = {int: "add_uint32", float: "add_float32", str: "add_string", bool: "add_bool"}
+    for key, value in meta.items():
+        if key != "general.architecture":
+            getattr(writer, add.get(type(value), "add_array"))(key, value)
+    for name, value in (tensors or {}).items():
+        array, kind = value if isinstance(value, tuple) else (value, None)
+        writer.add_tensor(name, array, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def llama(path: Path, meta: dict[str, Any] | None = None, **tensors: Any) -> Path:
+    """Writes a file with LLAMA's metadata, changed, and an embedding."""
+    embedding = {"token_embd.weight": np.ones((VOCAB, 32), np.float32)}
+    made = {key: v for key, v in (LLAMA | (meta or {})).items() if v is not None}
+    return write_raw(path, made, embedding | tensors)
+
+
+# --- a folder, written and read
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_a_written_folder_is_read_as_it_was(tmp_path, case):
+    folder = write_case(tmp_path, case)
+    made, stored = written(folder), Checkpoint(folder)
+    assert set(made) == set(stored) and len(made) == len(stored)
+    gemma = case.startswith("gemma")
+    for name in stored:
+        assert made.infos[name].shape == stored[name].shape == made[name].shape
+        assert made.infos[name].dtype == made[name].dtype == np.float32
+        atol = NORM_ATOL if gemma and name.endswith("norm.weight") else 0
+        np.testing.assert_allclose(made[name], stored[name], rtol=0, atol=atol)
+    source = json.loads((folder / "config.json").read_text())
+    assert made.config["model_type"] in (source["model_type"], "llama")
+    same_settings(decoder_of(made.config), decoder_of(source))
+    assert made.config["bos_token_id"] == byte_level().token_to_id("<s>")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored"), [("f16", np.float16), ("bf16", ml_dtypes.bfloat16)]
+)
+def test_matrices_are_rounded_and_vectors_kept(tmp_path, dtype, stored):
+    folder = write_case(tmp_path, "qwen2")
+    made, checkpoint = written(folder, dtype), Checkpoint(folder)
+    for name, w in checkpoint.items():
+        wanted = w if w.ndim == 1 else w.astype(stored)
+        assert made[name].dtype == wanted.dtype
+        np.testing.assert_array_equal(made[name], wanted)
+
+
+def test_q8_0_is_within_half_a_step_of_its_block(tmp_path):
+    folder = write_case(tmp_path, "llama_linear")  # intermediate_size 48
+    made, checkpoint = written(folder, "q8_0"), Checkpoint(folder)
+    down = "model.layers.0.mlp.down_proj.weight"
+    np.testing.assert_array_equal(made[down], checkpoint[down].astype(np.float16))
+    _, tensors = raw(folder / "model.gguf")
+    assert tensors["blk.0.ffn_down.weight"].tensor_type.name == "F16"
+    assert tensors["blk.0.attn_q.weight"].tensor_type.name == "Q8_0"
+    for name, w in checkpoint.items():
+        if w.ndim == 2 and name != down and "down_proj" not in name:
+            blocks = np.reshape(w, (-1, 32))
+            steps = np.abs(blocks).max(axis=1, keepdims=True) / 127
+            # The step is stored as float16, so the largest code is off by 2**-11 of it.
+            error = np.abs(made[name].reshape(-1, 32) - blocks)
+            assert (error <= steps * (0.5 + 127 * 2.0**-11)).all()
+
+
+def test_a_file_says_what_llama_cpp_reads(tmp_path):
+    folder = write_case(tmp_path / "A-model", "llama_llama3")
+    write_gguf(folder, tmp_path / "a.gguf", "q8_0")
+    meta, tensors = raw(tmp_path / "a.gguf")
+    wanted = {
+        "general.architecture": "llama",
+        "general.type": "model",
+        "general.name": "A-model",
+        "general.file_type": 7,
+        "general.quantization_version": 2,
+        "llama.block_count": 2,
+        "llama.context_length": 128,
+        "llama.embedding_length": 64,
+        "llama.feed_forward_length": 48,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "llama.attention.key_length": 24,
+        "llama.attention.value_length": 24,
+        "llama.rope.dimension_count": 24,
+        "llama.rope.freq_base": 500.0,
+        "llama.vocab_size": VOCAB,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": tiny.CHAT_TEMPLATE,
+    }
+    assert {key: meta[key] for key in wanted} == wanted
+    tokens, types = (meta[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type"))
+    made = byte_level()
+    ids = [made.token_to_id(token) for token in ("<s>", "</s>", "<tool>")]
+    assert [types[i] for i in ids] == [3, 3, 4]
+    assert meta["tokenizer.ggml.bos_token_id"] == ids[0]
+    assert meta["tokenizer.ggml.eos_token_id"] == ids[1]
+    size = made.get_vocab_size()
+    assert (tokens[size], types[size], len(tokens)) == (f"[PAD{size}]", 5, VOCAB)
+    merges = json.loads(made.to_str())["model"]["merges"]
+    assert meta["tokenizer.ggml.merges"] == [" ".join(pair) for pair in merges]
+    assert tensors["rope_freqs.weight"].data.shape == (12,)
+    assert tensors["rope_freqs.weight"].data.max() == 8
+    assert "output.weight" in tensors
+
+
+def test_rows_of_llamas_q_and_k_are_interleaved(tmp_path):
+    folder = write_case(tmp_path, "llama_linear")
+    written(folder)
+    _, tensors = raw(folder / "model.gguf")
+    checkpoint = Checkpoint(folder)
+    for part, kind in (("q", "weight"), ("k", "weight"), ("q", "bias")):
+        ours = checkpoint[f"model.layers.1.self_attn.{part}_proj.{kind}"]
+        theirs = tensors[f"blk.1.attn_{part}.{kind}"].data
+        # Heads of 8: features 0 and 4 rotate together, and are neighbours in the file.
+        order = [8 + i for i in (0, 4, 1, 5, 2, 6, 3, 7)]
+        np.testing.assert_array_equal(theirs[8:16], ours[order])
+    assert "output.weight" not in tensors  # tied
+
+
+def test_gemmas_norms_have_their_1(tmp_path):
+    folder = write_case(tmp_path, "gemma3_text")
+    written(folder, "f16")
+    _, tensors = raw(folder / "model.gguf")
+    for theirs, ours in (
+        ("output_norm", "model.norm"),
+        ("blk.6.attn_q_norm", "model.layers.6.self_attn.q_norm"),
+        ("blk.6.post_ffw_norm", "model.layers.6.post_feedforward_layernorm"),
+    ):
+        wanted = Checkpoint(folder)[f"{ours}.weight"] + np.float32(1)
+        np.testing.assert_array_equal(tensors[f"{theirs}.weight"].data, wanted)
+
+
+# --- tensors of other writers
+
+
+@pytest.mark.parametrize(
+    "kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q6_K"]
+)
+def test_quantized_tensors_are_dequantized_as_gguf_does(tmp_path, kind):
+    kind, rng = gguf.GGMLQuantizationType[kind], np.random.default_rng(0)
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    # Bytes below 0x7c: scales, wherever they are, are finite.
+    q = rng.integers(0, 0x7C, (32, 256 // block * size), np.uint8)
+    hidden = {"llama.embedding_length": 256, "llama.attention.key_length": 8}
+    tensors = {"blk.0.attn_q.weight": (q, kind), "blk.0.attn_output.weight": (q, kind)}
+    made = open_gguf(llama(tmp_path / "m.gguf", hidden, **tensors))
+    wanted = gguf.quants.dequantize(q, kind)
+    layer = "model.layers.0.self_attn"
+    assert made.infos[f"{layer}.q_proj.weight"].shape == (32, 256)
+    assert made.infos[f"{layer}.q_proj.weight"].dtype == np.float32
+    np.testing.assert_array_equal(made[f"{layer}.o_proj.weight"], wanted)
+    order = np.arange(32).reshape(4, 4, 2).swapaxes(1, 2).ravel()
+    np.testing.assert_array_equal(made[f"{layer}.q_proj.weight"], wanted[order])
+
+
+def test_asking_for_a_name_reads_nothing(tmp_path):
+    kind = gguf.GGMLQuantizationType.Q8_1  # none can dequantize it
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    q = np.zeros((32, 32 // block * size), np.uint8)
+    path = llama(tmp_path / "m.gguf", **{"blk.0.attn_v.weight": (q, kind)})
+    made, name = open_gguf(path), "model.layers.0.self_attn.v_proj.weight"
+    assert name in made and f"{name}.absmax" not in made and name in list(made)
+    with pytest.raises(CheckpointError, match=rf"{name} in .*m\.gguf.*Q8_1"):
+        made[name]
+
+
+def test_a_tensor_of_no_such_architecture_keeps_its_name(tmp_path):
+    more = {"blk.0.ffn_gate_inp.weight": np.ones((2, 32), np.float32)}
+    assert "blk.0.ffn_gate_inp.weight" in open_gguf(llama(tmp_path / "m.gguf", **more))
+
+
+# --- settings
+
+
+def test_what_a_file_does_not_say_is_as_llama_cpp_takes_it(tmp_path):
+    meta = {"llama.context_length": None}
+    config = open_gguf(llama(tmp_path / "m.gguf", meta)).config
+    assert (config["num_key_value_heads"], config["head_dim"]) == (4, 8)
+    assert (config["rope_theta"], config["rms_norm_eps"]) == (10000.0, 1e-5)
+    assert config["tie_word_embeddings"] and not config["attention_bias"]
+    heads = {"llama.attention.head_count_kv": [2]}  # one a layer
+    bias = {"blk.0.attn_q.bias": np.ones(32, np.float32)}
+    output = {"output.weight": np.ones((VOCAB, 32), np.float32)}
+    config = open_gguf(llama(tmp_path / "n.gguf", heads, **bias, **output)).config
+    assert config["num_key_value_heads"] == 2
+    assert config["attention_bias"] and not config["tie_word_embeddings"]
+
+
+def renamed(arch: str, **more: Any) -> dict[str, Any]:
+    made = {key.replace("llama", arch): value for key, value in LLAMA.items()}
+    more = {f"{arch}.{key}": value for key, value in more.items()}
+    return made | more | {"general.architecture": arch}
+
+
+def test_gemma_2_and_3_have_settings_that_no_metadata_hold(tmp_path):
+    embedding = {"token_embd.weight": np.ones((VOCAB, 32), np.float32)}
+    path, more = tmp_path / "m.gguf", {"attention.key_length": 16}
+    config = decoder_of(
+        open_gguf(write_raw(path, renamed("gemma2", **more), embedding)).config
+    )
+    assert config.kinds[0].window == 4096 and config.attention_scale == 0.25
+    assert (config.attention_softcap, config.logit_softcap) == (50.0, 30.0)
+    more["block_count"] = 46  # the 27B
+    config = open_gguf(write_raw(path, renamed("gemma2", **more), embedding)).config
+    assert config["query_pre_attn_scalar"] == 8
+    more = {"attention.sliding_window": 512, "block_count": 7, "rope.freq_base": 1e6}
+    config = decoder_of(
+        open_gguf(write_raw(path, renamed("gemma3", **more), embedding)).config
+    )
+    assert [kind.window for kind in config.kinds] == [512] * 5 + [None, 512]
+    assert (config.rope_theta, config.local_rope_theta) == (1e6, 10000.0)
+    more.pop("attention.sliding_window")
+    config = decoder_of(
+        open_gguf(write_raw(path, renamed("gemma3", **more), embedding)).config
+    )
+    assert {kind.window for kind in config.kinds} == {None}
+
+
+def test_yarn_is_read(tmp_path):
+    scaling = {
+        "type": "yarn",
+        "factor": 4.0,
+        "original_context_length": 32,
+        "yarn_beta_fast": 16.0,
+    }
+    meta = {f"llama.rope.scaling.{key}": value for key, value in scaling.items()}
+    config = decoder_of(open_gguf(llama(tmp_path / "m.gguf", meta)).config)
+    assert config.rope_scaling.kind == "yarn" and config.rope_scaling.factor == 4
+    assert config.rope_scaling.original_max_position == 32
+    assert (config.rope_scaling.beta_fast, config.rope_scaling.beta_slow) == (16, 1)
+
+
+def test_rotary_factors_that_no_settings_make_are_kept(tmp_path):
+    factors = np.array([1, 1.5, 1.25, 4], np.float32)
+    tensors = {"rope_freqs.weight": factors}
+    made = open_gguf(llama(tmp_path / "m.gguf", **tensors))
+    scaling = decoder_of(made.config).rope_scaling
+    assert scaling.short_factor == scaling.long_factor == tuple(factors.tolist())
+    assert scaling.attention_factor == 1 and "rope_freqs.weight" not in made
+
+
+# --- tokenizers
+
+
+@pytest.mark.parametrize("pre", PRE)
+def test_byte_level_tokenizers_come_back(tmp_path, pre):
+    folder = write_tokenizer(write_case(tmp_path, "qwen2"), byte_level(pre))
+    ours, theirs = Tokenizer.open(folder), written(folder).tokenizer()
+    assert raw(folder / "model.gguf")[0]["tokenizer.ggml.pre"] == pre
+    assert ours is not None and theirs is not None
+    for text in (PROBE, TEXT, "<tool>a</s> <s>", ""):
+        ids = ours.encode(text)
+        assert theirs.encode(text) == ids and theirs.decode(ids) == ours.decode(ids)
+    assert theirs.vocab_size == ours.vocab_size
+    assert theirs.eos_ids == ours.eos_ids and theirs.bos_id is None
+    messages = [{"role": "user", "content": "hi"}]
+    assert theirs.chat(messages) == ours.chat(messages) == "<s><user>hi"
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_tokenizers_come_back(tmp_path, prefix):
+    made = sentencepiece(prefix)
+    folder = write_tokenizer(write_case(tmp_path, "gemma"), made, add_bos_token=True)
+    ours, theirs = Tokenizer.open(folder), written(folder).tokenizer()
+    meta, _ = raw(folder / "model.gguf")
+    assert meta["tokenizer.ggml.add_space_prefix"] == prefix
+    assert meta["tokenizer.ggml.model"] == "llama"
+    assert meta["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6]
+    assert ours is not None and theirs is not None
+    for text in (PROBE, TEXT, "the an  quant</s> then", " he he ", ""):
+        ids = ours.encode(text)
+        assert theirs.encode(text) == ids and theirs.decode(ids) == ours.decode(ids)
+    assert (theirs.bos_id, theirs.eos_ids) == (1, (2,))
+
+
+def test_a_texts_first_id_and_ends_come_from_the_folder(tmp_path):
+    made, folder = byte_level(), write_case(tmp_path, "qwen2")
+    bos, eos, tool = (made.token_to_id(t) for t in ("<s>", "</s>", "<tool>"))
+    special = [("<s>", bos)]
+    made.post_processor = processors.TemplateProcessing("<s> $A", None, special)
+    generation = {"eos_token_id": [tool, eos]}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    tokenizer = written(write_tokenizer(folder, made)).tokenizer()
+    assert tokenizer is not None and tokenizer.bos_id == bos
+    assert tokenizer.eos_ids == (eos, tool)
+    write_tokenizer(folder, made, add_bos_token=False)
+    write_gguf(folder, folder / "model.gguf", overwrite=True)
+    tokenizer = open_gguf(folder / "model.gguf").tokenizer()
+    assert tokenizer is not None and tokenizer.bos_id is None
+
+
+TOKENIZER = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "llama-bpe",
+    "tokenizer.ggml.tokens": ["a", "b", "ab", "<s>", "<u>"],
+    "tokenizer.ggml.token_type": [1, 1, 1, 3, 4],
+    "tokenizer.ggml.merges": ["a b"],
+    "tokenizer.ggml.bos_token_id": 3,
+}
+
+
+def test_bos_is_put_where_llama_cpp_would_without_being_told(tmp_path):
+    tokenizer = open_gguf(llama(tmp_path / "m.gguf", TOKENIZER)).tokenizer()
+    assert tokenizer is not None and tokenizer.bos_id == 3
+    assert tokenizer.encode("ab<u>b") == [2, 4, 1]
+    other = TOKENIZER | {"tokenizer.ggml.pre": "smollm"}
+    tokenizer = open_gguf(llama(tmp_path / "n.gguf", other)).tokenizer()
+    assert tokenizer is not None and tokenizer.bos_id is None
+
+
+def test_phi_3s_special_tokens_take_spaces_along(tmp_path):
+    made = sentencepiece()
+    made.add_special_tokens([tokenizers.AddedToken("<|end|>", rstrip=True)])
+    folder = write_tokenizer(write_case(tmp_path, "phi3"), made)
+    ours, theirs = Tokenizer.open(folder), written(folder).tokenizer()
+    assert ours is not None and theirs is not None
+    text = "the<|end|>\n an<s> b"
+    assert theirs.encode(text) == ours.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "bert"}, "tokenizer.ggml.model is 'bert'; known: gpt2, llama"),
+        ({"pre": "tekken"}, "tokenizer.ggml.pre is 'tekken'; known: gpt-2, smollm"),
+        ({"pre": None}, "tokenizer.ggml.pre is 'default'"),
+        ({"merges": ["a c"]}, "its tokenizer is damaged: .*out of vocabulary"),
+        ({"merges": None}, "its tokenizer is damaged: KeyError"),
+        ({"token_type": [1, 1]}, "its tokenizer is damaged"),
+        ({"bos_token_id": 9}, "its tokenizer is damaged: IndexError"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_made_needs_one_beside(tmp_path, changes, message):
+    more = {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
+    made = open_gguf(llama(tmp_path / "m.gguf", TOKENIZER | more))
+    with pytest.raises(CheckpointError, match=message) as error:
+        made.tokenizer()
+    assert "m.gguf" in str(error.value) and "tokenizer.json beside" in str(error.value)
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    tokenizer = made.tokenizer()
+    assert (
+        tokenizer is not None
+        and tokenizer.encode(TEXT) == byte_level().encode(TEXT).ids
+    )
+
+
+def test_a_file_without_a_tokenizer_has_none(tmp_path):
+    made = open_gguf(llama(tmp_path / "m.gguf"))
+    assert made.tokenizer() is None
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    assert made.tokenizer() is not None
+
+
+# --- files that are refused
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"m\.gguf is no file"):
+        open_gguf(tmp_path / "m.gguf")
+
+
+def swapped(path: Path) -> bytes:
+    writer = gguf.GGUFWriter(path, "llama", endianess=gguf.GGUFEndian.BIG)
+    for step in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{step}_to_file")()
+    writer.close()
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda whole: b"", "cannot be read as GGUF"),
+        (lambda whole: b"PK" + whole[2:], "GGUF magic invalid"),
+        (lambda whole: whole[:4] + b"\x09" + whole[5:], "version 9"),
+        (lambda whole: whole[:20], "truncated or corrupt"),
+        (lambda whole: whole[:300], "truncated or corrupt"),
+        (lambda whole: whole[:-100], "truncated or corrupt, fetch it again"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, damage: Callable[[bytes], bytes], message):
+    path = llama(tmp_path / "m.gguf")
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(CheckpointError, match=message) as error:
+        open_gguf(path)
+    assert f"{path} ({path.stat().st_size} bytes)" in str(error.value)
+
+
+def test_a_big_endian_file_is_refused(tmp_path):
+    swapped(tmp_path / "m.gguf")
+    with pytest.raises(CheckpointError, match="in another order"):
+        open_gguf(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("meta", "message"),
+    [
+        ({"general.architecture": "bert"}, "'bert'; known: llama, qwen2, qwen3, gemma"),
+        ({"llama.expert_count": 8}, "mixture of experts"),
+        ({"split.count": 3}, "1 of 3 parts.*llama-gguf-split"),
+        (
+            {"llama.block_count": None, "llama.embedding_length": None},
+            r"2 problems(.|\n)*embedding_length is missing(.|\n)*block_count is missing",
+        ),
+        (
+            {"llama.feed_forward_length": [64, 32]},
+            r"differs between layers: \[64, 32\]",
+        ),
+        ({"llama.attention.head_count": 0}, "settings are damaged: ZeroDivisionError"),
+        ({"llama.block_count": "two"}, "settings are damaged: ValueError"),
+        ({"llama.rope.dimension_count": 4}, "dimension_count is 4, a part of a head"),
+        ({"llama.rope.scaling.type": "ntk"}, "scaling.type is 'ntk'; known: linear"),
+        (
+            {
+                "llama.rope.scaling.type": "yarn",
+                "llama.rope.scaling.factor": 2.0,
+                "llama.rope.scaling.attn_factor": 1.5,
+            },
+            "attn_factor is 1.5; not supported",
+        ),
+    ],
+)
+def test_settings_that_are_not_ours_are_refused(tmp_path, meta, message):
+    path = llama(tmp_path / "m.gguf", meta)
+    with pytest.raises(CheckpointError, match=message) as error:
+        open_gguf(path)
+    assert str(path) in str(error.value)
+
+
+def test_wrong_tensors_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="token_embd.weight is missing"):
+        open_gguf(write_raw(tmp_path / "m.gguf", LLAMA))
+    tensors = {"rope_freqs.weight": np.ones(3, np.float32)}
+    with pytest.raises(CheckpointError, match="3 factors, expected 4"):
+        open_gguf(llama(tmp_path / "m.gguf", **tensors))
+
+
+def test_without_the_package_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(CheckpointError, match="pip install gguf"):
+        open_gguf(tmp_path / "m.gguf")
+
+
+# --- folders that are refused
+
+
+def test_another_dtype_is_refused(tmp_path):
+    with pytest.raises(ShapeError, match="'q4_0', expected f32, f16, q8_0, bf16"):
+        write_gguf(tmp_path, tmp_path / "m.gguf", "q4_0")
+
+
+def test_a_file_is_not_overwritten_unasked(tmp_path):
+    folder, out = write_case(tmp_path, "qwen2"), tmp_path / "m.gguf"
+    out.write_text("mine")
+    with pytest.raises(OutputExistsError, match="--overwrite"):
+        write_gguf(folder, out)
+    assert out.read_text() == "mine"
+    size = write_gguf(folder, out, overwrite=True)["bytes"]
+    assert size == out.stat().st_size and not list(tmp_path.glob("*.partial"))
+    with pytest.raises(OutputExistsError, match="exists"):
+        write_gguf(folder, folder, overwrite=True)
+    with pytest.raises(CheckpointError, match="made from a dense folder"):
+        write_gguf(out, tmp_path / "n.gguf")
+
+
+def test_4_bit_folders_are_refused(tmp_path):
+    save_model(quantize(tiny.decoder()), tmp_path)
+    with pytest.raises(CheckpointError, match="has quantized weights"):
+        write_gguf(tmp_path, tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "message"),
+    [
+        ("olmo2", {}, "a olmo2 cannot be written as GGUF; known: gemma, gemma2"),
+        ("llama_dynamic", {}, "rope_scaling is .*kind='dynamic'.*would take None"),
+        ("llama_yarn", {}, "beta_fast=1.0.*would take .*beta_fast=32.0"),
+        ("mistral", {}, "sliding_window is 8; llama.cpp would take None"),
+        ("qwen2_window", {}, "layer_kinds is .*window=8"),
+        ("gemma2", {"query_pre_attn_scalar": 20}, "attention_scale is"),
+        ("qwen3", {"hidden_act": "gelu"}, "activation is 'gelu'"),
+    ],
+)
+def test_models_that_llama_cpp_would_run_otherwise_are_refused(
+    tmp_path, case, changes, message
+):
+    folder = write_case(tmp_path, case, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        write_gguf(folder, tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()
+
+
+def test_values_that_the_dtype_cannot_hold_are_named(tmp_path):
+    folder = write_case(tmp_path, "qwen2")
+    tensors = {name: np.array(w) for name, w in Checkpoint(folder).items()}
+    up, norm = "model.layers.0.mlp.up_proj.weight", "model.norm.weight"
+    tensors[up][1, 2], tensors[norm][3] = 1e5, np.nan
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="does not fit f16 .2 problems") as error:
+        write_gguf(folder, tmp_path / "m.gguf")
+    assert up in str(error.value) and norm in str(error.value)
+    assert not list(tmp_path.glob("*.gguf*"))
+    with pytest.raises(CheckpointError, match=f"1 problem(.|\n)*{norm}"):
+        write_gguf(folder, tmp_path / "m.gguf", "bf16")
+
+
+def unigram() -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], 0))
+
+
+def whitespace() -> tokenizers.Tokenizer:
+    made = byte_level()
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return made
+
+
+def large() -> tokenizers.Tokenizer:
+    made = byte_level()
+    made.add_tokens([f"<{i}>" for i in range(30)])
+    return made
+
+
+def lowercase() -> tokenizers.Tokenizer:
+    made = sentencepiece()
+    made.normalizer = normalizers.Sequence([normalizers.Lowercase(), made.normalizer])
+    return made
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (unigram, "is of type Unigram"),
+        (tiny.byte_tokenizer, "of type BPE with 0 merges"),
+        (whitespace, "splits text in a way that no GGUF file names"),
+        (lowercase, "splits text in a way that no GGUF file names"),
+        (large, r"ids up to \d+, but config.json a vocab_size of 320"),
+    ],
+)
+def test_tokenizers_that_do_not_fit_are_refused(tmp_path, make, message):
+    folder = write_tokenizer(write_case(tmp_path, "qwen2"), make())
+    with pytest.raises(CheckpointError, match=message):
+        write_gguf(folder, tmp_path / "m.gguf")
+
+
+def test_a_folder_needs_a_tokenizer(tmp_path):
+    (write_case(tmp_path, "qwen2") / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="has no tokenizer.json"):
+        write_gguf(tmp_path, tmp_path / "m.gguf")
+
+
+# --- real files
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"]
+)
+def test_real_files_are_read_as_the_folders_made_of_them(name):
+    cache = Path(os.environ.get("QLORA_JAX_MODELS", "~/.cache/qlora_jax_models"))
+    folder = cache.expanduser() / name
+    path = folder.with_name(f"{name}.gguf")
+    if not (path.exists() and folder.is_dir()):
+        pytest.skip(f"needs {path} and {folder}")
+    made, stored = open_gguf(path), Checkpoint(folder)
+    # The folder's embedding is the head's, which the file stores less coarsely.
+    head = "lm_head.weight" if "lm_head.weight" in made else "model.embed_tokens.weight"
+    assert {*made, head} - {"lm_head.weight"} == set(stored)
+    for ours in stored:
+        name = head if ours == "model.embed_tokens.weight" else ours
+        np.testing.assert_array_equal(made[name].astype(np.float16), stored[ours])
+    config = json.loads((folder / "config.json").read_text())
+    ours, theirs = decoder_of(config), decoder_of(made.config)
+    assert theirs.tie_word_embeddings == ("lm_head.weight" not in made)
+    assert {**vars(theirs), "tie_word_embeddings": True} == vars(ours)
+    tokenizer, other = Tokenizer.open(folder), made.tokenizer()
+    assert tokenizer is not None and other is not None
+    text = PROBE + Path(__file__).read_text() + "<|im_start|>user\nhi<|im_end|>"
+    assert other.encode(text) == tokenizer.encode(text)
+    assert other.eos_ids == tokenizer.eos_ids
+    assert other.chat_template == tokenizer.chat_template
