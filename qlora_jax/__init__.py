@@ -25,9 +25,12 @@ if TYPE_CHECKING:
     from qlora_jax.generate.sample import generate as generate
     from qlora_jax.io.adapter import load_adapter as load_adapter
     from qlora_jax.io.adapter import save_adapter as save_adapter
+    from qlora_jax.io.gguf import write_gguf as write_gguf
     from qlora_jax.io.hf import load as load
     from qlora_jax.io.hf import original_kernels as original_kernels
     from qlora_jax.io.hf import save_model as save_model
+    from qlora_jax.io.peft import export_peft as export_peft
+    from qlora_jax.io.peft import import_peft as import_peft
     from qlora_jax.nn.linear import quantize as quantize
     from qlora_jax.optim.loss_scale import dynamic_loss_scale as dynamic_loss_scale
     from qlora_jax.optim.offload import offload as offload
@@ -50,6 +53,8 @@ _HOMES = {
     "qlora_jax.generate.sample": ("SampleConfig", "generate"),
     "qlora_jax.io.adapter": ("load_adapter", "save_adapter"),
     "qlora_jax.io.hf": ("load", "original_kernels", "save_model"),
+    "qlora_jax.io.gguf": ("write_gguf",),
+    "qlora_jax.io.peft": ("export_peft", "import_peft"),
     "qlora_jax.nn.linear": ("quantize",),
     "qlora_jax.optim.loss_scale": ("dynamic_loss_scale",),
     "qlora_jax.optim.offload": ("offload",),

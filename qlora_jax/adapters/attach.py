@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import zlib
+from collections import Counter
 from typing import Any, TypeVar, get_args
 
 import jax
@@ -43,6 +44,15 @@ class LoRAConfig:
     """Which linears: all-linear (all but the head), names joined by commas
     (q_proj,v_proj), or a regular expression for the whole path (layers\\.attn\\..*)."""
 
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead, so that high ranks learn as fast."""
+
+    rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Other ranks: the end of a linear's path -> its rank."""
+
+    alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Other alphas: the end of a linear's path -> its alpha."""
+
     init: Init = "zero"
     """How it starts: zero changes nothing; loftq is the best low-rank copy of what
     quantization lost of the weights, qera of what it lost of the outputs, given the second
@@ -57,6 +67,16 @@ class LoRAConfig:
             problems.append(f"--lora.alpha is {self.alpha}, expected more than 0")
         if not 0 <= self.dropout < 1:
             problems.append(f"--lora.dropout is {self.dropout}, expected 0 <= p < 1")
+        for key, rank in self.rank_pattern.items():
+            if rank < 1:
+                problems.append(
+                    f"--lora.rank-pattern {key} is {rank}, expected 1 or more"
+                )
+        for key, alpha in self.alpha_pattern.items():
+            if not alpha > 0:
+                problems.append(
+                    f"--lora.alpha-pattern {key} is {alpha}, expected above 0"
+                )
         if self.init not in get_args(Init):
             problems.append(
                 f"--lora.init is {self.init!r}, expected {', '.join(get_args(Init))}"
@@ -68,6 +88,13 @@ class LoRAConfig:
         if problems:
             raise ConfigError("; ".join(problems))
 
+    def shape_of(self, path: str) -> tuple[int, float]:
+        """Returns the rank and alpha of a linear of this dotted path."""
+        return (
+            _by_end(self.rank_pattern, path, self.rank),
+            _by_end(self.alpha_pattern, path, self.alpha),
+        )
+
     def matches(self, path: str) -> bool:
         """Whether a linear of this dotted path gets an adapter."""
         if self.targets == ALL_LINEAR:
@@ -76,6 +103,13 @@ class LoRAConfig:
             return True
         names = [name.strip() for name in self.targets.split(",")]
         return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def _by_end(patterns: dict[str, Any], path: str, default: Any) -> Any:
+    for end, value in patterns.items():
+        if path == end or path.endswith(f".{end}"):
+            return value
+    return default
 
 
 def attach(
@@ -141,12 +175,14 @@ def attach_zero(model: M, config: LoRAConfig, *, key: Array) -> M:
         name = dotted(path)
         if not isinstance(node, (Linear, QuantizedLinear)) or not config.matches(name):
             return node
+        rank, alpha = config.shape_of(name)
         lora = LoRA(
             node,
-            rank=config.rank,
-            alpha=config.alpha,
+            rank=rank,
+            alpha=alpha,
             dropout=config.dropout,
             init=config.init,
+            rslora=config.rslora,
             key=jax.random.fold_in(key, zlib.crc32(name.encode())),
         )
         # Travels with the adapter's own tree, so that saving it alone can name the base.
@@ -188,9 +224,16 @@ def lora_config(model: nnx.Module) -> LoRAConfig:
     if not found:
         raise AdapterMismatchError("the model has no adapter")
     one = next(iter(found.values()))
+    rank, alpha = (
+        Counter(getattr(node, field) for node in found.values()).most_common(1)[0][0]
+        for field in ("rank", "alpha")
+    )
     return LoRAConfig(
-        rank=one.rank,
-        alpha=one.alpha,
+        rank=rank,
+        alpha=alpha,
+        rslora=one.rslora,
+        rank_pattern={p: n.rank for p, n in found.items() if n.rank != rank},
+        alpha_pattern={p: n.alpha for p, n in found.items() if n.alpha != alpha},
         dropout=one.dropout,
         init=one.init,
         targets=",".join(sorted(found)),

@@ -14,6 +14,8 @@ COMMANDS = {
     "evaluate": "perplexity of a text, or loss and exact match of rows",
     "generate": "continue prompts",
     "merge": "fold an adapter into a dense model folder",
+    "export": "an adapter as a PEFT folder, or a model as a GGUF file",
+    "import": "a PEFT adapter as one of ours",
     "inspect": "what a folder holds, and whether an adapter fits a base",
     "doctor": "devices, versions, and which kernels will run",
 }
@@ -54,7 +56,8 @@ def _run(name: str, args: list[str], debug: bool) -> int:
     from qlora_jax.errors import QLoRAError
 
     try:
-        command = importlib.import_module(f"qlora_jax.cli.{name}")
+        module = "import_" if name == "import" else name  # a keyword
+        command = importlib.import_module(f"qlora_jax.cli.{module}")
         figures = command.run(command.parse(args, f"qlora {name}"))
     except (QLoRAError, OSError) as error:
         if debug:

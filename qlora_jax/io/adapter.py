@@ -26,6 +26,7 @@ from qlora_jax.errors import (
     OutputExistsError,
     gathered,
 )
+from qlora_jax.io.peft import import_peft, is_peft
 from qlora_jax.nn import Linear, LoRA
 
 logger = logging.getLogger(__name__)
@@ -102,9 +103,9 @@ def find_adapter(path: str | os.PathLike[str]) -> Path:
     for candidate in (path, path / "adapter"):
         if (candidate / METADATA).is_file():
             return candidate.absolute()
-    if (path / "adapter_config.json").exists():
+    if is_peft(path):
         raise AdapterMismatchError(
-            f"{path} is a PEFT adapter; this version opens its own adapters alone"
+            f"{path} is a PEFT adapter; import it first (qlora import)"
         )
     raise AdapterMismatchError(
         f"{path} holds no adapter; expected a run folder or an adapter folder with "
@@ -156,7 +157,7 @@ def load_adapter(path: str | os.PathLike[str], model: M) -> M:
     """Returns the model with a saved adapter attached; the model is left as it was.
 
     Args:
-      path: A run folder or an adapter folder.
+      path: A run folder, an adapter folder or a PEFT folder.
       model: The base it was trained on, dense or quantized; or the same with an adapter
         attached, whose values are replaced.
 
@@ -164,6 +165,8 @@ def load_adapter(path: str | os.PathLike[str], model: M) -> M:
       AdapterMismatchError: no adapter there, or it does not fit: another base, rank or
         targets; every mismatch is named.
     """
+    if is_peft(path):
+        return import_peft(path, model)
     folder = find_adapter(path)
     config, metadata = _read_metadata(folder)
     attached = bool(nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)))

@@ -56,6 +56,8 @@ class LayerKind:
 class DecoderConfig:
     """The shape of a decoder; names as in design.md, sizes in elements."""
 
+    model_type: str = dataclasses.field(default="llama", compare=False)
+    """The family, whose Hugging Face names its parameters have."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int

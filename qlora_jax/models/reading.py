@@ -93,6 +93,7 @@ def read(
         return None, found
     bias = bool(hf.get("attention_bias", False))
     values = {
+        "model_type": hf.get("model_type", "llama"),
         "vocab_size": hf["vocab_size"],
         "hidden_size": hf["hidden_size"],
         "intermediate_size": hf["intermediate_size"],

@@ -29,7 +29,7 @@ class LoRA(nnx.Module):
       lora_a: nnx.LoRAParam, float32 (..., in, rank), uniform in +-1/sqrt(in).
       lora_b: nnx.LoRAParam, float32 (..., rank, out), zero: a new adapter changes
         nothing.
-      scale: alpha / rank.
+      scale: alpha / rank, or alpha / sqrt(rank) with rslora (arXiv 2312.03732).
       dropout: Probability that an input feature of the adapter is dropped.
       init: How the factors started; unless 'zero', they hold a part of the base.
     """
@@ -42,6 +42,7 @@ class LoRA(nnx.Module):
         alpha: float,
         dropout: float,
         init: Init = "zero",
+        rslora: bool = False,
         key: Array,
     ):
         # in + out comes from the kernel's static shape, so a stack works unsliced.
@@ -58,11 +59,12 @@ class LoRA(nnx.Module):
         self.alpha = alpha
         self.dropout = dropout
         self.init: Init = init
+        self.rslora = rslora
 
     @property
     def scale(self) -> float:
         """What the update is multiplied by."""
-        return self.alpha / self.rank
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     @property
     def in_features(self) -> int:

@@ -1,6 +1,5 @@
 """PEFT's own adapters on the golden Llama: the same logits, loss and gradients."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from flax import nnx
-from safetensors.numpy import load_file
 
-from qlora_jax.adapters import LoRAConfig, attach, join, merge, split
-from qlora_jax.adapters.names import flatten, unflatten
+from qlora_jax.adapters import join, merge, split
+from qlora_jax.adapters.names import flatten
 from qlora_jax.io.hf import load
+from qlora_jax.io.peft import import_peft
 from qlora_jax.train.step import next_token_loss
 
 LOGITS = 1e-4
@@ -31,23 +29,6 @@ def ours(name: str) -> str:
     return name.replace(".lora_A", ".lora_a").replace(".lora_B", ".lora_b")
 
 
-def with_peft(model: nnx.Module, folder: Path) -> Any:
-    """Attaches a PEFT adapter by its names; this version has no reader of its own."""
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    config = LoRAConfig(
-        rank=settings["r"],
-        alpha=float(settings["lora_alpha"]),
-        targets=",".join(
-            {name.rpartition(".")[2] for name in settings["target_modules"]}
-        ),
-    )
-    graphdef, lora, base = split(attach(model, config, key=jax.random.key(0)))
-    stored = load_file(folder / "adapter_model.safetensors")
-    return join(
-        graphdef, unflatten({ours(k): v.T for k, v in stored.items()}, lora), base
-    )
-
-
 @pytest.fixture
 def case(
     golden: Callable[[str], Path],
@@ -60,7 +41,7 @@ def case(
         model, _ = load(golden(f"models/{base}"), dtype="float32")
         ids = np.load(golden("models/input_ids.npy")).astype(np.int32)
         return (
-            with_peft(model, golden(folder)),
+            import_peft(golden(folder), model),
             lambda name: np.load(golden(f"{folder}/{name}")),
             jnp.asarray(ids),
         )
@@ -68,7 +49,9 @@ def case(
     return open_case
 
 
-@pytest.mark.parametrize("name", ["lora_all_r8_on_fp32", "lora_qv_r4_on_fp32"])
+@pytest.mark.parametrize(
+    "name", ["lora_all_r8_on_fp32", "lora_qv_r4_on_fp32", "rslora_r8_on_fp32"]
+)
 def test_logits_unmerged_and_merged_are_those_of_peft(case, name):
     model, read, ids = case("llama_fp32", name)
     said = tiny.logits(model, ids)

@@ -11,7 +11,12 @@ import tiny
 from qlora_jax.adapters import LoRAConfig, split
 from qlora_jax.adapters.names import flatten
 from qlora_jax.errors import AdapterMismatchError, OutputExistsError
-from qlora_jax.io.adapter import load_adapter, read_adapter_config, save_adapter
+from qlora_jax.io.adapter import (
+    find_adapter,
+    load_adapter,
+    read_adapter_config,
+    save_adapter,
+)
 
 CONFIG = LoRAConfig(rank=4, alpha=8.0)
 TOKENS = tiny.tokens()
@@ -90,5 +95,7 @@ def test_folders_that_are_no_adapter_say_what_was_expected(tmp_path: Path):
         load_adapter(tmp_path, tiny.quantized())
     (tmp_path / "adapter.json").unlink()
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(AdapterMismatchError, match="is a PEFT adapter"):
+    with pytest.raises(AdapterMismatchError, match="cannot be read as a PEFT adapter"):
         load_adapter(tmp_path, tiny.quantized())
+    with pytest.raises(AdapterMismatchError, match="is a PEFT adapter; import it"):
+        find_adapter(tmp_path)

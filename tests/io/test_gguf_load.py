@@ -18,7 +18,6 @@ if importlib.util.find_spec("gguf") is None:
 
 from qlora_jax.io.gguf import write_gguf
 
-
 FOLDER = Path(qlora.__file__).parent / "assets" / "base"  # has a real tokenizer
 
 

@@ -1,0 +1,60 @@
+"""`qlora export`: an adapter for PEFT, or a model for llama.cpp."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from qlora_jax.cli import options
+from qlora_jax.cli.options import QuantOptions
+from qlora_jax.errors import ConfigError
+from qlora_jax.io.gguf import write_gguf
+from qlora_jax.io.peft import export_peft
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Write what other tools open: a PEFT adapter, or a GGUF model."""
+
+    model: str
+    """The adapter's base; for gguf the dense folder to write."""
+
+    out: Path
+    """Folder (peft) or file (gguf) to write."""
+
+    format: Literal["peft", "gguf"] = "peft"
+    """peft: the adapter of --adapter; gguf: the model (merge an adapter first)."""
+
+    adapter: str | None = None
+    """Run folder or adapter folder, for peft."""
+
+    dtype: Literal["f16", "q8_0", "bf16", "f32"] = "f16"
+    """Of a GGUF file's matrices."""
+
+    quant: QuantOptions = QuantOptions()
+    """How the base is held, which its adapter must fit."""
+
+    overwrite: bool = False
+    """Replace what is there."""
+
+
+def parse(args: list[str], prog: str) -> Args:
+    """Parses the flags."""
+    return options.parse(Args, args, prog)
+
+
+def run(args: Args) -> dict[str, Any]:
+    """Runs; returns the figures."""
+    if args.format == "gguf":
+        if args.adapter is not None:
+            raise ConfigError(
+                "a GGUF file holds one model: fold the adapter in with qlora merge, then "
+                "export the merged folder without --adapter"
+            )
+        return write_gguf(args.model, args.out, args.dtype, overwrite=args.overwrite)
+    if args.adapter is None:
+        raise ConfigError("--adapter is missing: whose PEFT folder is to be written?")
+    model, _, said = options.open_model(
+        args.model, args.adapter, args.quant, "bfloat16"
+    )
+    out = export_peft(args.out, model, base=args.model, overwrite=args.overwrite)
+    return {**said, "out": str(out), "format": "peft"}

@@ -1,0 +1,244 @@
+"""PEFT folders: there and back byte by byte, and what is refused.
+
+That PEFT's own adapters give PEFT's logits and gradients is in
+tests/adapters/test_peft_golden.py.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import load_file, save_file
+
+from qlora_jax.adapters import LoRAConfig
+from qlora_jax.adapters.attach import lora_config, split
+from qlora_jax.cli.main import main
+from qlora_jax.errors import AdapterMismatchError, ConfigError, OutputExistsError
+from qlora_jax.io.adapter import load_adapter, save_adapter
+from qlora_jax.io.peft import export_peft, import_peft
+
+ALL = {
+    "rank": 4,
+    "alpha": 6.0,
+    "rslora": True,
+    "rank_pattern": {"down_proj": 8, "layers.attn.v_proj": 2},
+    "alpha_pattern": {"q_proj": 3.0},
+}
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+def change(folder: Path, **changes: Any) -> None:
+    text = json.dumps(settings(folder) | changes)
+    (folder / "adapter_config.json").write_text(text)
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    return export_peft(tmp_path / "peft", tiny.adapted(tiny.decoder(), **ALL))
+
+
+def test_an_exported_adapter_comes_back_as_it_was(exported: Path):
+    model = tiny.adapted(tiny.decoder(), **ALL)
+    back = import_peft(exported, tiny.decoder())
+    for a, b in zip(
+        tiny.arrays(split(back)[1]), tiny.arrays(split(model)[1]), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    assert lora_config(back) == lora_config(model)
+    x = tiny.tokens()
+    np.testing.assert_array_equal(tiny.logits(back, x), tiny.logits(model, x))
+
+
+def test_what_was_imported_is_exported_byte_by_byte(golden, tmp_path):
+    for name in ("lora_all_r8_on_fp32", "lora_qv_r4_on_fp32", "rslora_r8_on_fp32"):
+        source = golden(f"models/adapters/{name}/adapter_config.json").parent
+        base = golden("models/llama_fp32/config.json").parent
+        from qlora_jax.io.hf import load
+
+        out = export_peft(tmp_path / name, import_peft(source, load(base)[0]))
+        ours, theirs = (
+            load_file(f / "adapter_model.safetensors") for f in (out, source)
+        )
+        assert ours.keys() == theirs.keys()
+        for key, array in theirs.items():
+            assert ours[key].dtype == array.dtype
+            assert ours[key].tobytes() == array.tobytes()
+        for key in ("r", "lora_alpha", "lora_dropout", "use_rslora", "peft_type"):
+            assert settings(out)[key] == settings(source)[key], key
+
+
+def test_settings_are_those_that_peft_writes(exported: Path):
+    said = settings(exported)
+    assert (said["r"], said["lora_alpha"], said["use_rslora"]) == (4, 6, True)
+    assert said["rank_pattern"] == {"mlp.down_proj": 8, "self_attn.v_proj": 2}
+    assert said["alpha_pattern"] == {"self_attn.q_proj": 3}
+    assert len(said["target_modules"]) == 7 and "q_proj" in said["target_modules"]
+    tensors = load_file(exported / "adapter_model.safetensors")
+    a = tensors["base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"]
+    assert a.shape == (8, 128) and a.dtype == np.float32
+    few = tiny.adapted(tiny.decoder(), targets="lm_head,q_proj")
+    out = export_peft(exported.parent / "few", few)
+    assert settings(out)["target_modules"] == ["lm_head", "q_proj"]
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["q_proj", "v_proj"],
+        r"model\.layers\.\d+\.self_attn\.[qv]_proj",
+        "all-linear",
+        [f"model.layers.{i}.self_attn.{n}_proj" for i in (0, 1) for n in "qv"],
+    ],
+)
+def test_targets_may_be_spelt_in_any_way(targets, tmp_path):
+    model = tiny.adapted(tiny.decoder(), targets="q_proj,v_proj")
+    folder = export_peft(tmp_path / "a", model)
+    change(folder, target_modules=targets)
+    back = import_peft(folder, tiny.decoder())
+    assert lora_config(back).targets == "layers.attn.q_proj,layers.attn.v_proj"
+
+
+def test_peft_patterns_are_regular_expressions(exported: Path):
+    patterns = {r"self_attn\.v_proj|x": 2, r"layers\.\d+\.mlp\.down_proj": 8}
+    change(exported, rank_pattern=patterns)
+    config = lora_config(import_peft(exported, tiny.decoder()))
+    assert config.rank_pattern == {"layers.attn.v_proj": 2, "layers.mlp.down_proj": 8}
+
+
+def test_all_that_cannot_be_held_is_named_at_once(exported: Path):
+    wrong = {
+        "use_dora": True,
+        "bias": "all",
+        "fan_in_fan_out": True,
+        "modules_to_save": ["lm_head"],
+        "trainable_token_indices": [1, 2],
+        "layer_replication": [[0, 1]],
+        "target_parameters": ["experts"],
+        "lora_bias": True,
+        "peft_type": "LOHA",
+    }
+    change(exported, **wrong)
+    with pytest.raises(AdapterMismatchError) as error:
+        import_peft(exported, tiny.decoder())
+    for key, value in wrong.items():
+        assert f"{key} is {value!r}, which an adapter here cannot hold" in str(
+            error.value
+        )
+
+
+def edited(folder: Path, edit) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+UP = "base_model.model.model.layers.1.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop(f"{UP}.lora_B.weight"), "has no tensor for lora_b"),
+        (
+            lambda t: [t.pop(f"{UP}.lora_{x}.weight") for x in "AB"],
+            "layers.mlp.up_proj is adapted in 1 of 2 layers",
+        ),
+        (
+            lambda t: t.update({f"{UP}.lora_A.weight": np.zeros((3, 64), np.float32)}),
+            "lora_a has rank 3, adapter_config.json says 4",
+        ),
+        (
+            lambda t: t.update({f"{UP}.lora_A.weight": np.zeros((4, 60), np.float32)}),
+            r"layers.1.mlp.up_proj.lora_a: shape \(60, 4\), the model has \(64, 4\)",
+        ),
+        (
+            lambda t: t.update({f"{UP}.lora_magnitude_vector": np.zeros(128)}),
+            "lora_magnitude_vector is neither lora_A nor lora_B",
+        ),
+        (
+            lambda t: t.update(
+                {"base_model.model.model.wte.lora_A.weight": np.zeros((4, 8))}
+            ),
+            "the model has no linear model.wte",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(exported: Path, edit, message):
+    edited(exported, edit)
+    with pytest.raises(AdapterMismatchError, match=message):
+        import_peft(exported, tiny.decoder())
+
+
+def test_ranks_that_differ_by_layer_are_refused(exported: Path):
+    change(exported, alpha_pattern={r"layers\.1\.mlp\.up_proj": 9})
+    with pytest.raises(AdapterMismatchError, match="more than one alpha, .*by layer"):
+        import_peft(exported, tiny.decoder())
+
+
+def test_folders_that_cannot_be_read_say_why(tmp_path: Path, exported: Path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "adapter_config.json").write_text("{}")
+    (tmp_path / "bin" / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(AdapterMismatchError, match="a pickle; save it again"):
+        import_peft(tmp_path / "bin", tiny.decoder())
+    (exported / "adapter_model.safetensors").write_bytes(b"junk")
+    with pytest.raises(AdapterMismatchError, match="cannot be read as a PEFT adapter"):
+        import_peft(exported, tiny.decoder())
+
+
+def test_an_adapter_there_is_not_replaced_unasked(exported: Path):
+    model = tiny.adapted(tiny.decoder())
+    with pytest.raises(OutputExistsError, match="pass overwrite"):
+        export_peft(exported, model)
+    export_peft(exported, model, overwrite=True)
+    assert settings(exported)["r"] == 4
+
+
+def test_patterns_and_rslora_travel_with_our_own_adapter(tmp_path: Path):
+    model = tiny.adapted(tiny.quantized(), **ALL)
+    assert model.layers.attn.q_proj.scale == 3.0 / 2
+    assert model.layers.mlp.down_proj.lora_a[...].shape == (2, 128, 8)
+    save_adapter(tmp_path / "a", split(model)[1], lora_config(model))
+    back = load_adapter(tmp_path / "a", tiny.quantized())
+    x = tiny.tokens()
+    np.testing.assert_array_equal(tiny.logits(back, x), tiny.logits(model, x))
+    with pytest.raises(ConfigError, match="rank-pattern q_proj is 0.*alpha-pattern"):
+        LoRAConfig(rank_pattern={"q_proj": 0}, alpha_pattern={"q_proj": -1.0})
+
+
+def test_the_command_exports_imports_and_uses_peft_folders(tmp_path: Path, capsys):
+    base = tiny.write_folder(tmp_path / "base")
+    model = tiny.adapted(tiny.decoder(), **ALL)
+    save_adapter(tmp_path / "a", split(model)[1], lora_config(model))
+    model_args = ["--model", str(base)]
+
+    def call(*args: object) -> str:
+        status = main([str(arg) for arg in args])
+        captured = capsys.readouterr()
+        assert status == 0, captured.err
+        return captured.out
+
+    call("export", *model_args, "--adapter", tmp_path / "a", "--out", tmp_path / "p")
+    assert settings(tmp_path / "p")["base_model_name_or_path"] == str(base)
+    call("import", *model_args, "--adapter", tmp_path / "p", "--out", tmp_path / "b")
+    one, two = (load_adapter(tmp_path / n, tiny.decoder()) for n in ("a", "b"))
+    for a, b in zip(
+        tiny.arrays(split(one)[1]), tiny.arrays(split(two)[1]), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    merge = ["merge", *model_args, "--adapter", tmp_path / "p", "--out", tmp_path / "m"]
+    call(*merge)
+    assert main(["export", *model_args, "--out", str(tmp_path / "x")]) == 2
+    assert "--adapter is missing" in capsys.readouterr().err
+    args = ["export", "--format", "gguf", "--adapter", "a", "--out", "x", *model_args]
+    assert main(args) == 2
+    assert "fold the adapter in with qlora merge" in capsys.readouterr().err
+    args = ["import", "--adapter", str(tmp_path / "a"), "--out", "x", *model_args]
+    assert main(args) == 2
+    assert "is no PEFT folder" in capsys.readouterr().err
