@@ -10,7 +10,7 @@ import logging
 import math
 import os
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -27,6 +27,7 @@ from qlora_jax.errors import (
     gathered,
 )
 from qlora_jax.io.peft import import_peft, is_peft
+from qlora_jax.models import Decoder
 from qlora_jax.nn import Linear, LoRA
 
 logger = logging.getLogger(__name__)
@@ -166,7 +167,12 @@ def load_adapter(path: str | os.PathLike[str], model: M) -> M:
         targets; every mismatch is named.
     """
     if is_peft(path):
-        return import_peft(path, model)
+        if not isinstance(model, Decoder):
+            raise AdapterMismatchError(
+                f"{path} is a PEFT adapter; its names fit a Decoder, this is "
+                f"{type(model).__name__}"
+            )
+        return cast(M, import_peft(path, model))
     folder = find_adapter(path)
     config, metadata = _read_metadata(folder)
     attached = bool(nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)))
