@@ -25,7 +25,7 @@ from qlora_jax.train.report import write_report
 
 LORA = LoRAConfig(rank=16, alpha=32)
 TRAIN = TrainConfig(
-    max_steps=300,
+    max_steps=500,
     micro_batch=48,
     grad_accum=1,
     learning_rate=4e-3,
@@ -33,7 +33,7 @@ TRAIN = TrainConfig(
     warmup_ratio=0.05,
     max_grad_norm=1.0,
     beta2=0.99,
-    eval_every=60,
+    eval_every=100,
     save_every=None,
 )
 DATA = DataConfig(max_tokens=128)
