@@ -26,10 +26,12 @@ from qlora_jax.adapters.attach import LoRAConfig, attach_zero, lora_config, spli
 from qlora_jax.adapters.names import flatten, unflatten
 from qlora_jax.errors import AdapterMismatchError, OutputExistsError, gathered
 from qlora_jax.models import FAMILIES, Decoder, DecoderConfig
+from qlora_jax.nn import LoRA
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _FACTORS = {".lora_A.weight": ".lora_a", ".lora_B.weight": ".lora_b"}
+_HEAD_COPY = "lm_head.base_layer.weight"
 _ONLY: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
@@ -90,7 +92,11 @@ def import_peft(path: str | os.PathLike[str], model: Decoder) -> Decoder:
     for name, array in stored.items():
         end = next((e for e in _FACTORS if name.endswith(e)), None)
         module = name.removeprefix(_PREFIX).removesuffix(end or "")
-        if end is None or not name.startswith(_PREFIX):
+        if name == _PREFIX + _HEAD_COPY:
+            # PEFT saves the head along with its adapter; it is no part of it.
+            if not _is_head(model, array):
+                problems.append(f"{name} differs from the model's head")
+        elif end is None or not name.startswith(_PREFIX):
             problems.append(f"{name} is neither lora_A nor lora_B of a linear")
         elif module not in names:
             problems.append(f"{name}: the model has no linear {module}")
@@ -104,6 +110,17 @@ def import_peft(path: str | os.PathLike[str], model: Decoder) -> Decoder:
     model = attach_zero(model, config, key=jax.random.key(0))
     graphdef, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
     return nnx.merge(graphdef, unflatten(flat, lora, str(folder)), rest)
+
+
+def _is_head(model: Decoder, array: np.ndarray) -> bool:
+    head = model.lm_head
+    kernel = (head.base if isinstance(head, LoRA) else head or model.head).weight(
+        "float32"
+    )
+    # To the rounding of a 16-bit copy.
+    return kernel.shape == array.shape and np.allclose(
+        np.asarray(kernel), np.asarray(array, np.float32), rtol=2**-7, atol=1e-6
+    )
 
 
 def export_peft(

@@ -175,6 +175,18 @@ def test_tensors_that_do_not_fit_are_named(exported: Path, edit, message):
         import_peft(exported, tiny.decoder())
 
 
+def test_the_copy_of_the_head_that_peft_saves_must_be_the_models(tmp_path: Path):
+    model = tiny.adapted(tiny.decoder(), targets="lm_head,q_proj")
+    folder = export_peft(tmp_path / "a", model)
+    key = "base_model.model.lm_head.base_layer.weight"
+    head = np.asarray(tiny.decoder().lm_head.kernel[...])
+    edited(folder, lambda t: t.update({key: head}))
+    assert lora_config(import_peft(folder, tiny.decoder())) == lora_config(model)
+    edited(folder, lambda t: t.update({key: head + 0.1}))
+    with pytest.raises(AdapterMismatchError, match="differs from the model's head"):
+        import_peft(folder, tiny.decoder())
+
+
 def test_ranks_that_differ_by_layer_are_refused(exported: Path):
     change(exported, alpha_pattern={r"layers\.1\.mlp\.up_proj": 9})
     with pytest.raises(AdapterMismatchError, match="more than one alpha, .*by layer"):
