@@ -204,6 +204,7 @@ def lost(
     pairs = [
         (field.name, getattr(config, field.name), getattr(have, field.name))
         for field in dataclasses.fields(config)
+        if field.compare
     ]
     return [
         f"{name} is {ours!r}; llama.cpp would take {theirs!r}"

@@ -4,6 +4,7 @@ What is written was also run by llama.cpp itself (of October 2026): tiny float32
 of every architecture here give our logits, and the tokenizers our ids.
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -185,8 +186,10 @@ def decoder_of(config: dict[str, Any]) -> Any:
 
 def same_settings(a: Any, b: Any) -> None:
     """Asserts that two decoders' configs are the same, as far as float32 can tell."""
-    for key, value in vars(a).items():
-        other = getattr(b, key)
+    for field in dataclasses.fields(a):
+        key, value, other = field.name, getattr(a, field.name), getattr(b, field.name)
+        if not field.compare:
+            continue
         if isinstance(value, RopeScaling):
             same_settings(value, other)
         else:
