@@ -10,12 +10,12 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qlora_jax.adapters.attach import LoRAConfig as LoRAConfig
     from qlora_jax.adapters.attach import attach as attach
     from qlora_jax.adapters.attach import join as join
     from qlora_jax.adapters.attach import split as split
     from qlora_jax.adapters.compensate import compensate as compensate
     from qlora_jax.adapters.compensate import input_moments as input_moments
+    from qlora_jax.adapters.config import LoRAConfig as LoRAConfig
     from qlora_jax.adapters.merge import merge as merge
     from qlora_jax.data.config import DataConfig as DataConfig
     from qlora_jax.data.dataset import load_dataset as load_dataset
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from qlora_jax.generate.sample import SampleConfig as SampleConfig
     from qlora_jax.generate.sample import generate as generate
     from qlora_jax.io.adapter import load_adapter as load_adapter
+    from qlora_jax.io.adapter import load_tokenizer as load_tokenizer
     from qlora_jax.io.adapter import save_adapter as save_adapter
     from qlora_jax.io.gguf import write_gguf as write_gguf
     from qlora_jax.io.hf import load as load
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from qlora_jax.io.hf import save_model as save_model
     from qlora_jax.io.peft import export_peft as export_peft
     from qlora_jax.io.peft import import_peft as import_peft
+    from qlora_jax.io.tokens import add_tokens as add_tokens
     from qlora_jax.nn.linear import quantize as quantize
     from qlora_jax.optim.loss_scale import dynamic_loss_scale as dynamic_loss_scale
     from qlora_jax.optim.offload import offload as offload
@@ -43,17 +45,19 @@ if TYPE_CHECKING:
     from qlora_jax.train.step import make_train_step as make_train_step
 
 _HOMES = {
-    "qlora_jax.adapters.attach": ("LoRAConfig", "attach", "join", "split"),
+    "qlora_jax.adapters.attach": ("attach", "join", "split"),
     "qlora_jax.adapters.compensate": ("compensate", "input_moments"),
+    "qlora_jax.adapters.config": ("LoRAConfig",),
     "qlora_jax.adapters.merge": ("merge",),
     "qlora_jax.data.config": ("DataConfig",),
     "qlora_jax.data.dataset": ("load_dataset",),
     "qlora_jax.errors": ("QLoRAError",),
     "qlora_jax.evaluate.perplexity": ("perplexity",),
     "qlora_jax.generate.sample": ("SampleConfig", "generate"),
-    "qlora_jax.io.adapter": ("load_adapter", "save_adapter"),
+    "qlora_jax.io.adapter": ("load_adapter", "load_tokenizer", "save_adapter"),
     "qlora_jax.io.hf": ("load", "original_kernels", "save_model"),
     "qlora_jax.io.gguf": ("write_gguf",),
+    "qlora_jax.io.tokens": ("add_tokens",),
     "qlora_jax.io.peft": ("export_peft", "import_peft"),
     "qlora_jax.nn.linear": ("quantize",),
     "qlora_jax.optim.loss_scale": ("dynamic_loss_scale",),

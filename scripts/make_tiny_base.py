@@ -176,8 +176,9 @@ def mean_loss(
 ) -> jax.Array:
     """Returns the mean next-token loss in nats, computed in bfloat16."""
     model = nnx.merge(graphdef, weights)
-    embedding = model.embed_tokens[...]
-    model.embed_tokens = FrozenParam(embedding.astype(jnp.bfloat16))
+    embedding = model.embed_tokens.weight[...]
+    model.embed_tokens.weight = FrozenParam(embedding.astype(jnp.bfloat16))
+    model.dtype = "bfloat16"
     hidden = model.hidden_states(tokens[:, :-1])
     logits = factor_matmul(hidden.reshape(-1, hidden.shape[-1]), embedding.T)
     losses = optax.softmax_cross_entropy_with_integer_labels(
@@ -215,7 +216,9 @@ def save(model: Decoder, tokenizer: tokenizers.Tokenizer, folder: Path) -> None:
     """Writes the base in bfloat16, with its tokenizer, as a Hugging Face folder."""
     graphdef, weights = nnx.split(model)
     low = jax.tree.map(lambda w: w.astype(jnp.bfloat16), weights)
-    qlora.save_model(nnx.merge(graphdef, low), folder, overwrite=True)
+    rounded = nnx.merge(graphdef, low)
+    rounded.dtype = "bfloat16"
+    qlora.save_model(rounded, folder, overwrite=True)
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",

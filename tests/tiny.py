@@ -81,8 +81,9 @@ def decoder(dtype: str = "float32", seed: int = 0, bias: bool = False) -> Decode
     size = {"embed_tokens": 0.3, "kernel": 0.12, "bias": 0.3, "weight": 0.1}
 
     def draw(path: tuple, variable: nnx.Variable) -> nnx.Variable:
-        x = size[str(path[-1])] * rng.standard_normal(variable.get_value().shape)
-        x += path[-1] == "weight"
+        name = str(path[0] if path[0] in size else path[-1])
+        x = size[name] * rng.standard_normal(variable.get_value().shape)
+        x += name == "weight"
         return variable.replace(jnp.asarray(x, jnp.float32).astype(dtype))
 
     graphdef, state = nnx.split(model)

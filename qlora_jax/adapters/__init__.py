@@ -1,7 +1,7 @@
 """Adapters as values: attach, split, join, names, merge."""
 
-from qlora_jax.adapters.attach import LoRAConfig as LoRAConfig
 from qlora_jax.adapters.attach import attach as attach
 from qlora_jax.adapters.attach import join as join
 from qlora_jax.adapters.attach import split as split
+from qlora_jax.adapters.config import LoRAConfig as LoRAConfig
 from qlora_jax.adapters.merge import merge as merge

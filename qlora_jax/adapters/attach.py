@@ -1,115 +1,42 @@
 """Attaching LoRA to a model, and taking it apart into what trains and what not."""
 
-import dataclasses
 import difflib
 import json
 import logging
 import re
 import zlib
 from collections import Counter
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
 from qlora_jax.adapters.compensate import Moments, Original, compensate, describe
+from qlora_jax.adapters.config import ALL_LINEAR, EMBEDDING, HEAD, LoRAConfig, ends
 from qlora_jax.adapters.fingerprint import fingerprint
 from qlora_jax.adapters.names import dotted
-from qlora_jax.errors import AdapterMismatchError, ConfigError
-from qlora_jax.nn import Linear, LoRA, QuantizedLinear
-from qlora_jax.nn.lora import Init
+from qlora_jax.errors import AdapterMismatchError, ConfigError, gathered
+from qlora_jax.models import Decoder
+from qlora_jax.models.vocabulary import untied
+from qlora_jax.nn import (
+    Embedding,
+    Linear,
+    LoRA,
+    LoRAEmbedding,
+    QuantizedLinear,
+    TrainedRows,
+)
+from qlora_jax.nn.norm import RMSNorm
+from qlora_jax.nn.variables import trained, trains
 
 M = TypeVar("M", bound=nnx.Module)
 
 logger = logging.getLogger(__name__)
 
-ALL_LINEAR = "all-linear"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoRAConfig:
-    """The adapter's shape and where it goes."""
-
-    rank: int = 16
-    """Columns of lora_a; r in the paper."""
-
-    alpha: float = 32.0
-    """The update is scaled by alpha / rank."""
-
-    dropout: float = 0.0
-    """Probability that an input feature of the adapter is dropped while training."""
-
-    targets: str = ALL_LINEAR
-    """Which linears: all-linear (all but the head), names joined by commas
-    (q_proj,v_proj), or a regular expression for the whole path (layers\\.attn\\..*)."""
-
-    rslora: bool = False
-    """Scale by alpha / sqrt(rank) instead, so that high ranks learn as fast."""
-
-    rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Other ranks: the end of a linear's path -> its rank."""
-
-    alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Other alphas: the end of a linear's path -> its alpha."""
-
-    init: Init = "zero"
-    """How it starts: zero changes nothing; loftq is the best low-rank copy of what
-    quantization lost of the weights, qera of what it lost of the outputs, given the second
-    moments of the inputs (qera-diagonal: their diagonal, for less memory). All but zero
-    need the original weights, and the adapter then belongs to the 4-bit base alone."""
-
-    def __post_init__(self):
-        problems = []
-        if self.rank < 1:
-            problems.append(f"--lora.rank is {self.rank}, expected at least 1")
-        if not self.alpha > 0:
-            problems.append(f"--lora.alpha is {self.alpha}, expected more than 0")
-        if not 0 <= self.dropout < 1:
-            problems.append(f"--lora.dropout is {self.dropout}, expected 0 <= p < 1")
-        for key, rank in self.rank_pattern.items():
-            if rank < 1:
-                problems.append(
-                    f"--lora.rank-pattern {key} is {rank}, expected 1 or more"
-                )
-        for key, alpha in self.alpha_pattern.items():
-            if not alpha > 0:
-                problems.append(
-                    f"--lora.alpha-pattern {key} is {alpha}, expected above 0"
-                )
-        if self.init not in get_args(Init):
-            problems.append(
-                f"--lora.init is {self.init!r}, expected {', '.join(get_args(Init))}"
-            )
-        try:
-            re.compile(self.targets)
-        except re.error as error:
-            problems.append(f"--lora.targets {self.targets!r} is no pattern: {error}")
-        if problems:
-            raise ConfigError("; ".join(problems))
-
-    def shape_of(self, path: str) -> tuple[int, float]:
-        """Returns the rank and alpha of a linear of this dotted path."""
-        return (
-            _by_end(self.rank_pattern, path, self.rank),
-            _by_end(self.alpha_pattern, path, self.alpha),
-        )
-
-    def matches(self, path: str) -> bool:
-        """Whether a linear of this dotted path gets an adapter."""
-        if self.targets == ALL_LINEAR:
-            return path.rpartition(".")[2] != "lm_head"
-        if re.fullmatch(self.targets, path):
-            return True
-        names = [name.strip() for name in self.targets.split(",")]
-        return any(path == name or path.endswith(f".{name}") for name in names)
-
-
-def _by_end(patterns: dict[str, Any], path: str, default: Any) -> Any:
-    for end, value in patterns.items():
-        if path == end or path.endswith(f".{end}"):
-            return value
-    return default
+_OWN = {Linear: "kernel", Embedding: "weight", RMSNorm: "weight"}
+"""Modules that can train in full, and the parameter that does."""
 
 
 def attach(
@@ -158,39 +85,143 @@ def attach_zero(model: M, config: LoRAConfig, *, key: Array) -> M:
 
     Args, returns and raises as `attach`.
     """
-    linears = []
-    for path, node in nnx.iter_graph(model):
-        if isinstance(node, LoRA):
-            raise AdapterMismatchError(
-                f"the model has an adapter at {dotted(path)} already; merge it first, or "
-                "attach to the model without it"
-            )
-        if isinstance(node, (Linear, QuantizedLinear)):
-            linears.append(dotted(path))
-    if not any(config.matches(path) for path in linears):
-        raise ConfigError(_no_match(config.targets, linears))
+    _check(model, config)
     base = fingerprint(model)
+    if isinstance(model, Decoder) and (HEAD in config.saved or not config.tied):
+        model = untied(model)
 
     def replace(path: tuple, node: Any) -> Any:
         name = dotted(path)
-        if not isinstance(node, (Linear, QuantizedLinear)) or not config.matches(name):
+        if name in (EMBEDDING, HEAD) and type(node) in _OWN:
+            if (tokens := config.token_rows(name)) and not config.saves(name):
+                own = getattr(node, _OWN[type(node)])
+                rows = nnx.LoRAParam(trained(own)[jnp.asarray(tokens)])
+                return TrainedRows(node, _marked(rows, base), tokens)
+        if type(node) in _OWN and config.saves(name):
+            _train(node, _OWN[type(node)], path, base)
+            if isinstance(node, Linear) and node.bias is not None:
+                _train(node, "bias", path, base)
             return node
-        rank, alpha = config.shape_of(name)
-        lora = LoRA(
-            node,
-            rank=rank,
-            alpha=alpha,
-            dropout=config.dropout,
-            init=config.init,
-            rslora=config.rslora,
-            key=jax.random.fold_in(key, zlib.crc32(name.encode())),
-        )
-        # Travels with the adapter's own tree, so that saving it alone can name the base.
-        for variable in (lora.lora_a, lora.lora_b):
-            variable.set_metadata(base=base)
-        return lora
+        if isinstance(node, Embedding) and config.matches(name):
+            return _lora_embedding(node, name, config, base, key)
+        if not isinstance(node, (Linear, QuantizedLinear)):
+            return node
+        adapted = config.matches(name)
+        if node.bias is not None and config.bias != "none":
+            if adapted or config.bias == "all":
+                _train(node, "bias", path, base)
+        return _lora(node, name, config, base, key) if adapted else node
 
     return nnx.recursive_map(replace, model)
+
+
+def _lora(
+    node: Linear | QuantizedLinear,
+    name: str,
+    config: LoRAConfig,
+    base: str | None,
+    key: Array,
+) -> LoRA:
+    rank, alpha = config.shape_of(name)
+    layers = config.layers if node.stack else ()
+    lora = LoRA(
+        node,
+        rank=rank,
+        alpha=alpha,
+        dropout=config.dropout,
+        init=config.init,
+        rslora=config.rslora,
+        dora=config.dora,
+        layers=layers,
+        key=jax.random.fold_in(key, zlib.crc32(name.encode())),
+    )
+    for variable in (lora.lora_a, lora.lora_b, lora.magnitude):
+        if variable is not None:
+            _marked(variable, base, stack=len(node.stack), layers=layers)
+    return lora
+
+
+def _lora_embedding(
+    node: Embedding, name: str, config: LoRAConfig, base: str | None, key: Array
+) -> LoRAEmbedding:
+    rank, alpha = config.shape_of(name)
+    key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+    lora = LoRAEmbedding(node, rank=rank, alpha=alpha, rslora=config.rslora, key=key)
+    for variable in (lora.lora_a, lora.lora_b):
+        _marked(variable, base)
+    return lora
+
+
+def _train(node: Any, name: str, path: tuple, base: str | None) -> None:
+    """Lets a parameter of a module train."""
+    variable = trained(getattr(node, name))
+    own = {"kernel": 2, "bias": 1}.get(name, 2 if isinstance(node, Embedding) else 1)
+    stack = variable[...].ndim - own
+    setattr(node, name, nnx.data(_marked(variable, base, stack=stack)))
+
+
+def _marked(
+    variable: nnx.LoRAParam, base: str | None, stack: int = 0, **metadata: Any
+) -> nnx.LoRAParam:
+    """Says of a variable what saving it alone must know: its base, its leading axes."""
+    variable.set_metadata(base=base, stack=stack, **metadata)
+    return variable
+
+
+def _check(model: nnx.Module, config: LoRAConfig) -> None:
+    """Raises what `attach` does of a config that does not fit a model."""
+    linears: dict[str, Linear | QuantizedLinear] = {}
+    dense, problems = [], []
+    for path, node in nnx.iter_graph(model):
+        name = dotted(path)
+        if isinstance(node, nnx.LoRAParam):
+            raise AdapterMismatchError(
+                f"the model has an adapter at {dotted(path[:-1])} already; merge it first, "
+                "or attach to the model without it"
+            )
+        if isinstance(node, (Linear, QuantizedLinear)):
+            linears[name] = node
+        if type(node) in _OWN:
+            dense.append(name)
+    tied = isinstance(model, Decoder) and model.lm_head is None
+    trainable = [EMBEDDING] if EMBEDDING in dense else []
+    found = any(map(config.matches, linears))
+    found |= config.targets != ALL_LINEAR and any(map(config.matches, trainable))
+    alone = config.saved or config.tokens
+    if not found and not (config.targets == "" and alone):
+        raise ConfigError(_no_match(config.targets, list(linears)))
+    for name in config.saved:
+        if not any(ends(path, name) for path in (*dense, *([HEAD] if tied else []))):
+            quantized = [path for path in linears if ends(path, name)]
+            why = "is 4-bit, and only dense modules train" if quantized else "is none"
+            problems.append(
+                f"--lora.modules-to-save {name} {why}; there are {', '.join(dense)}"
+            )
+    stacks = [node.stack for path, node in linears.items() if config.matches(path)]
+    count = max((stack[0] for stack in stacks if stack), default=0)
+    if count and max(config.layers, default=0) >= count:
+        problems.append(
+            f"--lora.layers {list(config.layers)}: the model has {count} layers, from 0"
+        )
+    if config.head_tokens and tied and config.tied and HEAD not in config.saved:
+        problems.append(
+            "--lora.head-tokens: the head is tied and follows --lora.tokens"
+        )
+    if config.tokens or config.head_tokens:
+        size = model.config.vocab_size if isinstance(model, Decoder) else 0
+        wrong = [t for t in (*config.tokens, *(config.head_tokens or ())) if t >= size]
+        if wrong:
+            problems.append(
+                f"--lora.tokens {wrong}: the vocabulary has {size}; add_tokens makes room"
+            )
+        if config.matches(EMBEDDING) and config.targets != ALL_LINEAR:
+            problems.append(
+                f"--lora.tokens and an adapter on {EMBEDDING} exclude each other"
+            )
+    if config.dora and any(ends(EMBEDDING, n) for n in config.targets.split(",")):
+        problems.append(f"--lora.dora has no form for {EMBEDDING}")
+    if problems:
+        raise ConfigError(gathered("the adapter does not fit this model", problems))
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
@@ -220,24 +251,58 @@ def lora_config(model: nnx.Module) -> LoRAConfig:
 
     Targets are the paths that have one, joined by commas.
     """
-    found = {dotted(p): n for p, n in nnx.iter_graph(model) if isinstance(n, LoRA)}
-    if not found:
+    found: dict[str, LoRA | LoRAEmbedding] = {}
+    rows: dict[str, tuple[int, ...]] = {}
+    saved, biased = [], set()
+    for path, node in nnx.iter_graph(model):
+        name = dotted(path)
+        if isinstance(node, (LoRA, LoRAEmbedding)):
+            found[name] = node
+        if isinstance(node, TrainedRows):
+            rows[name] = node.tokens
+        if type(node) in _OWN and trains(getattr(node, _OWN[type(node)])):
+            saved.append(name)
+        elif isinstance(node, (Linear, QuantizedLinear)) and trains(node.bias):
+            biased.add(name.removesuffix(".base"))
+    if not (found or rows or saved):
         raise AdapterMismatchError("the model has no adapter")
-    one = next(iter(found.values()))
+    linears = [node for node in found.values() if isinstance(node, LoRA)]
+    one = linears[0] if linears else None
+    plain = LoRAConfig()
     rank, alpha = (
         Counter(getattr(node, field) for node in found.values()).most_common(1)[0][0]
+        if found
+        else getattr(plain, field)
         for field in ("rank", "alpha")
     )
+    own_head = getattr(model, HEAD, None) is not None
+    untied_head = isinstance(model, Decoder) and (
+        model.config.tie_word_embeddings and own_head and HEAD not in saved
+    )
+    tokens = rows.get(EMBEDDING, ())
     return LoRAConfig(
         rank=rank,
         alpha=alpha,
-        rslora=one.rslora,
+        rslora=next(iter(found.values())).rslora if found else False,
         rank_pattern={p: n.rank for p, n in found.items() if n.rank != rank},
         alpha_pattern={p: n.alpha for p, n in found.items() if n.alpha != alpha},
-        dropout=one.dropout,
-        init=one.init,
+        dropout=one.dropout if one else 0.0,
+        init=one.init if one else "zero",
+        dora=one is not None and one.magnitude is not None,
+        layers=_layers(one) if one else (),
+        bias="none" if not biased else "all" if biased - found.keys() else "lora_only",
+        modules_to_save=",".join(sorted(saved)),
+        tied=not untied_head,
+        tokens=tokens,
+        head_tokens=rows.get(HEAD, ())
+        if own_head and rows.get(HEAD) != tokens
+        else None,
         targets=",".join(sorted(found)),
     )
+
+
+def _layers(node: LoRA) -> tuple[int, ...]:
+    return tuple(node.lora_a.get_metadata().get("layers", ()))
 
 
 def base_fingerprint(lora: nnx.State) -> dict[str, Any] | None:

@@ -28,6 +28,7 @@ from pallas_kernels.layout import QuantizedTensor
 from qlora_jax.adapters.names import dotted
 from qlora_jax.errors import AdapterMismatchError, ConfigError
 from qlora_jax.nn import Linear, LoRA, QuantizedLinear
+from qlora_jax.nn.dora import row_norms
 from qlora_jax.quant import dequantize
 
 M = TypeVar("M", bound=nnx.Module)
@@ -211,7 +212,10 @@ def compensate(
             )
         moment = None if moments is None else moments[name]
         made = _stack(name, node, base, read, moment, key)
-        factors[*path, "lora_a"], factors[*path, "lora_b"], errors[name] = made
+        a, b, errors[name] = made
+        factors[*path, "lora_a"], factors[*path, "lora_b"] = a, b
+        if node.magnitude is not None:
+            factors[*path, "magnitude"] = row_norms(base, a, b, node.scale)
 
     def fill(path: tuple, variable: nnx.Variable) -> nnx.Variable:
         return variable.replace(factors[path]) if path in factors else variable

@@ -34,6 +34,9 @@ def fingerprint(model: nnx.Module) -> str | None:
             lead = value.codes.shape[: -1 if value.layout == "flat" else -2]
             shapes.append([".".join(map(str, path)), [*lead, *value.shape]])
             continue
+        # Rows that were added for new tokens are no part of the base.
+        own = variable.get_metadata().get("own_rows")
+        value = value if own is None else value[:own]
         shapes.append([".".join(map(str, path)), list(value.shape)])
         # Kernels may be quantized elsewhere, so only what never is takes part.
         if path[-1] == "kernel":

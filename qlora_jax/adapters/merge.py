@@ -1,8 +1,13 @@
-"""Folding adapters into the base: W + scale * (a @ b).T, in float32, rounded once."""
+"""Folding adapters into the base: W + scale * (a @ b).T, in float32, rounded once.
 
+With DoRA each output's row is then scaled to its magnitude. Rows of tokens, biases and
+modules that trained in full take the place of the base's.
+"""
+
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +18,19 @@ from jaxtyping import Array, Float
 from pallas_kernels import reference
 from pallas_kernels.layout import QuantizedTensor
 from qlora_jax.errors import AdapterMismatchError, ConfigError
-from qlora_jax.nn import Linear, LoRA, QuantizedLinear
+from qlora_jax.models import Decoder
+from qlora_jax.models.vocabulary import untied
+from qlora_jax.nn import (
+    Embedding,
+    FrozenParam,
+    Linear,
+    LoRA,
+    LoRAEmbedding,
+    QuantizedLinear,
+    TrainedRows,
+)
+from qlora_jax.nn.norm import RMSNorm
+from qlora_jax.nn.variables import trains
 from qlora_jax.quant import QuantConfig, quantize_tensor
 
 M = TypeVar("M", bound=nnx.Module)
@@ -46,17 +63,20 @@ def merge(
             "merge needs exactly one of dtype= (a dense result) and requantize= (4-bit)"
         )
     adapted = {path for path, node in nnx.iter_graph(model) if isinstance(node, LoRA)}
-    if not adapted:
+    if not nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)):
         raise AdapterMismatchError("the model has no adapter to merge")
+    if isinstance(model, Decoder) and isinstance(model.embed_tokens, LoRAEmbedding):
+        model = cast(M, untied(model))  # the head does not follow
+    plain = getattr(model, "dtype", "float32") if dtype is None else dtype
 
     def replace(path: tuple, node: object) -> object:
         if isinstance(node, LoRA):
-            base, bias = node.base, _bias(node.base)
+            base, bias = node.base, _bias(node.base, plain)
             kernel = base.kernel.get_value()
-            arrays = (kernel, node.lora_a[...], node.lora_b[...])
             fold = functools.partial(_fold, scale=node.scale)
+            arrays = (kernel, *_factors(node))
             if requantize is None:
-                return Linear(_layers(fold, base.stack, dtype)(*arrays), bias)
+                return Linear(_layers(fold, base.stack, plain)(*arrays), bias)
             parts = [
                 quantize_tensor(fold(*_layer(arrays, index)), requantize)
                 for index in np.ndindex(*base.stack)
@@ -65,31 +85,81 @@ def merge(
                 lambda *x: jnp.stack(x).reshape(*base.stack, *x[0].shape), *parts
             )
             return QuantizedLinear(kernel, bias)
+        if isinstance(node, LoRAEmbedding):
+            table = node.base.weight[...]
+            update = jnp.matmul(node.lora_a[...], node.lora_b[...], precision="highest")
+            wide = table.astype(jnp.float32) + node.scale * update
+            return Embedding(wide.astype(plain))
+        if isinstance(node, TrainedRows):
+            return _with_rows(node, plain)
         # Not the base inside a LoRA: its wrapper is about to replace it.
         if isinstance(node, QuantizedLinear) and path[:-1] not in adapted:
             return (
-                Linear(node.weight(dtype), _bias(node)) if requantize is None else node
+                Linear(node.weight(dtype), _bias(node, plain))
+                if requantize is None
+                else _frozen(node, plain)
             )
+        if isinstance(node, (Linear, Embedding, RMSNorm)):
+            return _frozen(node, plain)
         return node
 
-    return nnx.recursive_map(replace, model)
+    merged = nnx.recursive_map(replace, model)
+    if isinstance(merged, Decoder) and merged.lm_head is not None:
+        merged.config = dataclasses.replace(merged.config, tie_word_embeddings=False)
+    return cast(M, merged)
 
 
-def _bias(linear: Linear | QuantizedLinear) -> Array | None:
-    return None if linear.bias is None else linear.bias[...]
+def _factors(node: LoRA) -> tuple[Array, Array, Array | None, Array | None]:
+    """Returns lora_a, lora_b, magnitude and, of each layer, whether it is adapted."""
+    a, b = node.lora_a[...], node.lora_b[...]
+    magnitude = None if node.magnitude is None else node.magnitude[...]
+    active = None if node.active is None else node.active[...][..., 0, 0]
+    return a, b, magnitude, active
+
+
+def _with_rows(node: TrainedRows, dtype: str) -> Any:
+    base = node.base
+    table = base.weight[...] if isinstance(base, Embedding) else base.kernel[...]
+    rows = node.rows[...].astype(table.dtype)
+    table = table.at[jnp.asarray(node.tokens)].set(rows)
+    if isinstance(base, Embedding):
+        return Embedding(table)
+    return Linear(table, _bias(base, dtype))
+
+
+def _frozen(node: Any, dtype: str) -> Any:
+    """Freezes what trained in a module, which is a copy already."""
+    for name in ("kernel", "weight", "bias"):
+        variable = getattr(node, name, None)
+        if isinstance(variable, nnx.LoRAParam):
+            setattr(node, name, nnx.data(FrozenParam(variable[...].astype(dtype))))
+    return node
+
+
+def _bias(linear: Linear | QuantizedLinear, dtype: str) -> Array | None:
+    if linear.bias is None:
+        return None
+    bias = linear.bias[...]
+    return bias.astype(dtype) if trains(linear.bias) else bias
 
 
 def _fold(
     kernel: Array | QuantizedTensor,
     a: Float[Array, "in rank"],
     b: Float[Array, "rank out"],
+    magnitude: Float[Array, " out"] | None,
+    active: Float[Array, ""] | None,
     *,
     scale: float,
 ) -> Float[Array, "out in"]:
     if isinstance(kernel, QuantizedTensor):
         kernel = reference.dequantize(kernel, "float32")
-    update = jnp.matmul(a, b, precision="highest").T
-    return kernel.astype(jnp.float32) + scale * update
+    kernel = kernel.astype(jnp.float32)
+    merged = kernel + scale * jnp.matmul(a, b, precision="highest").T
+    if magnitude is not None:
+        norms = jnp.linalg.norm(merged, axis=1)
+        merged = merged * (magnitude / norms)[:, None]
+    return merged if active is None else jnp.where(active > 0, merged, kernel)
 
 
 def _layer(arrays: tuple, index: tuple[int, ...]) -> tuple:

@@ -16,6 +16,7 @@ from jaxtyping import Array
 from qlora_jax.errors import AdapterMismatchError, gathered
 
 STACK, EXPERTS = "layers", "experts"
+WRAPPED_BIAS = ("base", "bias")
 
 
 def dotted(path: tuple) -> str:
@@ -23,19 +24,25 @@ def dotted(path: tuple) -> str:
     return ".".join(map(str, path))
 
 
-def stacked_names(
-    path: tuple, array: Array | jax.ShapeDtypeStruct
-) -> dict[str, tuple[int, ...]]:
-    """Returns {dotted name: index in the array} of a factor or a stack of them.
+def stacked_names(path: tuple, variable: nnx.Variable) -> dict[str, tuple[int, ...]]:
+    """Returns {dotted name: index in the array} of a parameter or a stack of them.
 
-    A stack of layers is numbered behind `layers`, one of experts behind `experts`.
+    A stack of layers is numbered behind `layers`, one of experts behind `experts`; layers
+    without adapter have no name. The bias of an adapted linear has the linear's name.
     """
-    stack = array.shape[: array.ndim - 2]
+    shape = variable.get_value().shape
+    metadata = variable.get_metadata()
+    depth, only = metadata.get("stack", len(shape) - 2), metadata.get("layers", ())
+    stack = shape[:depth]
+    if path[-2:] == WRAPPED_BIAS:
+        path = (*path[:-2], path[-1])
     if str(path[0]) != STACK or not stack:
         return {dotted(path): ()}
     inner = path.index(EXPERTS) + 1 if len(stack) > 1 else None
     names = {}
     for index in np.ndindex(*stack):
+        if only and index[0] not in only:
+            continue
         parts = list(path)
         if inner is not None:
             parts.insert(inner, index[1])
@@ -49,7 +56,7 @@ def flatten(lora: nnx.State) -> dict[str, Array]:
     flat = {}
     for path, variable in nnx.to_flat_state(lora):
         array = variable.get_value()
-        flat |= {name: array[i] for name, i in stacked_names(path, array).items()}
+        flat |= {name: array[i] for name, i in stacked_names(path, variable).items()}
     return flat
 
 
@@ -87,9 +94,12 @@ def unflatten(
 
     def fill(path: tuple, variable: nnx.Variable) -> nnx.Variable:
         array = variable.get_value()
-        parts = [jnp.asarray(flat[name]) for name in stacked_names(path, array)]
-        value = jnp.stack(parts).reshape(array.shape)
-        return variable.replace(value.astype(array.dtype))
+        names = stacked_names(path, variable)
+        parts = [jnp.asarray(flat[name], array.dtype) for name in names]
+        index = tuple(np.array(list(names.values())).T)
+        if not index:
+            return variable.replace(parts[0])
+        return variable.replace(array.at[index].set(jnp.stack(parts)))
 
     entries = [(path, fill(path, v)) for path, v in nnx.to_flat_state(lora)]
     return nnx.from_flat_state(entries)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from qlora_jax.cli import options
 from qlora_jax.cli.options import QuantOptions
 from qlora_jax.errors import ConfigError
+from qlora_jax.io.adapter import load_tokenizer
 from qlora_jax.io.gguf import write_gguf
 from qlora_jax.io.peft import export_peft
 
@@ -57,4 +58,6 @@ def run(args: Args) -> dict[str, Any]:
         args.model, args.adapter, args.quant, "bfloat16"
     )
     out = export_peft(args.out, model, base=args.model, overwrite=args.overwrite)
+    if (own := load_tokenizer(args.adapter)) is not None:
+        own.save(out)
     return {**said, "out": str(out), "format": "peft"}

@@ -8,7 +8,7 @@ from qlora_jax.adapters.attach import lora_config, split
 from qlora_jax.cli import options
 from qlora_jax.cli.options import QuantOptions
 from qlora_jax.errors import ConfigError
-from qlora_jax.io.adapter import save_adapter
+from qlora_jax.io.adapter import load_tokenizer, save_adapter
 from qlora_jax.io.peft import is_peft
 
 
@@ -45,5 +45,11 @@ def run(args: Args) -> dict[str, Any]:
         args.model, args.adapter, args.quant, "bfloat16"
     )
     config = lora_config(model)
-    out = save_adapter(args.out, split(model)[1], config, overwrite=args.overwrite)
+    out = save_adapter(
+        args.out,
+        split(model)[1],
+        config,
+        tokenizer=load_tokenizer(args.adapter),
+        overwrite=args.overwrite,
+    )
     return {**said, "out": str(out), "rank": config.rank, "alpha": config.alpha}

@@ -10,7 +10,7 @@ from flax import nnx
 from qlora_jax.adapters import merge
 from qlora_jax.cli import options
 from qlora_jax.cli.options import QuantOptions
-from qlora_jax.io.adapter import load_adapter
+from qlora_jax.io.adapter import adapter_tokenizer, load_adapter
 from qlora_jax.io.hf import check_output, find, load, read_config, save_model
 
 
@@ -52,11 +52,14 @@ def run(args: Args) -> dict[str, Any]:
     check_output(args.out, args.overwrite)
     quant = args.quant.resolve(folder, auto=None)
     # Read in float32, so that original weights are not rounded before folding.
-    model, _ = load(folder, quant, "float32")
+    model, tokenizer = load(folder, quant, "float32")
     merged = _cast(
         merge(load_adapter(args.adapter, model), dtype=args.dtype), args.dtype
     )
     saved = save_model(merged, args.out, source=folder, overwrite=args.overwrite)
+    if (larger := adapter_tokenizer(args.adapter, tokenizer)) is not tokenizer:
+        assert larger is not None
+        larger.save_vocabulary(args.out)
     four_bit = quant or read_config(folder)[3]
     if four_bit is None:
         base = f"original weights of {args.model}"
@@ -67,4 +70,6 @@ def run(args: Args) -> dict[str, Any]:
 
 def _cast(model: Any, dtype: str) -> Any:
     graphdef, state = nnx.split(model)
-    return nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(dtype), state))
+    cast = nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(dtype), state))
+    cast.dtype = dtype
+    return cast

@@ -12,7 +12,7 @@ import tomli_w
 import tyro
 
 from qlora_jax.errors import ConfigError, gathered
-from qlora_jax.io.adapter import load_adapter
+from qlora_jax.io.adapter import adapter_tokenizer, load_adapter
 from qlora_jax.io.hf import find, load, read_config
 from qlora_jax.io.tokenizer import Tokenizer
 from qlora_jax.quant import QuantConfig
@@ -99,6 +99,7 @@ def open_model(
     said = {"model": model, "base": describe_quant(folder, chosen)}
     if adapter is not None:
         base = load_adapter(adapter, base)
+        tokenizer = adapter_tokenizer(adapter, tokenizer)
         said["adapter"] = adapter
     return base, tokenizer, said
 
@@ -169,7 +170,7 @@ def _build(cls: Any, values: dict[str, Any], prefix: str, problems: list[str]) -
         elif not _fits(value, known[key]):
             problems.append(f"{prefix}{key} is {value!r}, expected {_name(known[key])}")
         else:
-            kwargs[key] = value
+            kwargs[key] = tuple(value) if isinstance(value, list) else value
     if problems:
         return None
     try:
@@ -183,6 +184,9 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, one) for one in typing.get_args(hint))
     if typing.get_origin(hint) is Literal:
         return value in typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        kind = typing.get_args(hint)[0]
+        return isinstance(value, list) and all(_fits(v, kind) for v in value)
     if typing.get_origin(hint) is dict:
         kind = typing.get_args(hint)[1]
         return isinstance(value, dict) and all(_fits(v, kind) for v in value.values())

@@ -9,19 +9,21 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from qlora_jax.adapters.attach import LoRAConfig, attach_zero
+from qlora_jax.adapters.attach import attach_zero
 from qlora_jax.adapters.compensate import (
     compensate,
     describe,
     input_moments,
     overall,
 )
+from qlora_jax.adapters.config import LoRAConfig
 from qlora_jax.cli import options
 from qlora_jax.cli.options import QuantOptions
 from qlora_jax.cli.progress import TrainProgress
 from qlora_jax.data import DataConfig, Dataset, read_dataset
 from qlora_jax.errors import ConfigError, DataError
 from qlora_jax.io.hf import check_output, find, load, original_kernels
+from qlora_jax.io.tokens import add_tokens
 from qlora_jax.quant import QuantConfig
 from qlora_jax.train.config import TrainConfig
 from qlora_jax.train.loop import Trainer
@@ -57,6 +59,11 @@ class Args:
 
     config: str | None = None
     """TOML file whose values replace the defaults; flags replace both."""
+
+    add_tokens: tuple[str, ...] = ()
+    """Texts that become one token each. Their rows of embedding and head train with the
+    adapter, which keeps them and its tokenizer; --lora.modules-to-save embed_tokens,lm_head
+    trains whole tables instead."""
 
     overwrite: bool = False
     """Start anew in a run folder, replacing that run."""
@@ -115,6 +122,14 @@ def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
     model, tokenizer = load(folder, quant, args.train.compute_dtype)
     if tokenizer is None:
         raise DataError(f"{folder} has no tokenizer.json, so rows cannot be tokenized")
+    asked, added = args, None
+    if args.add_tokens:
+        model, tokenizer, ids = add_tokens(model, tokenizer, args.add_tokens)
+        added = tokenizer
+        if "embed_tokens" not in args.lora.saved:
+            tokens = tuple(dict.fromkeys((*args.lora.tokens, *ids)))
+            lora = dataclasses.replace(args.lora, tokens=tokens)
+            args = dataclasses.replace(args, lora=lora)
     rows = read_dataset(str(args.data_file), tokenizer, args.data)
     held = None
     if args.eval_file is not None:
@@ -137,6 +152,7 @@ def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
             out,
             evaluation=held,
             lora=args.lora,
+            tokenizer=added,
             progress=progress,
         )
         if not resume:
@@ -145,7 +161,7 @@ def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
             if args.overwrite:
                 shutil.rmtree(out / "checkpoints", ignore_errors=True)
             out.mkdir(parents=True, exist_ok=True)
-            options.write_toml(out / CONFIG, _stored(args))
+            options.write_toml(out / CONFIG, _stored(asked))
         figures = trainer.fit(resume=resume)
     figures = {
         "out": str(out),

@@ -17,7 +17,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from qlora_jax.adapters.attach import LoRAConfig, attach_zero, base_fingerprint
+from qlora_jax.adapters.attach import attach_zero, base_fingerprint
+from qlora_jax.adapters.config import LoRAConfig
 from qlora_jax.adapters.fingerprint import difference, fingerprint
 from qlora_jax.adapters.names import flatten, unflatten
 from qlora_jax.errors import (
@@ -26,8 +27,11 @@ from qlora_jax.errors import (
     OutputExistsError,
     gathered,
 )
-from qlora_jax.io.peft import import_peft, is_peft
+from qlora_jax.io.peft import describe_peft, import_peft, is_peft, peft_misfits
+from qlora_jax.io.tokenizer import FILES as TOKENIZER_FILES
+from qlora_jax.io.tokenizer import Tokenizer
 from qlora_jax.models import Decoder
+from qlora_jax.models.vocabulary import resize_tokens
 from qlora_jax.nn import Linear, LoRA
 
 logger = logging.getLogger(__name__)
@@ -43,6 +47,7 @@ def save_adapter(
     lora: nnx.State,
     config: LoRAConfig,
     *,
+    tokenizer: Tokenizer | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Saves an adapter alone.
@@ -51,6 +56,7 @@ def save_adapter(
       path: The folder.
       lora: From `split`.
       config: What it was attached with.
+      tokenizer: Saved along, where tokens were added; `load_tokenizer` reads it.
       overwrite: Replace an adapter that is there.
 
     Returns:
@@ -78,6 +84,8 @@ def save_adapter(
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path / ARRAYS, arrays, force=True)
         checkpointer.wait_until_finished()
+    if tokenizer is not None:
+        tokenizer.save(path)
     metadata = {
         "format": FORMAT,
         "lora": dataclasses.asdict(config),
@@ -91,7 +99,29 @@ def save_adapter(
 
 
 def _is_ours(entry: Path) -> bool:
-    return entry.name.startswith((ARRAYS, METADATA))
+    return entry.name.startswith((ARRAYS, METADATA)) or entry.name in TOKENIZER_FILES
+
+
+def adapter_tokenizer(
+    path: str | os.PathLike[str], base: Tokenizer | None
+) -> Tokenizer | None:
+    """Returns the tokenizer of a base with the tokens that an adapter added."""
+    own = load_tokenizer(path)
+    if base is None or own is None:
+        return base or own
+    return base.with_vocabulary(own) if own.rows > base.rows else base
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | None:
+    """Opens the tokenizer of a run folder, adapter folder or model folder.
+
+    Returns:
+      None where there is none: an adapter without new tokens has its base's.
+    """
+    folder = Path(path).expanduser()
+    if (folder / "adapter" / METADATA).is_file():
+        folder = folder / "adapter"
+    return Tokenizer.open(folder)
 
 
 def find_adapter(path: str | os.PathLike[str]) -> Path:
@@ -109,8 +139,8 @@ def find_adapter(path: str | os.PathLike[str]) -> Path:
             f"{path} is a PEFT adapter; import it first (qlora import)"
         )
     raise AdapterMismatchError(
-        f"{path} holds no adapter; expected a run folder or an adapter folder with "
-        f"{METADATA}"
+        f"{path} holds no adapter; expected a run folder, an adapter folder with "
+        f"{METADATA}, or a PEFT folder"
     )
 
 
@@ -121,6 +151,8 @@ def read_adapter_config(path: str | os.PathLike[str]) -> LoRAConfig:
 
 def describe_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Returns what an adapter is, from its metadata alone."""
+    if is_peft(path):
+        return describe_peft(path)
     folder = find_adapter(path)
     config, metadata = _read_metadata(folder)
     shapes = metadata["arrays"].values()
@@ -135,6 +167,9 @@ def describe_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def misfits(path: str | os.PathLike[str], model: nnx.Module) -> list[str]:
     """Returns why an adapter does not fit a base, whose kernels may be shapes alone."""
+    if is_peft(path):
+        assert isinstance(model, Decoder)
+        return peft_misfits(path, model)
     config, metadata = _read_metadata(find_adapter(path))
     problems = []
     ours = fingerprint(model)
@@ -145,7 +180,9 @@ def misfits(path: str | os.PathLike[str], model: nnx.Module) -> list[str]:
         graphdef, state = nnx.split(model)
         shapes = nnx.eval_shape(
             lambda state: attach_zero(
-                nnx.merge(graphdef, state), config, key=jax.random.key(0)
+                _with_room(nnx.merge(graphdef, state), config, metadata),
+                config,
+                key=jax.random.key(0),
             ),
             state,
         )
@@ -183,7 +220,8 @@ def load_adapter(path: str | os.PathLike[str], model: M) -> M:
             if text := difference(json.loads(ours), metadata["base"]):
                 problems.append(text)
         try:
-            model = attach_zero(model, config, key=jax.random.key(0))
+            room = _with_room(model, config, metadata)
+            model = attach_zero(room, config, key=jax.random.key(0))
         except ConfigError as error:
             problems.append(str(error))
             raise AdapterMismatchError(_unfit(folder, problems)) from None
@@ -203,6 +241,17 @@ def load_adapter(path: str | os.PathLike[str], model: M) -> M:
     with ocp.StandardCheckpointer() as checkpointer:
         arrays = checkpointer.restore(folder / ARRAYS, _abstract(metadata))
     return nnx.merge(graphdef, unflatten(arrays, lora, f"adapter {folder}"), rest)
+
+
+def _with_room(model: M, config: LoRAConfig, metadata: dict[str, Any]) -> M:
+    """Returns the model with rows for the tokens that an adapter added."""
+    if not isinstance(model, Decoder):
+        return model
+    ids = (*config.tokens, *(config.head_tokens or ()))
+    tables = ("embed_tokens.weight", "embed_tokens.lora_a", "lm_head.kernel")
+    shapes = metadata["arrays"]
+    rows = [shapes[name][0] for name in tables if name in shapes]
+    return cast(M, resize_tokens(model, max(0, *rows, *(i + 1 for i in ids), 0)))
 
 
 def _abstract(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -242,7 +291,7 @@ def _read_metadata(folder: Path) -> tuple[LoRAConfig, dict[str, Any]]:
             )
         if missing := {"base", "arrays"} - metadata.keys():
             raise KeyError(*sorted(missing))
-        return LoRAConfig(**metadata["lora"]), metadata
+        return LoRAConfig.from_json(metadata["lora"]), metadata
     except (ValueError, KeyError, TypeError) as error:
         raise AdapterMismatchError(
             f"{folder / METADATA} cannot be read: {error!r}"

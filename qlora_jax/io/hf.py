@@ -23,7 +23,7 @@ from qlora_jax.io.safetensors import Checkpoint, Writer
 from qlora_jax.io.tokenizer import FILES as TOKENIZER_FILES
 from qlora_jax.io.tokenizer import Tokenizer, read_json
 from qlora_jax.models import FAMILIES, Decoder, DecoderConfig, llama
-from qlora_jax.nn import FrozenParam, Linear, LoRA, QuantizedLinear
+from qlora_jax.nn import Embedding, FrozenParam, Linear, LoRA, QuantizedLinear
 from qlora_jax.nn.moe import Router
 from qlora_jax.nn.norm import RMSNorm
 from qlora_jax.quant import QuantConfig, quantize_tensor
@@ -379,8 +379,8 @@ def _fill(
             return RMSNorm(loaded[f"{dotted}.weight"], node.eps, node.offset)
         if isinstance(node, Router):
             node.weight = FrozenParam(loaded[f"{dotted}.weight"])
-        if isinstance(node, Decoder):
-            node.embed_tokens = FrozenParam(loaded["embed_tokens"])
+        if isinstance(node, Embedding):
+            return Embedding(loaded[f"{dotted}.weight"])
         return node
 
     return nnx.recursive_map(fill, skeleton)
@@ -454,6 +454,8 @@ def save_model(
     hf.pop("quantization_config", None)
     hf.pop("dtype", None)
     hf["torch_dtype"] = model.compute_dtype.name
+    hf["vocab_size"] = model.config.vocab_size
+    hf["tie_word_embeddings"] = model.lm_head is None
     writer = Writer(out, shard_bytes)
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         template, value = names[".".join(map(str, path))], variable.get_value()

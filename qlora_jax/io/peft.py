@@ -1,8 +1,19 @@
 """PEFT adapter folders: read one onto a model, write one from a model.
 
-`adapter_config.json` has the settings, `adapter_model.safetensors` the factors, whose
-names are `base_model.model.MODULE.lora_A.weight` (rank, in), our lora_a.T, and `lora_B`
-(out, rank), our lora_b.T. What an adapter of ours cannot hold is refused by name.
+`adapter_config.json` has the settings, `adapter_model.safetensors` the tensors, named
+`base_model.model.MODULE` and one of these ends (ours beside it, transposed where marked):
+
+    .lora_A.weight (rank, in)               lora_a, transposed
+    .lora_B.weight (out, rank)              lora_b, transposed
+    .lora_magnitude_vector (out,)           magnitude, of DoRA
+    .lora_embedding_A (rank, vocab)         lora_a of the embedding, transposed
+    .lora_embedding_B (hidden, rank)        lora_b, transposed
+    .token_adapter.trainable_tokens_delta   rows: the tokens' new rows, no difference
+    .bias, .base_layer.bias                 bias, of a plain and of an adapted linear
+    .weight                                 a module that trained in full
+
+With a grown vocabulary PEFT saves embedding and head too, some of them twice. What an
+adapter of ours cannot hold is refused by name.
 
 Source: peft 0.21.2, tuners/lora/config.py, utils/save_and_load.py and other.py (how
 patterns match).
@@ -14,7 +25,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import jax
 import numpy as np
@@ -22,25 +33,41 @@ from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from qlora_jax.adapters.attach import LoRAConfig, attach_zero, lora_config, split
+from qlora_jax.adapters.attach import attach_zero, lora_config, split
+from qlora_jax.adapters.config import EMBEDDING, HEAD, Bias, LoRAConfig
 from qlora_jax.adapters.names import flatten, unflatten
-from qlora_jax.errors import AdapterMismatchError, OutputExistsError, gathered
+from qlora_jax.errors import (
+    AdapterMismatchError,
+    ConfigError,
+    OutputExistsError,
+    gathered,
+)
 from qlora_jax.models import FAMILIES, Decoder, DecoderConfig
-from qlora_jax.nn import LoRA
+from qlora_jax.models.vocabulary import resize_tokens
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_FACTORS = {".lora_A.weight": ".lora_a", ".lora_B.weight": ".lora_b"}
-_HEAD_COPY = "lm_head.base_layer.weight"
+_ENDS = (
+    (".lora_A.weight", "lora_a"),
+    (".lora_B.weight", "lora_b"),
+    (".lora_magnitude_vector", "magnitude"),
+    (".lora_embedding_A", "lora_a"),
+    (".lora_embedding_B", "lora_b"),
+    (".token_adapter.trainable_tokens_delta", "rows"),
+    (".base_layer.bias", "bias"),
+    (".bias", "bias"),
+    (".token_adapter.base_layer.weight", "copy"),
+    (".base_layer.weight", "copy"),
+    (".original_module.weight", "copy"),
+    (".modules_to_save.weight", "own"),
+    (".weight", "own"),
+)
 _ONLY: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
-    "bias": ("none", None),
-    "use_dora": (False, None),
+    "bias": ("none", None, "all", "lora_only"),
     "fan_in_fan_out": (False, None),
     "lora_bias": (False, None),
     "use_qalora": (False, None),
-    "modules_to_save": (None, []),
-    "trainable_token_indices": (None, [], {}),
     "target_parameters": (None, []),
     "layer_replication": (None, []),
     "alora_invocation_tokens": (None, []),
@@ -57,19 +84,17 @@ def is_peft(path: str | os.PathLike[str]) -> bool:
 
 
 def module_names(config: DecoderConfig) -> dict[str, str]:
-    """Returns {our name of a linear, layers and experts numbered: Hugging Face's}."""
+    """Returns {our path of a module, layers and experts numbered: Hugging Face's}."""
     names = {}
     stack = (config.num_layers, config.num_experts)
     for path, template in FAMILIES[config.model_type].NAMES.items():
-        if not path.endswith(".kernel"):
-            continue
-        ours = path.removesuffix(".kernel")
+        ours = path.rpartition(".")[0]
         if template.count("{}"):
             ours = ours.replace("layers.", "layers.{}.", 1)
         if template.count("{}") == 2:
             ours = ours.replace("experts.", "experts.{}.", 1)
         for index in np.ndindex(*stack[: template.count("{}")]):
-            names[ours.format(*index)] = template.format(*index).removesuffix(".weight")
+            names[ours.format(*index)] = template.format(*index).rpartition(".")[0]
     return names
 
 
@@ -78,49 +103,183 @@ def import_peft(path: str | os.PathLike[str], model: Decoder) -> Decoder:
 
     Args:
       path: The folder.
-      model: A Decoder, dense or quantized, without adapter.
+      model: A Decoder, dense or quantized, without adapter. Its vocabulary grows where
+        the adapter's is larger.
 
     Raises:
       AdapterMismatchError: the folder cannot be read, holds something that our adapters
         cannot represent, or does not fit the model; all problems in one message.
     """
     folder = Path(path)
-    settings, stored = _read(folder)
-    names = {hf: ours for ours, hf in module_names(model.config).items()}
-    flat: dict[str, np.ndarray] = {}
-    problems = []
-    for name, array in stored.items():
-        end = next((e for e in _FACTORS if name.endswith(e)), None)
-        module = name.removeprefix(_PREFIX).removesuffix(end or "")
-        if name == _PREFIX + _HEAD_COPY:
-            # PEFT saves the head along with its adapter; it is no part of it.
-            if not _is_head(model, array):
-                problems.append(f"{name} differs from the model's head")
-        elif end is None or not name.startswith(_PREFIX):
-            problems.append(f"{name} is neither lora_A nor lora_B of a linear")
-        elif module not in names:
-            problems.append(f"{name}: the model has no linear {module}")
-        else:
-            flat[names[module] + _FACTORS[end]] = array.T
-    adapted = {name.rpartition(".")[0] for name in flat}
-    config, more = _config(settings, adapted, module_names(model.config), flat)
-    problems += more
+    flat, config, rows, problems = _understood(folder, model)
     if problems:
         raise AdapterMismatchError(gathered(f"{folder} cannot be imported", problems))
-    model = attach_zero(model, config, key=jax.random.key(0))
+    try:
+        model = resize_tokens(model, rows)
+        model = attach_zero(model, config, key=jax.random.key(0))
+    except ConfigError as error:
+        raise AdapterMismatchError(f"{folder} cannot be imported: {error}") from None
     graphdef, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
     return nnx.merge(graphdef, unflatten(flat, lora, str(folder)), rest)
 
 
-def _is_head(model: Decoder, array: np.ndarray) -> bool:
-    head = model.lm_head
-    kernel = (head.base if isinstance(head, LoRA) else head or model.head).weight(
-        "float32"
+def describe_peft(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns what a PEFT folder is."""
+    settings, stored = _read(Path(path))
+    shown = (
+        *(
+            "base_model_name_or_path",
+            "r",
+            "lora_alpha",
+            "lora_dropout",
+            "target_modules",
+        ),
+        *("use_rslora", "use_dora", "bias", "modules_to_save", "rank_pattern"),
+        *("alpha_pattern", "layers_to_transform", "trainable_token_indices"),
     )
-    # To the rounding of a 16-bit copy.
-    return kernel.shape == array.shape and np.allclose(
-        np.asarray(kernel), np.asarray(array, np.float32), rtol=2**-7, atol=1e-6
-    )
+    return {
+        "kind": "PEFT adapter",
+        **{key: settings[key] for key in shown if settings.get(key)},
+        "parameters": sum(array.size for array in stored.values()),
+        "arrays": len(stored),
+    }
+
+
+def peft_misfits(path: str | os.PathLike[str], model: Decoder) -> list[str]:
+    """Returns why a PEFT adapter does not fit a base, whose kernels may be shapes alone."""
+    flat, config, rows, problems = _understood(Path(path), model)
+    if problems:
+        return problems
+    graphdef, state = nnx.split(model)
+
+    def attached(state: nnx.State) -> nnx.State:
+        base = resize_tokens(nnx.merge(graphdef, state), rows)
+        model = attach_zero(base, config, key=jax.random.key(0))
+        return unflatten(flat, nnx.state(model, nnx.LoRAParam))
+
+    try:
+        nnx.eval_shape(attached, state)
+    except (AdapterMismatchError, ConfigError) as error:
+        return [str(error)]
+    return []
+
+
+def _understood(
+    folder: Path, model: Decoder
+) -> tuple[dict[str, np.ndarray], LoRAConfig, int, list[str]]:
+    """Returns (arrays by our names, config, rows that the vocabulary needs, problems)."""
+    settings, stored = _read(folder)
+    problems = [
+        f"{key} is {settings[key]!r}, which an adapter here cannot hold"
+        for key, values in _ONLY.items()
+        if settings.get(key, values[0]) not in values
+    ]
+    flat, copies, more = _named(stored, model)
+    problems += more
+    tokens, head_tokens = _tokens(settings)
+    problems += _not_copies(copies, model, settings, flat, {*tokens})
+    rows = [len(flat[name]) for name in _TABLES if name in flat]
+    rows += [i + 1 for i in (*tokens, *(head_tokens or ()))]
+    config, more = _config(settings, flat, model, tokens, head_tokens)
+    return flat, config, max(rows, default=0), problems + more
+
+
+_TABLES = (f"{EMBEDDING}.weight", f"{EMBEDDING}.lora_a", f"{HEAD}.kernel")
+"""Parameters with a row a token."""
+
+
+def _named(
+    stored: dict[str, np.ndarray], model: Decoder
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[str]]:
+    """Returns ({our name: array as ours is}, {our module: copy of its weight}, problems)."""
+    names = {hf: ours for ours, hf in module_names(model.config).items()}
+    known = FAMILIES[model.config.model_type].NAMES
+    flat, copies, problems = {}, {}, []
+    for name, array in stored.items():
+        end, ours = next(((e, o) for e, o in _ENDS if name.endswith(e)), (None, ""))
+        module = name.removeprefix(_PREFIX).removesuffix(end or "")
+        if end is None or not name.startswith(_PREFIX):
+            problems.append(f"{name} is no tensor of an adapter")
+        elif module not in names:
+            problems.append(f"{name}: the model has no module {module}")
+        elif ours == "copy":
+            copies[names[module]] = array
+        elif ours == "own":
+            kernel = f"{_unnumbered(names[module])}.kernel" in known
+            key = f"{names[module]}.{'kernel' if kernel else 'weight'}"
+            if not np.array_equal(flat.setdefault(key, array), array):
+                problems.append(f"{name} is there twice, with different values")
+        else:
+            turned = array.T if ours in ("lora_a", "lora_b") else array
+            flat[f"{names[module]}.{ours}"] = turned
+    return flat, copies, problems
+
+
+def _tokens(
+    settings: dict[str, Any],
+) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Returns the trained tokens of the embedding, and of the head if said apart."""
+    indices = settings.get("trainable_token_indices") or ()
+    if not isinstance(indices, dict):
+        return tuple(indices), () if indices else None
+    by_end = {name.rpartition(".")[2]: tuple(ids) for name, ids in indices.items()}
+    return by_end.get(EMBEDDING, ()), by_end.get(HEAD, ())
+
+
+def _not_copies(
+    copies: dict[str, np.ndarray],
+    model: Decoder,
+    settings: dict[str, Any],
+    flat: dict[str, np.ndarray],
+    tokens: set[int],
+) -> list[str]:
+    """Takes what PEFT saves along with an adapter, and is no part of it, out of `flat`.
+
+    That is copies of embedding and head, where an adapter is on them or the vocabulary has
+    grown, and the head of a tied embedding that trains. Returns what differs.
+    """
+    saved = {name.rpartition(".")[2] for name in settings.get("modules_to_save") or ()}
+    head, table = f"{HEAD}.kernel", f"{EMBEDDING}.weight"
+    for theirs, mine, follows in (
+        (head, table, settings.get("ensure_weight_tying")),
+        (f"{HEAD}.rows", f"{EMBEDDING}.rows", True),
+    ):
+        if follows and model.lm_head is None and theirs in flat and mine in flat:
+            if np.array_equal(flat[theirs], flat[mine]):
+                del flat[theirs]
+    for name, part in ((HEAD, head), (EMBEDDING, table)):
+        if part in flat and name not in saved:
+            # Of a vocabulary that has grown: the new rows are nowhere else.
+            if len(flat[part]) == model.config.vocab_size or tokens:
+                copies[name] = flat.pop(part)
+    problems = []
+    for name, array in copies.items():
+        ours = _own_weight(model, name)
+        if isinstance(ours, jax.ShapeDtypeStruct):
+            continue
+        if ours is None:
+            problems.append(f"a copy of {name} is no part of an adapter")
+            continue
+        whole = f"{name}.kernel" in flat or f"{name}.weight" in flat
+        new = set() if whole else set(range(len(ours), len(array)))
+        # To the rounding of a 16-bit copy.
+        same = array.shape[1:] == ours.shape[1:] and np.allclose(
+            ours, np.asarray(array[: len(ours)], np.float32), rtol=2**-7, atol=1e-6
+        )
+        if not same or new - tokens:
+            problems.append(f"{name} differs from the model's")
+    return problems
+
+
+def _own_weight(model: Decoder, name: str) -> Any:
+    """Returns the model's own table, or its shape where there is no more of it."""
+    if name not in (EMBEDDING, HEAD):
+        return None
+    if name == HEAD and model.lm_head is not None:
+        table = model.lm_head.kernel.get_value()
+    else:
+        table = model.embed_tokens.weight.get_value()
+    return table if isinstance(table, jax.ShapeDtypeStruct) else np.asarray(table, "f4")
 
 
 def export_peft(
@@ -133,7 +292,8 @@ def export_peft(
     """Writes the adapter of a model as a PEFT folder.
 
     An adapter that began as what quantization lost (LoRAConfig.init) is written as it is;
-    it belongs to the 4-bit base in PEFT too.
+    it belongs to the 4-bit base in PEFT too. Where tokens were added, PEFT's base must be
+    resized before it loads the adapter, as PEFT's own users do.
 
     Args:
       path: The folder.
@@ -151,15 +311,25 @@ def export_peft(
         )
     names = module_names(model.config)
     flat = flatten(split(model)[1])
-    ends = {ours: theirs for theirs, ours in _FACTORS.items()}
+    adapted = {
+        name.rpartition(".")[0]
+        for name in flat
+        if name.endswith((".lora_a", ".lora_b"))
+    }
     tensors = {}
     for name, array in flat.items():
-        module, _, factor = name.rpartition(".")
-        key = f"{_PREFIX}{names[module]}{ends[f'.{factor}']}"
-        tensors[key] = np.ascontiguousarray(np.asarray(array, np.float32).T)
+        module, _, part = name.rpartition(".")
+        end = _end(module, part, module in adapted)
+        array = np.asarray(array, np.float32)
+        array = array.T if part in ("lora_a", "lora_b") else array
+        tensors[f"{_PREFIX}{names[module]}{end}"] = np.ascontiguousarray(array)
     config = lora_config(model)
-    adapted = {names[name.rpartition(".")[0]] for name in flat}
-    last = sorted({module.rpartition(".")[2] for module in adapted})
+    follows = config.tied and model.lm_head is None and EMBEDDING in config.saved
+    if follows:
+        table = tensors[f"{_PREFIX}{names[EMBEDDING]}.weight"]
+        tensors[f"{_PREFIX}{names[HEAD]}.weight"] = table
+    modules = {names[name] for name in adapted}
+    last = sorted({module.rpartition(".")[2] for module in modules})
     everywhere = {m for m in names.values() if m.rpartition(".")[2] in last}
     settings = {
         "peft_type": "LORA",
@@ -175,19 +345,47 @@ def export_peft(
         },
         "lora_dropout": config.dropout,
         "use_rslora": config.rslora,
-        "target_modules": last if everywhere == adapted else sorted(adapted),
-        "bias": "none",
+        "target_modules": last if everywhere == modules else sorted(modules),
+        "bias": config.bias,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": [_saved_name(name, names) for name in config.saved] or None,
+        "ensure_weight_tying": follows,
+        "trainable_token_indices": _token_indices(config, model),
         "layers_to_transform": None,
         "layers_pattern": None,
-        "use_dora": False,
+        "use_dora": config.dora,
     }
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / TENSORS, metadata={"format": "pt"})
     (out / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
     return out
+
+
+def _end(module: str, part: str, adapted: bool) -> str:
+    """Returns the end of a tensor's name in PEFT, of our name of the parameter."""
+    if part == "bias":
+        return ".base_layer.bias" if adapted else ".bias"
+    if part in ("kernel", "weight"):
+        return ".weight"
+    ends = {ours: end for end, ours in reversed(_ENDS)}
+    if module == EMBEDDING:
+        ends |= {"lora_a": ".lora_embedding_A", "lora_b": ".lora_embedding_B"}
+    return ends[part]
+
+
+def _saved_name(path: str, names: dict[str, str]) -> str:
+    """Names a module so that PEFT, which compares ends of names, finds it and no other."""
+    if path.startswith("layers."):
+        return names[path.replace("layers.", "layers.0.", 1)].rpartition(".")[2]
+    return path if path in (EMBEDDING, HEAD) else names[path]
+
+
+def _token_indices(config: LoRAConfig, model: Decoder) -> Any:
+    head = config.tokens if config.head_tokens is None else config.head_tokens
+    if model.lm_head is None or not head:
+        return list(config.tokens) or None
+    return {EMBEDDING: list(config.tokens), HEAD: list(head)}
 
 
 def _number(value: float) -> int | float:
@@ -224,23 +422,29 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 def _config(
     settings: dict[str, Any],
-    adapted: set[str],
-    names: dict[str, str],
     flat: dict[str, np.ndarray],
+    model: Decoder,
+    tokens: tuple[int, ...],
+    head_tokens: tuple[int, ...] | None,
 ) -> tuple[LoRAConfig, list[str]]:
-    """Returns the config of the adapted linears, and what it cannot hold."""
-    problems = [
-        f"{key} is {settings[key]!r}, which an adapter here cannot hold"
-        for key, values in _ONLY.items()
-        if settings.get(key, values[0]) not in values
-    ]
+    """Returns the config of what is adapted and trained, and what it cannot hold."""
+    names, problems = module_names(model.config), []
+    adapted = {
+        name.rpartition(".")[0]
+        for name in flat
+        if name.endswith((".lora_a", ".lora_b"))
+    }
+    owned = {
+        _unnumbered(name.rpartition(".")[0])
+        for name in flat
+        if name.endswith((".kernel", ".weight"))
+    }
     ranks: dict[str, Counter] = {}
     alphas: dict[str, Counter] = {}
-    layers: Counter[str] = Counter()
-    whole = Counter(map(_unnumbered, names))
+    numbered: dict[str, set[str]] = {}
     for name in adapted:
         path, module = _unnumbered(name), names[name]
-        layers[path] += 1
+        numbered.setdefault(path, set()).add(name)
         alpha = _match(
             settings.get("alpha_pattern"), module, settings.get("lora_alpha")
         )
@@ -255,40 +459,77 @@ def _config(
                 problems.append(
                     f"{module}: {factor} has rank {array.shape[axis]}, {CONFIG} says {rank}"
                 )
-    for path, count in layers.items():
-        if count != whole[path]:
-            problems.append(
-                f"{path} is adapted in {count} of {whole[path]} layers or experts; here all "
-                "of a linear's have adapters"
-            )
+    layers = _layers(numbered, names, problems)
+    for path in numbered:
         for kind, found in (("rank", ranks[path]), ("alpha", alphas[path])):
             if len(found) > 1:
                 problems.append(
                     f"{path} has more than one {kind}, {', '.join(map(str, found))}, by "
                     "layer; here all layers of a linear share one"
                 )
-    if not adapted:
+    if not (adapted or owned or tokens):
         problems.append("it has no factors of linears")
     if problems:
         return LoRAConfig(), problems
     rank, alpha = settings["r"], float(settings["lora_alpha"])
     each = {
-        path: (next(iter(ranks[path])), next(iter(alphas[path]))) for path in layers
+        path: (next(iter(ranks[path])), next(iter(alphas[path]))) for path in numbered
     }
-    return (
-        LoRAConfig(
+    # PEFT's tied head stays as it was when the embedding trains, unless told otherwise.
+    bias = settings.get("bias")
+    own_head = EMBEDDING in owned and not settings.get("ensure_weight_tying")
+    try:
+        config = LoRAConfig(
             rank=rank,
             alpha=alpha,
             dropout=float(settings.get("lora_dropout") or 0.0),
             rslora=bool(settings.get("use_rslora")),
-            targets=",".join(sorted(layers)),
+            dora=bool(settings.get("use_dora")),
+            bias=cast(Bias, bias if bias in get_args(Bias) else "none"),
+            layers=layers,
+            modules_to_save=",".join(sorted(owned)),
+            tied=not own_head,
+            tokens=tokens,
+            head_tokens=None if model.lm_head is None else head_tokens,
+            targets=",".join(sorted(numbered)),
             rank_pattern={p: r for p, (r, _) in sorted(each.items()) if r != rank},
             alpha_pattern={
                 p: float(a) for p, (_, a) in sorted(each.items()) if a != alpha
             },
-        ),
-        [],
-    )
+        )
+    except ConfigError as error:
+        return LoRAConfig(), [str(error)]
+    return config, []
+
+
+def _layers(
+    numbered: dict[str, set[str]], names: dict[str, str], problems: list[str]
+) -> tuple[int, ...]:
+    """Returns the adapted layers, () for all; they must be the same of every linear."""
+    chosen: dict[tuple[int, ...], list[str]] = {}
+    for path, found in numbered.items():
+        if not path.startswith("layers."):
+            continue
+        layers = {int(name.split(".")[1]) for name in found}
+        whole = [name for name in names if _unnumbered(name) == path]
+        wanted = {name for name in whole if int(name.split(".")[1]) in layers}
+        if found != wanted:
+            problems.append(
+                f"{path} is adapted in {len(found)} of {len(wanted)} experts; here all of a "
+                "layer's have adapters"
+            )
+        count = len({name.split(".")[1] for name in whole})
+        key = () if len(layers) == count else tuple(sorted(layers))
+        chosen.setdefault(key, []).append(path)
+    if len(chosen) > 1:
+        said = "; ".join(
+            f"{', '.join(paths)} in {'all' if not key else list(key)}"
+            for key, paths in chosen.items()
+        )
+        problems.append(
+            f"linears are adapted in different layers ({said}); here all in the same"
+        )
+    return next(iter(chosen), ())
 
 
 def _unnumbered(name: str) -> str:

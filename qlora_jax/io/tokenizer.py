@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 import jinja2.sandbox
@@ -90,10 +90,14 @@ class Tokenizer:
             special_tokens=special,
         )
 
-    def save(self, folder: Path) -> None:
-        """Writes tokenizer.json, tokenizer_config.json and generation_config.json."""
+    def save_vocabulary(self, folder: Path) -> None:
+        """Writes tokenizer.json alone."""
         folder.mkdir(parents=True, exist_ok=True)
         self._tokenizer.save(str(folder / "tokenizer.json"))
+
+    def save(self, folder: Path) -> None:
+        """Writes tokenizer.json, tokenizer_config.json and generation_config.json."""
+        self.save_vocabulary(folder)
         settings: dict[str, Any] = dict(self._special_tokens)
         if self.bos_id is None:  # null says that none is put before a text
             settings["bos_token"] = None
@@ -110,6 +114,35 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Ids it knows."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def rows(self) -> int:
+        """Rows that an embedding needs: the largest id and one."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def id_of(self, text: str) -> int | None:
+        """Returns the id of a text that is one token, else None."""
+        return self._tokenizer.token_to_id(text)
+
+    def with_tokens(self, tokens: Sequence[str]) -> tuple["Tokenizer", tuple[int, ...]]:
+        """Returns a tokenizer that has these texts as tokens, and their ids."""
+        larger = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        larger.add_tokens(list(tokens))
+        ids = tuple(cast(int, larger.token_to_id(text)) for text in tokens)
+        return self._with(larger), ids
+
+    def with_vocabulary(self, other: "Tokenizer") -> "Tokenizer":
+        """Returns one that splits text as another does, with this one's settings."""
+        return self._with(other._tokenizer)
+
+    def _with(self, tokenizer: tokenizers.Tokenizer) -> "Tokenizer":
+        return Tokenizer(
+            tokenizer,
+            bos_id=self.bos_id,
+            eos_ids=self.eos_ids,
+            chat_template=self.chat_template,
+            special_tokens=self._special_tokens,
+        )
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, without BOS or EOS."""

@@ -17,19 +17,19 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from qlora_jax.nn.attention import attention, causal_attention
+from qlora_jax.nn.embedding import Embedding
 from qlora_jax.nn.linear import Linear
 from qlora_jax.nn.lora import LoRA
 from qlora_jax.nn.moe import Experts, Router
 from qlora_jax.nn.norm import RMSNorm
 from qlora_jax.nn.rope import RopeScaling, rotate, rotation
-from qlora_jax.nn.variables import FrozenParam
 
 Checkpoint = Literal["none", "layer"]
 """What backward recomputes: 'none' elementwise work only, 'layer' each whole layer."""
 
 SAVED = (
     *("q", "k", "v", "mixed", "middle", "gate", "up", "gate_up"),
-    *("unnormed", "lora_hidden"),
+    *("unnormed", "lora_hidden", "lora_norms", "lora_unscaled"),
 )
 """Activations kept for backward without checkpointing: each matmul's output and the
 residual stream. Norms, rotations and the gated product are made again from them."""
@@ -317,7 +317,8 @@ class Decoder(nnx.Module):
 
     Attributes:
       config: Its shape.
-      embed_tokens: FrozenParam (vocab, hidden); its dtype is the compute dtype.
+      dtype: Name of the compute dtype, that of activations and matmuls.
+      embed_tokens: The Embedding.
       layers: One DecoderLayer, every array with a leading axis of layers.
       norm: The final RMSNorm.
       lm_head: Linear, or None when the embedding is tied.
@@ -360,7 +361,10 @@ class Decoder(nnx.Module):
             )
             return Experts(router, MLP(config, linears((*layers, experts))), experts)
 
-        self.embed_tokens = FrozenParam(normal(config.vocab_size, config.hidden_size))
+        self.dtype = jnp.dtype(dtype).name
+        self.embed_tokens: Any = Embedding(
+            normal(config.vocab_size, config.hidden_size)
+        )
         self.layers = DecoderLayer(config, linears(layers), norm, mlp)
         self.norm = norm(config.hidden_size, ())
         head = None
@@ -372,7 +376,7 @@ class Decoder(nnx.Module):
     def head(self) -> Any:
         """What makes logits of hidden states: lm_head, or the tied embedding."""
         c = self.config
-        head = Linear(self.embed_tokens[...]) if self.lm_head is None else self.lm_head
+        head = self.embed_tokens.head() if self.lm_head is None else self.lm_head
         if c.logit_scale == 1 and c.logit_softcap is None:
             return head
         return Head(head, c.logit_scale, c.logit_softcap)
@@ -380,7 +384,7 @@ class Decoder(nnx.Module):
     @property
     def compute_dtype(self) -> jnp.dtype:
         """The dtype of activations and matmuls."""
-        return self.embed_tokens[...].dtype
+        return jnp.dtype(self.dtype)
 
     def __call__(
         self, tokens: Int[Array, "batch seq"]
@@ -462,7 +466,8 @@ class Decoder(nnx.Module):
         return KVCache(k, v, nothing, jnp.int32(0))
 
     def _embed(self, tokens: Array) -> Array:
-        return _scaled(self.embed_tokens[...][tokens], self.config.embedding_scale)
+        x = self.embed_tokens(tokens).astype(self.compute_dtype)
+        return _scaled(x, self.config.embedding_scale)
 
     def _rotations(self, positions: Array) -> dict[str, tuple[Array, Array]]:
         c = self.config

@@ -9,7 +9,7 @@ from qlora_jax.models.decoder import DecoderConfig
 MODEL_TYPE = "llama"
 
 NAMES = {
-    "embed_tokens": "model.embed_tokens.weight",
+    "embed_tokens.weight": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
     "lm_head.kernel": "lm_head.weight",
     "layers.attn_norm.weight": "model.layers.{}.input_layernorm.weight",

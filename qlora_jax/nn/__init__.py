@@ -1,5 +1,8 @@
-"""Flax NNX modules: frozen and quantized linears, LoRA, norm, rotary, attention."""
+"""Flax NNX modules: linears and embedding, frozen and adapted, norm, rotary, attention."""
 
+from qlora_jax.nn.embedding import Embedding as Embedding
+from qlora_jax.nn.embedding import LoRAEmbedding as LoRAEmbedding
+from qlora_jax.nn.embedding import TrainedRows as TrainedRows
 from qlora_jax.nn.linear import Linear as Linear
 from qlora_jax.nn.linear import QuantizedLinear as QuantizedLinear
 from qlora_jax.nn.linear import quantize as quantize

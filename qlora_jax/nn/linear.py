@@ -14,8 +14,8 @@ from jaxtyping import Array, Float
 from pallas_kernels.layout import QuantizedTensor
 from pallas_kernels.matmul import nf4_lora_matmul, nf4_matmul
 from qlora_jax.errors import ShapeError
-from qlora_jax.nn.matmul import frozen_matmul
-from qlora_jax.nn.variables import FrozenParam
+from qlora_jax.nn.matmul import frozen_matmul, trained_matmul
+from qlora_jax.nn.variables import FrozenParam, trains
 from qlora_jax.quant import QuantConfig, dequantize, quantize_tensor
 
 M = TypeVar("M", bound=nnx.Module)
@@ -30,7 +30,7 @@ class Linear(nnx.Module):
     """
 
     def __init__(self, kernel: Array, bias: Array | None = None):
-        self.kernel = FrozenParam(kernel)
+        self.kernel: nnx.Variable = FrozenParam(kernel)
         self.bias = nnx.data(None if bias is None else FrozenParam(bias))
 
     @property
@@ -53,10 +53,15 @@ class Linear(nnx.Module):
         kernel = self.kernel[...]
         return kernel if dtype is None else kernel.astype(dtype)
 
+    def product(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        """Computes x @ kernel.T in x's dtype."""
+        multiply = trained_matmul if trains(self.kernel) else frozen_matmul
+        y = multiply(x.reshape(-1, x.shape[-1]), self.kernel[...])
+        return y.reshape(*x.shape[:-1], -1)
+
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """Applies the layer in x's dtype."""
-        y = frozen_matmul(x.reshape(-1, x.shape[-1]), self.kernel[...])
-        return _finish(y, x, self.bias)
+        return add_bias(self.product(x), self.bias)
 
 
 class QuantizedLinear(nnx.Module):
@@ -105,24 +110,29 @@ class QuantizedLinear(nnx.Module):
         """Returns the dequantized kernel."""
         return dequantize(self.quantized, dtype)
 
-    def __call__(
+    def product(
         self,
         x: Float[Array, "*batch in"],
         adapter: tuple[Array, Array, float] | None = None,
     ) -> Float[Array, "*batch out"]:
-        """Applies the layer in x's dtype, with an adapter (lora_a, lora_b, scale) in the
-        same pass where a kernel can."""
+        """Computes x @ dequantize(kernel).T in x's dtype, with an adapter (lora_a,
+        lora_b, scale) in the same pass where a kernel can."""
         if adapter is None:
-            y = nf4_matmul(x, self.quantized, self.implementation)
-        else:
-            y = nf4_lora_matmul(x, self.quantized, *adapter, self.implementation)
-        return _finish(y, x, self.bias)
+            return nf4_matmul(x, self.quantized, self.implementation)
+        return nf4_lora_matmul(x, self.quantized, *adapter, self.implementation)
+
+    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        """Applies the layer in x's dtype."""
+        return add_bias(self.product(x), self.bias)
 
 
-def _finish(y: Array, x: Array, bias: FrozenParam | None) -> Array:
-    if bias is not None:
-        y = y + bias[...].astype(y.dtype)
-    return y.reshape(*x.shape[:-1], -1)
+def add_bias(y: Array, bias: nnx.Variable | None) -> Array:
+    """Returns y + bias in y's dtype; the gradient of a bias that trains is float32."""
+    if bias is None:
+        return y
+    if trains(bias):
+        return (y.astype(jnp.float32) + bias[...]).astype(y.dtype)
+    return y + bias[...].astype(y.dtype)
 
 
 def quantize(model: M, config: QuantConfig | None = None) -> M:

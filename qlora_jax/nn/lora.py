@@ -13,8 +13,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from qlora_jax.nn.linear import Linear, QuantizedLinear
+from qlora_jax.nn.dora import adapted_norms, row_norms
+from qlora_jax.nn.linear import Linear, QuantizedLinear, add_bias
 from qlora_jax.nn.matmul import factor_matmul
+from qlora_jax.nn.variables import FrozenParam
 
 Init = Literal["zero", "loftq", "qera-diagonal", "qera"]
 """How an adapter starts: changing nothing, or making up for what quantization lost
@@ -29,6 +31,10 @@ class LoRA(nnx.Module):
       lora_a: nnx.LoRAParam, float32 (..., in, rank), uniform in +-1/sqrt(in).
       lora_b: nnx.LoRAParam, float32 (..., rank, out), zero: a new adapter changes
         nothing.
+      magnitude: nnx.LoRAParam, float32 (..., out), with DoRA (nn/dora.py), else None.
+      squared_norms: FrozenParam, float32 (..., out), of the base's rows, with DoRA.
+      active: FrozenParam, float32 (..., 1, 1), 0 in layers of a stack without adapter;
+        None where all have one.
       scale: alpha / rank, or alpha / sqrt(rank) with rslora (arXiv 2312.03732).
       dropout: Probability that an input feature of the adapter is dropped.
       init: How the factors started; unless 'zero', they hold a part of the base.
@@ -43,6 +49,8 @@ class LoRA(nnx.Module):
         dropout: float,
         init: Init = "zero",
         rslora: bool = False,
+        dora: bool = False,
+        layers: tuple[int, ...] = (),
         key: Array,
     ):
         # in + out comes from the kernel's static shape, so a stack works unsliced.
@@ -55,6 +63,10 @@ class LoRA(nnx.Module):
         self.lora_b = nnx.LoRAParam(
             jnp.zeros((*base.stack, rank, base.out_features), jnp.float32)
         )
+        norms = row_norms(base) if dora else None
+        self.squared_norms = nnx.data(None if norms is None else FrozenParam(norms**2))
+        self.magnitude = nnx.data(None if norms is None else nnx.LoRAParam(norms))
+        self.active = nnx.data(_active(base.stack, layers))
         self.rank = rank
         self.alpha = alpha
         self.dropout = dropout
@@ -64,7 +76,7 @@ class LoRA(nnx.Module):
     @property
     def scale(self) -> float:
         """What the update is multiplied by."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        return adapter_scale(self.rank, self.alpha, self.rslora)
 
     @property
     def in_features(self) -> int:
@@ -80,19 +92,44 @@ class LoRA(nnx.Module):
         self, x: Float[Array, "*batch in"], *, key: Array | None = None
     ) -> Float[Array, "*batch out"]:
         """Applies base and adapter in x's dtype; dropout only when a key is given."""
+        a, b = self.lora_a[...], self.lora_b[...]
+        if self.active is not None:
+            b = b * self.active[...]
+        y = self._product(x, a, b, key)
+        if self.magnitude is not None:
+            assert self.squared_norms is not None
+            norms = adapted_norms(
+                self.base, self.squared_norms[...], a, b, self.scale, x.dtype
+            )
+            gain = self.magnitude[...] / checkpoint_name(norms, "lora_norms")
+            if self.active is not None:
+                gain = 1 + self.active[...][0] * (gain - 1)
+            y = checkpoint_name(y, "lora_unscaled").astype(jnp.float32)
+            y = (y * gain).astype(x.dtype)
+        return add_bias(y, self.base.bias)
+
+    def _product(self, x: Array, a: Array, b: Array, key: Array | None) -> Array:
         dropped = key is not None and self.dropout > 0
         if isinstance(self.base, QuantizedLinear) and not dropped:
-            return self.base(
-                x, adapter=(self.lora_a[...], self.lora_b[...], self.scale)
-            )
+            return self.base.product(x, (a, b, self.scale))
         hidden = x
         if dropped:
             assert key is not None
             keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
             hidden = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
         hidden = hidden.reshape(-1, x.shape[-1])
-        hidden = checkpoint_name(factor_matmul(hidden, self.lora_a[...]), "lora_hidden")
-        update = factor_matmul(hidden, self.lora_b[...]) * jnp.asarray(
-            self.scale, x.dtype
-        )
-        return self.base(x) + update.reshape(*x.shape[:-1], -1)
+        hidden = checkpoint_name(factor_matmul(hidden, a), "lora_hidden")
+        update = factor_matmul(hidden, b) * jnp.asarray(self.scale, x.dtype)
+        return self.base.product(x) + update.reshape(*x.shape[:-1], -1)
+
+
+def adapter_scale(rank: int, alpha: float, rslora: bool) -> float:
+    """Returns what an adapter's update is multiplied by."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
+def _active(stack: tuple[int, ...], layers: tuple[int, ...]) -> FrozenParam | None:
+    if not stack or not layers:
+        return None
+    mask = jnp.zeros(stack, jnp.float32).at[jnp.asarray(layers)].set(1)
+    return FrozenParam(mask[..., None, None])

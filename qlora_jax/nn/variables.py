@@ -1,5 +1,6 @@
-"""FrozenParam, the variable of everything that does not train."""
+"""FrozenParam, the variable of everything that does not train, and how one begins to."""
 
+import jax.numpy as jnp
 from flax import nnx
 
 
@@ -9,3 +10,14 @@ class FrozenParam(nnx.Variable):
     Not an nnx.Param, so that a filter on nnx.Param cannot reach it (contract C4). Its
     value may be an array or a whole QuantizedTensor.
     """
+
+
+def trained(variable: nnx.Variable) -> nnx.LoRAParam:
+    """Returns a float32 copy of a dense weight that trains with the adapter."""
+    # A copy even of float32: what trains is donated, the base's array stays.
+    return nnx.LoRAParam(jnp.array(variable.get_value(), jnp.float32, copy=True))
+
+
+def trains(variable: nnx.Variable | None) -> bool:
+    """Whether a weight trains with the adapter."""
+    return isinstance(variable, nnx.LoRAParam)

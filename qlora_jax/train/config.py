@@ -2,9 +2,11 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
+import jax
 import optax
+from flax import nnx
 
 from qlora_jax.errors import ConfigError
 from qlora_jax.optim import dynamic_loss_scale, offload
@@ -135,6 +137,18 @@ def make_schedule(config: TrainConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, after], [warmup])
 
 
+def _decays(params: Any) -> Any:
+    """Says of each variable whether it decays: matrices do, biases, norms, magnitudes not."""
+
+    def matrix(variable: Any) -> bool:
+        if not isinstance(variable, nnx.Variable):
+            return True
+        stack = variable.get_metadata().get("stack", 0)
+        return variable.get_value().ndim - stack >= 2
+
+    return jax.tree.map(matrix, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
 def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
     """Returns AdamW as configured: clipped, offloaded, loss-scaled where asked for."""
     tx = optax.adamw(
@@ -142,6 +156,7 @@ def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformat
         b1=config.beta1,
         b2=config.beta2,
         weight_decay=config.weight_decay,
+        mask=_decays,
     )
     if config.max_grad_norm is not None:
         tx = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), tx)

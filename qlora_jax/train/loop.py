@@ -1,6 +1,7 @@
 """Trainer: steps, eval losses, metrics, checkpoints, and resuming exactly."""
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from qlora_jax.adapters.attach import LoRAConfig, join, lora_config, split
+from qlora_jax.adapters.attach import join, lora_config, split
+from qlora_jax.adapters.config import LoRAConfig
 from qlora_jax.data import Dataset
 from qlora_jax.errors import OutputExistsError, QLoRAError
 from qlora_jax.io.adapter import save_adapter
+from qlora_jax.io.tokenizer import Tokenizer
 from qlora_jax.train.checkpoints import RunCheckpoints
 from qlora_jax.train.config import TrainConfig, make_optimizer, make_schedule
 from qlora_jax.train.metrics import MetricsLog, device_memory_bytes
@@ -46,6 +49,7 @@ class Trainer:
         *,
         evaluation: Dataset | None = None,
         lora: LoRAConfig | None = None,
+        tokenizer: Tokenizer | None = None,
         progress: Progress | None = None,
     ):
         """Prepares a run; nothing is written yet.
@@ -57,11 +61,13 @@ class Trainer:
           out: The run folder.
           evaluation: Held-out rows.
           lora: What the adapter was attached with; None reads it off the model.
+          tokenizer: Saved with the adapter, where tokens were added.
           progress: Called with metrics.
         """
         self.config, self.out = config, Path(out)
         self.train_data, self.eval_data = train, evaluation
         self.lora_config = lora or lora_config(model)
+        self._tokenizer = tokenizer
         self.steps = config.steps(len(train))
         self.schedule = make_schedule(config, self.steps)
         tx = make_optimizer(config, self.steps)
@@ -174,7 +180,13 @@ class Trainer:
             ):
                 checkpoints.save(done, self.lora, self.opt_state, self._position())
                 last = time.monotonic()
-        save_adapter(self.out / "adapter", self.lora, self.lora_config, overwrite=True)
+        save_adapter(
+            self.out / "adapter",
+            self.lora,
+            self.lora_config,
+            tokenizer=self._tokenizer,
+            overwrite=True,
+        )
         if losses:
             figures["loss"] = float(np.mean(losses[-max(1, len(losses) // 10) :]))
         figures |= {"tokens": tokens, "seconds": round(time.monotonic() - began, 1)}
@@ -204,5 +216,6 @@ class Trainer:
             "rows": len(self.train_data),
             "steps": self.steps,
             "compute_dtype": c.compute_dtype,
-            "lora": dataclasses.asdict(self.lora_config),
+            # As JSON gives it back.
+            "lora": json.loads(json.dumps(dataclasses.asdict(self.lora_config))),
         }

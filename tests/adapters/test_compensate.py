@@ -74,7 +74,7 @@ def test_moments_come_out_of_scanned_layers():
     moments = input_moments(model, [tokens[:2], tokens[2:]])
     assert len(moments) == 7 and "lm_head" not in moments
     # The first layer's attention sees the normed embeddings.
-    x = model.embed_tokens[...][tokens].reshape(-1, 64)
+    x = model.embed_tokens.weight[...][tokens].reshape(-1, 64)
     layer = jax.tree.map(lambda leaf: leaf[0], nnx.state(model.layers.attn_norm))
     norm = nnx.merge(nnx.graphdef(model.layers.attn_norm), layer)
     x = np.asarray(norm(x), np.float64)

@@ -68,7 +68,7 @@ def test_a_dense_folder_loads_as_frozen_params_with_the_layers_stacked(model):
         name = f"model.layers.{i}.self_attn.q_proj.weight"
         np.testing.assert_array_equal(kernel[i], tensors()[name])
     np.testing.assert_array_equal(
-        model.embed_tokens[...], tensors()["model.embed_tokens.weight"]
+        model.embed_tokens.weight[...], tensors()["model.embed_tokens.weight"]
     )
     np.testing.assert_array_equal(
         model.lm_head.kernel[...], tensors()["lm_head.weight"]
@@ -108,7 +108,7 @@ def test_quantizing_on_load_equals_quantizing_what_was_loaded(folder, model, con
         assert isinstance(linear, QuantizedLinear)
         assert linear.quantized.block_size == config.block_size
     assert isinstance(loaded.lm_head, Linear)
-    assert isinstance(loaded.embed_tokens[...], jax.Array)
+    assert isinstance(loaded.embed_tokens.weight[...], jax.Array)
 
 
 def test_codes_are_made_of_the_source_and_not_of_the_compute_dtype(folder):

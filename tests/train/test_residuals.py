@@ -19,7 +19,7 @@ SEQ = 7
 
 def weight_sizes(model: nnx.Module) -> dict[int, str]:
     """Returns the sizes of every frozen kernel and the embedding, alone and stacked."""
-    sizes = {model.embed_tokens[...].size: "embed_tokens"}
+    sizes = {model.embed_tokens.weight[...].size: "embed_tokens"}
     for path, node in nnx.iter_graph(model):
         if isinstance(node, (Linear, QuantizedLinear)):
             one = node.in_features * node.out_features

@@ -1,0 +1,171 @@
+"""LoRAConfig: an adapter's shape, and where it goes."""
+
+import dataclasses
+import re
+from typing import Any, Literal, get_args
+
+from qlora_jax.errors import ConfigError
+from qlora_jax.nn.lora import Init
+
+ALL_LINEAR = "all-linear"
+HEAD, EMBEDDING = "lm_head", "embed_tokens"
+
+Bias = Literal["none", "all", "lora_only"]
+"""Which biases train: none, all, or those of adapted linears."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """The adapter's shape and where it goes."""
+
+    rank: int = 16
+    """Columns of lora_a; r in the paper."""
+
+    alpha: float = 32.0
+    """The update is scaled by alpha / rank."""
+
+    dropout: float = 0.0
+    """Probability that an input feature of the adapter is dropped while training."""
+
+    targets: str = ALL_LINEAR
+    """Which linears: all-linear (all but the head), names joined by commas
+    (q_proj,v_proj; embed_tokens is the embedding), or a regular expression for the whole
+    path (layers\\.attn\\..*)."""
+
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead, so that high ranks learn as fast."""
+
+    dora: bool = False
+    """Train each output's magnitude beside the update's direction (DoRA)."""
+
+    layers: tuple[int, ...] = ()
+    """Numbers of the layers that get adapters; none named for all."""
+
+    bias: Bias = "none"
+    """Which biases train: none, all, or lora_only for those of adapted linears."""
+
+    modules_to_save: str = ""
+    """Dense modules that train in full and are saved with the adapter, joined by commas
+    (embed_tokens,lm_head,norm). A tied head follows the embedding, see tied."""
+
+    tied: bool = True
+    """Whether a tied head follows an embedding that trains; false gives it its own copy."""
+
+    tokens: tuple[int, ...] = ()
+    """Ids of tokens whose rows of the embedding train."""
+
+    head_tokens: tuple[int, ...] | None = None
+    """The same of a head that is not tied; those of tokens unless given."""
+
+    rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Other ranks: the end of a linear's path -> its rank."""
+
+    alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Other alphas: the end of a linear's path -> its alpha."""
+
+    init: Init = "zero"
+    """How it starts: zero changes nothing; loftq is the best low-rank copy of what
+    quantization lost of the weights, qera of what it lost of the outputs, given the second
+    moments of the inputs (qera-diagonal: their diagonal, for less memory). All but zero
+    need the original weights, and the adapter then belongs to the 4-bit base alone."""
+
+    def __post_init__(self):
+        problems = []
+        if self.rank < 1:
+            problems.append(f"--lora.rank is {self.rank}, expected at least 1")
+        if not self.alpha > 0:
+            problems.append(f"--lora.alpha is {self.alpha}, expected more than 0")
+        if not 0 <= self.dropout < 1:
+            problems.append(f"--lora.dropout is {self.dropout}, expected 0 <= p < 1")
+        for key, rank in self.rank_pattern.items():
+            if rank < 1:
+                problems.append(
+                    f"--lora.rank-pattern {key} is {rank}, expected 1 or more"
+                )
+        for key, alpha in self.alpha_pattern.items():
+            if not alpha > 0:
+                problems.append(
+                    f"--lora.alpha-pattern {key} is {alpha}, expected above 0"
+                )
+        for name in ("layers", "tokens", "head_tokens"):
+            if (numbers := getattr(self, name)) is None:
+                continue
+            if min(numbers, default=0) < 0 or len(set(numbers)) < len(numbers):
+                flag = name.replace("_", "-")
+                problems.append(
+                    f"--lora.{flag} is {list(numbers)}, expected different numbers from 0"
+                )
+        if self.bias not in get_args(Bias):
+            problems.append(
+                f"--lora.bias is {self.bias!r}, expected {', '.join(get_args(Bias))}"
+            )
+        if self.layers and self.bias == "lora_only":
+            problems.append("--lora.bias lora_only does not go with --lora.layers")
+        if EMBEDDING in self.saved and self.tokens:
+            problems.append(
+                f"--lora.tokens trains rows of what --lora.modules-to-save {EMBEDDING} "
+                "trains whole; give one of them"
+            )
+        if self.init not in get_args(Init):
+            problems.append(
+                f"--lora.init is {self.init!r}, expected {', '.join(get_args(Init))}"
+            )
+        try:
+            re.compile(self.targets)
+        except re.error as error:
+            problems.append(f"--lora.targets {self.targets!r} is no pattern: {error}")
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "LoRAConfig":
+        """Makes one of what JSON or TOML gives of `dataclasses.asdict`."""
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
+        return cls(**fields)
+
+    def shape_of(self, path: str) -> tuple[int, float]:
+        """Returns the rank and alpha of a linear of this dotted path."""
+        return (
+            _by_end(self.rank_pattern, path, self.rank),
+            _by_end(self.alpha_pattern, path, self.alpha),
+        )
+
+    @property
+    def saved(self) -> tuple[str, ...]:
+        """The names in modules_to_save."""
+        return tuple(filter(None, map(str.strip, self.modules_to_save.split(","))))
+
+    def saves(self, path: str) -> bool:
+        """Whether the module at this dotted path trains in full."""
+        return any(ends(path, name) for name in self.saved)
+
+    def matches(self, path: str) -> bool:
+        """Whether a module of this dotted path gets an adapter."""
+        if self.saves(path):
+            return False
+        if self.targets == ALL_LINEAR:
+            return path.rpartition(".")[2] not in (HEAD, EMBEDDING)
+        if re.fullmatch(self.targets, path):
+            return True
+        return any(ends(path, name.strip()) for name in self.targets.split(","))
+
+    def token_rows(self, path: str) -> tuple[int, ...]:
+        """Ids of the tokens whose rows of the embedding or head at this path train."""
+        if path == EMBEDDING:
+            return self.tokens
+        return self.tokens if self.head_tokens is None else self.head_tokens
+
+
+def ends(path: str, name: str) -> bool:
+    """Whether a dotted path is a name or ends with it."""
+    return path == name or path.endswith(f".{name}")
+
+
+def _by_end(patterns: dict[str, Any], path: str, default: Any) -> Any:
+    for end, value in patterns.items():
+        if ends(path, end):
+            return value
+    return default

@@ -1,0 +1,76 @@
+"""A decoder's vocabulary: rows added to its embedding and head, and the head untied."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from qlora_jax.errors import ShapeError
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.nn import Embedding, Linear
+
+
+def resize_tokens(
+    model: Decoder, rows: int, pieces: Mapping[int, Sequence[int]] | None = None
+) -> Decoder:
+    """Grows embedding and untied head to a number of rows; never shrinks them.
+
+    Args:
+      model: Without adapter. It is left as it was.
+      rows: Wanted; fewer than there are change nothing.
+      pieces: Row -> tokens whose mean it begins as, among old rows too; other new rows
+        are the mean of all.
+
+    Raises:
+      ShapeError: the embedding is adapted.
+    """
+    if not isinstance(model.embed_tokens, Embedding):
+        raise ShapeError("the embedding is adapted already; resize before attach")
+    pieces = {row: list(ids) for row, ids in (pieces or {}).items() if ids}
+    rows = max(rows, model.config.vocab_size)
+    grow = lambda table: _grown(table, rows, pieces)  # noqa: E731
+    if rows == model.config.vocab_size and not pieces:
+        return model
+
+    def replace(path: tuple, node: Any) -> Any:
+        if isinstance(node, Embedding):
+            return _marked(Embedding(grow(node.weight[...])), "weight", node.weight)
+        if path == ("lm_head",) and isinstance(node, Linear):
+            return _marked(Linear(grow(node.kernel[...])), "kernel", node.kernel)
+        if isinstance(node, Decoder):
+            node.config = dataclasses.replace(node.config, vocab_size=rows)
+        return node
+
+    return nnx.recursive_map(replace, model)
+
+
+def _marked(module: Any, name: str, before: nnx.Variable) -> Any:
+    """Remembers how many rows are the base's own, for its fingerprint."""
+    own = before.get_metadata().get("own_rows", before.get_value().shape[0])
+    getattr(module, name).set_metadata(own_rows=own)
+    return module
+
+
+def _grown(table: Array, rows: int, pieces: Mapping[int, list[int]]) -> Array:
+    wide = table.astype(jnp.float32)
+    mean = jnp.broadcast_to(wide.mean(0), (rows - table.shape[0], table.shape[1]))
+    grown = jnp.concatenate([wide, mean])
+    for row, ids in pieces.items():
+        grown = grown.at[row].set(wide[jnp.asarray(ids)].mean(0))
+    return grown.astype(table.dtype)
+
+
+def untied(model: Decoder) -> Decoder:
+    """Returns a model whose head is its own: a copy of the embedding, where it was tied."""
+    if model.lm_head is not None:
+        return model
+
+    def replace(path: tuple, node: Any) -> Any:
+        if isinstance(node, Decoder):
+            node.lm_head = nnx.data(node.embed_tokens.head())
+        return node
+
+    return nnx.recursive_map(replace, model)
