@@ -158,8 +158,13 @@ def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformat
         weight_decay=config.weight_decay,
         mask=_decays,
     )
+    scaled = config.compute_dtype == "float16"
+    if not scaled:
+        # Before clipping, which looks across arrays: so the state comes slice by slice.
+        tx = offload(tx, "pinned_host" if config.offload else "device")
     if config.max_grad_norm is not None:
         tx = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), tx)
-    if config.compute_dtype == "float16":
-        tx = dynamic_loss_scale(tx)
+    if not scaled:
+        return tx
+    tx = dynamic_loss_scale(tx)
     return offload(tx) if config.offload else tx
