@@ -7,10 +7,10 @@ and cost nothing.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Shaped, UInt8, UInt16
+    from jaxtyping import Array, Float, Int, Shaped, UInt8, UInt16
 else:
     try:
-        from jaxtyping import Array, Float, Shaped, UInt8, UInt16
+        from jaxtyping import Array, Float, Int, Shaped, UInt8, UInt16
     except ImportError:
 
         class _Unchecked:
@@ -19,6 +19,6 @@ else:
 
         from jax import Array
 
-        Float = Shaped = UInt8 = UInt16 = _Unchecked
+        Float = Int = Shaped = UInt8 = UInt16 = _Unchecked
 
-__all__ = ["Array", "Float", "Shaped", "UInt8", "UInt16"]
+__all__ = ["Array", "Float", "Int", "Shaped", "UInt8", "UInt16"]

@@ -6,6 +6,7 @@ nibble plane at a time, each a contiguous elementwise loop. Large products go pl
 plane and tile by tile, so that the decoded weight is never interleaved nor whole.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import codebook as cb
-from pallas_kernels.annotations import Array, Float, Shaped, UInt8
+from pallas_kernels.annotations import Array, Float, Int, Shaped, UInt8
 from pallas_kernels.layout import QuantizedTensor, plane_width
 
 TILE_BYTES = {"cpu": 4 << 20}
@@ -83,11 +84,16 @@ def decode_absmax(w: QuantizedTensor) -> Float[Array, " blocks"]:
     """Returns the float32 absmax of every block of one tensor."""
     if w.absmax is not None:
         return w.absmax
+    return _spread_absmax(w, cb.ABSMAX_BLOCK_SIZE)
+
+
+def _spread_absmax(w: QuantizedTensor, each: int) -> Float[Array, " blocks"]:
+    """Decodes absmax codes of which `each` share a scale."""
     assert w.absmax_codes is not None and w.absmax_scale is not None
     assert w.absmax_offset is not None
     table = jnp.asarray(cb.dynamic_map())
     values = table.at[w.absmax_codes.astype(jnp.int32)].get(mode="promise_in_bounds")
-    scale = jnp.repeat(w.absmax_scale, cb.ABSMAX_BLOCK_SIZE)[: values.shape[0]]
+    scale = jnp.repeat(w.absmax_scale, each)[: values.shape[0]]
     # torch rounds the product before the sum. The maximum changes no value, but keeps
     # LLVM from fusing the two into a multiply-add, which differs in the last bit.
     product = jnp.maximum(values * scale, jnp.finfo(jnp.float32).min)
@@ -121,6 +127,37 @@ def dequantize(
     width = plane_width(w.layout)
     grouped = [p.reshape(rows, -1, width) for p in planes]
     return jnp.stack(grouped, axis=2).reshape(w.shape)
+
+
+def dequantize_rows(
+    w: QuantizedTensor, rows: Int[Array, " m"], dtype: jnp.dtype | str
+) -> Float[Array, "m k"]:
+    """Decodes some rows of a (n, k) tensor, as `dequantize(w, dtype)[rows]`."""
+    k = w.shape[1]
+    if w.layout == "flat":
+        element = rows[:, None] * k + jnp.arange(k, dtype=jnp.int32)
+        words = w.codes[element // 2]
+        words = jnp.where(element % 2 == 0, words >> 4, words)
+        absmax = _absmax_of(w, element // w.block_size)
+        return (decode_codes(words, w.codebook) * absmax).astype(dtype)
+    blocks = k // w.block_size
+    block = rows[:, None] * blocks + jnp.arange(blocks, dtype=jnp.int32)
+    scales = _plane_scales(w, _absmax_of(w, block))
+    planes = _decode_planes(w.codes[rows], scales, w, jnp.dtype(dtype))
+    grouped = [p.reshape(rows.shape[0], -1, plane_width(w.layout)) for p in planes]
+    return jnp.stack(grouped, axis=2).reshape(rows.shape[0], k)
+
+
+def _absmax_of(w: QuantizedTensor, block: Int[Array, "..."]) -> Float[Array, "..."]:
+    if w.absmax is not None:
+        return w.absmax[block]
+    assert w.absmax_codes is not None and w.absmax_scale is not None
+    part = dataclasses.replace(
+        w,
+        absmax_codes=w.absmax_codes[block].reshape(-1),
+        absmax_scale=w.absmax_scale[block // cb.ABSMAX_BLOCK_SIZE].reshape(-1),
+    )
+    return _spread_absmax(part, 1).reshape(block.shape)
 
 
 def matmul(x: Float[Array, "m k"], w: QuantizedTensor) -> Float[Array, "m n"]:

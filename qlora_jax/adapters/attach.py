@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from pallas_kernels.reference import dequantize_rows
 from qlora_jax.adapters.compensate import Moments, Original, compensate, describe
 from qlora_jax.adapters.config import ALL_LINEAR, EMBEDDING, HEAD, LoRAConfig, ends
 from qlora_jax.adapters.fingerprint import fingerprint
@@ -28,6 +29,7 @@ from qlora_jax.nn import (
     QuantizedLinear,
     TrainedRows,
 )
+from qlora_jax.nn.embedding import QuantizedEmbedding, Table
 from qlora_jax.nn.norm import RMSNorm
 from qlora_jax.nn.variables import trained, trains
 
@@ -92,17 +94,16 @@ def attach_zero(model: M, config: LoRAConfig, *, key: Array) -> M:
 
     def replace(path: tuple, node: Any) -> Any:
         name = dotted(path)
-        if name in (EMBEDDING, HEAD) and type(node) in _OWN:
+        if name in (EMBEDDING, HEAD) and node is not None:
             if (tokens := config.token_rows(name)) and not config.saves(name):
-                own = getattr(node, _OWN[type(node)])
-                rows = nnx.LoRAParam(trained(own)[jnp.asarray(tokens)])
+                rows = nnx.LoRAParam(_rows(node, tokens))
                 return TrainedRows(node, _marked(rows, base), tokens)
         if type(node) in _OWN and config.saves(name):
             _train(node, _OWN[type(node)], path, base)
             if isinstance(node, Linear) and node.bias is not None:
                 _train(node, "bias", path, base)
             return node
-        if isinstance(node, Embedding) and config.matches(name):
+        if isinstance(node, Table) and config.matches(name):
             return _lora_embedding(node, name, config, base, key)
         if not isinstance(node, (Linear, QuantizedLinear)):
             return node
@@ -141,8 +142,17 @@ def _lora(
     return lora
 
 
+def _rows(node: Any, tokens: tuple[int, ...]) -> Array:
+    """Returns rows of a table or head, float32."""
+    ids = jnp.asarray(tokens, jnp.int32)
+    if isinstance(node, QuantizedLinear):
+        return dequantize_rows(node.quantized, ids, "float32")
+    rows = node(ids) if isinstance(node, Table) else node.kernel[...][ids]
+    return rows.astype(jnp.float32)
+
+
 def _lora_embedding(
-    node: Embedding, name: str, config: LoRAConfig, base: str | None, key: Array
+    node: Table, name: str, config: LoRAConfig, base: str | None, key: Array
 ) -> LoRAEmbedding:
     rank, alpha = config.shape_of(name)
     key = jax.random.fold_in(key, zlib.crc32(name.encode()))
@@ -171,7 +181,7 @@ def _marked(
 def _check(model: nnx.Module, config: LoRAConfig) -> None:
     """Raises what `attach` does of a config that does not fit a model."""
     linears: dict[str, Linear | QuantizedLinear] = {}
-    dense, problems = [], []
+    dense, packed, problems = [], [], []
     for path, node in nnx.iter_graph(model):
         name = dotted(path)
         if isinstance(node, nnx.LoRAParam):
@@ -183,16 +193,18 @@ def _check(model: nnx.Module, config: LoRAConfig) -> None:
             linears[name] = node
         if type(node) in _OWN:
             dense.append(name)
+        elif isinstance(node, (QuantizedLinear, QuantizedEmbedding)):
+            packed.append(name)
     tied = isinstance(model, Decoder) and model.lm_head is None
-    trainable = [EMBEDDING] if EMBEDDING in dense else []
     found = any(map(config.matches, linears))
-    found |= config.targets != ALL_LINEAR and any(map(config.matches, trainable))
+    if EMBEDDING in (*dense, *packed) and config.targets != ALL_LINEAR:
+        found |= config.matches(EMBEDDING)
     alone = config.saved or config.tokens
     if not found and not (config.targets == "" and alone):
         raise ConfigError(_no_match(config.targets, list(linears)))
     for name in config.saved:
         if not any(ends(path, name) for path in (*dense, *([HEAD] if tied else []))):
-            quantized = [path for path in linears if ends(path, name)]
+            quantized = any(ends(path, name) for path in packed)
             why = "is 4-bit, and only dense modules train" if quantized else "is none"
             problems.append(
                 f"--lora.modules-to-save {name} {why}; there are {', '.join(dense)}"

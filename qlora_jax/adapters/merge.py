@@ -29,9 +29,10 @@ from qlora_jax.nn import (
     QuantizedLinear,
     TrainedRows,
 )
+from qlora_jax.nn.embedding import QuantizedEmbedding, Table
 from qlora_jax.nn.norm import RMSNorm
 from qlora_jax.nn.variables import trains
-from qlora_jax.quant import QuantConfig, quantize_tensor
+from qlora_jax.quant import QuantConfig, dequantize, quantize_tensor
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -86,7 +87,7 @@ def merge(
             )
             return QuantizedLinear(kernel, bias)
         if isinstance(node, LoRAEmbedding):
-            table = node.base.weight[...]
+            table = _table(node.base)
             update = jnp.matmul(node.lora_a[...], node.lora_b[...], precision="highest")
             wide = table.astype(jnp.float32) + node.scale * update
             return Embedding(wide.astype(plain))
@@ -99,6 +100,8 @@ def merge(
                 if requantize is None
                 else _frozen(node, plain)
             )
+        if isinstance(node, QuantizedEmbedding) and requantize is None:
+            return Embedding(_table(node).astype(plain))
         if isinstance(node, (Linear, Embedding, RMSNorm)):
             return _frozen(node, plain)
         return node
@@ -119,12 +122,19 @@ def _factors(node: LoRA) -> tuple[Array, Array, Array | None, Array | None]:
 
 def _with_rows(node: TrainedRows, dtype: str) -> Any:
     base = node.base
-    table = base.weight[...] if isinstance(base, Embedding) else base.kernel[...]
+    table = _table(base)
     rows = node.rows[...].astype(table.dtype)
     table = table.at[jnp.asarray(node.tokens)].set(rows)
-    if isinstance(base, Embedding):
+    if isinstance(base, Table):
         return Embedding(table)
     return Linear(table, _bias(base, dtype))
+
+
+def _table(module: Any) -> Array:
+    """Returns the dense rows of an embedding or head."""
+    own = module.weight if isinstance(module, Table) else module.kernel
+    value = own.get_value()
+    return dequantize(value) if isinstance(value, QuantizedTensor) else value
 
 
 def _frozen(node: Any, dtype: str) -> Any:

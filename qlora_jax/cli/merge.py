@@ -52,7 +52,7 @@ def run(args: Args) -> dict[str, Any]:
     check_output(args.out, args.overwrite)
     quant = args.quant.resolve(folder, auto=None)
     # Read in float32, so that original weights are not rounded before folding.
-    model, tokenizer = load(folder, quant, "float32")
+    model, tokenizer = load(folder, quant, "float32", **args.quant.tables())
     merged = _cast(
         merge(load_adapter(args.adapter, model), dtype=args.dtype), args.dtype
     )

@@ -6,7 +6,7 @@ import tomllib
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar
 
 import tomli_w
 import tyro
@@ -18,6 +18,13 @@ from qlora_jax.io.tokenizer import Tokenizer
 from qlora_jax.quant import QuantConfig
 
 T = TypeVar("T")
+
+
+class Tables(TypedDict):
+    """Which tables become 4-bit too; keywords of `load`."""
+
+    quantize_embedding: bool
+    quantize_head: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +40,16 @@ class QuantOptions:
 
     double_quant: bool = True
     """Keep absmax in 8 bits."""
+
+    embedding: bool = False
+    """Make the embedding 4-bit too, and a tied head with it."""
+
+    head: bool = False
+    """Make an untied head 4-bit too."""
+
+    def tables(self) -> Tables:
+        """Returns what `load` wants to know of embedding and head."""
+        return {"quantize_embedding": self.embedding, "quantize_head": self.head}
 
     def resolve(self, folder: Path, *, auto: QuantConfig | None) -> QuantConfig | None:
         """Returns how to quantize a folder; None to take its weights as they are.
@@ -87,15 +104,17 @@ def open_model(
       (model, tokenizer, what to say of it).
     """
     folder = find(model)
-    auto = None
+    auto, tables = None, quant.tables()
     if adapter is not None and (Path(adapter) / "config.toml").is_file():
         run = read_toml(Path(adapter) / "config.toml")
         options = from_dict(
             QuantOptions, run.get("quant", {}), f"{adapter}/config.toml"
         )
-        auto = None if options.codebook == "none" else options.config()
+        if options.codebook != "none":
+            auto = options.config()
+            tables = options.tables() if tables == QuantOptions().tables() else tables
     chosen = quant.resolve(folder, auto=auto)
-    base, tokenizer = load(folder, chosen, dtype)
+    base, tokenizer = load(folder, chosen, dtype, **tables)
     said = {"model": model, "base": describe_quant(folder, chosen)}
     if adapter is not None:
         base = load_adapter(adapter, base)

@@ -119,7 +119,9 @@ def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
             block_size=args.quant.block_size, double_quant=args.quant.double_quant
         ),
     )
-    model, tokenizer = load(folder, quant, args.train.compute_dtype)
+    model, tokenizer = load(
+        folder, quant, args.train.compute_dtype, **args.quant.tables()
+    )
     if tokenizer is None:
         raise DataError(f"{folder} has no tokenizer.json, so rows cannot be tokenized")
     asked, added = args, None

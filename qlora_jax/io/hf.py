@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -23,10 +23,16 @@ from qlora_jax.io.safetensors import Checkpoint, Writer
 from qlora_jax.io.tokenizer import FILES as TOKENIZER_FILES
 from qlora_jax.io.tokenizer import Tokenizer, read_json
 from qlora_jax.models import FAMILIES, Decoder, DecoderConfig, llama
-from qlora_jax.nn import Embedding, FrozenParam, Linear, LoRA, QuantizedLinear
+from qlora_jax.nn import (
+    Embedding,
+    FrozenParam,
+    Linear,
+    QuantizedEmbedding,
+    QuantizedLinear,
+)
 from qlora_jax.nn.moe import Router
 from qlora_jax.nn.norm import RMSNorm
-from qlora_jax.quant import QuantConfig, quantize_tensor
+from qlora_jax.quant import QuantConfig, dequantize, quantize_tensor
 
 COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -38,6 +44,8 @@ def load(
     quant: QuantConfig | None = None,
     dtype: str = "bfloat16",
     *,
+    quantize_embedding: bool = False,
+    quantize_head: bool = False,
     implementation: str | None = None,
     revision: str | None = None,
 ) -> tuple[Decoder, Tokenizer | None]:
@@ -50,6 +58,8 @@ def load(
         dense model dense. A folder with bitsandbytes 4-bit weights is read as it is.
       dtype: Of everything that stays dense, and so of the computation: 'bfloat16',
         'float16' or 'float32'.
+      quantize_embedding: Make the embedding 4-bit too, and a tied head with it.
+      quantize_head: Make an untied head 4-bit too.
       implementation: Of nf4_matmul in every quantized linear; None chooses.
       revision: Of a hub id.
 
@@ -75,7 +85,14 @@ def load(
     )
     wanted = _wanted(skeleton, family, config)
     _check_names(folder, checkpoint, wanted, family)
-    reader = _Reader(checkpoint, quant, dtype)
+    more = {"embed_tokens.weight": quantize_embedding, "lm_head.kernel": quantize_head}
+    tables = {path for path, asked in more.items() if asked}
+    if tables and (quant or stored) is None:
+        raise CheckpointError(
+            f"{folder} stays dense, so its embedding and head do too; give quant, or leave "
+            "quantize_embedding and quantize_head out"
+        )
+    reader = _Reader(checkpoint, quant, dtype, {p: quant or stored for p in tables})
     loaded = {path: reader.read(path, entry) for path, entry in wanted.items()}
     if reader.problems:
         raise CheckpointError(
@@ -300,9 +317,14 @@ class _Reader:
     """Reads parameters, stacking layers in place and gathering problems."""
 
     def __init__(
-        self, checkpoint: Checkpoint | GGUF, quant: QuantConfig | None, dtype: str
+        self,
+        checkpoint: Checkpoint | GGUF,
+        quant: QuantConfig | None,
+        dtype: str,
+        tables: Mapping[str, QuantConfig | None],
     ):
         self.checkpoint, self.quant, self.dtype = checkpoint, quant, dtype
+        self.tables = tables
         self.problems: list[str] = []
 
     def read(self, path: str, wanted: _Wanted) -> Any:
@@ -333,8 +355,10 @@ class _Reader:
             if f"{name}.absmax" in self.checkpoint:
                 return self._stored(name, shape)
             w = jnp.asarray(self.checkpoint[name])
-            if path.endswith(".kernel") and path != "lm_head.kernel" and self.quant:
-                return quantize_tensor(w, self.quant)
+            linear = path.endswith(".kernel") and path != "lm_head.kernel"
+            quant = self.quant if linear else self.tables.get(path)
+            if quant is not None:
+                return quantize_tensor(w, quant)
             value, finite = _convert(w, self.dtype)
             if not finite:
                 raise ShapeError("NaN or Inf values (or too large for its dtype)")
@@ -380,7 +404,9 @@ def _fill(
         if isinstance(node, Router):
             node.weight = FrozenParam(loaded[f"{dotted}.weight"])
         if isinstance(node, Embedding):
-            return Embedding(loaded[f"{dotted}.weight"])
+            table = loaded[f"{dotted}.weight"]
+            quantized = isinstance(table, QuantizedTensor)
+            return QuantizedEmbedding(table) if quantized else Embedding(table)
         return node
 
     return nnx.recursive_map(fill, skeleton)
@@ -413,6 +439,8 @@ def save_model(
 ) -> dict[str, Any]:
     """Saves a Hugging Face folder: 4-bit linears with bitsandbytes' keys, dense as is.
 
+    A 4-bit embedding or head is written dense, as other tools have it.
+
     Args:
       model: Without adapters (merge first).
       out: The folder.
@@ -430,7 +458,7 @@ def save_model(
     """
     out = Path(out)
     check_output(out, overwrite)
-    if any(isinstance(node, LoRA) for _, node in nnx.iter_graph(model)):
+    if nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)):
         raise CheckpointError(
             "the model has adapters attached; merge before save_model"
         )
@@ -459,6 +487,11 @@ def save_model(
     writer = Writer(out, shard_bytes)
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         template, value = names[".".join(map(str, path))], variable.get_value()
+        if isinstance(value, QuantizedTensor) and path[0] in (
+            "embed_tokens",
+            "lm_head",
+        ):
+            value = dequantize(value, model.dtype)
         parts, stack = hf_names(template, model.config)
         for name, index in zip(parts, np.ndindex(*stack), strict=True):
             one = jax.tree.map(lambda leaf, index=index: leaf[index], value)

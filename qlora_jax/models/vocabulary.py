@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from qlora_jax.errors import ShapeError
 from qlora_jax.models.decoder import Decoder
-from qlora_jax.nn import Embedding, Linear
+from qlora_jax.nn import Embedding, Linear, QuantizedEmbedding, QuantizedLinear
 
 
 def resize_tokens(
@@ -25,15 +25,21 @@ def resize_tokens(
         are the mean of all.
 
     Raises:
-      ShapeError: the embedding is adapted.
+      ShapeError: the embedding or head is adapted, or 4-bit.
     """
-    if not isinstance(model.embed_tokens, Embedding):
-        raise ShapeError("the embedding is adapted already; resize before attach")
     pieces = {row: list(ids) for row, ids in (pieces or {}).items() if ids}
     rows = max(rows, model.config.vocab_size)
     grow = lambda table: _grown(table, rows, pieces)  # noqa: E731
     if rows == model.config.vocab_size and not pieces:
         return model
+    for name, table in (("embedding", model.embed_tokens), ("head", model.lm_head)):
+        if isinstance(table, (QuantizedEmbedding, QuantizedLinear)):
+            raise ShapeError(
+                f"the {name} is 4-bit and cannot take new rows; load it dense (without "
+                f"quantize_{name}, --quant.{name})"
+            )
+        if not isinstance(table, (Embedding, Linear, type(None))):
+            raise ShapeError(f"the {name} is adapted already; resize before attach")
 
     def replace(path: tuple, node: Any) -> Any:
         if isinstance(node, Embedding):

@@ -2,6 +2,7 @@
 
 from qlora_jax.nn.embedding import Embedding as Embedding
 from qlora_jax.nn.embedding import LoRAEmbedding as LoRAEmbedding
+from qlora_jax.nn.embedding import QuantizedEmbedding as QuantizedEmbedding
 from qlora_jax.nn.embedding import TrainedRows as TrainedRows
 from qlora_jax.nn.linear import Linear as Linear
 from qlora_jax.nn.linear import QuantizedLinear as QuantizedLinear

@@ -1,4 +1,4 @@
-"""The table of token vectors: frozen, with a low-rank update, or with some rows trained.
+"""The table of token vectors: frozen, dense or 4-bit; with an update, or some rows trained.
 
 A tied head is made of the table by `head`.
 """
@@ -11,7 +11,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from qlora_jax.nn.linear import Linear
+from pallas_kernels.layout import QuantizedTensor
+from pallas_kernels.reference import dequantize_rows
+from qlora_jax.nn.linear import Linear, QuantizedLinear
 from qlora_jax.nn.lora import adapter_scale
 from qlora_jax.nn.matmul import trained_matmul
 from qlora_jax.nn.variables import FrozenParam, trains
@@ -39,6 +41,30 @@ class Embedding(nnx.Module):
         return linear
 
 
+class QuantizedEmbedding(nnx.Module):
+    """A 4-bit table of token vectors; rows are decoded as they are read.
+
+    Attributes:
+      weight: FrozenParam holding a QuantizedTensor of shape (vocab, hidden).
+    """
+
+    def __init__(self, weight: QuantizedTensor):
+        self.weight = FrozenParam(weight)
+
+    def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch hidden"]:
+        """Returns the tokens' rows, float32."""
+        table = self.weight.get_value()
+        rows = dequantize_rows(table, tokens.reshape(-1), "float32")
+        return rows.reshape(*tokens.shape, -1)
+
+    def head(self) -> QuantizedLinear:
+        """Returns the head that the tied table is."""
+        return QuantizedLinear(self.weight.get_value())
+
+
+Table = Embedding | QuantizedEmbedding
+
+
 class LoRAEmbedding(nnx.Module):
     """A frozen table with an adapter: base(tokens) + scale * lora_a[tokens] @ lora_b.
 
@@ -51,9 +77,9 @@ class LoRAEmbedding(nnx.Module):
     """
 
     def __init__(
-        self, base: Embedding, *, rank: int, alpha: float, rslora: bool, key: Array
+        self, base: Table, *, rank: int, alpha: float, rslora: bool, key: Array
     ):
-        vocab, hidden = base.weight[...].shape
+        vocab, hidden = base.weight.get_value().shape
         self.base = base
         self.lora_a = nnx.LoRAParam(jnp.zeros((vocab, rank), jnp.float32))
         self.lora_b = nnx.LoRAParam(jax.random.normal(key, (rank, hidden)))
@@ -70,7 +96,7 @@ class LoRAEmbedding(nnx.Module):
         update = self.lora_a[...][tokens] @ self.lora_b[...]
         return (rows.astype(jnp.float32) + self.scale * update).astype(rows.dtype)
 
-    def head(self) -> Linear:
+    def head(self) -> Linear | QuantizedLinear:
         """Returns the head that the tied table is, without the update."""
         return self.base.head()
 
@@ -79,7 +105,7 @@ class TrainedRows(nnx.Module):
     """An embedding or a head, some tokens' rows of which train.
 
     Attributes:
-      base: Embedding, or the head's Linear.
+      base: The table, or the head's linear.
       rows: nnx.LoRAParam, float32 (tokens, hidden): in place of the base's.
       tokens: Their ids, in the order of rows.
     """
@@ -96,7 +122,7 @@ class TrainedRows(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Returns the rows of tokens, or the logits of hidden states."""
-        return self._rows_of(x) if isinstance(self.base, Embedding) else self._logits(x)
+        return self._rows_of(x) if isinstance(self.base, Table) else self._logits(x)
 
     def _rows_of(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch hidden"]:
         order = np.argsort(self.tokens).astype(np.int32)

@@ -135,7 +135,7 @@ def add_bias(y: Array, bias: nnx.Variable | None) -> Array:
     return y + bias[...].astype(y.dtype)
 
 
-def quantize(model: M, config: QuantConfig | None = None) -> M:
+def quantize(model: M, config: QuantConfig | None = None, *, head: bool = False) -> M:
     """Replaces every linear of a model by a 4-bit one.
 
     Linears are `qlora_jax.nn.Linear` and `flax.nnx.Linear`; an attribute named lm_head
@@ -144,6 +144,7 @@ def quantize(model: M, config: QuantConfig | None = None) -> M:
     Args:
       model: Any nnx.Module. It is left as it was.
       config: How to quantize; the default is NF4, block 64, double quantization.
+      head: Whether lm_head becomes 4-bit too.
 
     Returns:
       A model of the same structure with QuantizedLinear in place of linears.
@@ -154,7 +155,7 @@ def quantize(model: M, config: QuantConfig | None = None) -> M:
     config = config or QuantConfig()
 
     def replace(path, node):
-        if path and path[-1] == "lm_head":
+        if path and path[-1] == "lm_head" and not head:
             return node
         if isinstance(node, nnx.Linear):
             bias = None if node.bias is None else node.bias[...]
