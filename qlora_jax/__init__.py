@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from qlora_jax.io.peft import export_peft as export_peft
     from qlora_jax.io.peft import import_peft as import_peft
     from qlora_jax.io.tokens import add_tokens as add_tokens
+    from qlora_jax.models.streaming import stream as stream
     from qlora_jax.nn.linear import quantize as quantize
     from qlora_jax.optim.loss_scale import dynamic_loss_scale as dynamic_loss_scale
     from qlora_jax.optim.offload import offload as offload
@@ -59,6 +60,7 @@ _HOMES = {
     "qlora_jax.io.gguf": ("write_gguf",),
     "qlora_jax.io.tokens": ("add_tokens",),
     "qlora_jax.io.peft": ("export_peft", "import_peft"),
+    "qlora_jax.models.streaming": ("stream",),
     "qlora_jax.nn.linear": ("quantize",),
     "qlora_jax.optim.loss_scale": ("dynamic_loss_scale",),
     "qlora_jax.optim.offload": ("offload",),

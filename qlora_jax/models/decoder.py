@@ -24,8 +24,10 @@ from qlora_jax.nn.moe import Experts, Router
 from qlora_jax.nn.norm import RMSNorm
 from qlora_jax.nn.rope import RopeScaling, rotate, rotation
 
-Checkpoint = Literal["none", "layer"]
-"""What backward recomputes: 'none' elementwise work only, 'layer' each whole layer."""
+Checkpoint = Literal["none", "attention", "layer", "host"]
+"""What backward recomputes: 'none' elementwise work only; 'layer' each whole layer, from its
+input; 'attention' all of it but attention's output; 'host' as 'layer', and the layers' inputs
+wait in host memory."""
 
 SAVED = (
     *("q", "k", "v", "mixed", "middle", "gate", "up", "gate_up"),
@@ -312,6 +314,38 @@ def _scaled(x: Array, scale: float) -> Array:
     return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
 
 
+def arrive(weights: Any) -> Any:
+    """Brings to the device what of a layer's weights rests in host memory.
+
+    Called inside what backward recomputes, so that the copy is made again there and not
+    kept.
+    """
+    host, device = jax.memory.Space.Host, jax.memory.Space.Device
+    return jax.tree.map(
+        lambda x: (
+            jax.device_put(x, device) if jax.typeof(x).memory_space == host else x
+        ),
+        weights,
+    )
+
+
+def _policy(checkpoint: Checkpoint) -> Any:
+    """Returns jax.checkpoint's policy."""
+    policies = jax.checkpoint_policies
+    if checkpoint == "none":
+        return policies.save_only_these_names(*SAVED)
+    if checkpoint == "attention":
+        return policies.save_only_these_names("mixed")
+    if checkpoint == "host":
+        return policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=["layer_input"],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    return None
+
+
 class Decoder(nnx.Module):
     """Tokens to logits.
 
@@ -419,11 +453,10 @@ class Decoder(nnx.Module):
         keys = None
         if key is not None:
             keys = jax.random.split(key, self.config.num_layers)
-        policy = None
-        if checkpoint == "none":
-            policy = jax.checkpoint_policies.save_only_these_names(*SAVED)
+        policy = _policy(checkpoint)
 
         def apply_layer(layer, kind, x, layer_key):
+            x = checkpoint_name(x, "layer_input")
             return layer(x, kind, positions, rotations, None, layer_key)
 
         x, _ = self._scan(apply_layer, self._embed(tokens), keys, policy, remat=True)
@@ -495,8 +528,8 @@ class Decoder(nnx.Module):
         graphdef, lora, frozen = nnx.split(self.layers, nnx.LoRAParam, ...)
 
         def run(kind: LayerKind, x: Array, slices: Any) -> tuple[Array, Any]:
-            *states, part = slices
-            return apply_layer(nnx.merge(graphdef, *states), kind, x, part)
+            lora, frozen, part = slices
+            return apply_layer(nnx.merge(graphdef, lora, arrive(frozen)), kind, x, part)
 
         def one(kind: LayerKind) -> Callable[[Array, Any], tuple[Array, Any]]:
             f = functools.partial(run, kind)
@@ -534,8 +567,8 @@ class Decoder(nnx.Module):
             lambda leaf: leaf.reshape(whole, *leaf.shape[2:]), outputs
         )
         for i in range(whole, c.num_layers):
-            mine = jax.tree.map(lambda leaf, i=i: leaf[i], (lora, frozen, extra))
-            x, output = one(kinds[i])(x, mine)
+            mine = jax.tree.map(lambda leaf, i=i: leaf[i], moving)
+            x, output = one(kinds[i])(x, (mine[0], at(frozen, i), mine[1]))
             outputs = jax.tree.map(
                 lambda leaf, new: jnp.concatenate([leaf, new[None]]), outputs, output
             )

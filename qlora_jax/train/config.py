@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 
 from qlora_jax.errors import ConfigError
+from qlora_jax.models.decoder import Checkpoint
 from qlora_jax.optim import dynamic_loss_scale, offload
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -58,11 +59,16 @@ class TrainConfig:
     compute_dtype: ComputeDtype = "bfloat16"
     """Of activations and matmuls. float16 trains with dynamic loss scaling."""
 
-    checkpoint_layers: bool = False
-    """Keep one activation a layer and recompute the rest in backward."""
+    checkpoint: Checkpoint = "none"
+    """What backward recomputes, for memory: none (elementwise work alone), attention (all of
+    a layer but attention's output), layer (all, from its input), host (as layer, the inputs
+    kept in host memory)."""
 
     offload: bool = False
     """Keep optimizer state in host memory between steps."""
+
+    stream: bool = False
+    """Keep the layers' weights in host memory; each comes to the device when it is due."""
 
     eval_every: int | None = None
     """Steps between eval losses (one before and one after in any case)."""

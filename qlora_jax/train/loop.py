@@ -18,6 +18,7 @@ from qlora_jax.data import Dataset
 from qlora_jax.errors import OutputExistsError, QLoRAError
 from qlora_jax.io.adapter import save_adapter
 from qlora_jax.io.tokenizer import Tokenizer
+from qlora_jax.models.streaming import stream
 from qlora_jax.train.checkpoints import RunCheckpoints
 from qlora_jax.train.config import TrainConfig, make_optimizer, make_schedule
 from qlora_jax.train.metrics import MetricsLog, device_memory_bytes
@@ -72,13 +73,15 @@ class Trainer:
         self.schedule = make_schedule(config, self.steps)
         tx = make_optimizer(config, self.steps)
         self.graphdef, lora_state, self.base = split(model)
+        if config.stream:
+            self.base = stream(self.base)
         # A copy, because the step donates it and the caller keeps the model.
         self.lora = jax.tree.map(jnp.copy, lora_state)
         self.opt_state = tx.init(self.lora)
         self._train_step = make_train_step(
             self.graphdef,
             tx,
-            checkpoint="layer" if config.checkpoint_layers else "none",
+            checkpoint=config.checkpoint,
         )
         self._eval_step = make_eval_step(self.graphdef)
         self._progress = progress or (lambda metrics: None)
