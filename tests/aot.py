@@ -5,7 +5,6 @@ topology): jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cuda-nvcc, nvidia-nvvm, an
 nvidia-cuda-cuobjdump for the disassembly. JAX_PLATFORMS must be cpu.
 """
 
-import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -15,10 +14,9 @@ import tempfile
 from pathlib import Path
 
 import jax
-from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
+from jax.sharding import NamedSharding, PartitionSpec
 
-TARGETS = Path(__file__).parent / "targets"
+from qlora_jax.train.compiled import absent_gpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,37 +168,13 @@ def without_cudnn() -> str | None:
 
 def compile_for(target: str, f, *specs, devices: int = 1):
     """Compiles f of ShapeDtypeStructs for 'h200', 'a100', ...: a jax Compiled."""
-    topology = topologies.get_topology_desc(
-        "",
-        platform="cuda",
-        target_config=(TARGETS / f"{target}.txtpb").read_text(),
-        topology=f"1x1x{devices}",
-    )
-    mesh = topologies.make_mesh(topology, (devices,), ("d",))
-    replicated = NamedSharding(mesh, PartitionSpec())
-    specs = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), specs
-    )
-    with use_abstract_mesh(mesh.abstract_mesh), _architecture(target):
+    with absent_gpu(target, devices) as mesh:
+        replicated = NamedSharding(mesh, PartitionSpec())
+        specs = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), specs
+        )
         traced = jax.jit(f).trace(*specs)
         return traced.lower(lowering_platforms=("cuda",)).compile()
-
-
-@contextlib.contextmanager
-def _architecture(target: str):
-    """Mosaic takes every absent device for a Hopper; tells it what `target` is."""
-    from jax.experimental.mosaic.gpu import utils
-
-    text = (TARGETS / f"{target}.txtpb").read_text()
-    major = int(re.search(r"compute_capability \{ major: (\d+)", text).group(1))
-    minor = re.search(r"compute_capability \{[^}]*minor: (\d+)", text)
-    arch = (major, int(minor.group(1)) if minor else 0)
-    before = utils._infer_arch
-    utils._infer_arch = lambda: arch
-    try:
-        yield
-    finally:
-        utils._infer_arch = before
 
 
 def mosaic_kernels(target: str, f, *specs) -> list[Kernel]:

@@ -69,7 +69,7 @@ def _run(name: str, args: list[str], debug: bool) -> int:
             raise
         print(
             "error: the device ran out of memory. Lower --train.micro-batch or "
-            f"--data.max-tokens, or pass --train.checkpoint layer\n{error}",
+            f"--data.max-tokens, or pass --train.checkpoint layer.\n{error}",
             file=sys.stderr,
         )
         return 1

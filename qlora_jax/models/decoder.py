@@ -527,21 +527,27 @@ class Decoder(nnx.Module):
         period, kinds = c.period, c.kinds
         graphdef, lora, frozen = nnx.split(self.layers, nnx.LoRAParam, ...)
 
-        def run(kind: LayerKind, x: Array, slices: Any) -> tuple[Array, Any]:
-            lora, frozen, part = slices
-            return apply_layer(nnx.merge(graphdef, lora, arrive(frozen)), kind, x, part)
+        def at(tree: Any, i: Any) -> Any:
+            index = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
+            return jax.tree.map(lambda leaf: index(leaf, i), tree)
 
-        def one(kind: LayerKind) -> Callable[[Array, Any], tuple[Array, Any]]:
-            f = functools.partial(run, kind)
+        def run(kind: LayerKind, x: Array, slices: Any) -> tuple[Array, Any]:
+            lora, base, part = slices
+            return apply_layer(nnx.merge(graphdef, lora, arrive(base)), kind, x, part)
+
+        def run_at(kind: LayerKind, x: Array, slices: Any) -> tuple[Array, Any]:
+            # The layer is cut out in here, so that backward cuts it out again: what goes
+            # into a checkpointed function is kept, for every layer.
+            lora, index, part = slices
+            return run(kind, x, (lora, at(frozen, index), part))
+
+        def one(f: Any, kind: LayerKind) -> Callable[[Array, Any], tuple[Array, Any]]:
+            f = functools.partial(f, kind)
             # In a scan there is nothing to deduplicate against, so CSE stays allowed.
             return jax.checkpoint(f, policy=policy, prevent_cse=False) if remat else f
 
         if period == 1:
-            return jax.lax.scan(one(kinds[0]), x, (lora, frozen, extra))
-
-        def at(tree: Any, i: Any) -> Any:
-            index = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
-            return jax.tree.map(lambda leaf: index(leaf, i), tree)
+            return jax.lax.scan(one(run, kinds[0]), x, (lora, frozen, extra))
 
         groups = c.num_layers // period
         whole = groups * period
@@ -556,9 +562,9 @@ class Decoder(nnx.Module):
             group, (lora, extra) = xs
             outputs = []
             for j in range(period):
-                base = at(frozen, group * period + j)
                 mine = jax.tree.map(lambda leaf, j=j: leaf[j], (lora, extra))
-                x, output = one(kinds[j])(x, (mine[0], base, mine[1]))
+                index = group * period + j
+                x, output = one(run_at, kinds[j])(x, (mine[0], index, mine[1]))
                 outputs.append(output)
             return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
@@ -568,7 +574,7 @@ class Decoder(nnx.Module):
         )
         for i in range(whole, c.num_layers):
             mine = jax.tree.map(lambda leaf, i=i: leaf[i], moving)
-            x, output = one(kinds[i])(x, (mine[0], at(frozen, i), mine[1]))
+            x, output = one(run_at, kinds[i])(x, (mine[0], i, mine[1]))
             outputs = jax.tree.map(
                 lambda leaf, new: jnp.concatenate([leaf, new[None]]), outputs, output
             )

@@ -1,0 +1,160 @@
+"""`qlora plan`: what a run would need, and the fastest settings that fit a budget."""
+
+import dataclasses
+import sys
+from typing import Annotated, Any, Literal
+
+import jax
+import tyro
+
+from qlora_jax.adapters.config import LoRAConfig
+from qlora_jax.cli import options
+from qlora_jax.cli.options import QuantOptions
+from qlora_jax.errors import ConfigError
+from qlora_jax.io.hf import find, read_config
+from qlora_jax.memory import Memory, Platform, Setup
+from qlora_jax.plan import (
+    Plan,
+    describe,
+    free_streaming_tokens,
+    parse_bytes,
+    plan_memory,
+    said,
+)
+from qlora_jax.quant import QuantConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Say what training a model needs of memory, and pick settings that fit.
+
+    Nothing is loaded: config.json is enough.
+    """
+
+    model: str
+    """Hugging Face folder or hub id."""
+
+    memory: str
+    """Device memory to keep to: 24GiB, 24GB, 500MiB."""
+
+    host_memory: str | None = None
+    """Host memory that may be pinned; without it there is no limit."""
+
+    max_tokens: int = 2048
+    """Longest row, in tokens."""
+
+    rows: int = 16
+    """Rows of a step; micro-batch and accumulation divide them."""
+
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Of the computation."""
+
+    lora: LoRAConfig = LoRAConfig()
+    quant: QuantOptions = QuantOptions()
+
+    exact: bool = False
+    """Compile the chosen step and show XLA's own account beside the plan."""
+
+    gpu: Annotated[str | None, tyro.conf.arg(name="for")] = None
+    """The device: h200, a100, rtx4090, rtx3090 (none has to be there) or cpu; without it, a
+    GPU's plan, and --exact compiles for this process's device."""
+
+
+def parse(args: list[str], prog: str) -> Args:
+    """Parses the flags."""
+    return options.parse(Args, args, prog)
+
+
+def run(args: Args) -> dict[str, Any]:
+    """Prints the plan; returns its figures."""
+    folder = find(args.model)
+    _, _, config, stored = read_config(folder)
+    quant = args.quant.resolve(folder, auto=QuantConfig()) or stored
+    for name, value in (("--max-tokens", args.max_tokens), ("--rows", args.rows)):
+        if value < 1:
+            raise ConfigError(f"{name} is {value}, expected at least 1")
+    setup = Setup(
+        config=config,
+        quant=quant,
+        lora=args.lora,
+        dtype=args.dtype,
+        max_tokens=args.max_tokens,
+        **args.quant.tables(),
+    )
+    platform: Platform = "cpu" if args.gpu == "cpu" else "gpu"
+    if args.gpu is None and args.exact:
+        platform = "gpu" if jax.default_backend() == "gpu" else "cpu"
+    plan = plan_memory(
+        setup,
+        parse_bytes(args.memory),
+        rows=args.rows,
+        host_bytes=parse_bytes(args.host_memory) if args.host_memory else None,
+        platform=platform,
+        fixed=_fixed(args),
+    )
+    figures = _figures(plan)
+    _print(args, plan)
+    if args.exact:
+        figures["xla"] = _exact(args, plan)
+    return figures
+
+
+def _fixed(args: Args) -> set[str]:
+    """Names what the flags decided already."""
+    tables = args.quant.embedding or args.quant.head
+    return {"quantize_embedding", "quantize_head"} if tables else set()
+
+
+def _figures(plan: Plan) -> dict[str, Any]:
+    setup = plan.setup
+    chosen = ("micro_batch", "grad_accum", "checkpoint", "offload", "stream")
+    tables = ("quantize_embedding", "quantize_head")
+    return {
+        "budget_bytes": plan.budget,
+        "device_bytes": plan.memory.device_bytes,
+        "host_bytes": plan.memory.host_bytes,
+        "device": plan.memory.device,
+        "host": plan.memory.host,
+        **{name: getattr(setup, name) for name in chosen + tables},
+        "flags": describe(setup),
+        "next": None if plan.next_step is None else list(plan.next_step),
+    }
+
+
+def _print(args: Args, plan: Plan) -> None:
+    print(f"{args.model}: rows of {args.max_tokens} tokens, {args.rows} a step")
+    print(f"  {describe(plan.setup)}")
+    _table(plan.memory)
+    print(f"  budget {said(plan.budget)}, {said(plan.memory.device_bytes)} planned")
+    if plan.setup.stream:
+        free = free_streaming_tokens(plan.setup)
+        print(
+            f"  streaming hides behind arithmetic from about {free:,} tokens a micro-batch "
+            "(at an assumed 50 GB/s and 400 TFLOP/s)"
+        )
+    if plan.next_step is not None:
+        more, what = plan.next_step
+        print(f"  {said(more)} more would buy: {what}")
+
+
+def _table(memory: Memory) -> None:
+    for place, parts in (("device", memory.device), ("host", memory.host)):
+        for name, size in parts.items():
+            if size:
+                print(f"  {place:<7}{name:<28}{said(size):>12}")
+
+
+def _exact(args: Args, plan: Plan) -> dict[str, int]:
+    from qlora_jax.train.compiled import account, compile_step
+
+    target = None if args.gpu in (None, "cpu") else args.gpu
+    print("compiling the step ...", file=sys.stderr)
+    xla = account(compile_step(plan.setup, target))
+    planned = plan.memory.device_bytes
+    where = args.gpu or jax.default_backend()
+    print(
+        f"  XLA for {where}: {said(xla.device)} of device memory ({said(xla.arguments)} "
+        f"resident, {said(xla.temporaries)} for a while), {said(xla.host)} of host memory; "
+        f"the plan is {planned / xla.device - 1:+.1%}"
+    )
+    return {**xla._asdict(), "device": xla.device}

@@ -1,0 +1,238 @@
+"""The settings that fit a memory budget, fastest first.
+
+Memory is that of `memory.estimate`. Speed is a model of relative time, good for an order
+alone: recomputing costs a forward pass, a streamed base costs what of its copies does not
+hide behind arithmetic, short micro-batches decode the base more often a token.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from qlora_jax.errors import ConfigError
+from qlora_jax.memory import Memory, Platform, Setup, estimate
+
+GIB = 1 << 30
+_CHECKPOINT_COST = {"none": 1.0, "attention": 1.25, "layer": 1.33, "host": 1.36}
+"""A forward pass is a third of a step without checkpointing: forward, and the gradient to
+activations, of which no weight has its own."""
+_SMALL_COST = 0.02  # of paging the optimizer, and of 4-bit tables
+_DECODE_TOKENS = 300  # a micro-batch costs as if it had so many tokens more
+PCIE_BYTES_PER_S = 50e9
+FLOPS = 400e12
+"""Assumed rates of a host link and of a step's arithmetic, for streaming alone."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A setup that fits, and what it needs.
+
+    Attributes:
+      setup: The chosen settings.
+      memory: What they need, by part.
+      budget: Device bytes that were given.
+      next_step: What more memory would buy: (bytes more, what), or None.
+    """
+
+    setup: Setup
+    memory: Memory
+    budget: int
+    next_step: tuple[int, str] | None = None
+
+
+def plan_memory(
+    setup: Setup,
+    memory_bytes: int,
+    *,
+    rows: int | None = None,
+    host_bytes: int | None = None,
+    platform: Platform = "gpu",
+    fixed: Iterable[str] = (),
+) -> Plan:
+    """Picks micro-batch, checkpointing, paging, streaming and 4-bit tables.
+
+    Args:
+      setup: The model, adapter and sequence length; the settings to choose are ignored,
+        unless `fixed` names them.
+      memory_bytes: Of the device.
+      rows: Of a step; micro_batch times grad_accum. None for the setup's.
+      host_bytes: Of the host that may be pinned; None for no limit.
+      platform: Whose memory model.
+      fixed: Names of settings that stay as they are.
+
+    Raises:
+      ConfigError: nothing fits; the message says the least that would.
+    """
+    rows = rows or setup.micro_batch * setup.grad_accum
+    candidates = sorted(_candidates(setup, rows, set(fixed)), key=relative_time)
+    found = _first(candidates, memory_bytes, host_bytes, platform)
+    if found is None:
+        raise ConfigError(_nothing(candidates, memory_bytes, host_bytes, platform))
+    chosen, memory = found
+    for more in (1, 2, 4, 8, 16, 32):
+        better = _first(candidates, memory_bytes + more * GIB, host_bytes, platform)
+        if better is not None and relative_time(better[0]) < relative_time(chosen):
+            gain = (more * GIB, describe_change(chosen, better[0]))
+            return Plan(chosen, memory, memory_bytes, gain)
+    return Plan(chosen, memory, memory_bytes)
+
+
+def _candidates(setup: Setup, rows: int, fixed: set[str]) -> Iterator[Setup]:
+    batches = [n for n in range(1, rows + 1) if rows % n == 0]
+    tied = setup.config.tie_word_embeddings
+    options: dict[str, list[Any]] = {
+        "micro_batch": batches,
+        "checkpoint": list(_CHECKPOINT_COST),
+        "offload": [False, True],
+        "stream": [False, True],
+        "tables": [False] if setup.quant is None else [False, True],
+    }
+    for name in options.keys() & fixed:
+        options[name] = [getattr(setup, name)]
+    if fixed & {"quantize_embedding", "quantize_head"}:
+        options["tables"] = [None]
+    for values in itertools.product(*options.values()):
+        changes = dict(zip(options, values, strict=True))
+        tables = changes.pop("tables")
+        if tables is not None:
+            changes["quantize_embedding"] = tables
+            changes["quantize_head"] = tables and not tied
+        accum = rows // changes["micro_batch"] or 1
+        yield dataclasses.replace(setup, grad_accum=accum, **changes)
+
+
+def relative_time(setup: Setup) -> float:
+    """Returns the modelled time of a token, in units of the fastest settings'."""
+    time = _CHECKPOINT_COST[setup.checkpoint] * (1 + _DECODE_TOKENS / setup.tokens)
+    time *= 1 + _SMALL_COST * (setup.offload + setup.quantize_embedding)
+    if setup.stream:
+        exposed = streaming_seconds(setup) / compute_seconds(setup) - 1
+        time *= 1.05 + max(0.0, exposed)
+    return time
+
+
+def weights_of(setup: Setup) -> int:
+    """Returns the weights of all layers' linears that a token meets."""
+    c = setup.config
+    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    experts = c.experts_per_token if c.num_experts else 1
+    layer = c.hidden_size * (2 * q + 2 * kv + 3 * experts * c.intermediate_size)
+    return c.num_layers * layer
+
+
+def compute_seconds(setup: Setup) -> float:
+    """Returns a micro-batch's arithmetic: forward, once more, and the gradient to x."""
+    return 6 * weights_of(setup) * setup.tokens / FLOPS
+
+
+def streaming_seconds(setup: Setup) -> float:
+    """Returns what a micro-batch's copies of the layers take, forward and backward."""
+    size = estimate(dataclasses.replace(setup, stream=True)).host["layers"]
+    return 2 * size / PCIE_BYTES_PER_S
+
+
+def free_streaming_tokens(setup: Setup) -> int:
+    """Returns the tokens of a micro-batch from which on streaming hides, by the model."""
+    a_token = compute_seconds(setup) / setup.tokens
+    return math.ceil(streaming_seconds(setup) / a_token)
+
+
+def _first(
+    candidates: list[Setup], memory: int, host: int | None, platform: Platform
+) -> tuple[Setup, Memory] | None:
+    for setup in candidates:
+        need = estimate(setup, platform)
+        if need.device_bytes <= memory and (host is None or need.host_bytes <= host):
+            return setup, need
+    return None
+
+
+def _nothing(
+    candidates: list[Setup], memory: int, host: int | None, platform: Platform
+) -> str:
+    needs = [(estimate(setup, platform), setup) for setup in candidates]
+    least, setup = min(needs, key=lambda pair: pair[0].device_bytes)
+    text = (
+        f"nothing fits in {said(memory)}; the least is {said(least.device_bytes)} of device "
+        f"memory and {said(least.host_bytes)} of host memory ({describe(setup)})"
+    )
+    if host is not None and least.host_bytes > host:
+        within = [pair for pair in needs if pair[0].host_bytes <= host]
+        if within:
+            here, there = min(within, key=lambda pair: pair[0].device_bytes)
+            text += (
+                f"; with no more than {said(host)} of the host it is "
+                f"{said(here.device_bytes)} ({describe(there)})"
+            )
+    return text + ". Shorter rows (--data.max-tokens) or a lower rank need less."
+
+
+def describe(setup: Setup) -> str:
+    """Says the chosen settings as flags."""
+    flags = [
+        f"--train.micro-batch {setup.micro_batch}",
+        f"--train.grad-accum {setup.grad_accum}",
+        f"--train.checkpoint {setup.checkpoint}",
+    ]
+    if setup.offload:
+        flags.append("--train.offload")
+    if setup.stream:
+        flags.append("--train.stream")
+    if setup.quantize_embedding:
+        flags.append("--quant.embedding")
+    if setup.quantize_head:
+        flags.append("--quant.head")
+    return " ".join(flags)
+
+
+def describe_change(before: Setup, after: Setup) -> str:
+    """Says what differs between two choices."""
+    names = {
+        "micro_batch": "micro-batch",
+        "checkpoint": "checkpoint",
+        "offload": "offload",
+        "stream": "stream",
+        "quantize_embedding": "4-bit embedding",
+        "quantize_head": "4-bit head",
+    }
+    changes = [
+        f"{label} {_said(getattr(before, name))} -> {_said(getattr(after, name))}"
+        for name, label in names.items()
+        if getattr(before, name) != getattr(after, name)
+    ]
+    faster = relative_time(before) / relative_time(after) - 1
+    return f"{', '.join(changes)} (about {faster:.0%} faster)"
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return str(value)
+
+
+def said(size: int) -> str:
+    """Says bytes in GiB."""
+    return f"{size / GIB:.2f} GiB"
+
+
+def parse_bytes(text: str) -> int:
+    """Reads '24GiB', '24GB', '500MiB' or plain bytes.
+
+    Raises:
+      ConfigError: it is none of these.
+    """
+    units = {"B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": GIB, "TIB": 1 << 40}
+    units |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "": 1}
+    number = text.strip().rstrip("BKMGTibkmgt ").strip()
+    unit = text.strip()[len(number) :].strip().upper()
+    try:
+        value = float(number) * units[unit]
+    except (KeyError, ValueError):
+        raise ConfigError(
+            f"--memory {text!r} is no size; expected such as 24GiB, 24GB or 500MiB"
+        ) from None
+    if not value > 0:
+        raise ConfigError(f"--memory {text!r} is not more than 0")
+    return int(value)

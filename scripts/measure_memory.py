@@ -1,0 +1,186 @@
+"""Compiles steps of many setups and records XLA's account beside the plan's.
+
+    python scripts/measure_memory.py --target h200 --out scripts/results/memory_h200.jsonl
+    python scripts/measure_memory.py --target cpu --out scripts/results/memory_cpu.jsonl
+
+One JSON line a setup: the setup, XLA's bytes (arguments, temporaries, host) and the plan's.
+Setups that the file has are not compiled again. The h200 needs no GPU, but jax's CUDA
+wheels (.ci/run has them) and JAX_PLATFORMS=cpu. qlora_jax/memory.py has the coefficients
+that were fitted to these lines; tests/train/test_memory.py holds it to them.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from qlora_jax.adapters import LoRAConfig
+from qlora_jax.memory import Setup, estimate
+from qlora_jax.models import DecoderConfig
+from qlora_jax.models.decoder import LayerKind
+from qlora_jax.quant import QuantConfig
+from qlora_jax.train.compiled import account, compile_step
+
+_TURNS = (LayerKind(window=1024), LayerKind())
+MODELS: dict[str, dict[str, Any]] = {
+    "llama-70b": {"layers": 80, "hidden": 8192, "wide": 28672, "heads": (64, 8)},
+    "llama-8b": {"layers": 32, "hidden": 4096, "wide": 14336, "heads": (32, 8)},
+    "llama-1b": {"layers": 16, "hidden": 2048, "wide": 8192, "heads": (32, 8, 64)},
+    "qwen2-7b": {
+        **{"layers": 28, "hidden": 3584, "wide": 18944, "heads": (28, 4)},
+        **{"vocab_size": 152064, "attention_bias": True},
+    },
+    "qwen2-0.5b": {
+        **{"layers": 24, "hidden": 896, "wide": 4864, "heads": (14, 2, 64)},
+        **{"vocab_size": 151936, "attention_bias": True, "tie_word_embeddings": True},
+    },
+    "smollm2-135m": {
+        **{"layers": 30, "hidden": 576, "wide": 1536, "heads": (9, 3, 64)},
+        **{"vocab_size": 49152, "tie_word_embeddings": True},
+    },
+    "gemma2-2b": {
+        **{"layers": 26, "hidden": 2304, "wide": 9216, "heads": (8, 4, 256)},
+        **{"vocab_size": 256000, "tie_word_embeddings": True, "norms": "both"},
+        **{"layer_kinds": _TURNS * 13, "norm_offset": 1.0, "activation": "gelu_tanh"},
+        **{"attention_softcap": 50.0, "logit_softcap": 30.0},
+    },
+    "phi3-mini": {
+        **{"layers": 32, "hidden": 3072, "wide": 8192, "heads": (32, 32, 96)},
+        **{"vocab_size": 32064, "fused": True},
+    },
+    "qwen3-0.6b": {
+        **{"layers": 28, "hidden": 1024, "wide": 3072, "heads": (16, 8, 128)},
+        **{"vocab_size": 151936, "qk_norm": "head", "tie_word_embeddings": True},
+    },
+}
+TABLES = {"quantize_embedding": True, "quantize_head": True}
+ALL = {**TABLES, "checkpoint": "host", "offload": True}
+GRID: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "h200": [
+        ("llama-8b", {}),
+        ("llama-8b", TABLES),
+        ("llama-8b", {"max_tokens": 512}),
+        ("llama-8b", {"max_tokens": 8192}),
+        ("llama-8b", {"max_tokens": 8192, "checkpoint": "host"}),
+        ("llama-8b", {"checkpoint": "none"}),
+        ("llama-8b", {"checkpoint": "none", "max_tokens": 4096}),
+        ("llama-8b", {"checkpoint": "attention", "max_tokens": 4096}),
+        ("llama-8b", {"micro_batch": 4, "grad_accum": 4, "max_tokens": 512}),
+        ("llama-8b", {"lora": {"rank": 64}}),
+        ("llama-8b", {"lora": {"rank": 64}, "offload": True}),
+        ("llama-8b", {"stream": True, "max_tokens": 4096}),
+        ("llama-8b", {"quant": None, "max_tokens": 1024}),
+        ("llama-70b", {}),
+        ("llama-70b", ALL),
+        ("llama-70b", {**ALL, "max_tokens": 8192}),
+        ("llama-70b", {**ALL, "stream": True}),
+        ("llama-70b", {**ALL, "stream": True, "max_tokens": 8192}),
+        ("llama-70b", {"max_tokens": 512, "grad_accum": 16}),
+        ("llama-1b", {}),
+        ("llama-1b", {"checkpoint": "none", "micro_batch": 4}),
+        ("qwen2-7b", {}),
+        ("qwen2-7b", {**ALL, "micro_batch": 2}),
+        ("qwen2-0.5b", {"micro_batch": 4, "max_tokens": 1024}),
+        ("qwen2-0.5b", {"micro_batch": 8, "max_tokens": 1024, "checkpoint": "none"}),
+        ("gemma2-2b", {}),
+        ("gemma2-2b", {"micro_batch": 2, "checkpoint": "host", **TABLES}),
+        ("phi3-mini", {}),
+        ("phi3-mini", {"micro_batch": 2, "checkpoint": "none"}),
+        ("qwen3-0.6b", {"micro_batch": 4}),
+        ("qwen3-0.6b", {"micro_batch": 4, "stream": True, "offload": True}),
+        ("smollm2-135m", {"micro_batch": 8, "max_tokens": 1024}),
+    ],
+    "cpu": [
+        ("llama-1b", {"max_tokens": 512}),
+        ("llama-1b", {"max_tokens": 2048}),
+        ("llama-1b", {"max_tokens": 1024, **TABLES}),
+        ("llama-1b", {"max_tokens": 1024, "checkpoint": "none"}),
+        ("llama-1b", {"max_tokens": 1024, "checkpoint": "attention"}),
+        ("llama-1b", {"max_tokens": 1024, "checkpoint": "host", "offload": True}),
+        ("llama-1b", {"max_tokens": 1024, "quant": None}),
+        ("llama-1b", {"max_tokens": 512, "grad_accum": 4}),
+        ("llama-1b", {"max_tokens": 512, "lora": {"rank": 64}}),
+        ("llama-8b", {"max_tokens": 512}),
+        ("llama-8b", {"max_tokens": 2048}),
+        ("llama-8b", {"max_tokens": 2048, "checkpoint": "none"}),
+        ("llama-8b", {"max_tokens": 1024, "stream": True, **TABLES}),
+        ("qwen2-7b", {"max_tokens": 1024}),
+        ("qwen2-0.5b", {"max_tokens": 512}),
+        ("qwen2-0.5b", {"max_tokens": 2048, "checkpoint": "none"}),
+        ("qwen2-0.5b", {"max_tokens": 512, "micro_batch": 4}),
+        ("qwen2-0.5b", {"max_tokens": 512, "dtype": "float32"}),
+        ("qwen2-0.5b", {"max_tokens": 256, "lora": {"rank": 64}, "offload": True}),
+        ("smollm2-135m", {"max_tokens": 512, "micro_batch": 4}),
+        ("smollm2-135m", {"max_tokens": 192, "micro_batch": 8, "checkpoint": "none"}),
+        ("smollm2-135m", {"max_tokens": 2048}),
+        ("smollm2-135m", {"max_tokens": 512, "quant": None}),
+        ("smollm2-135m", {"max_tokens": 512, "dtype": "float32", "grad_accum": 2}),
+        ("gemma2-2b", {"max_tokens": 1024}),
+        ("gemma2-2b", {"max_tokens": 512, "checkpoint": "none"}),
+        ("phi3-mini", {"max_tokens": 1024}),
+        ("phi3-mini", {"max_tokens": 512, "checkpoint": "none"}),
+        ("qwen3-0.6b", {"max_tokens": 1024}),
+        ("qwen3-0.6b", {"max_tokens": 1024, "checkpoint": "none", "micro_batch": 2}),
+    ],
+}
+
+
+def setup_of(model: str, changes: dict[str, Any]) -> Setup:
+    """Returns the Setup of a line of the grid."""
+    shape = dict(MODELS[model])
+    layers, hidden, wide = (shape.pop(k) for k in ("layers", "hidden", "wide"))
+    heads, kv_heads, *rest = shape.pop("heads")
+    config = DecoderConfig(
+        num_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=wide,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=rest[0] if rest else 128,
+        **{"vocab_size": 128256, **shape},
+    )
+    changes = dict(changes)
+    lora = LoRAConfig(**changes.pop("lora", {}))
+    quant = QuantConfig() if "quant" not in changes else changes.pop("quant")
+    return Setup(config=config, lora=lora, quant=quant, **changes)
+
+
+def main() -> None:
+    """Runs the grid."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--target", choices=tuple(GRID), required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    lines = args.out.read_text().splitlines() if args.out.exists() else []
+    known = [(row["model"], row["changes"]) for row in map(json.loads, lines)]
+    for model, changes in GRID[args.target]:
+        if (model, changes) in known:
+            continue
+        setup, began = setup_of(model, changes), time.monotonic()
+        compiled = compile_step(setup, None if args.target == "cpu" else args.target)
+        row = {
+            "target": args.target,
+            "model": model,
+            "changes": changes,
+            "xla": account(compiled)._asdict(),
+            "compile_s": round(time.monotonic() - began, 1),
+            "jax": jax.__version__,
+            "date": datetime.date.today().isoformat(),
+        }
+        with args.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        platform = "cpu" if args.target == "cpu" else "gpu"
+        plan = dataclasses.asdict(estimate(setup, platform))
+        print(json.dumps({**row, "plan": plan}), flush=True)
+        jax.clear_caches()
+
+
+if __name__ == "__main__":
+    main()
