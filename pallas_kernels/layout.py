@@ -179,3 +179,25 @@ def array_shapes(
         "absmax_scale": ((-(-blocks // ABSMAX_BLOCK_SIZE),), "float32"),
         "absmax_offset": ((), "float32"),
     }
+
+
+def abstract_tensor(
+    shape: tuple[int, ...],
+    stack: tuple[int, ...] = (),
+    *,
+    block_size: int = 64,
+    codebook: Codebook = "nf4",
+    double_quant: bool = True,
+    dtype: str = "float32",
+) -> QuantizedTensor:
+    """Returns a tensor, or a stack, whose arrays are shapes alone (jax.ShapeDtypeStruct)."""
+    where = choose_layout(shape, block_size)
+    shapes = array_shapes(shape, block_size, where, double_quant)
+    arrays = [
+        jax.ShapeDtypeStruct((*stack, *shapes[name][0]), shapes[name][1])
+        if name in shapes
+        else None
+        for name in _ARRAYS
+    ]
+    static = (shape, block_size, codebook, where, dtype)
+    return QuantizedTensor.tree_unflatten(static, arrays)

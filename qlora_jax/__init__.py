@@ -33,10 +33,12 @@ if TYPE_CHECKING:
     from qlora_jax.io.peft import export_peft as export_peft
     from qlora_jax.io.peft import import_peft as import_peft
     from qlora_jax.io.tokens import add_tokens as add_tokens
+    from qlora_jax.memory import Setup as Setup
     from qlora_jax.models.streaming import stream as stream
     from qlora_jax.nn.linear import quantize as quantize
     from qlora_jax.optim.loss_scale import dynamic_loss_scale as dynamic_loss_scale
     from qlora_jax.optim.offload import offload as offload
+    from qlora_jax.plan import plan_memory as plan_memory
     from qlora_jax.quant import QuantConfig as QuantConfig
     from qlora_jax.quant import QuantizedTensor as QuantizedTensor
     from qlora_jax.quant import dequantize as dequantize
@@ -60,7 +62,9 @@ _HOMES = {
     "qlora_jax.io.gguf": ("write_gguf",),
     "qlora_jax.io.tokens": ("add_tokens",),
     "qlora_jax.io.peft": ("export_peft", "import_peft"),
+    "qlora_jax.memory": ("Setup",),
     "qlora_jax.models.streaming": ("stream",),
+    "qlora_jax.plan": ("plan_memory",),
     "qlora_jax.nn.linear": ("quantize",),
     "qlora_jax.optim.loss_scale": ("dynamic_loss_scale",),
     "qlora_jax.optim.offload": ("offload",),

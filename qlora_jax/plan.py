@@ -19,6 +19,7 @@ _CHECKPOINT_COST = {"none": 1.0, "attention": 1.25, "layer": 1.33, "host": 1.36}
 """A forward pass is a third of a step without checkpointing: forward, and the gradient to
 activations, of which no weight has its own."""
 _SMALL_COST = 0.02  # of paging the optimizer, and of 4-bit tables
+_STREAM_COST = 1.5  # at the least: that copies hide has not been measured on a GPU yet
 _DECODE_TOKENS = 300  # a micro-batch costs as if it had so many tokens more
 PCIE_BYTES_PER_S = 50e9
 FLOPS = 400e12
@@ -109,7 +110,7 @@ def relative_time(setup: Setup) -> float:
     time *= 1 + _SMALL_COST * (setup.offload + setup.quantize_embedding)
     if setup.stream:
         exposed = streaming_seconds(setup) / compute_seconds(setup) - 1
-        time *= 1.05 + max(0.0, exposed)
+        time *= _STREAM_COST + max(0.0, exposed)
     return time
 
 
@@ -123,8 +124,10 @@ def weights_of(setup: Setup) -> int:
 
 
 def compute_seconds(setup: Setup) -> float:
-    """Returns a micro-batch's arithmetic: forward, once more, and the gradient to x."""
-    return 6 * weights_of(setup) * setup.tokens / FLOPS
+    """Returns a micro-batch's arithmetic: forward (once more with checkpointing), and the
+    gradient to activations."""
+    passes = 2 if setup.checkpoint == "none" else 3
+    return 2 * passes * weights_of(setup) * setup.tokens / FLOPS
 
 
 def streaming_seconds(setup: Setup) -> float:
@@ -156,7 +159,7 @@ def _nothing(
     least, setup = min(needs, key=lambda pair: pair[0].device_bytes)
     text = (
         f"nothing fits in {said(memory)}; the least is {said(least.device_bytes)} of device "
-        f"memory and {said(least.host_bytes)} of host memory ({describe(setup)})"
+        f"memory and {said(least.host_bytes)} of host memory ({flags_of(setup)})"
     )
     if host is not None and least.host_bytes > host:
         within = [pair for pair in needs if pair[0].host_bytes <= host]
@@ -164,12 +167,12 @@ def _nothing(
             here, there = min(within, key=lambda pair: pair[0].device_bytes)
             text += (
                 f"; with no more than {said(host)} of the host it is "
-                f"{said(here.device_bytes)} ({describe(there)})"
+                f"{said(here.device_bytes)} ({flags_of(there)})"
             )
     return text + ". Shorter rows (--data.max-tokens) or a lower rank need less."
 
 
-def describe(setup: Setup) -> str:
+def flags_of(setup: Setup) -> str:
     """Says the chosen settings as flags."""
     flags = [
         f"--train.micro-batch {setup.micro_batch}",

@@ -435,7 +435,6 @@ def our_step(task: dict, lock: contextlib.AbstractContextManager) -> dict:
 
     import qlora_jax as qlora
     from pallas_kernels import layout
-    from pallas_kernels.layout import QuantizedTensor
     from qlora_jax.models import Decoder, DecoderConfig
     from qlora_jax.nn import Linear, QuantizedLinear
 
@@ -446,12 +445,7 @@ def our_step(task: dict, lock: contextlib.AbstractContextManager) -> dict:
     def quantized(path, node):
         if isinstance(node, Linear) and "lm_head" not in path:
             stack, n, k = node.kernel.get_value().shape
-            shapes = layout.array_shapes((n, k), 64, "planar256", True)
-            arrays = {
-                name: jax.ShapeDtypeStruct((stack, *shape), jnp.dtype(dtype))
-                for name, (shape, dtype) in shapes.items()
-            }
-            q = QuantizedTensor(shape=(n, k), layout="planar256", **arrays)
+            q = layout.abstract_tensor((n, k), (stack,), dtype="bfloat16")
             return QuantizedLinear(q)
         return node
 

@@ -43,6 +43,8 @@ def fingerprint(model: nnx.Module) -> str | None:
             continue
         if isinstance(value, (jax.core.Tracer, jax.ShapeDtypeStruct)):
             return None
+        if value.sharding.memory_kind == "pinned_host":  # of a streamed base
+            value = np.asarray(value)
         values[".".join(map(str, path))] = value.reshape(-1)
     structure = hashlib.sha256(json.dumps(sorted(shapes)).encode()).hexdigest()[:16]
     sample = {}

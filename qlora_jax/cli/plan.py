@@ -15,7 +15,7 @@ from qlora_jax.io.hf import find, read_config
 from qlora_jax.memory import Memory, Platform, Setup
 from qlora_jax.plan import (
     Plan,
-    describe,
+    flags_of,
     free_streaming_tokens,
     parse_bytes,
     plan_memory,
@@ -116,14 +116,14 @@ def _figures(plan: Plan) -> dict[str, Any]:
         "device": plan.memory.device,
         "host": plan.memory.host,
         **{name: getattr(setup, name) for name in chosen + tables},
-        "flags": describe(setup),
+        "flags": flags_of(setup),
         "next": None if plan.next_step is None else list(plan.next_step),
     }
 
 
 def _print(args: Args, plan: Plan) -> None:
     print(f"{args.model}: rows of {args.max_tokens} tokens, {args.rows} a step")
-    print(f"  {describe(plan.setup)}")
+    print(f"  {flags_of(plan.setup)}")
     _table(plan.memory)
     print(f"  budget {said(plan.budget)}, {said(plan.memory.device_bytes)} planned")
     if plan.setup.stream:

@@ -21,9 +21,19 @@ from qlora_jax.cli import options
 from qlora_jax.cli.options import QuantOptions
 from qlora_jax.cli.progress import TrainProgress
 from qlora_jax.data import DataConfig, Dataset, read_dataset
+from qlora_jax.data.dataset import padded_length
 from qlora_jax.errors import ConfigError, DataError
-from qlora_jax.io.hf import check_output, find, load, original_kernels
+from qlora_jax.io.hf import (
+    check_output,
+    find,
+    load,
+    open_tokenizer,
+    original_kernels,
+    read_config,
+)
 from qlora_jax.io.tokens import add_tokens
+from qlora_jax.memory import Platform, Setup, estimate
+from qlora_jax.plan import flags_of, parse_bytes, plan_memory, said
 from qlora_jax.quant import QuantConfig
 from qlora_jax.train.config import TrainConfig
 from qlora_jax.train.loop import Trainer
@@ -60,6 +70,13 @@ class Args:
     config: str | None = None
     """TOML file whose values replace the defaults; flags replace both."""
 
+    memory: str | None = None
+    """Device memory to keep to (24GiB); without it what a GPU reports. A run that needs more
+    is refused, with settings that would fit. --train.micro-batch auto takes the fastest."""
+
+    auto_micro_batch: tyro.conf.Suppress[bool] = False
+    """What --train.micro-batch auto says."""
+
     add_tokens: tuple[str, ...] = ()
     """Texts that become one token each. Their rows of embedding and head train with the
     adapter, which keeps them and its tokenizer; --lora.modules-to-save embed_tokens,lm_head
@@ -86,7 +103,22 @@ def parse(args: list[str], prog: str) -> Args:
             continue
         values = options.read_toml(Path(path))
         default = options.from_dict(Args, values, path)
-    return options.parse(Args, args, prog, default)
+    rest, auto = _without_auto(args)
+    parsed = options.parse(Args, rest, prog, default)
+    return dataclasses.replace(parsed, auto_micro_batch=True) if auto else parsed
+
+
+def _without_auto(args: list[str]) -> tuple[list[str], bool]:
+    """Takes `--train.micro-batch auto` out of the flags."""
+    flag, joined = "--train.micro-batch", " ".join(args)
+    if f"{flag} auto" not in joined and f"{flag}=auto" not in joined:
+        return args, False
+    rest = [arg for arg in args if arg != f"{flag}=auto"]
+    if flag in rest:
+        place = rest.index(flag)
+        if rest[place + 1 : place + 2] == ["auto"]:
+            del rest[place : place + 2]
+    return rest, True
 
 
 def run(args: Args) -> dict[str, Any]:
@@ -119,11 +151,25 @@ def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
             block_size=args.quant.block_size, double_quant=args.quant.double_quant
         ),
     )
-    model, tokenizer = load(
-        folder, quant, args.train.compute_dtype, **args.quant.tables()
-    )
+    tokenizer = open_tokenizer(folder)
     if tokenizer is None:
         raise DataError(f"{folder} has no tokenizer.json, so rows cannot be tokenized")
+    # What is wrong with rows or memory is found before the model is loaded.
+    larger = tokenizer.with_tokens(args.add_tokens)[0]
+    rows = read_dataset(str(args.data_file), larger, args.data)
+    held = None
+    if args.eval_file is not None:
+        held = read_dataset(args.eval_file, larger, args.data)
+    elif args.data.eval_rows:
+        rows, held = rows.split(args.data.eval_rows, args.train.seed)
+    args = within_memory(args, folder, quant, rows)
+    model, _ = load(
+        folder,
+        quant,
+        args.train.compute_dtype,
+        stream=args.train.stream,
+        **args.quant.tables(),
+    )
     asked, added = args, None
     if args.add_tokens:
         model, tokenizer, ids = add_tokens(model, tokenizer, args.add_tokens)
@@ -132,12 +178,6 @@ def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
             tokens = tuple(dict.fromkeys((*args.lora.tokens, *ids)))
             lora = dataclasses.replace(args.lora, tokens=tokens)
             args = dataclasses.replace(args, lora=lora)
-    rows = read_dataset(str(args.data_file), tokenizer, args.data)
-    held = None
-    if args.eval_file is not None:
-        held = read_dataset(args.eval_file, tokenizer, args.data)
-    elif args.data.eval_rows:
-        rows, held = rows.split(args.data.eval_rows, args.train.seed)
     key = jax.random.key(args.train.seed)
     started = {}
     if resume or args.lora.init == "zero":
@@ -177,6 +217,73 @@ def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
     figures |= _eval_losses(out)
     write_report(out, figures)
     return figures
+
+
+def within_memory(
+    args: Args, folder: Path, quant: QuantConfig | None, rows: Dataset
+) -> Args:
+    """Refuses a run that its memory cannot hold; picks the micro-batch where asked to.
+
+    Raises:
+      ConfigError: it does not fit, with the settings that would; or there is no limit to
+        pick a micro-batch for.
+    """
+    limit = _memory_limit(args)
+    if limit is None:
+        if args.auto_micro_batch:
+            raise ConfigError(
+                f"--train.micro-batch auto: a {jax.default_backend()} reports no memory to "
+                "keep to; give --memory, such as --memory 16GiB"
+            )
+        return args
+    _, _, config, stored = read_config(folder)
+    longest = max((len(row.tokens) for row in rows.rows), default=1)
+    train = args.train
+    setup = Setup(
+        config=config,
+        quant=quant or stored,
+        lora=args.lora,
+        dtype=train.compute_dtype,
+        micro_batch=train.micro_batch,
+        grad_accum=train.grad_accum,
+        max_tokens=padded_length(longest, rows.max_tokens),
+        checkpoint=train.checkpoint,
+        offload=train.offload,
+        stream=train.stream,
+        **args.quant.tables(),
+    )
+    platform: Platform = "gpu" if jax.default_backend() == "gpu" else "cpu"
+    if args.auto_micro_batch:
+        total = train.micro_batch * train.grad_accum
+        fixed = ("checkpoint", "offload", "stream", "quantize_embedding")
+        chosen = plan_memory(
+            setup, limit, rows=total, platform=platform, fixed=fixed
+        ).setup
+        batch, accum = chosen.micro_batch, chosen.grad_accum
+        print(f"micro-batch {batch}, {accum} of them a step", file=sys.stderr)
+        train = dataclasses.replace(train, micro_batch=batch, grad_accum=accum)
+        return dataclasses.replace(args, train=train, auto_micro_batch=False)
+    need = estimate(setup, platform)
+    if need.device_bytes <= limit:
+        return args
+    try:
+        plan = plan_memory(setup, limit, platform=platform)
+        way_out = f"It would fit with {flags_of(plan.setup)}."
+    except ConfigError as error:
+        way_out = f"With other settings too, {error}"
+    parts = sorted(need.device.items(), key=lambda part: -part[1])[:3]
+    said_parts = ", ".join(f"{name} {said(size)}" for name, size in parts)
+    raise ConfigError(
+        f"this run needs about {said(need.device_bytes)} of device memory and has "
+        f"{said(limit)} ({said_parts}). {way_out}"
+    )
+
+
+def _memory_limit(args: Args) -> int | None:
+    if args.memory is not None:
+        return parse_bytes(args.memory)
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit") if jax.default_backend() == "gpu" else None
 
 
 def _compensated(

@@ -46,6 +46,7 @@ def load(
     *,
     quantize_embedding: bool = False,
     quantize_head: bool = False,
+    stream: bool = False,
     implementation: str | None = None,
     revision: str | None = None,
 ) -> tuple[Decoder, Tokenizer | None]:
@@ -60,6 +61,8 @@ def load(
         'float16' or 'float32'.
       quantize_embedding: Make the embedding 4-bit too, and a tied head with it.
       quantize_head: Make an untied head 4-bit too.
+      stream: Put the layers' weights in pinned host memory as they load (`stream` does it
+        to a base that is on the device); the device then never holds them all.
       implementation: Of nf4_matmul in every quantized linear; None chooses.
       revision: Of a hub id.
 
@@ -92,7 +95,8 @@ def load(
             f"{folder} stays dense, so its embedding and head do too; give quant, or leave "
             "quantize_embedding and quantize_head out"
         )
-    reader = _Reader(checkpoint, quant, dtype, {p: quant or stored for p in tables})
+    more_quant = {path: quant or stored for path in tables}
+    reader = _Reader(checkpoint, quant, dtype, more_quant, stream)
     loaded = {path: reader.read(path, entry) for path, entry in wanted.items()}
     if reader.problems:
         raise CheckpointError(
@@ -322,9 +326,10 @@ class _Reader:
         quant: QuantConfig | None,
         dtype: str,
         tables: Mapping[str, QuantConfig | None],
+        stream: bool,
     ):
         self.checkpoint, self.quant, self.dtype = checkpoint, quant, dtype
-        self.tables = tables
+        self.tables, self.stream = tables, stream
         self.problems: list[str] = []
 
     def read(self, path: str, wanted: _Wanted) -> Any:
@@ -337,9 +342,13 @@ class _Reader:
             value = self._one(path, name, shape)
             if value is None:
                 continue
+            if self.stream:
+                value = jax.tree.map(np.asarray, value)
             if stack is None:
+                zeros = np.zeros if self.stream else jnp.zeros
                 stack = jax.tree.map(
-                    lambda leaf: jnp.zeros((*lead, *leaf.shape), leaf.dtype), value
+                    lambda leaf, zeros=zeros: zeros((*lead, *leaf.shape), leaf.dtype),
+                    value,
                 )
             if jax.tree.structure(stack) != jax.tree.structure(value):
                 self.problems.append(
@@ -347,7 +356,16 @@ class _Reader:
                 )
                 continue
             # In place (the stack is donated), so memory holds the model and one tensor.
-            stack = _put(stack, value, index)
+            stack = (
+                _fill_in(stack, value, index)
+                if self.stream
+                else _put(stack, value, index)
+            )
+        if self.stream:
+            here = jax.sharding.SingleDeviceSharding(
+                jax.devices()[0], memory_kind="pinned_host"
+            )
+            stack = jax.device_put(stack, here)
         return stack
 
     def _one(self, path: str, name: str, shape: tuple[int, ...]) -> Any:
@@ -376,6 +394,14 @@ class _Reader:
         if not jnp.isfinite(jnp.asarray(scales)).all():
             raise ShapeError("NaN or Inf in its absmax")
         return q
+
+
+def _fill_in(stack: Any, value: Any, i: tuple[int, ...]) -> Any:
+    def fill(s: np.ndarray, v: np.ndarray) -> np.ndarray:
+        s[i] = v
+        return s
+
+    return jax.tree.map(fill, stack, value)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -35,4 +35,6 @@ def stream(base: nnx.State) -> nnx.State:
 
 
 def _to_host(x: jax.Array) -> jax.Array:
+    if x.sharding.memory_kind == "pinned_host":
+        return x
     return jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))

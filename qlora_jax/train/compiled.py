@@ -54,12 +54,15 @@ def account(compiled: Any) -> Account:
     )
 
 
-def compile_step(setup: Setup, target: str | None = None) -> Any:
+def compile_step(
+    setup: Setup, target: str | None = None, options: dict[str, Any] | None = None
+) -> Any:
     """Compiles the step that `setup` describes.
 
     Args:
       setup: What is trained, and how.
       target: 'h200', 'a100', 'rtx4090', 'rtx3090'; None for this process's device.
+      options: XLA's, by flag.
 
     Returns:
       A jax.stages.Compiled.
@@ -104,7 +107,8 @@ def compile_step(setup: Setup, target: str | None = None) -> Any:
         jitted = jax.jit(step.__wrapped__, donate_argnums=(0, 2), out_shardings=outputs)
         traced = jitted.trace(*arguments, put(batch, device))
         platforms = None if target is None else ("cuda",)
-        return traced.lower(lowering_platforms=platforms).compile()
+        lowered = traced.lower(lowering_platforms=platforms)
+        return lowered.compile(compiler_options=options)
 
 
 @contextlib.contextmanager

@@ -1,56 +1,119 @@
-"""What runs on PyTorch's side: `python side.py JOBS.json`, for tests/interop.
+"""What runs on PyTorch's side: jobs from stdin, a JSON object a line, answers to stdout.
 
-A job is an object with `do` and what it needs; arrays go by .npz files. Nothing of
-qlora_jax is imported here.
+A job is {"do": one of JOBS, ...}; arrays go by .npz and .npy files. The answer is what the
+job returns, or {"error": ...}. Imports nothing of qlora_jax.
 """
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import numpy as np
 import torch
+import transformers
+from bitsandbytes.nn import Linear4bit, Params4bit
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 
-def open_base(job: dict[str, Any], **options: Any) -> Any:
-    """Opens a folder in float32; a 4-bit one with bitsandbytes."""
-    model = AutoModelForCausalLM.from_pretrained(
-        job["base"], dtype=torch.float32, **options
+def opened(job: dict[str, Any], **options: Any) -> Any:
+    """Opens the folder `base` to compute in float32; refuses missing or unknown tensors."""
+    model, said = AutoModelForCausalLM.from_pretrained(
+        job["base"], dtype=torch.float32, output_loading_info=True, **options
     )
-    for module in model.modules():
-        # On some CPUs it would pack weights anew and round absmax to bfloat16.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    said = {key: sorted(map(str, value)) for key, value in said.items() if value}
+    if said:
+        raise ValueError(f"{job['base']} did not load cleanly: {said}")
+    in_float32(model)
     if "rows" in job:
         model.resize_token_embeddings(job["rows"], mean_resizing=False)
     return model.eval()
 
 
-def adapted(job: dict[str, Any], model: Any) -> Any:
-    """Puts a PEFT folder on a model; keys that do not fit are an error."""
-    if job.get("adapter") is None:
-        return model
-    from peft import PeftModel
+def in_float32(model: Any) -> None:
+    """Lets a 4-bit model compute in float32, whatever dtype its folder was stored in."""
+    for value in model.parameters():
+        if value.is_floating_point() and not isinstance(value, Params4bit):
+            value.data = value.data.float()
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = torch.float32
+            # On some CPUs it would pack weights anew and round absmax to bfloat16.
+            module.support_avx512bf16_for_cpu = False
 
-    made = PeftModel.from_pretrained(model, job["adapter"], is_trainable=True)
-    stored = load_file(Path(job["adapter"]) / "adapter_model.safetensors")
-    own = {
-        name.replace(".default", "").replace(".modules_to_save", "")
-        for name, _ in made.named_parameters(remove_duplicate=False)
-    }
-    own |= {name.removesuffix(".weight") for name in own}
-    missing = sorted(name for name in stored if name not in own)
-    assert not missing, f"PEFT has no {missing}"
+
+def adapted(job: dict[str, Any], model: Any) -> Any:
+    """Puts the PEFT folder `adapter` on a model; refuses what PEFT would ignore."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made = PeftModel.from_pretrained(model, job["adapter"], is_trainable=True)
+    said = [str(warning.message) for warning in caught]
+    ignored = [text for text in said if "missing adapter keys" in text]
+    if not job.get("converted"):  # whose names are not the stored ones
+        stored = load_file(Path(job["adapter"]) / "adapter_model.safetensors")
+        own = {
+            name.replace(".default", "").replace(".modules_to_save", "")
+            for name, _ in made.named_parameters(remove_duplicate=False)
+        }
+        own |= {name.removesuffix(".weight") for name in own}
+        ignored += sorted(name for name in stored if name not in own)
+        if ignored:
+            raise ValueError(f"PEFT did not take all of {job['adapter']}: {ignored}")
     return made.eval()
 
 
-def logits(job: dict[str, Any]) -> None:
-    """Saves the logits of `ids`, and with `grads` the loss and the adapter's gradients."""
-    model = adapted(job, open_base(job))
+def make(job: dict[str, Any]) -> None:
+    """Saves a random model of `config` (a config.json) to `out`."""
+    torch.manual_seed(0)
+    fields = dict(job["config"])
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(fields.pop("model_type"), **fields)
+    )
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            # Logits far from uniform, biases that matter.
+            size = 0.3 if "embed" in name or name.endswith("bias") else 0.12
+            value.add_(torch.randn_like(value) * size)
+    model.to(getattr(torch, job.get("dtype", "float32"))).save_pretrained(job["out"])
+
+
+def quantize(job: dict[str, Any]) -> None:
+    """Saves `base` in 4 bits to `out`, by transformers and bitsandbytes."""
+    options = {"bnb_4bit_compute_dtype": torch.float32} | job["quant"]
+    config = BitsAndBytesConfig(load_in_4bit=True, **options)
+    model = AutoModelForCausalLM.from_pretrained(
+        job["base"],
+        dtype=getattr(torch, job.get("dtype", "float32")),
+        quantization_config=config,
+    )
+    model.save_pretrained(job["out"])
+
+
+def decoded(job: dict[str, Any]) -> None:
+    """Saves every 4-bit weight of `base` to `out` as float32, as bitsandbytes has it."""
+    arrays = {}
+    for name, module in opened(job).named_modules():
+        if isinstance(module, Linear4bit):
+            state = module.weight.quant_state
+            weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, state)
+            arrays[f"{name}.weight"] = weight.float().numpy()
+    np.savez(job["out"], **arrays)
+
+
+def logits(job: dict[str, Any]) -> dict[str, Any]:
+    """Saves the logits of `ids` to `out`, and with `grads` loss and gradients.
+
+    Returns:
+      {"tied": whether head and embedding are one tensor}.
+    """
+    model = opened(job)
+    if job.get("adapter") is not None:
+        model = adapted(job, model)
     ids = torch.tensor(np.load(job["ids"]), dtype=torch.long)
     result = model(input_ids=ids, labels=ids)
     arrays = {"logits": result.logits.detach().numpy()}
@@ -59,44 +122,17 @@ def logits(job: dict[str, Any]) -> None:
         arrays["loss"] = result.loss.detach().numpy()
         for name, value in model.named_parameters():
             if value.grad is not None:
-                short = name.replace(".default", "")
-                arrays[f"grad:{short}"] = value.grad.numpy()
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    np.savez(job["out"], tied=np.asarray(tied), **arrays)
-
-
-def decoded(job: dict[str, Any]) -> None:
-    """Saves every 4-bit weight of a folder, as bitsandbytes decodes it."""
-    import bitsandbytes.functional as F
-    from bitsandbytes.nn import Linear4bit
-
-    arrays = {}
-    for name, module in open_base(job).named_modules():
-        if isinstance(module, Linear4bit):
-            state = module.weight.quant_state
-            weight = F.dequantize_4bit(module.weight.data, state)
-            arrays[f"{name}.weight"] = weight.float().numpy()
+                arrays[f"grad:{name.replace('.default', '')}"] = value.grad.numpy()
     np.savez(job["out"], **arrays)
-
-
-def quantize(job: dict[str, Any]) -> None:
-    """Quantizes a folder with transformers and bitsandbytes, and saves it."""
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=job["codebook"],
-        bnb_4bit_use_double_quant=job["double_quant"],
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    open_base(job, quantization_config=config).save_pretrained(job["out"])
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    return {"tied": head.weight is table.weight}
 
 
 def adapter(job: dict[str, Any]) -> None:
-    """Makes a PEFT adapter with random values, and saves it and its logits."""
-    from peft import LoraConfig, get_peft_model
-
+    """Saves a PEFT adapter of `config` with random values to `out`; its logits beside."""
     torch.manual_seed(0)
     config = LoraConfig(task_type="CAUSAL_LM", **job["config"])
-    model = get_peft_model(open_base(job), config)
+    model = get_peft_model(opened(job), config)
     with torch.no_grad():
         for value in model.parameters():
             if value.requires_grad:
@@ -106,13 +142,50 @@ def adapter(job: dict[str, Any]) -> None:
     np.savez(Path(job["out"]) / "logits", logits=model(ids).logits.detach().numpy())
 
 
+def chat(job: dict[str, Any]) -> dict[str, Any]:
+    """Answers `messages` with `base` and its own tokenizer and generation config.
+
+    Returns:
+      {"prompt", "answer": token ids, "text": of the answer, "settings": of generation}.
+    """
+    tokenizer = transformers.AutoTokenizer.from_pretrained(job["base"])
+    model = opened(job)
+    prompt = tokenizer.apply_chat_template(
+        job["messages"],
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    made = model.generate(**prompt, max_new_tokens=job["count"])[0]
+    answer = made[prompt["input_ids"].shape[1] :].tolist()
+    return {
+        "prompt": prompt["input_ids"][0].tolist(),
+        "answer": answer,
+        "text": tokenizer.decode(answer, skip_special_tokens=True),
+        "settings": model.generation_config.to_diff_dict(),
+    }
+
+
+JOBS = {f.__name__: f for f in (make, quantize, decoded, logits, adapter, chat)}
+
+
 def main() -> None:
-    """Does all jobs of a file."""
+    """Does jobs until stdin ends."""
     warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    kinds = {f.__name__: f for f in (logits, decoded, quantize, adapter)}
-    for job in json.loads(Path(sys.argv[1]).read_text()):
-        kinds[job["do"]](job)
+    # Libraries that print must not mix with the answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        job = json.loads(line)
+        try:
+            answer = JOBS[job["do"]](job) or {}
+        except Exception as error:
+            # The test decides whether this is one.
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

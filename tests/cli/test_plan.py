@@ -1,0 +1,99 @@
+"""qlora plan, and what `qlora train` does with a memory limit."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+import qlora_jax as qlora
+from qlora_jax.cli.main import main
+from qlora_jax.io.hf import load
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_folder(tmp_path_factory.mktemp("plan") / "base")
+
+
+def call(capsys, *args: object) -> tuple[int, dict, str]:
+    status = main([str(arg) for arg in args])
+    out, err = capsys.readouterr()
+    return status, json.loads(out.splitlines()[-1]) if status == 0 else {}, err
+
+
+def test_a_plan_is_printed_and_compared_with_xla(base: Path, capsys):
+    status, figures, _ = call(
+        *(capsys, "plan", "--model", base, "--memory", "1GiB", "--max-tokens", 64),
+        *("--exact", "--for", "cpu", "--rows", 4),
+    )
+    assert status == 0
+    assert figures["device_bytes"] == sum(figures["device"].values())
+    assert figures["micro_batch"] * figures["grad_accum"] == 4
+    assert figures["flags"].startswith("--train.micro-batch")
+    assert figures["xla"]["device"] > 0
+
+
+def test_what_fits_nowhere_ends_with_the_least_that_would(base: Path, capsys):
+    status, _, err = call(capsys, "plan", "--model", base, "--memory", "100KiB")
+    assert status == 2 and "nothing fits in" in err and "the least is" in err
+
+
+def train(base: Path, tmp_path: Path, *more: object) -> list[object]:
+    data = tiny.write_jsonl(tmp_path / "data.jsonl", tiny.sums(8))
+    return [
+        *("train", "--model", base, "--data", data, "--out", tmp_path / "run"),
+        *("--train.max-steps", 2, "--lora.rank", 2, *more),
+    ]
+
+
+def test_a_run_that_cannot_fit_is_refused_with_settings_that_would(
+    base: Path, tmp_path: Path, capsys
+):
+    args = train(base, tmp_path, "--memory", "100KiB", "--train.micro-batch", 16)
+    status, _, err = call(capsys, *args)
+    assert status == 2
+    assert "needs about" in err and "has 0.00 GiB" in err
+    assert not (tmp_path / "run").exists()
+    args = train(base, tmp_path, "--memory", "12MiB", "--train.micro-batch", 512)
+    status, _, err = call(capsys, *args)
+    assert status == 2 and "It would fit with --train.micro-batch" in err
+
+
+def test_the_micro_batch_can_be_chosen(base: Path, tmp_path: Path, capsys):
+    auto = ("--train.micro-batch", "auto")
+    status, _, err = call(capsys, *train(base, tmp_path, *auto))
+    assert status == 2 and "give --memory" in err
+    args = train(base, tmp_path, *auto, "--memory", "2GiB")
+    status, _, err = call(capsys, *args)
+    assert status == 0 and "micro-batch 16, 1 of them a step" in err
+    config = (tmp_path / "run" / "config.toml").read_text()
+    assert "micro_batch = 16" in config and "grad_accum = 1" in config
+
+
+@pytest.mark.parametrize("flags", [(), ("--train.offload", "--quant.embedding")])
+def test_a_streamed_run_is_the_run(base: Path, tmp_path: Path, capsys, flags):
+    losses = []
+    for stream in ("--train.no-stream", "--train.stream"):
+        args = train(base, tmp_path, stream, "--overwrite", *flags)
+        status, figures, err = call(capsys, *args)
+        assert status == 0, err
+        losses.append(figures["loss"])
+    assert losses[0] == losses[1]
+
+
+def test_a_base_loads_straight_into_host_memory(base: Path):
+    quant = qlora.QuantConfig()
+    here, there = (load(base, quant, "float32", stream=s)[0] for s in (False, True))
+    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(nnx_state(there))}
+    assert kinds == {"pinned_host"}
+    for one, other in zip(tiny.frozen(here), tiny.frozen(there), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def nnx_state(model):
+    from flax import nnx
+
+    return nnx.state(model.layers)

@@ -1,0 +1,136 @@
+"""Mixtures of experts, live. transformers 5 holds a layer's experts as two parameters,
+gate_up_proj and down_proj, and bitsandbytes quantizes no parameters, linears alone.
+
+PEFT turns adapters of single experts, as we write them, into its own for such
+parameters. What it gets right, refuses and gets wrong is said here, as of peft 0.21.2.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+import qlora_jax as qlora
+from qlora_jax import LoRAConfig, QuantConfig
+from qlora_jax.errors import AdapterMismatchError
+from qlora_jax.models import Decoder
+
+pytestmark = pytest.mark.interop
+
+ORDER = 3e-5
+"""Absolute, of logits of size 10: float32 sums in another order."""
+FAMILIES = ("mixtral", "qwen3_moe")
+SAME: dict[str, dict[str, Any]] = {
+    "all-linear": {},
+    "attention": {"targets": "q_proj,v_proj"},
+    "experts": {"targets": "gate_proj,up_proj,down_proj"},
+    "down_proj": {"targets": "down_proj"},
+    "other ranks beside the experts": {
+        "rank_pattern": {"v_proj": 2},
+        "alpha_pattern": {"q_proj": 3.0},
+    },
+    "some layers": {"layers": (1,)},
+}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "gate_proj alone": ({"targets": "gate_proj"}, "Cannot convert PEFT target"),
+    "dora": ({"dora": True}, "does not work with use_dora=True"),
+    "dropout": ({"dropout": 0.1}, "does not work with lora_dropout != 0"),
+    "another rank": ({"rank_pattern": {"down_proj": 2}}, "size mismatch"),
+}
+WRONG: dict[str, dict[str, Any]] = {
+    # It doubles alpha and rank of gate_up_proj; alpha / sqrt(rank) is then sqrt(2) larger.
+    "rslora": {"rslora": True},
+    # It ignores patterns of single experts, with a warning.
+    "another alpha": {"alpha_pattern": {"up_proj": 3.0}},
+}
+
+
+def drawn(base: Path, **config: Any) -> Decoder:
+    """Opens a base, with an adapter of a kind of which every value is moved."""
+    model, _ = qlora.load(base, dtype="float32")
+    config = {"rank": 4, "alpha": 6.0} | config
+    graphdef, lora, rest = qlora.split(
+        qlora.attach(model, LoRAConfig(**config), key=jax.random.key(1))
+    )
+    rng = np.random.default_rng(0)
+    moved = jax.tree.map(
+        lambda x: x + jnp.asarray(0.05 * rng.standard_normal(x.shape), x.dtype), lora
+    )
+    return qlora.join(graphdef, moved, rest)
+
+
+def differing(side: Any, model: Decoder, ids: Path, out: Path, **job: Any) -> float:
+    """Returns by how much logits of transformers and PEFT differ from a model's."""
+    side("logits", ids=ids, out=out / "theirs.npz", **job)
+    theirs = np.load(out / "theirs.npz")["logits"]
+    return float(np.abs(theirs - tiny.logits(model, np.load(ids))).max())
+
+
+@pytest.mark.parametrize("kind", SAME)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_our_adapter_of_experts_opens_in_peft(side, bases, ids, tmp_path, name, kind):
+    model = drawn(bases[name], **SAME[kind])
+    adapter = qlora.export_peft(tmp_path / "a", model)
+    job = {"base": bases[name], "adapter": adapter, "converted": True}
+    assert differing(side, model, ids, tmp_path, **job) < ORDER
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_peft_refuses_experts_that_it_cannot_hold(side, bases, ids, tmp_path, kind):
+    config, reason = REFUSED[kind]
+    adapter = qlora.export_peft(tmp_path / "a", drawn(bases["mixtral"], **config))
+    job = {"base": bases["mixtral"], "adapter": adapter, "converted": True}
+    assert reason in side.fails("logits", ids=ids, out=tmp_path / "x", **job)
+
+
+@pytest.mark.parametrize("kind", WRONG)
+@pytest.mark.xfail(reason="PEFT scales such adapters of experts wrongly", strict=True)
+def test_peft_scales_experts_as_we_do(side, bases, ids, tmp_path, kind):
+    model = drawn(bases["qwen3_moe"], **WRONG[kind])
+    adapter = qlora.export_peft(tmp_path / "a", model)
+    job = {"base": bases["qwen3_moe"], "adapter": adapter, "converted": True}
+    assert differing(side, model, ids, tmp_path, **job) < ORDER
+
+
+def test_pefts_own_adapters_of_whole_parameters_are_refused(side, bases, ids, tmp_path):
+    base = bases["qwen3_moe"]
+    config = {"r": 4, "target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]}
+    side("adapter", base=base, config=config, ids=ids, out=tmp_path / "theirs")
+    model, _ = qlora.load(base, dtype="float32")
+    with pytest.raises(AdapterMismatchError, match="target_parameters is .*gate_up_proj"):
+        qlora.import_peft(tmp_path / "theirs", model)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_merged_experts_open_in_transformers(side, bases, ids, tmp_path, name):
+    merged = qlora.merge(drawn(bases[name]), dtype="float32")
+    qlora.save_model(merged, tmp_path / "m", source=bases[name], shard_bytes=200_000)
+    assert differing(side, merged, ids, tmp_path, base=tmp_path / "m") < ORDER
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_4_bit_folder_of_transformers_has_dense_experts_and_opens_in_ours(
+    side, bases, ids, tmp_path, name
+):
+    folder = tmp_path / "theirs"
+    quant = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    side("quantize", base=bases[name], quant=quant, out=folder)
+    model, _ = qlora.load(folder, dtype="float32")
+    assert isinstance(model.layers.attn.q_proj, qlora.nn.QuantizedLinear)
+    assert not isinstance(
+        model.layers.mlp.experts.gate_proj, qlora.nn.QuantizedLinear
+    )
+    assert differing(side, model, ids, tmp_path, base=folder) < ORDER
+
+
+def test_4_bit_experts_of_ours_are_refused_by_transformers_5(
+    side, bases, ids, tmp_path
+):
+    model, _ = qlora.load(bases["mixtral"], QuantConfig(), "float32")
+    qlora.save_model(model, tmp_path / "ours", source=bases["mixtral"])
+    job = {"base": tmp_path / "ours", "ids": ids, "out": tmp_path / "x"}
+    assert "ignore_mismatched_sizes" in side.fails("logits", **job)
