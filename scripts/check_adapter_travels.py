@@ -17,6 +17,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,10 @@ import qlora_jax as qlora
 from qlora_jax.cli.options import QuantOptions, open_model
 
 ROOT = Path(__file__).parents[1]
+PROMPT = (
+    "A pen costs 3 dollars and a book costs 12 dollars. Ann buys 4 pens and 2 books and "
+    "pays with a 50 dollar note. How many dollars does she get back?"
+)
 
 _TORCH = """
 import json, sys
@@ -103,7 +108,7 @@ def commit() -> str:
         capture_output=True,
         text=True,
     )
-    return said.stdout.strip() or os.environ.get("COMMIT", "")
+    return said.stdout.strip()
 
 
 def check(args: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -167,7 +172,9 @@ def check(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         "check": "adapter_travels",
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
-        "command": " ".join(["python scripts/check_adapter_travels.py", *shown(args)]),
+        "command": shlex.join(
+            ["python", "scripts/check_adapter_travels.py", *shown(args)]
+        ),
         "versions": versions() | theirs_versions,
         "seconds": seconds,
         "steps": args.steps,
@@ -198,8 +205,9 @@ def shown(args: argparse.Namespace) -> list[str]:
     flags = []
     for name, value in vars(args).items():
         if value is not None and name not in ("torch_python", "out"):
-            value = Path(value).name if name in ("model", "data") else value
-            flags.append(f"--{name.replace('_', '-')} {value!s}")
+            if name in ("model", "data"):
+                value = Path(*Path(value).parts[-2 if name == "data" else -1 :])
+            flags += [f"--{name.replace('_', '-')}", str(value)]
     return flags
 
 
@@ -211,7 +219,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="rows to train on (.jsonl)")
     parser.add_argument("--torch-python", required=True, help="of scripts/interop_venv")
     parser.add_argument("--out", type=Path, help="keep what is made, in a new folder")
-    parser.add_argument("--prompt", default="A pen costs 3 dollars. What do 4 cost?")
+    parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--input-key", default="question")
     parser.add_argument("--output-key", default="answer")
     parser.add_argument("--steps", type=int, default=100)

@@ -43,8 +43,9 @@ def fingerprint(model: nnx.Module) -> str | None:
             continue
         if isinstance(value, (jax.core.Tracer, jax.ShapeDtypeStruct)):
             return None
-        if value.sharding.memory_kind == "pinned_host":  # of a streamed base
-            value = np.asarray(value)
+        sharding = getattr(value, "sharding", None)  # none of what a file is mapped from
+        if sharding is not None and sharding.memory_kind == "pinned_host":
+            value = np.asarray(value)  # of a streamed base
         values[".".join(map(str, path))] = value.reshape(-1)
     structure = hashlib.sha256(json.dumps(sorted(shapes)).encode()).hexdigest()[:16]
     sample = {}

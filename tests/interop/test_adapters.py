@@ -108,7 +108,9 @@ def untied(side: Any, bases: dict[str, Path], out: Path) -> Path:
     """Makes a Qwen2 whose head is not its embedding."""
     model, _ = qlora.load(bases["qwen2"], dtype="float32")
     own = drawn(model, modules_to_save="lm_head", targets="v_proj")
-    qlora.save_model(qlora.merge(own, dtype="float32"), out / "b", source=bases["qwen2"])
+    qlora.save_model(
+        qlora.merge(own, dtype="float32"), out / "b", source=bases["qwen2"]
+    )
     return out / "b"
 
 

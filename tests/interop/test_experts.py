@@ -101,7 +101,9 @@ def test_pefts_own_adapters_of_whole_parameters_are_refused(side, bases, ids, tm
     config = {"r": 4, "target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]}
     side("adapter", base=base, config=config, ids=ids, out=tmp_path / "theirs")
     model, _ = qlora.load(base, dtype="float32")
-    with pytest.raises(AdapterMismatchError, match="target_parameters is .*gate_up_proj"):
+    with pytest.raises(
+        AdapterMismatchError, match="target_parameters is .*gate_up_proj"
+    ):
         qlora.import_peft(tmp_path / "theirs", model)
 
 
@@ -121,9 +123,7 @@ def test_a_4_bit_folder_of_transformers_has_dense_experts_and_opens_in_ours(
     side("quantize", base=bases[name], quant=quant, out=folder)
     model, _ = qlora.load(folder, dtype="float32")
     assert isinstance(model.layers.attn.q_proj, qlora.nn.QuantizedLinear)
-    assert not isinstance(
-        model.layers.mlp.experts.gate_proj, qlora.nn.QuantizedLinear
-    )
+    assert not isinstance(model.layers.mlp.experts.gate_proj, qlora.nn.QuantizedLinear)
     assert differing(side, model, ids, tmp_path, base=folder) < ORDER
 
 

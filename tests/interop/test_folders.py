@@ -54,7 +54,9 @@ def decoded(model: Decoder, dtype: str = "float32") -> dict[str, np.ndarray]:
     return found
 
 
-def same_weights(side: Any, folder: Path, model: Decoder, out: Path, dtype: str) -> None:
+def same_weights(
+    side: Any, folder: Path, model: Decoder, out: Path, dtype: str
+) -> None:
     """Compares all 4-bit weights of a folder with the model's, bit by bit."""
     side("decoded", base=folder, out=out)
     wanted, found = dict(np.load(out)), decoded(model, dtype)
