@@ -43,9 +43,10 @@ def fingerprint(model: nnx.Module) -> str | None:
             continue
         if isinstance(value, (jax.core.Tracer, jax.ShapeDtypeStruct)):
             return None
-        sharding = getattr(value, "sharding", None)  # none of what a file is mapped from
+        # What is mapped from a file has no sharding; a streamed base's is the host's.
+        sharding = getattr(value, "sharding", None)
         if sharding is not None and sharding.memory_kind == "pinned_host":
-            value = np.asarray(value)  # of a streamed base
+            value = np.asarray(value)
         values[".".join(map(str, path))] = value.reshape(-1)
     structure = hashlib.sha256(json.dumps(sorted(shapes)).encode()).hexdigest()[:16]
     sample = {}
