@@ -114,6 +114,7 @@ def commit() -> str:
 def check(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Does all of it in a folder; returns the figures."""
     seconds: dict[str, float] = {}
+    sources = commit()  # before anyone goes on to the next
     program = [sys.executable, "-m", "qlora_jax.cli.main"]
     base, run, exported = work / "nf4", work / "run", work / "peft"
     rows = ["--data.max-tokens", args.max_tokens, "--data.too-long", "drop"]
@@ -171,7 +172,7 @@ def check(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     return {
         "check": "adapter_travels",
         "date": datetime.date.today().isoformat(),
-        "commit": commit(),
+        "commit": sources,
         "command": shlex.join(
             ["python", "scripts/check_adapter_travels.py", *shown(args)]
         ),

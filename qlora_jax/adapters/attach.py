@@ -230,6 +230,11 @@ def _check(model: nnx.Module, config: LoRAConfig) -> None:
             problems.append(
                 f"--lora.tokens and an adapter on {EMBEDDING} exclude each other"
             )
+    if config.token_rows(HEAD) and not tied and config.matches(HEAD):
+        problems.append(
+            f"--lora.tokens and an adapter on {HEAD} exclude each other; "
+            "--lora.head-tokens of none leaves the head's rows alone"
+        )
     if config.dora and any(ends(EMBEDDING, n) for n in config.targets.split(",")):
         problems.append(f"--lora.dora has no form for {EMBEDDING}")
     if problems:

@@ -167,7 +167,8 @@ def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
         folder,
         quant,
         args.train.compute_dtype,
-        stream=args.train.stream,
+        # Measuring what quantization lost runs the base, and compares it, on the device.
+        stream=args.train.stream and (resume or args.lora.init == "zero"),
         **args.quant.tables(),
     )
     asked, added = args, None

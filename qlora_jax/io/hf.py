@@ -527,6 +527,11 @@ def save_model(
                 hf["quantization_config"] = bitsandbytes.quantization_config(
                     one, model.compute_dtype.name
                 )
+                if (
+                    model.config.num_experts
+                ):  # transformers 4 would look for a 4-bit router
+                    skip = ["lm_head", "gate"]
+                    hf["quantization_config"]["llm_int8_skip_modules"] = skip
             else:
                 writer.add(name, np.asarray(one))
     size = writer.close()

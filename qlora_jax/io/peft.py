@@ -19,6 +19,7 @@ Source: peft 0.21.2, tuners/lora/config.py, utils/save_and_load.py and other.py 
 patterns match).
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -44,6 +45,7 @@ from qlora_jax.errors import (
 )
 from qlora_jax.models import FAMILIES, Decoder, DecoderConfig
 from qlora_jax.models.vocabulary import resize_tokens
+from qlora_jax.nn.lora import adapter_scale
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -303,14 +305,18 @@ def export_peft(
 
     Raises:
       OutputExistsError: the folder has an adapter and overwrite is false, or is a file.
+      AdapterMismatchError: an adapter of experts that PEFT cannot hold, see
+        `_for_fused_experts`.
     """
     out = Path(path)
     if out.is_file() or (is_peft(out) and not overwrite):
         raise OutputExistsError(
             f"{out} exists; choose another folder, or pass overwrite to replace it"
         )
-    names = module_names(model.config)
-    flat = flatten(split(model)[1])
+    names, config = module_names(model.config), lora_config(model)
+    flat = {name: np.asarray(x) for name, x in flatten(split(model)[1]).items()}
+    if any(".experts." in name for name in flat):
+        config, flat = _for_fused_experts(config, flat)
     adapted = {
         name.rpartition(".")[0]
         for name in flat
@@ -323,7 +329,6 @@ def export_peft(
         array = np.asarray(array, np.float32)
         array = array.T if part in ("lora_a", "lora_b") else array
         tensors[f"{_PREFIX}{names[module]}{end}"] = np.ascontiguousarray(array)
-    config = lora_config(model)
     follows = config.tied and model.lm_head is None and EMBEDDING in config.saved
     if follows:
         table = tensors[f"{_PREFIX}{names[EMBEDDING]}.weight"]
@@ -360,6 +365,54 @@ def export_peft(
     save_file(tensors, out / TENSORS, metadata={"format": "pt"})
     (out / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
     return out
+
+
+def _for_fused_experts(
+    config: LoRAConfig, flat: dict[str, np.ndarray]
+) -> tuple[LoRAConfig, dict[str, np.ndarray]]:
+    """Returns an adapter of experts with one rank and alpha for all, which says the same.
+
+    transformers 5 holds a layer's experts as two parameters, and PEFT 0.21 turns adapters of
+    single experts into its own for these, doubling rank and alpha of gate and up: rsLoRA
+    comes out too strong, patterns of experts are ignored, dropout is refused. So scales go
+    into lora_b, smaller ranks are padded with zeros, and dropout, which only training has,
+    is left out.
+
+    Raises:
+      AdapterMismatchError: DoRA, or gate_proj or up_proj of experts alone.
+    """
+    problems = []
+    if config.dora:
+        problems.append("DoRA: PEFT has none for experts")
+    parts = {name.split(".")[-2] for name in flat if ".experts." in name}
+    if len(parts & {"gate_proj", "up_proj"}) == 1:
+        problems.append(
+            f"{', '.join(sorted(parts))} of experts: PEFT needs gate_proj and up_proj together"
+        )
+    if problems:
+        raise AdapterMismatchError(
+            gathered("this adapter of experts has no form in PEFT", problems)
+        )
+    if not (config.rslora or config.rank_pattern or config.alpha_pattern):
+        return dataclasses.replace(config, dropout=0.0), flat
+    rank = max([config.rank, *config.rank_pattern.values()])
+    made = {}
+    for name, array in flat.items():
+        path, _, part = name.rpartition(".")
+        if part in ("lora_a", "lora_b"):
+            own, alpha = config.shape_of(_unnumbered(path))
+            spare = (
+                [(0, 0), (0, rank - own)]
+                if part == "lora_a"
+                else [(0, rank - own), (0, 0)]
+            )
+            array = np.pad(array, spare)
+            if part == "lora_b":
+                scale = adapter_scale(own, alpha, config.rslora)
+                array = array * np.float32(scale * rank / config.alpha)
+        made[name] = array
+    plain = {"rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "dropout": 0.0}
+    return dataclasses.replace(config, rank=rank, **plain), made
 
 
 def _end(module: str, part: str, adapted: bool) -> str:

@@ -23,6 +23,7 @@ from qlora_jax.nn.lora import LoRA
 from qlora_jax.nn.moe import Experts, Router
 from qlora_jax.nn.norm import RMSNorm
 from qlora_jax.nn.rope import RopeScaling, rotate, rotation
+from qlora_jax.nn.variables import arrive
 
 Checkpoint = Literal["none", "attention", "layer", "host"]
 """What backward recomputes: 'none' elementwise work only; 'layer' each whole layer, from its
@@ -312,21 +313,6 @@ class Head(nnx.Module):
 
 def _scaled(x: Array, scale: float) -> Array:
     return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
-
-
-def arrive(weights: Any) -> Any:
-    """Brings to the device what of a layer's weights rests in host memory.
-
-    Called inside what backward recomputes, so that the copy is made again there and not
-    kept.
-    """
-    host, device = jax.memory.Space.Host, jax.memory.Space.Device
-    return jax.tree.map(
-        lambda x: (
-            jax.device_put(x, device) if jax.typeof(x).memory_space == host else x
-        ),
-        weights,
-    )
 
 
 def _policy(checkpoint: Checkpoint) -> Any:

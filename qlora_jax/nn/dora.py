@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.layout import QuantizedTensor
 from qlora_jax.nn.linear import Linear, QuantizedLinear
+from qlora_jax.nn.variables import arrive
 from qlora_jax.quant import dequantize
 
 
@@ -38,7 +39,7 @@ def row_norms(
     """
 
     def of_one(arrays: tuple) -> Array:
-        kernel, a, b = arrays
+        kernel, a, b = arrive(arrays)
         if isinstance(kernel, QuantizedTensor):
             kernel = dequantize(kernel, "float32")
         kernel = kernel.astype(jnp.float32)

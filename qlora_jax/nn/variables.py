@@ -1,5 +1,8 @@
-"""FrozenParam, the variable of everything that does not train, and how one begins to."""
+"""FrozenParam, the variable of what does not train; how one begins to, or arrives."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -21,3 +24,18 @@ def trained(variable: nnx.Variable) -> nnx.LoRAParam:
 def trains(variable: nnx.Variable | None) -> bool:
     """Whether a weight trains with the adapter."""
     return isinstance(variable, nnx.LoRAParam)
+
+
+def arrive(weights: Any) -> Any:
+    """Brings to the device what of a layer's weights rests in host memory.
+
+    Called inside what backward recomputes, so that the copy is made again there and not
+    kept.
+    """
+    host, device = jax.memory.Space.Host, jax.memory.Space.Device
+    return jax.tree.map(
+        lambda x: (
+            jax.device_put(x, device) if jax.typeof(x).memory_space == host else x
+        ),
+        weights,
+    )

@@ -180,6 +180,7 @@ def test_the_config_is_read_off_the_model():
         ({"layers": (0, 2)}, r"--lora.layers \[0, 2\]: the model has 2 layers, from 0"),
         ({"tokens": (3, 272)}, r"--lora.tokens \[272\]: the vocabulary has 272"),
         ({"targets": "embed_tokens", "tokens": (3,)}, "exclude each other"),
+        ({"targets": "lm_head", "tokens": (3,)}, "an adapter on lm_head exclude each"),
         (
             {"targets": "embed_tokens", "dora": True},
             "dora has no form for embed_tokens",

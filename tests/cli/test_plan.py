@@ -73,7 +73,9 @@ def test_the_micro_batch_can_be_chosen(base: Path, tmp_path: Path, capsys):
     assert "micro_batch = 16" in config and "grad_accum = 1" in config
 
 
-@pytest.mark.parametrize("flags", [(), ("--train.offload", "--quant.embedding")])
+@pytest.mark.parametrize(
+    "flags", [(), ("--train.offload", "--quant.embedding", "--lora.dora")]
+)
 def test_a_streamed_run_is_the_run(base: Path, tmp_path: Path, capsys, flags):
     losses = []
     for stream in ("--train.no-stream", "--train.stream"):

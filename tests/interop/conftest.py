@@ -74,10 +74,7 @@ def side(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Side]:
     tiny.compile_once(tmp_path_factory.mktemp("compiled"))
     side = Side(python, tmp_path_factory.mktemp("side") / "stderr")
     yield side
-    assert side.process.stdin is not None and side.process.stdout is not None
-    side.process.stdin.close()
-    side.process.wait(30)
-    side.process.stdout.close()
+    side.process.communicate(timeout=30)  # which ends its stdin
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,8 @@ from safetensors.numpy import load_file
 import qlora_jax as qlora
 from qlora_jax import QuantConfig, QuantizedTensor
 from qlora_jax.cli.main import main
-from qlora_jax.io.hf import open_tokenizer
 from qlora_jax.models import FAMILIES, Decoder
+from qlora_jax.nn import QuantizedLinear
 
 pytestmark = pytest.mark.interop
 
@@ -96,7 +96,9 @@ def test_a_4_bit_folder_of_bitsandbytes_opens_in_ours(
     folder, wanted = tmp_path / "theirs", QUANTS[quant]
     side("quantize", base=bases[name], quant=theirs(wanted), out=folder)
     model, _ = qlora.load(folder, dtype="float32")
-    q = model.layers.attn.k_proj.quantized
+    linear = model.layers.attn.k_proj
+    assert isinstance(linear, QuantizedLinear)
+    q = linear.quantized
     assert (q.codebook, q.double_quant) == (wanted.codebook, wanted.double_quant)
     same_weights(side, folder, model, tmp_path / "decoded.npz", "float32")
     same_logits(side, folder, model, ids, tmp_path / "logits.npz")
@@ -212,7 +214,7 @@ def test_a_folder_of_the_commands_chats_alike_in_transformers(
     # PyTorch's answer has the token that ended it, if one did.
     assert said["answer"][: len(answer)] == answer
     assert set(said["answer"][len(answer) :]) <= {tiny.EOS, tiny.USER}
-    assert said["text"] == open_tokenizer(folder).decode(answer)  # type: ignore[union-attr]
+    assert said["text"] == tokenizer.decode(answer)
     assert said["settings"]["eos_token_id"] == [tiny.EOS, tiny.USER]
     for name in ("chat_template.jinja", "generation_config.json", "tokenizer.json"):
         assert (folder / name).read_bytes() == (talking / name).read_bytes()

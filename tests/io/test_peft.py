@@ -4,10 +4,12 @@ That PEFT's own adapters give PEFT's logits and gradients is in
 tests/adapters/test_peft_golden.py.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -19,6 +21,7 @@ from qlora_jax.cli.main import main
 from qlora_jax.errors import AdapterMismatchError, ConfigError, OutputExistsError
 from qlora_jax.io.adapter import load_adapter, save_adapter
 from qlora_jax.io.peft import export_peft, import_peft
+from qlora_jax.models import Decoder
 
 ALL = {
     "rank": 4,
@@ -251,3 +254,39 @@ def test_the_command_exports_imports_and_uses_peft_folders(tmp_path: Path, capsy
     args = ["import", "--adapter", str(tmp_path / "a"), "--out", "x", *model_args]
     assert main(args) == 2
     assert "is no PEFT folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"dora": True}, "DoRA: PEFT has none for experts"),
+        ({"targets": "up_proj,q_proj"}, "PEFT needs gate_proj and up_proj together"),
+    ],
+)
+def test_experts_adapters_that_peft_has_no_form_for_are_refused(
+    tmp_path: Path, config, message
+):
+    model = tiny.adapted(experts(), **config)
+    with pytest.raises(AdapterMismatchError, match=message):
+        export_peft(tmp_path / "a", model)
+    assert not (tmp_path / "a").exists()
+
+
+def test_experts_scales_and_ranks_go_into_the_factors(tmp_path: Path):
+    kinds = {"rslora": True, "rank_pattern": {"down_proj": 2}, "dropout": 0.1}
+    model = tiny.adapted(experts(), alpha_pattern={"up_proj": 3.0}, **kinds)
+    out = export_peft(tmp_path / "a", model)
+    said = settings(out)
+    assert (said["rank_pattern"], said["alpha_pattern"]) == ({}, {})
+    assert (said["use_rslora"], said["lora_dropout"]) == (False, 0.0)
+    x = tiny.tokens()
+    wanted = tiny.logits(model, x)
+    back = tiny.logits(import_peft(out, experts()), x)
+    np.testing.assert_allclose(back, wanted, rtol=0, atol=2e-6 * np.abs(wanted).max())
+
+
+def experts() -> Decoder:
+    config = dataclasses.replace(
+        tiny.CONFIG, model_type="mixtral", num_experts=4, num_layers=1
+    )
+    return Decoder(config, key=jax.random.key(0), dtype="float32")
