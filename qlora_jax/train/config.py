@@ -149,8 +149,9 @@ def _decays(params: Any) -> Any:
     def matrix(variable: Any) -> bool:
         if not isinstance(variable, nnx.Variable):
             return True
+        # `offload` leaves some variables out of an update; those have no array then.
         stack = variable.get_metadata().get("stack", 0)
-        return variable.get_value().ndim - stack >= 2
+        return getattr(variable.get_value(), "ndim", 0) - stack >= 2
 
     return jax.tree.map(matrix, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
 

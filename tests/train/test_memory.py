@@ -54,6 +54,8 @@ def test_the_plan_is_near_to_what_xla_assigned(target):
 
 @pytest.mark.parametrize("place", [0, 1])
 def test_the_record_is_what_this_jax_assigns(place):
+    if jax.__version_info__ < (0, 12):
+        pytest.skip("recorded with jax 0.12; jax 0.10 takes 6 to 26 % more on a CPU")
     # One of plain layers, one of layers in turns.
     models = ("smollm2-135m", "gemma2-2b")
     row = next(row for row in recorded("cpu") if row["model"] == models[place])
