@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from qlora_jax.memory import Setup as Setup
     from qlora_jax.models.streaming import stream as stream
     from qlora_jax.nn.linear import quantize as quantize
+    from qlora_jax.optim.eight_bit import adamw_8bit as adamw_8bit
     from qlora_jax.optim.loss_scale import dynamic_loss_scale as dynamic_loss_scale
     from qlora_jax.optim.offload import offload as offload
     from qlora_jax.plan import plan_memory as plan_memory
@@ -66,6 +67,7 @@ _HOMES = {
     "qlora_jax.models.streaming": ("stream",),
     "qlora_jax.plan": ("plan_memory",),
     "qlora_jax.nn.linear": ("quantize",),
+    "qlora_jax.optim.eight_bit": ("adamw_8bit",),
     "qlora_jax.optim.loss_scale": ("dynamic_loss_scale",),
     "qlora_jax.optim.offload": ("offload",),
     "qlora_jax.quant": (
