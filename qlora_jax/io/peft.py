@@ -470,7 +470,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         ) from None
     if not isinstance(settings, dict):
         raise AdapterMismatchError(f"{folder / CONFIG} is no JSON object")
-    return settings, stored
+    given = {key: value for key, value in settings.items() if value is not None}
+    return {"r": 8, "lora_alpha": 8} | given, stored  # PEFT's defaults
 
 
 def _config(
