@@ -69,19 +69,20 @@ def thresholds(codebook: Codebook) -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.cache
-def dynamic_map() -> np.ndarray:
-    """Returns the signed 8-bit dynamic map, 256 ascending float32 values in (-1, 1].
+def dynamic_map(signed: bool = True) -> np.ndarray:
+    """Returns an 8-bit dynamic map: 256 ascending float32 values in (-1, 1], or in [0, 1].
 
-    Seven decades of linearly spaced midpoints of both signs, and 0 and 1; there is no
-    -1. float32(float64) at each step reproduces the fused multiply-add of torch's
-    linspace, so the bits equal those bitsandbytes stores.
+    Seven decades of linearly spaced midpoints, and 0 and 1. With signs each is there
+    twice, but for -1, which is not; without, a decade has twice as many. float32(float64)
+    at each step reproduces the fused multiply-add of torch's linspace, so the bits equal
+    those bitsandbytes stores.
 
     Source: bitsandbytes functional.py, create_dynamic_map (Dettmers, arXiv 1511.04561).
     """
     start, stop = np.float32(0.1), np.float32(1.0)
     table = [np.float32(0.0), np.float32(1.0)]
     for decade in range(7):
-        count = 2**decade + 1
+        count = 2 ** (decade if signed else decade + 1) + 1
         step = np.float64(np.float32((stop - start) / np.float32(count - 1)))
         index = np.arange(count)
         edges = np.where(
@@ -89,7 +90,7 @@ def dynamic_map() -> np.ndarray:
         ).astype(np.float32)
         middles = (edges[:-1] + edges[1:]) / np.float32(2)
         scaled = np.float32(10.0 ** (decade - 6)) * middles
-        table += [*scaled, *-scaled]
+        table += [*scaled, *-scaled] if signed else [*scaled]
     result = np.sort(np.array(table, np.float32))
     result.setflags(write=False)
     return result

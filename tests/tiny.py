@@ -109,6 +109,19 @@ def adapted(
     return nnx.merge(graphdef, randomized(lora, seed), base)
 
 
+def moved(model: nnx.Module, **config: Any) -> Any:
+    """Returns a model with an adapter of a kind, every value of which is moved."""
+    config = {"rank": 4, "alpha": 6.0} | config
+    graphdef, lora, base = nnx.split(
+        attach(model, LoRAConfig(**config), key=jax.random.key(1)), nnx.LoRAParam, ...
+    )
+    rng = np.random.default_rng(0)
+    lora = jax.tree.map(
+        lambda x: x + jnp.asarray(0.05 * rng.standard_normal(x.shape), x.dtype), lora
+    )
+    return nnx.merge(graphdef, lora, base)
+
+
 def randomized(lora: nnx.State, seed: int = 5) -> nnx.State:
     """Returns an adapter with lora_b drawn, so that it changes what the model says."""
     rng = np.random.default_rng(seed)

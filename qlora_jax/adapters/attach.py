@@ -6,7 +6,7 @@ import logging
 import re
 import zlib
 from collections import Counter
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -202,6 +202,7 @@ def _check(model: nnx.Module, config: LoRAConfig) -> None:
     alone = config.saved or config.tokens
     if not found and not (config.targets == "" and alone):
         raise ConfigError(_no_match(config.targets, list(linears)))
+    problems += _unmatched(config, [*linears, EMBEDDING])
     for name in config.saved:
         if not any(ends(path, name) for path in (*dense, *([HEAD] if tied else []))):
             quantized = any(ends(path, name) for path in packed)
@@ -239,6 +240,30 @@ def _check(model: nnx.Module, config: LoRAConfig) -> None:
         problems.append(f"--lora.dora has no form for {EMBEDDING}")
     if problems:
         raise ConfigError(gathered("the adapter does not fit this model", problems))
+
+
+def detach(model: M) -> M:
+    """Returns the base of a model with an adapter; the model is left as it was.
+
+    Raises:
+      AdapterMismatchError: something of the base trained in place (a bias, or a module of
+        modules_to_save), so that the base is no longer there.
+    """
+
+    def replace(path: tuple, node: Any) -> Any:
+        return (
+            node.base if isinstance(node, (LoRA, LoRAEmbedding, TrainedRows)) else node
+        )
+
+    base = nnx.recursive_map(replace, model)
+    if left := nnx.to_flat_state(nnx.state(base, nnx.LoRAParam)):
+        names = ", ".join(dotted(path) for path, _ in left)
+        raise AdapterMismatchError(
+            f"the model's own {names} trained in place; load the base anew"
+        )
+    if isinstance(base, Decoder) and base.config.tie_word_embeddings:
+        base.lm_head = nnx.data(None)
+    return cast(M, base)
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
@@ -329,6 +354,30 @@ def base_fingerprint(lora: nnx.State) -> dict[str, Any] | None:
         if text is not None:
             return json.loads(text)
     return None
+
+
+def _unmatched(config: LoRAConfig, paths: list[str]) -> list[str]:
+    """Returns what of a config's names is the end of no path, or of none with an adapter."""
+    problems = []
+    names = [name.strip() for name in config.targets.split(",") if name.strip()]
+    pattern = any(re.fullmatch(config.targets, path) for path in paths)
+    if config.targets != ALL_LINEAR and not pattern:
+        for name in names:
+            if not any(ends(path, name) for path in paths):
+                problems.append(_no_match(name, paths))
+    adapted = [path for path in paths if config.matches(path)]
+    for flag, patterns in (
+        ("rank-pattern", config.rank_pattern),
+        ("alpha-pattern", config.alpha_pattern),
+    ):
+        for name in patterns:
+            if not any(ends(path, name) for path in adapted):
+                last = sorted({path.rpartition(".")[2] for path in adapted})
+                problems.append(
+                    f"--lora.{flag} {name} is no linear with an adapter; there are "
+                    f"{', '.join(last)}"
+                )
+    return problems
 
 
 def _no_match(targets: str, linears: list[str]) -> str:

@@ -117,6 +117,10 @@ class LoRAConfig:
         if problems:
             raise ConfigError("; ".join(problems))
 
+    def __hash__(self) -> int:
+        # Of dicts the generated one could not be made; jit hashes static values.
+        return hash(repr(self))
+
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "LoRAConfig":
         """Makes one of what JSON or TOML gives of `dataclasses.asdict`."""

@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from qlora_jax.adapters.attach import attach_zero, base_fingerprint
+from qlora_jax.adapters.attach import attach_zero, base_fingerprint, detach
 from qlora_jax.adapters.config import LoRAConfig
 from qlora_jax.adapters.fingerprint import difference, fingerprint
 from qlora_jax.adapters.names import flatten, unflatten
@@ -196,13 +196,15 @@ def load_adapter(path: str | os.PathLike[str], model: M) -> M:
 
     Args:
       path: A run folder, an adapter folder or a PEFT folder.
-      model: The base it was trained on, dense or quantized; or the same with an adapter
-        attached, whose values are replaced.
+      model: The base it was trained on, dense or quantized; an adapter that it has is
+        replaced.
 
     Raises:
       AdapterMismatchError: no adapter there, or it does not fit: another base, rank or
         targets; every mismatch is named.
     """
+    if nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)):
+        model = detach(model)
     if is_peft(path):
         if not isinstance(model, Decoder):
             raise AdapterMismatchError(
@@ -212,31 +214,29 @@ def load_adapter(path: str | os.PathLike[str], model: M) -> M:
         return cast(M, import_peft(path, model))
     folder = find_adapter(path)
     config, metadata = _read_metadata(folder)
-    attached = bool(nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)))
-    if not attached:
-        problems = []
-        ours = fingerprint(model)
-        if metadata["base"] is not None and ours is not None:
-            if text := difference(json.loads(ours), metadata["base"]):
-                problems.append(text)
-        try:
-            room = _with_room(model, config, metadata)
-            model = attach_zero(room, config, key=jax.random.key(0))
-        except ConfigError as error:
-            problems.append(str(error))
-            raise AdapterMismatchError(_unfit(folder, problems)) from None
-        dense = any(
-            isinstance(node, LoRA) and isinstance(node.base, Linear)
-            for _, node in nnx.iter_graph(model)
+    problems = []
+    ours = fingerprint(model)
+    if metadata["base"] is not None and ours is not None:
+        if text := difference(json.loads(ours), metadata["base"]):
+            problems.append(text)
+    try:
+        room = _with_room(model, config, metadata)
+        model = attach_zero(room, config, key=jax.random.key(0))
+    except ConfigError as error:
+        problems.append(str(error))
+        raise AdapterMismatchError(_unfit(folder, problems)) from None
+    dense = any(
+        isinstance(node, LoRA) and isinstance(node.base, Linear)
+        for _, node in nnx.iter_graph(model)
+    )
+    if config.init != "zero" and dense:
+        problems.append(
+            f"it began as what quantization lost (init {config.init}), so it belongs to "
+            "the 4-bit base; quantize this one (--quant.codebook nf4)"
         )
-        if config.init != "zero" and dense:
-            problems.append(
-                f"it began as what quantization lost (init {config.init}), so it belongs to "
-                "the 4-bit base; quantize this one (--quant.codebook nf4)"
-            )
-        if problems:
-            problems += _shape_problems(metadata, model)
-            raise AdapterMismatchError(_unfit(folder, problems))
+    if problems:
+        problems += _shape_problems(metadata, model)
+        raise AdapterMismatchError(_unfit(folder, problems))
     graphdef, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
     with ocp.StandardCheckpointer() as checkpointer:
         arrays = checkpointer.restore(folder / ARRAYS, _abstract(metadata))

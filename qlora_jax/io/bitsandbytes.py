@@ -201,8 +201,31 @@ def read_quantization_config(
     return QuantConfig(codebook=kind, double_quant=double), []
 
 
-def quantization_config(q: QuantizedTensor, compute_dtype: str) -> dict[str, Any]:
-    """Returns the quantization_config that transformers writes for such weights."""
+def stored_block_size(tensors: Mapping[str, np.ndarray]) -> int:
+    """Returns the block size of a folder's 4-bit weights, which config.json does not have.
+
+    64 where no weight says it: reading the weights themselves finds what is wrong.
+    """
+    for name in tensors:
+        if _STATE in name:
+            try:
+                size = json.loads(bytes(tensors[name]))["blocksize"]
+            except (ValueError, KeyError, TypeError):
+                break
+            return size if size in BLOCK_SIZES else 64
+    return 64
+
+
+def quantization_config(
+    q: QuantizedTensor, compute_dtype: str, skip: list[str] | None = None
+) -> dict[str, Any]:
+    """Returns the quantization_config that transformers writes for such weights.
+
+    Args:
+      q: One of them.
+      compute_dtype: Its name.
+      skip: Names of modules that stay dense, beside embeddings and head.
+    """
     return {
         "_load_in_4bit": True,
         "_load_in_8bit": False,
@@ -212,7 +235,7 @@ def quantization_config(q: QuantizedTensor, compute_dtype: str) -> dict[str, Any
         "bnb_4bit_use_double_quant": q.double_quant,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": None,
+        "llm_int8_skip_modules": skip,
         "llm_int8_threshold": 6.0,
         "load_in_4bit": True,
         "load_in_8bit": False,

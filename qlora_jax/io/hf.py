@@ -1,5 +1,6 @@
 """Hugging Face model folders: load one, quantizing as it streams in; save one."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -252,6 +253,9 @@ def read_config(
             f"{folder / 'config.json'} has a value of the wrong kind: {error!r}"
         ) from None
     stored, more = bitsandbytes.read_quantization_config(hf)
+    if stored is not None and any(folder.glob("*.safetensors")):
+        size = bitsandbytes.stored_block_size(open_tensors(folder))
+        stored = dataclasses.replace(stored, block_size=size)
     if problems := problems + more:
         raise CheckpointError(gathered(f"{folder / 'config.json'}", problems))
     return hf, FAMILIES[kind], config, stored
@@ -505,7 +509,12 @@ def save_model(
             ):
                 shutil.copyfile(folder / name, out / name)
     out.mkdir(parents=True, exist_ok=True)
-    hf.pop("quantization_config", None)
+    # Linears that stay dense in 4-bit folders: what the source says, and a router, which
+    # transformers 4 would take for 4-bit.
+    before = hf.pop("quantization_config", None) or {}
+    skip = before.get("llm_int8_skip_modules")
+    if skip is None and model.config.num_experts:
+        skip = ["lm_head", "gate"]
     hf.pop("dtype", None)
     hf["torch_dtype"] = model.compute_dtype.name
     hf["vocab_size"] = model.config.vocab_size
@@ -513,10 +522,8 @@ def save_model(
     writer = Writer(out, shard_bytes)
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         template, value = names[".".join(map(str, path))], variable.get_value()
-        if isinstance(value, QuantizedTensor) and path[0] in (
-            "embed_tokens",
-            "lm_head",
-        ):
+        table = path[0] in ("embed_tokens", "lm_head")
+        if table and isinstance(value, QuantizedTensor):
             value = dequantize(value, model.dtype)
         parts, stack = hf_names(template, model.config)
         for name, index in zip(parts, np.ndindex(*stack), strict=True):
@@ -525,13 +532,8 @@ def save_model(
                 for key, array in bitsandbytes.write(one, name).items():
                     writer.add(key, array)
                 hf["quantization_config"] = bitsandbytes.quantization_config(
-                    one, model.compute_dtype.name
+                    one, model.compute_dtype.name, skip
                 )
-                if (
-                    model.config.num_experts
-                ):  # transformers 4 would look for a 4-bit router
-                    skip = ["lm_head", "gate"]
-                    hf["quantization_config"]["llm_int8_skip_modules"] = skip
             else:
                 writer.add(name, np.asarray(one))
     size = writer.close()

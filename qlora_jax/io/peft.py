@@ -36,7 +36,7 @@ from safetensors.numpy import load_file, save_file
 
 from qlora_jax.adapters.attach import attach_zero, lora_config, split
 from qlora_jax.adapters.config import EMBEDDING, HEAD, Bias, LoRAConfig
-from qlora_jax.adapters.names import flatten, unflatten
+from qlora_jax.adapters.names import dotted, flatten, unflatten
 from qlora_jax.errors import (
     AdapterMismatchError,
     ConfigError,
@@ -78,6 +78,26 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "megatron_config": (None,),
 }
 """Settings that change what an adapter is -> the values that ours can have."""
+_HELD = (
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias"),
+    *("target_modules", "exclude_modules", "modules_to_save", "ensure_weight_tying"),
+    *("rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern"),
+    *("trainable_token_indices", "init_lora_weights"),
+)
+_ASIDE = (
+    *(
+        "base_model_name_or_path",
+        "revision",
+        "task_type",
+        "inference_mode",
+        "auto_mapping",
+    ),
+    *("peft_version", "runtime_config", "megatron_core", "qalora_group_size"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+)
+"""Settings that ours hold, and those that say nothing of a trained adapter."""
+_CHANGED_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+"""init_lora_weights that take a part out of the base's own weights."""
 
 
 def is_peft(path: str | os.PathLike[str]) -> bool:
@@ -171,19 +191,96 @@ def _understood(
 ) -> tuple[dict[str, np.ndarray], LoRAConfig, int, list[str]]:
     """Returns (arrays by our names, config, rows that the vocabulary needs, problems)."""
     settings, stored = _read(folder)
-    problems = [
-        f"{key} is {settings[key]!r}, which an adapter here cannot hold"
-        for key, values in _ONLY.items()
-        if settings.get(key, values[0]) not in values
-    ]
+    problems = _not_held(settings)
     flat, copies, more = _named(stored, model)
     problems += more
+    problems += _without_tensors(settings, flat, model)
     tokens, head_tokens = _tokens(settings)
     problems += _not_copies(copies, model, settings, flat, {*tokens})
     rows = [len(flat[name]) for name in _TABLES if name in flat]
     rows += [i + 1 for i in (*tokens, *(head_tokens or ()))]
     config, more = _config(settings, flat, model, tokens, head_tokens)
     return flat, config, max(rows, default=0), problems + more
+
+
+def _not_held(settings: dict[str, Any]) -> list[str]:
+    """Returns what is said of settings that make an adapter another than ours can be."""
+    problems = [
+        f"{key} is {settings[key]!r}, which an adapter here cannot hold"
+        for key, values in _ONLY.items()
+        if settings.get(key, values[0]) not in values
+    ]
+    known = {*_ONLY, *_HELD, *_ASIDE}
+    problems += [
+        f"{key} is {value!r}, a setting that is not known here"
+        for key, value in settings.items()
+        if value and key not in known
+    ]
+    start = settings.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(_CHANGED_BASE):
+        problems.append(
+            f"init_lora_weights is {start!r}, which changed the base's weights; save it in "
+            "PEFT with path_initial_model_for_weight_conversion"
+        )
+    return problems
+
+
+def _without_tensors(
+    settings: dict[str, Any], flat: dict[str, np.ndarray], model: Decoder
+) -> list[str]:
+    """Returns modules that the settings name and the file has nothing of.
+
+    PEFT loads such a folder with a warning and leaves them untrained.
+    """
+    names = module_names(model.config)
+    have = {dotted(path) for path, _ in nnx.to_flat_state(nnx.state(model))}
+    linears = {
+        name
+        for name in names
+        if name == EMBEDDING or f"{_unnumbered(name)}.kernel" in have
+    }
+    saved = settings.get("modules_to_save") or []
+    saved_here = {
+        ours for ours, hf in names.items() if any(hf.endswith(end) for end in saved)
+    }
+    adapted = {name.rpartition(".")[0] for name in flat}
+    missing = [
+        names[name]
+        for name in sorted(linears - saved_here - adapted)
+        if _targeted(settings, names[name])
+    ]
+    missing += [
+        end
+        for end in saved
+        if not any(names[name].endswith(end) for name in saved_here & adapted)
+    ]
+    if not missing:
+        return []
+    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    return [
+        f"{CONFIG} names {', '.join(missing[:3])}{more}, of which {TENSORS} has nothing"
+    ]
+
+
+def _targeted(settings: dict[str, Any], module: str) -> bool:
+    """Whether PEFT's settings put an adapter on a module of Hugging Face's name."""
+
+    def named(wanted: Any) -> bool:
+        if isinstance(wanted, str):
+            return re.fullmatch(wanted, module) is not None
+        return any(module == one or module.endswith(f".{one}") for one in wanted or ())
+
+    targets = settings.get("target_modules")
+    if targets is None or named(settings.get("exclude_modules")):
+        return False
+    if targets == "all-linear":
+        return not module.endswith((HEAD, EMBEDDING))
+    layers = settings.get("layers_to_transform")
+    if layers is not None and (number := re.search(r"\.(\d+)\.", module)):
+        layers = [layers] if isinstance(layers, int) else layers
+        if int(number.group(1)) not in layers:
+            return False
+    return named(targets)
 
 
 _TABLES = (f"{EMBEDDING}.weight", f"{EMBEDDING}.lora_a", f"{HEAD}.kernel")
@@ -204,6 +301,8 @@ def _named(
             problems.append(f"{name} is no tensor of an adapter")
         elif module not in names:
             problems.append(f"{name}: the model has no module {module}")
+        elif not np.isfinite(np.asarray(array, np.float32)).all():
+            problems.append(f"{name} has NaN or Inf values")
         elif ours == "copy":
             copies[names[module]] = array
         elif ours == "own":

@@ -15,7 +15,7 @@ from pallas_kernels.layout import QuantizedTensor
 from pallas_kernels.reference import dequantize_rows
 from qlora_jax.nn.linear import Linear, QuantizedLinear
 from qlora_jax.nn.lora import adapter_scale
-from qlora_jax.nn.matmul import trained_matmul
+from qlora_jax.nn.matmul import factor_matmul
 from qlora_jax.nn.variables import FrozenParam, trains
 
 
@@ -135,7 +135,7 @@ class TrainedRows(nnx.Module):
     def _logits(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
         # In float32: XLA's CPU has no bf16 product of what the update's gradient gathers.
         flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-        mine = trained_matmul(flat, self.rows[...]).reshape(*x.shape[:-1], -1)
+        mine = factor_matmul(flat, self.rows[...].T).reshape(*x.shape[:-1], -1)
         logits = self.base(x)
         return logits.at[..., jnp.asarray(self.tokens)].set(mine.astype(logits.dtype))
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.layout import QuantizedTensor
 from pallas_kernels.matmul import nf4_lora_matmul, nf4_matmul
 from qlora_jax.errors import ShapeError
-from qlora_jax.nn.matmul import frozen_matmul, trained_matmul
+from qlora_jax.nn.matmul import factor_matmul, frozen_matmul
 from qlora_jax.nn.variables import FrozenParam, trains
 from qlora_jax.quant import QuantConfig, dequantize, quantize_tensor
 
@@ -55,8 +55,11 @@ class Linear(nnx.Module):
 
     def product(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """Computes x @ kernel.T in x's dtype."""
-        multiply = trained_matmul if trains(self.kernel) else frozen_matmul
-        y = multiply(x.reshape(-1, x.shape[-1]), self.kernel[...])
+        flat, kernel = x.reshape(-1, x.shape[-1]), self.kernel[...]
+        if trains(self.kernel):
+            y = factor_matmul(flat, kernel.T)
+        else:
+            y = frozen_matmul(flat, kernel)
         return y.reshape(*x.shape[:-1], -1)
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:

@@ -57,24 +57,3 @@ def _factor_bwd(residuals, dy):
 
 
 factor_matmul.defvjp(_factor_fwd, _factor_bwd)
-
-
-@jax.custom_vjp
-def trained_matmul(
-    x: Float[Array, "m k"], w: Float[Array, "n k"]
-) -> Float[Array, "m n"]:
-    """Computes x @ w.T in x's dtype, for a weight that trains in its own (float32)."""
-    return _dot(x, w.astype(x.dtype), 1, 1).astype(x.dtype)
-
-
-def _trained_fwd(x, w):
-    return trained_matmul(x, w), (x, w)
-
-
-def _trained_bwd(residuals, dy):
-    x, w = residuals
-    dx = _dot(dy, w.astype(dy.dtype), 1, 0).astype(x.dtype)
-    return dx, _dot(dy, x, 0, 0).astype(w.dtype)
-
-
-trained_matmul.defvjp(_trained_fwd, _trained_bwd)

@@ -195,7 +195,7 @@ def dequantize_moment(
     """Returns the float32 values of what `quantize_moment` made."""
     codes, absmax = moment
     stack, size = codes.shape[:-2], math.prod(codes.shape[-2:])
-    values = _take(_map(signed), codes.reshape(*stack, size))
+    values = _take(dynamic_map(signed), codes.reshape(*stack, size))
     scales = jnp.repeat(absmax, block_size, axis=-1)[..., :size]
     return (values * scales).reshape(codes.shape)
 
@@ -221,39 +221,10 @@ def _search_tables(signed: bool) -> tuple[np.ndarray, np.ndarray]:
       (no two midpoints begin alike, so that the code of x is this or the next), and above
       each code, the midpoint to the next; x on it has the lower code.
     """
-    table = _map(signed)
+    table = dynamic_map(signed)
     midpoints = (table[1:] + table[:-1]) / np.float32(2)
     low = np.arange(2**_BUCKET_BITS, dtype=np.uint32) << (32 - _BUCKET_BITS)
     high = low | np.uint32(2 ** (32 - _BUCKET_BITS) - 1)
     lowest = np.where(low >> 31, high, low).view(np.float32)  # of negatives the last
     codes = np.searchsorted(midpoints, lowest, side="left").astype(np.uint8)
     return codes, np.append(midpoints, np.float32(np.inf))
-
-
-def _map(signed: bool) -> np.ndarray:
-    return dynamic_map() if signed else unsigned_dynamic_map()
-
-
-@functools.cache
-def unsigned_dynamic_map() -> np.ndarray:
-    """Returns the unsigned 8-bit dynamic map, 256 ascending float32 values in [0, 1].
-
-    Seven decades with 2, 4, .. 128 linearly spaced midpoints, and 0 and 1: twice as many
-    a decade as the signed map of pallas_kernels.codebook, by the same arithmetic.
-
-    Source: bitsandbytes functional.py, create_dynamic_map(signed=False).
-    """
-    start, stop = np.float32(0.1), np.float32(1.0)
-    table = [np.float32(0.0), np.float32(1.0)]
-    for decade in range(7):
-        count = 2 ** (decade + 1) + 1
-        step = np.float64(np.float32((stop - start) / np.float32(count - 1)))
-        index = np.arange(count)
-        edges = np.where(
-            index < count // 2, start + step * index, stop - step * (count - 1 - index)
-        ).astype(np.float32)
-        middles = (edges[:-1] + edges[1:]) / np.float32(2)
-        table += [*(np.float32(10.0 ** (decade - 6)) * middles)]
-    result = np.sort(np.array(table, np.float32))
-    result.setflags(write=False)
-    return result

@@ -28,6 +28,10 @@ Progress = Callable[[dict[str, Any]], None]
 """Called with each step's metrics, and with eval losses."""
 
 
+OVERFLOWS = 5
+"""Losses in a row that are not finite, at which a float16 run ends."""
+
+
 class DivergedError(QLoRAError, ArithmeticError):
     """The loss became NaN or Inf."""
 
@@ -144,7 +148,7 @@ class Trainer:
         figures: dict[str, Any] = {"steps": self.steps}
         if self.eval_data is not None and self.start == 0:
             self._log_eval(log, 0)
-        losses, tokens, last = [], 0.0, time.monotonic()
+        losses, tokens, last, overflows = [], 0.0, time.monotonic(), 0
         for step in range(self.start, self.steps):
             batch = self._batch(step)
             key = jax.random.fold_in(self._key, step) if self._dropout else None
@@ -163,12 +167,7 @@ class Trainer:
             }
             log.write(**row)
             self._progress(row)
-            if not np.isfinite(row["loss"]) and config.compute_dtype != "float16":
-                raise DivergedError(
-                    f"step {step + 1}: the loss is {row['loss']}. Lower "
-                    "--train.learning-rate, or compute in bfloat16 or float32. "
-                    f"{self.out / 'checkpoints'} keeps the last good checkpoint."
-                )
+            overflows = self._check_finite(row, overflows)
             losses.append(row["loss"])
             tokens += row["tokens"]
             done = step + 1
@@ -183,6 +182,8 @@ class Trainer:
             ):
                 checkpoints.save(done, self.lora, self.opt_state, self._position())
                 last = time.monotonic()
+        if overflows or not _finite(self.lora):
+            self._diverged(self.steps, "the adapter has values that are not finite")
         save_adapter(
             self.out / "adapter",
             self.lora,
@@ -195,11 +196,38 @@ class Trainer:
         figures |= {"tokens": tokens, "seconds": round(time.monotonic() - began, 1)}
         return figures
 
+    def _check_finite(self, row: dict[str, Any], overflows: int) -> int:
+        """Ends a run that diverged; returns the losses in a row that were not finite.
+
+        In float16 a step whose gradients overflow is skipped and the loss scale lowered. A
+        loss is of the forward pass, which no scale mends: one batch may do that, not many.
+        """
+        values = {"loss": row["loss"]}
+        if self.config.compute_dtype != "float16":
+            values["grad_norm"] = row["grad_norm"]
+        for name, value in values.items():
+            if not np.isfinite(value):
+                overflows += 1
+                allowed = 1 if len(values) > 1 else OVERFLOWS
+                if overflows >= allowed:
+                    said = "gradient's norm" if name == "grad_norm" else name
+                    self._diverged(row["step"], f"the {said} is {value}")
+                return overflows
+        return 0
+
+    def _diverged(self, step: int, what: str) -> None:
+        raise DivergedError(
+            f"step {step}: {what}. Lower --train.learning-rate, or compute in bfloat16 or "
+            f"float32. {self.out / 'checkpoints'} keeps the last good checkpoint."
+        )
+
     def _log_eval(self, log: MetricsLog, step: int) -> None:
         assert self.eval_data is not None
         row = {"step": step, "eval_loss": self.evaluate(self.eval_data)}
         log.write(**row)
         self._progress(row)
+        if not np.isfinite(row["eval_loss"]):
+            self._diverged(step, f"the eval loss is {row['eval_loss']}")
 
     def _batch(self, step: int) -> dict[str, np.ndarray]:
         c = self.config
@@ -222,3 +250,9 @@ class Trainer:
             # As JSON gives it back.
             "lora": json.loads(json.dumps(dataclasses.asdict(self.lora_config))),
         }
+
+
+def _finite(lora: nnx.State) -> bool:
+    """Whether every value of an adapter is finite."""
+    leaves = jax.tree.leaves(jax.tree.map(lambda x: jnp.isfinite(x).all(), lora))
+    return bool(jnp.stack(leaves).all())

@@ -65,7 +65,7 @@ class Side:
 
 @pytest.fixture(scope="session")
 def side(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Side]:
-    """Runs side.py; skips where there is no PyTorch."""
+    """Runs side.py; skips where there is no PyTorch, which is no dependency of ours."""
     python = os.environ.get(VARIABLE)
     if not python:
         pytest.skip(

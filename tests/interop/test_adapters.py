@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 import qlora_jax as qlora
-from qlora_jax import LoRAConfig, QuantConfig
+from qlora_jax import QuantConfig
 from qlora_jax.adapters.names import flatten
 from qlora_jax.models import Decoder
 from qlora_jax.models.vocabulary import resize_tokens
@@ -66,19 +66,6 @@ THEIRS: dict[str, dict[str, Any]] = {
 }
 
 
-def drawn(model: Decoder, **config: Any) -> Decoder:
-    """Returns a model with an adapter of a kind, every value of it moved."""
-    config = {"rank": 4, "alpha": 6.0} | config
-    graphdef, lora, base = qlora.split(
-        qlora.attach(model, LoRAConfig(**config), key=jax.random.key(1))
-    )
-    rng = np.random.default_rng(0)
-    moved = jax.tree.map(
-        lambda x: x + jnp.asarray(0.05 * rng.standard_normal(x.shape), x.dtype), lora
-    )
-    return qlora.join(graphdef, moved, base)
-
-
 def close(ours: Any, theirs: Any) -> None:
     np.testing.assert_allclose(ours, theirs, atol=ORDER, rtol=0)
 
@@ -98,7 +85,7 @@ def test_our_adapter_opens_in_peft(side, bases, ids, tmp_path, kind):
     # Of a model with biases, whose head is its own but for those that say otherwise.
     base = untied(side, bases, tmp_path)
     model, _ = qlora.load(base, dtype="float32")
-    adapted = drawn(model, **KINDS[kind])
+    adapted = tiny.moved(model, **KINDS[kind])
     moved = tiny.logits(adapted, np.load(ids)) - tiny.logits(model, np.load(ids))
     assert np.abs(moved).max() > 0.1
     same_in_peft(side, adapted, base, ids, tmp_path)
@@ -107,7 +94,7 @@ def test_our_adapter_opens_in_peft(side, bases, ids, tmp_path, kind):
 def untied(side: Any, bases: dict[str, Path], out: Path) -> Path:
     """Makes a Qwen2 whose head is not its embedding."""
     model, _ = qlora.load(bases["qwen2"], dtype="float32")
-    own = drawn(model, modules_to_save="lm_head", targets="v_proj")
+    own = tiny.moved(model, modules_to_save="lm_head", targets="v_proj")
     qlora.save_model(
         qlora.merge(own, dtype="float32"), out / "b", source=bases["qwen2"]
     )
@@ -117,7 +104,7 @@ def untied(side: Any, bases: dict[str, Path], out: Path) -> Path:
 @pytest.mark.parametrize("kind", TIED)
 def test_our_adapter_on_a_tied_base_opens_in_peft(side, bases, ids, tmp_path, kind):
     model, _ = qlora.load(bases["qwen2"], dtype="float32")
-    adapted = drawn(model, targets="q_proj", **TIED[kind])
+    adapted = tiny.moved(model, targets="q_proj", **TIED[kind])
     same_in_peft(side, adapted, bases["qwen2"], ids, tmp_path)
 
 
@@ -125,7 +112,7 @@ def test_our_adapter_of_new_tokens_opens_in_peft(side, bases, ids, tmp_path):
     model, _ = qlora.load(bases["qwen2"], dtype="float32")
     rows = model.config.vocab_size + 2
     larger = resize_tokens(model, rows)
-    adapted = drawn(larger, targets="q_proj", tokens=(rows - 1, rows - 2))
+    adapted = tiny.moved(larger, targets="q_proj", tokens=(rows - 1, rows - 2))
     new = np.load(ids).copy()
     new[:, 3] = rows - 1
     np.save(tmp_path / "new.npy", new)
@@ -145,7 +132,7 @@ def four_bit(bases, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("kind", ["plain", "rslora, patterns", "dora", "saved"])
 def test_our_adapter_on_a_4_bit_base_opens_in_peft(side, four_bit, ids, tmp_path, kind):
     model, _ = qlora.load(four_bit, dtype="float32")
-    same_in_peft(side, drawn(model, **KINDS[kind]), four_bit, ids, tmp_path)
+    same_in_peft(side, tiny.moved(model, **KINDS[kind]), four_bit, ids, tmp_path)
 
 
 @pytest.mark.parametrize("kind", THEIRS)
@@ -167,7 +154,7 @@ def test_loss_and_gradients_of_a_4_bit_step_are_those_of_peft(
     side, four_bit, ids, tmp_path
 ):
     model, _ = qlora.load(four_bit, dtype="float32")
-    adapted = drawn(model)
+    adapted = tiny.moved(model)
     adapter = qlora.export_peft(tmp_path / "a", adapted)
     job = {"base": four_bit, "adapter": adapter, "ids": ids, "grads": True}
     side("logits", out=tmp_path / "theirs.npz", **job)

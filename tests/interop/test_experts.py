@@ -8,14 +8,12 @@ wrong of them, and how export_peft writes around it, io/peft.py says.
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
 import qlora_jax as qlora
-from qlora_jax import LoRAConfig, QuantConfig
+from qlora_jax import QuantConfig
 from qlora_jax.errors import AdapterMismatchError
 from qlora_jax.models import Decoder
 from qlora_jax.nn import QuantizedLinear
@@ -44,17 +42,8 @@ SAME: dict[str, dict[str, Any]] = {
 
 
 def drawn(base: Path, **config: Any) -> Decoder:
-    """Opens a base, with an adapter of a kind of which every value is moved."""
-    model, _ = qlora.load(base, dtype="float32")
-    config = {"rank": 4, "alpha": 6.0} | config
-    graphdef, lora, rest = qlora.split(
-        qlora.attach(model, LoRAConfig(**config), key=jax.random.key(1))
-    )
-    rng = np.random.default_rng(0)
-    moved = jax.tree.map(
-        lambda x: x + jnp.asarray(0.05 * rng.standard_normal(x.shape), x.dtype), lora
-    )
-    return qlora.join(graphdef, moved, rest)
+    """Opens a base, with an adapter of a kind."""
+    return tiny.moved(qlora.load(base, dtype="float32")[0], **config)
 
 
 def differing(side: Any, model: Decoder, ids: Path, out: Path, **job: Any) -> float:

@@ -1,6 +1,7 @@
 """Adapters on disk: what is in them, and what they refuse."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -63,10 +64,13 @@ def test_another_base_is_refused_with_what_differs(saved: Path):
         load_adapter(saved, tiny.decoder(bias=True))
 
 
-def test_another_rank_names_every_array(saved: Path):
-    model = tiny.adapted(tiny.quantized(), rank=8)
+def test_another_rank_names_every_array(saved: Path, tmp_path: Path):
+    folder = shutil.copytree(saved, tmp_path / "adapter")
+    metadata = json.loads((folder / "adapter.json").read_text())
+    metadata["lora"]["rank"] = 8
+    (folder / "adapter.json").write_text(json.dumps(metadata))
     with pytest.raises(AdapterMismatchError) as error:
-        load_adapter(saved, model)
+        load_adapter(folder, tiny.quantized())
     text = str(error.value)
     assert "28 problems" in text
     assert "layers.0.attn.k_proj.lora_a: shape (64, 4), the model has (64, 8)" in text

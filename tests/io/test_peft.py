@@ -95,7 +95,6 @@ def test_settings_are_those_that_peft_writes(exported: Path):
     [
         ["q_proj", "v_proj"],
         r"model\.layers\.\d+\.self_attn\.[qv]_proj",
-        "all-linear",
         [f"model.layers.{i}.self_attn.{n}_proj" for i in (0, 1) for n in "qv"],
     ],
 )
@@ -105,6 +104,13 @@ def test_targets_may_be_spelt_in_any_way(targets, tmp_path):
     change(folder, target_modules=targets)
     back = import_peft(folder, tiny.decoder())
     assert lora_config(back).targets == "layers.attn.q_proj,layers.attn.v_proj"
+
+
+def test_all_linear_is_every_linear_but_the_head(exported: Path):
+    change(exported, target_modules="all-linear")
+    assert (
+        len(lora_config(import_peft(exported, tiny.decoder())).targets.split(",")) == 7
+    )
 
 
 def test_peft_patterns_are_regular_expressions(exported: Path):

@@ -25,13 +25,13 @@ from qlora_jax.adapters import merge, split
 from qlora_jax.adapters.attach import lora_config
 from qlora_jax.adapters.names import flatten
 from qlora_jax.cli import inspect
-from qlora_jax.errors import AdapterMismatchError
+from qlora_jax.errors import AdapterMismatchError, ConfigError
 from qlora_jax.io import bitsandbytes
 from qlora_jax.io.adapter import load_adapter, save_adapter
-from qlora_jax.io.hf import load, save_model
+from qlora_jax.io.hf import load, read_config, save_model
 from qlora_jax.io.peft import export_peft, import_peft
 from qlora_jax.io.safetensors import SINGLE
-from qlora_jax.nn import FrozenParam, Linear, QuantizedLinear
+from qlora_jax.nn import FrozenParam, Linear, QuantizedLinear, quantize
 from qlora_jax.quant import QuantConfig, dequantize, quantize_tensor
 
 Find = Callable[[str], Path]
@@ -295,3 +295,104 @@ def test_merging_onto_original_or_dequantized_weights_is_what_it_says():
         np.testing.assert_allclose(on_original - on_packed, lost, atol=1e-6, rtol=0)
         assert np.abs(lost).max() > 0.01
         assert (on_original != dense).any() == (name == "q_proj")
+
+
+# What was let through once
+
+
+def test_an_adapter_that_a_model_has_is_replaced_with_its_scale(tmp_path: Path):
+    saved = tiny.adapted(tiny.decoder(), rank=4, alpha=32.0, targets="q_proj")
+    save_adapter(tmp_path / "a", split(saved)[1], lora_config(saved))
+    x = tiny.tokens()
+    wanted = tiny.logits(saved, x)
+    for other in ({"alpha": 8.0, "targets": "q_proj"}, {"rank": 2, "tokens": (3,)}):
+        model = load_adapter(tmp_path / "a", tiny.adapted(tiny.decoder(), **other))
+        assert lora_config(model) == lora_config(saved)
+        np.testing.assert_array_equal(tiny.logits(model, x), wanted)
+    with pytest.raises(AdapterMismatchError, match="its base had other weights"):
+        load_adapter(tmp_path / "a", tiny.adapted(tiny.decoder(seed=1)))
+    trained = tiny.adapted(tiny.decoder(), modules_to_save="norm")
+    with pytest.raises(AdapterMismatchError, match="norm.weight trained in place"):
+        load_adapter(tmp_path / "a", trained)
+
+
+@pytest.mark.parametrize(
+    ("settings", "drop", "message"),
+    [
+        ({}, "v_proj", "names model.layers.0.self_attn.v_proj, .*has nothing"),
+        ({}, "layers.1", r"names model.layers.1.self_attn.q_proj, .*v_proj, of which"),
+        ({"modules_to_save": ["lm_head"]}, "nothing", "names lm_head, of which"),
+        ({"init_lora_weights": "pissa_niter_4"}, "nothing", "changed the base's weigh"),
+        ({"init_lora_weights": "olora"}, "nothing", "changed the base's weights"),
+        ({"use_velora": True}, "nothing", "use_velora is True, a setting that is not"),
+    ],
+)
+def test_a_peft_folder_that_says_more_than_it_holds_is_refused(
+    tmp_path: Path, settings, drop, message
+):
+    model = tiny.adapted(tiny.decoder(), targets="q_proj,v_proj")
+    folder = export_peft(tmp_path / "a", model)
+    tensors = load_file(folder / PEFT)
+    save_file({k: v for k, v in tensors.items() if drop not in k}, folder / PEFT)
+    said = json.loads((folder / "adapter_config.json").read_text()) | settings
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    with pytest.raises(AdapterMismatchError, match=message):
+        import_peft(folder, tiny.decoder())
+
+
+def test_a_peft_adapter_of_some_layers_says_so(tmp_path: Path):
+    model = tiny.adapted(tiny.decoder(), targets="q_proj", layers=(1,))
+    folder = export_peft(tmp_path / "a", model)
+    said = json.loads((folder / "adapter_config.json").read_text())
+    said |= {"target_modules": ["q_proj"], "layers_to_transform": 1}
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    assert lora_config(import_peft(folder, tiny.decoder())).layers == (1,)
+
+
+def test_a_peft_adapter_that_is_not_finite_is_refused(tmp_path: Path):
+    folder = export_peft(tmp_path / "a", tiny.adapted(tiny.decoder()))
+    tensors = load_file(folder / PEFT)
+    name = next(iter(tensors))
+    tensors[name][0, 0] = np.nan
+    save_file(tensors, folder / PEFT)
+    with pytest.raises(AdapterMismatchError, match="has NaN or Inf values"):
+        import_peft(folder, tiny.decoder())
+
+
+def test_a_peft_folder_without_rank_has_pefts_default(tmp_path: Path):
+    model = tiny.adapted(tiny.decoder(), rank=8, alpha=8.0)
+    folder = export_peft(tmp_path / "a", model)
+    said = json.loads((folder / "adapter_config.json").read_text())
+    said = {k: v for k, v in said.items() if k != "r"} | {"lora_alpha": None}
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    assert lora_config(import_peft(folder, tiny.decoder())).rank == 8
+
+
+def test_a_4_bit_folder_says_its_block_size_and_what_stays_dense(tmp_path: Path):
+    quant = QuantConfig(block_size=128)
+    save_model(quantize(tiny.decoder(), quant), tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert read_config(tmp_path / "a")[3] == quant
+    load(tmp_path / "a", quant)
+    config["quantization_config"]["llm_int8_skip_modules"] = ["lm_head", "o_proj"]
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    save_model(load(tmp_path / "a")[0], tmp_path / "b", source=tmp_path / "a")
+    again = json.loads((tmp_path / "b" / "config.json").read_text())
+    kept = again["quantization_config"]["llm_int8_skip_modules"]
+    assert kept == ["lm_head", "o_proj"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"targets": "q_proj,v_prj"}, "'v_prj' matches no linear; near: v_proj"),
+        ({"rank_pattern": {"down_prj": 8}}, "rank-pattern down_prj is no linear with"),
+        (
+            {"targets": "q_proj", "alpha_pattern": {"v_proj": 8.0}},
+            "alpha-pattern v_proj is no linear with an adapter; there are q_proj",
+        ),
+    ],
+)
+def test_a_name_that_matches_nothing_is_an_error(config, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny.adapted(tiny.decoder(), **config)

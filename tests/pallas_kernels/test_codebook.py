@@ -1,5 +1,7 @@
 """The constants, against those published and those that bitsandbytes stores."""
 
+import hashlib
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -81,3 +83,17 @@ def test_tables_are_cached_and_cannot_be_written_to():
         with pytest.raises(ValueError, match="read-only"):
             table[0] = 0
     assert cb.values("nf4") is cb.values("nf4")
+
+
+# Of create_dynamic_map in bitsandbytes 0.50.2, its float32 bytes in little endian.
+MAP_SHA256 = {
+    True: "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c",
+    False: "305f002cc11278fb769d13b25b9fd0c7c83c8402c40a878fe086f4039fde6398",
+}
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_dynamic_maps_are_bitsandbytes_bit_for_bit(signed):
+    table = cb.dynamic_map(signed)
+    assert table.dtype == np.float32 and table.shape == (256,)
+    assert hashlib.sha256(table.tobytes()).hexdigest() == MAP_SHA256[signed]

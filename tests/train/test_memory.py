@@ -54,6 +54,7 @@ def test_the_plan_is_near_to_what_xla_assigned(target):
 
 @pytest.mark.parametrize("place", [0, 1])
 def test_the_record_is_what_this_jax_assigns(place):
+    # XLA's account is of one XLA: the record is not what an older one assigns.
     if jax.__version_info__ < (0, 12):
         pytest.skip("recorded with jax 0.12; jax 0.10 takes 6 to 26 % more on a CPU")
     # One of plain layers, one of layers in turns.
@@ -80,8 +81,10 @@ def test_an_h200s_step_takes_no_more_than(model, changes, gigabytes, gemm):
     # Each was compiled with both (scripts/results/README.md); the two differ by 1 %.
     import aot
 
+    # Four compilations of half a minute: once in .ci/run, on the jax that GPUs are for.
     if jax.__version__ != "0.11.2":
         pytest.skip("recorded with, and held to on, jax 0.11.2 (.ci/run)")
+    # Only CUDA's wheels have a compiler for it, which .ci/run installs.
     if reason := aot.available() or aot.without_cudnn():
         pytest.skip(f"NOT COMPILED FOR A GPU: {reason}")
     options = {} if gemm == "triton" else {"xla_gpu_enable_triton_gemm": False}

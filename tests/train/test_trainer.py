@@ -246,6 +246,28 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     assert not (tmp_path / "a" / "adapter").exists()
 
 
+def test_a_float16_run_whose_forward_pass_overflows_does_not_end_well(tmp_path):
+    config = dataclasses.replace(CONFIG, compute_dtype="float16", max_steps=8)
+    run = trainer(tmp_path / "a", config)
+    # Norms so large that hidden states leave float16's range, whatever the loss scale.
+    run.base = jax.tree.map(
+        lambda x: x * 6000 if x.shape[-1:] == (64,) and x.dtype == "float16" else x,
+        run.base,
+    )
+    with pytest.raises(DivergedError, match="step 5: the loss is nan.*bfloat16"):
+        run.fit()
+    assert not (tmp_path / "a" / "adapter").exists()
+
+
+def test_the_last_update_may_not_leave_an_adapter_that_is_not_finite(tmp_path):
+    config = dataclasses.replace(
+        CONFIG, learning_rate=3e38, warmup_ratio=0.0, max_steps=1, weight_decay=10.0
+    )
+    with pytest.raises(DivergedError, match="eval loss is|values that are not finite"):
+        trainer(tmp_path / "a", config).fit()
+    assert not (tmp_path / "a" / "adapter").exists()
+
+
 def test_a_metrics_log_drops_what_a_resumed_run_takes_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [{"step": 0, "eval_loss": 3.0}] + [
