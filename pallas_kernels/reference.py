@@ -10,13 +10,13 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import codebook as cb
 from pallas_kernels.annotations import Array, Float, Int, Shaped, UInt8
 from pallas_kernels.layout import QuantizedTensor, plane_width
+from pallas_kernels.tuning import current_device
 
 TILE_BYTES = {"cpu": 4 << 20}
 """Decoded weight alive at once in a tiled matmul. On CPU a tile stays in cache: at
@@ -215,7 +215,7 @@ def _dot(x: Array, w: Array, contract: int) -> Array:
 
 
 def _limit(by_platform: dict[str, int]) -> int:
-    return by_platform.get(jax.default_backend(), _DEFAULT_BYTES)
+    return by_platform.get(current_device().platform, _DEFAULT_BYTES)
 
 
 def _split_planes(x: Array, w: QuantizedTensor) -> list[Array]:

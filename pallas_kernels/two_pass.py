@@ -1,9 +1,13 @@
-"""The honest rival of the fused kernels: dequantize whole, then the library's product.
+"""The honest rival of the fused kernels: dequantize, then the library's product.
 
 One fusion writes the dense weight in x's dtype, once, and cuBLAS (or whatever XLA calls)
 multiplies. Costs 2 bytes a weight of memory while it runs and the time to write and read
-them, which many tokens hide; runs for any layout and on any device.
+them, which many tokens hide; runs for any layout and on any device. A weight that would be
+large (a head, the feed-forward of a 70B model) goes through in pieces of its rows, so that
+the buffer is bounded.
 """
+
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +17,11 @@ from pallas_kernels import codebook as cb
 from pallas_kernels import reference
 from pallas_kernels.annotations import Array, Float
 from pallas_kernels.layout import QuantizedTensor, plane_width
+
+WHOLE_BYTES = 128 << 20
+"""Decoded weight up to which it goes through whole."""
+PIECE_BYTES = 32 << 20
+"""Of a larger one alive at once; a product with so much of it is bound by arithmetic."""
 
 
 def dequantize(w: QuantizedTensor, dtype: jnp.dtype) -> Float[Array, "n k"]:
@@ -24,34 +33,84 @@ def dequantize(w: QuantizedTensor, dtype: jnp.dtype) -> Float[Array, "n k"]:
     """
     if w.layout == "flat":
         return reference.dequantize(w, dtype)
-    n, k = w.shape
-    width = plane_width(w.layout)
-    words = w.codes.reshape(n, -1, 1, width)
+    absmax = reference.decode_absmax(w).reshape(w.shape[0], -1)
+    return _decode(w, w.codes, absmax, dtype)
+
+
+def _decode(
+    w: QuantizedTensor, codes: Array, absmax: Array, dtype: jnp.dtype
+) -> Float[Array, "rows k"]:
+    """Decodes some of a weight's rows: their codes and absmax."""
+    rows, k, width = codes.shape[0], w.shape[1], plane_width(w.layout)
+    words = codes.reshape(rows, -1, 1, width)
     shifts = np.arange(0, 16, 4, dtype=np.uint16).reshape(1, 1, 4, 1)
-    codes = (words >> shifts) & np.uint16(15)
     table = jnp.asarray(cb.values(w.codebook), jnp.float32)
-    values = table.at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
-    absmax = reference.decode_absmax(w).reshape(n, -1)
+    index = ((words >> shifts) & np.uint16(15)).astype(jnp.int32)
+    values = table.at[index].get(mode="promise_in_bounds")
     scales = jnp.repeat(absmax, w.block_size // 64, axis=1)
-    groups = k // (4 * width)
     planes = 4 if width == 64 else 1  # blocks of 64 in a group
-    scales = scales.reshape(n, groups, planes, 1)
-    return (values * scales).astype(dtype).reshape(n, k)
+    scales = scales.reshape(rows, k // (4 * width), planes, 1)
+    return (values * scales).astype(dtype).reshape(rows, k)
 
 
 def matmul(x: Float[Array, "m k"], w: QuantizedTensor) -> Float[Array, "m n"]:
     """Computes x @ w.T; products accumulate in float32."""
-    return _dot(x, dequantize(w, x.dtype), 1)
+    if _fits(w, x.dtype):
+        return _dot(x, dequantize(w, x.dtype), 1).astype(x.dtype)
+
+    def add(y: Array, rows: Array, start: Array) -> Array:
+        part = _dot(x, rows, 1).astype(x.dtype)
+        return lax.dynamic_update_slice_in_dim(y, part, start, 1)
+
+    return _by_rows(add, jnp.zeros((x.shape[0], w.shape[0]), x.dtype), w, x.dtype)
 
 
 def matmul_dx(dy: Float[Array, "m n"], w: QuantizedTensor) -> Float[Array, "m k"]:
-    """Computes dy @ w."""
-    return _dot(dy, dequantize(w, dy.dtype), 0)
+    """Computes dy @ w; products accumulate in float32."""
+    if _fits(w, dy.dtype):
+        return _dot(dy, dequantize(w, dy.dtype), 0).astype(dy.dtype)
+
+    def add(dx: Array, rows: Array, start: Array) -> Array:
+        part = lax.dynamic_slice_in_dim(dy, start, rows.shape[0], 1)
+        return dx + _dot(part, rows, 0)
+
+    dx = jnp.zeros((dy.shape[0], w.shape[1]), jnp.float32)
+    return _by_rows(add, dx, w, dy.dtype).astype(dy.dtype)
 
 
-def _dot(x: Array, dense: Array, contract: int) -> Array:
+def _fits(w: QuantizedTensor, dtype: jnp.dtype) -> bool:
+    n, k = w.shape
+    return w.layout == "flat" or n * k * jnp.dtype(dtype).itemsize <= WHOLE_BYTES
+
+
+def _by_rows(
+    add: Callable[[Array, Array, Array], Array],
+    total: Array,
+    w: QuantizedTensor,
+    dtype: jnp.dtype,
+) -> Array:
+    """Folds add(total, decoded rows, first of them) over all of a weight's rows."""
+    n, k = w.shape
+    pieces = -(-n * k * jnp.dtype(dtype).itemsize // PIECE_BYTES)
+    size = -(-n // pieces)
+    absmax = reference.decode_absmax(w).reshape(n, -1)
+
+    def piece(start: Array, size: int, total: Array) -> Array:
+        codes, scales = (
+            lax.dynamic_slice_in_dim(x, start, size, 0) for x in (w.codes, absmax)
+        )
+        return add(total, _decode(w, codes, scales, dtype), start)
+
+    def step(i: Array, total: Array) -> Array:
+        return piece(i * size, size, total)
+
+    total = lax.fori_loop(0, n // size, step, total)
+    rest = n % size
+    return piece(jnp.int32(n - rest), rest, total) if rest else total
+
+
+def _dot(x: Array, dense: Array, contract: int) -> Float[Array, "m out"]:
     # Behind the barrier, so that decoding is not fused into the product's operand.
     dense = lax.optimization_barrier(dense)
     dims = (((1,), (contract,)), ((), ()))
-    y = lax.dot_general(x, dense, dims, preferred_element_type=jnp.float32)
-    return y.astype(x.dtype)
+    return lax.dot_general(x, dense, dims, preferred_element_type=jnp.float32)

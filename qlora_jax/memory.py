@@ -3,11 +3,12 @@
 What is resident (base, tables, adapter, optimizer state) is counted exactly. What a step
 holds for a while is a model of XLA's buffer assignment:
 
-    gradients  +  activations kept for backward  +  the largest of what is alive at once
-                                                    (a layer's backward, or the loss)
+    activations kept for backward  +  the larger of what else is alive at once
+                                      (gradients and a layer's backward, or the loss)
 
-whose coefficients were fitted to compiled steps (scripts/measure_memory.py), one set for
-NVIDIA GPUs and one for CPUs; tests/train/test_memory.py holds it to 5 % of XLA's account.
+whose coefficients were fitted to compiled steps (scripts/measure_memory.py and
+fit_memory.py), one set for NVIDIA GPUs and one for CPUs; tests/train/test_memory.py holds
+it to 5 % of XLA's account.
 """
 
 import dataclasses
@@ -15,7 +16,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 
 from pallas_kernels.layout import QuantizedTensor, abstract_tensor
@@ -31,6 +31,7 @@ from qlora_jax.nn import (
     QuantizedLinear,
 )
 from qlora_jax.quant import QuantConfig
+from qlora_jax.train.config import Optimizer, adamw
 
 Platform = Literal["gpu", "cpu"]
 
@@ -49,8 +50,11 @@ class Setup:
     grad_accum: int = 1
     max_tokens: int = 2048
     checkpoint: Checkpoint = "layer"
+    optimizer: Optimizer = "adamw"
     offload: bool = False
     """Optimizer state on the host."""
+    resident_bytes: int = 0
+    """Of that state what stays on the device."""
     stream: bool = False
     """Layers' weights on the host."""
     quantize_embedding: bool = False
@@ -144,59 +148,32 @@ def tree_bytes(tree: Any) -> int:
     return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
 
 
-def optimizer_state(lora: nnx.State) -> Any:
-    """Returns AdamW's state of an adapter, as shapes."""
-    return jax.eval_shape(optax.adamw(1e-4).init, lora)
+def optimizer_state(lora: nnx.State, name: Optimizer = "adamw") -> Any:
+    """Returns an optimizer's state of an adapter, as shapes."""
+    return jax.eval_shape(adamw(name, 1e-4).init, lora)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Transients:
-    """What a step holds for a while beside gradients and kept activations, as multiples.
-
-    Attributes:
-      adapter: Of the adapter's bytes: copies in the compute dtype, updates.
-      accumulated: The same, more, with more than one micro-batch.
-      layer: Of a layer's stored weights: cut out of the stack.
-      turn: The same for each further layer of a group in turns.
-      wide, hidden_both, kv: Of tokens x the compute dtype's bytes x intermediate size, hidden
-        size (where norms stand before and after), and kv heads' size.
-      logits: Of the float32 logits of a chunk of the loss.
-      decoded: Of the largest piece of a weight that is decoded at once.
-    """
-
-    adapter: float
-    accumulated: float = 0.0
-    layer: float = 0.0
-    turn: float = 0.0
-    wide: float = 0.0
-    hidden_both: float = 0.0
-    kv: float = 0.0
-    logits: float = 0.0
-    decoded: float = 0.0
-
-
-# By least largest error over scripts/results/memory_*.jsonl: 1.2 % and 4.8 % of a step's all.
-_FITTED: dict[tuple[Platform, bool], _Transients] = {
-    ("gpu", True): _Transients(
-        adapter=0.67,
-        accumulated=0.58,
-        layer=0.45,
-        wide=5.24,
-        hidden_both=24.7,
-        kv=9.55,
-        logits=0.13,
-    ),
-    ("gpu", False): _Transients(
-        adapter=0.06, accumulated=0.58, wide=5.24, kv=7.08, logits=0.02
-    ),
-    ("cpu", True): _Transients(
-        adapter=2.0, layer=1.10, turn=6.53, wide=13.5, decoded=4.08
-    ),
-    ("cpu", False): _Transients(
-        adapter=1.88, turn=4.94, wide=11.93, kv=8.54, decoded=3.46
-    ),
+# Fitted by scripts/fit_memory.py over scripts/results/memory_*.jsonl, by least largest
+# error of a step's all. By platform, and whether whole layers are recomputed; `_features`
+# says of what each is a multiple.
+_FITTED: dict[tuple[Platform, bool], dict[str, float]] = {
+    ("gpu", True): {
+        **{"adapter": 0.784, "adapter_8_bit": 0.099, "hidden_both": 19.582},
+        **{"kv": 8.949, "turn": 1.318, "wide": 5.285, "together": 5.348},
+        **{"logits": 0.468, "pieces": 47.3e6, "workspace": 25.2e6},
+    },
+    ("gpu", False): {
+        **{"adapter": 0.089, "kv": 6.975, "wide": 5.288, "together": 64.446},
+    },
+    ("cpu", True): {
+        **{"adapter": 2.011, "adapter_8_bit": 0.354, "decoded": 4.077},
+        **{"hidden_both": 55.609, "layer": 1.095, "wide": 13.525, "together": 3.08},
+    },
+    ("cpu", False): {
+        **{"adapter": 1.876, "decoded": 3.461, "hidden_both": 84.065},
+        **{"kv": 8.528, "wide": 11.934, "together": 52.55},
+    },
 }
-"""By platform, and whether whole layers are recomputed."""
 
 
 def estimate(setup: Setup, platform: Platform = "gpu") -> Memory:
@@ -206,6 +183,7 @@ def estimate(setup: Setup, platform: Platform = "gpu") -> Memory:
     """
     parts = _resident(setup)
     kept = _kept(setup, platform)
+    most = max(_at_peak(setup, platform, parts).values())
     device = {
         "layers": parts["layers"],
         "embedding": parts["embedding"],
@@ -214,7 +192,7 @@ def estimate(setup: Setup, platform: Platform = "gpu") -> Memory:
         "optimizer state": parts["optimizer"],
         "gradients": parts["adapter"],
         "activations for backward": kept,
-        "while a layer or the loss runs": _transients(setup, platform, parts),
+        "while a layer or the loss runs": max(0, most - parts["adapter"]),
     }
     host: dict[str, int] = dict.fromkeys(
         ("layers", "optimizer state", "activations for backward"), 0
@@ -223,11 +201,13 @@ def estimate(setup: Setup, platform: Platform = "gpu") -> Memory:
         if setup.stream:
             host["layers"] = device.pop("layers")
         if setup.offload:
-            host["optimizer state"] = device.pop("optimizer state")
+            away = max(0, parts["optimizer"] - setup.resident_bytes)
+            host["optimizer state"] = away
+            device["optimizer state"] -= away
         if setup.checkpoint == "host":
             c = setup.config
             each = setup.tokens * c.hidden_size * jnp.dtype(setup.dtype).itemsize
-            host["activations for backward"] = c.num_layers * each
+            host["activations for backward"] = c.num_layers * each * _together(setup)
     return Memory(device, host)
 
 
@@ -245,6 +225,7 @@ def _resident(setup: Setup) -> dict[str, int]:
         max_tokens=1,
         checkpoint="layer",
         offload=False,
+        resident_bytes=0,
         stream=False,
     )
     if (known := _COUNTED.get(repr(plain))) is not None:
@@ -256,27 +237,38 @@ def _resident(setup: Setup) -> dict[str, int]:
         part = "layers" if path[0] == "layers" else names.get(str(path[0]), "head")
         sizes[part] += tree_bytes(variable.get_value())
     sizes["adapter"] = tree_bytes(lora)
-    sizes["optimizer"] = tree_bytes(optimizer_state(lora))
+    sizes["optimizer"] = tree_bytes(optimizer_state(lora, setup.optimizer))
     _COUNTED[repr(plain)] = sizes
     return sizes
+
+
+def _together(setup: Setup) -> int:
+    """Returns how many micro-batches go through a layer before the next does."""
+    return setup.grad_accum if setup.stream else 1
 
 
 def _kept(setup: Setup, platform: Platform) -> int:
     """Returns the bytes of activations that wait on the device for backward."""
     c = setup.config
-    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    each = setup.tokens * jnp.dtype(setup.dtype).itemsize
+    each = setup.tokens * jnp.dtype(setup.dtype).itemsize * _together(setup)
     if setup.checkpoint == "host" and platform == "gpu":
         return 2 * each * c.hidden_size  # one that arrives, one that leaves
-    a_layer = c.hidden_size
+    return c.num_layers * each * _features_kept(setup)
+
+
+def _features_kept(setup: Setup) -> int:
+    """Returns the features of a token that a layer keeps for backward."""
+    c = setup.config
+    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    kept = c.hidden_size
     if setup.checkpoint == "attention":
-        a_layer += q
+        kept += q
     if setup.checkpoint == "none":
-        a_layer += c.hidden_size + 2 * q + 2 * kv + 2 * _wide(c)
-        a_layer += (4 if c.fused else 7) * setup.lora.rank
-        a_layer += q + kv if c.qk_norm != "none" else 0
-        a_layer += 2 * c.hidden_size if c.norms != "pre" else 0
-    return c.num_layers * each * a_layer
+        kept += c.hidden_size + 2 * q + 2 * kv + 2 * _wide(c)
+        kept += (4 if c.fused else 7) * setup.lora.rank
+        kept += q + kv if c.qk_norm != "none" else 0
+        kept += 2 * c.hidden_size if c.norms != "pre" else 0
+    return kept
 
 
 def _wide(config: DecoderConfig) -> int:
@@ -285,28 +277,64 @@ def _wide(config: DecoderConfig) -> int:
     return config.intermediate_size * experts
 
 
-def _transients(setup: Setup, platform: Platform, parts: dict[str, int]) -> int:
-    c, item = setup.config, jnp.dtype(setup.dtype).itemsize
+def _at_peak(setup: Setup, platform: Platform, parts: dict[str, int]) -> dict[str, int]:
+    """Returns what is alive beside kept activations, gradients too, when a layer's backward
+    runs and when the loss does."""
     fit = _FITTED[platform, setup.checkpoint != "none"]
+    sums = {"layer": parts["adapter"], "loss": 0}
+    if setup.grad_accum > 1 and not setup.stream:
+        sums["loss"] += parts["adapter"]
+    for (moment, name), size in features(setup, platform, parts).items():
+        sums[moment] += round(fit.get(name, 0.0) * size)
+    return sums
+
+
+def features(
+    setup: Setup, platform: Platform, parts: dict[str, int]
+) -> dict[tuple[str, str], float]:
+    """Returns {(when, name): bytes}: what a step holds for a while is multiples of these.
+
+    When a layer's backward runs: copies and updates of the adapter, and what micro-batches
+    add up to; a layer's stored weights, cut out of the stack, for each further layer of a
+    group in turns; activations as wide as the feed-forward, as the kv heads, as the hidden
+    size (where norms stand before and after, or for every micro-batch that goes through a
+    layer together); the largest piece of a weight that is decoded at once. When the loss
+    runs: a chunk of logits, pieces of a 4-bit head, and libraries' workspace.
+    """
+    c, item = setup.config, jnp.dtype(setup.dtype).itemsize
     # On a CPU products come out in float32, whatever goes in.
     tokens = setup.tokens * (item if platform == "gpu" else 2)
     a_layer = parts["layers"] / c.num_layers
-    chunk = _LOGITS_BYTES[platform]
     decoded = 0
-    if setup.quant is not None:
+    if setup.quant is not None and platform == "cpu":
         whole = c.hidden_size * c.intermediate_size
         decoded = 4 * whole if whole * item <= _WHOLE_BYTES else _TILE_BYTES
-    return round(
-        fit.adapter * parts["adapter"]
-        + fit.accumulated * parts["adapter"] * (setup.grad_accum > 1)
-        + a_layer * (fit.layer + fit.turn * (c.period - 1))
-        + fit.wide * tokens * _wide(c)
-        + fit.hidden_both * tokens * c.hidden_size * (c.norms == "both")
-        + fit.kv * tokens * c.num_kv_heads * c.head_dim
-        + fit.logits * min(chunk, 4 * setup.tokens * c.vocab_size)
-        + fit.decoded * decoded
+    more = (_together(setup) - 1) * tokens
+    chunk = min(_LOGITS_BYTES[platform], 4 * setup.tokens * c.vocab_size)
+    four_bit = (
+        setup.quantize_embedding if c.tie_word_embeddings else setup.quantize_head
     )
+    pieces = four_bit and c.hidden_size % 256 and c.hidden_size * c.vocab_size > _PIECES
+    return {
+        ("layer", "adapter"): parts["adapter"] * (setup.optimizer == "adamw"),
+        ("layer", "adapter_8_bit"): parts["adapter"] * (setup.optimizer != "adamw"),
+        ("layer", "accumulated"): parts["adapter"]
+        * (setup.grad_accum > 1 and not setup.stream),
+        ("layer", "layer"): a_layer,
+        ("layer", "turn"): a_layer * (c.period - 1),
+        ("layer", "wide"): tokens * _wide(c),
+        ("layer", "hidden_both"): tokens * c.hidden_size * (c.norms == "both"),
+        ("layer", "kv"): tokens * c.num_kv_heads * c.head_dim,
+        ("layer", "together"): more * c.hidden_size,
+        ("layer", "decoded"): decoded,
+        ("loss", "logits"): chunk,
+        ("loss", "pieces"): float(bool(pieces)),
+        ("loss", "workspace"): 1.0,
+    }
 
 
 _LOGITS_BYTES = {"gpu": 256 << 20, "cpu": 32 << 20}  # train/loss.py
 _WHOLE_BYTES, _TILE_BYTES = 8 << 20, 4 << 20  # pallas_kernels/reference.py, on a CPU
+_PIECES = (
+    64 << 20
+)  # weights; pallas_kernels/two_pass.py, for heads that no kernel takes

@@ -15,6 +15,8 @@ from qlora_jax.errors import ConfigError
 from qlora_jax.memory import Memory, Platform, Setup, estimate
 
 GIB = 1 << 30
+ERROR = 0.05
+"""Of a plan against XLA's account, at most (tests/train/test_memory.py)."""
 _CHECKPOINT_COST = {"none": 1.0, "attention": 1.25, "layer": 1.33, "host": 1.36}
 """A forward pass is a third of a step without checkpointing: forward, and the gradient to
 activations, of which no weight has its own."""
@@ -61,7 +63,8 @@ def plan_memory(
       rows: Of a step; micro_batch times grad_accum. None for the setup's.
       host_bytes: Of the host that may be pinned; None for no limit.
       platform: Whose memory model.
-      fixed: Names of settings that stay as they are.
+      fixed: Names of settings that stay as they are. Where offload is not among them, and
+        is needed, `resident_bytes` is what of the optimizer state may stay.
 
     Raises:
       ConfigError: nothing fits; the message says the least that would.
@@ -72,6 +75,11 @@ def plan_memory(
     if found is None:
         raise ConfigError(_nothing(candidates, memory_bytes, host_bytes, platform))
     chosen, memory = found
+    if chosen.offload and "offload" not in fixed:
+        # As much of the optimizer state stays as there is room for, the plan's error aside.
+        room = memory_bytes - memory.device_bytes - round(ERROR * memory_bytes)
+        chosen = dataclasses.replace(chosen, resident_bytes=max(0, room))
+        memory = estimate(chosen, platform)
     for more in (1, 2, 4, 8, 16, 32):
         better = _first(candidates, memory_bytes + more * GIB, host_bytes, platform)
         if better is not None and relative_time(better[0]) < relative_time(chosen):
@@ -107,11 +115,22 @@ def _candidates(setup: Setup, rows: int, fixed: set[str]) -> Iterator[Setup]:
 def relative_time(setup: Setup) -> float:
     """Returns the modelled time of a token, in units of the fastest settings'."""
     time = _CHECKPOINT_COST[setup.checkpoint] * (1 + _DECODE_TOKENS / setup.tokens)
-    time *= 1 + _SMALL_COST * (setup.offload + setup.quantize_embedding)
+    time *= 1 + _SMALL_COST * (_paged_part(setup) + setup.quantize_embedding)
     if setup.stream:
-        exposed = streaming_seconds(setup) / compute_seconds(setup) - 1
+        step = compute_seconds(setup) * setup.grad_accum
+        exposed = streaming_seconds(setup) / step - 1
         time *= _STREAM_COST + max(0.0, exposed)
     return time
+
+
+def _paged_part(setup: Setup) -> float:
+    """Returns which part of the optimizer state comes and goes."""
+    if not setup.offload:
+        return 0.0
+    if not setup.resident_bytes:
+        return 1.0
+    host = estimate(setup).host["optimizer state"]
+    return host / (host + setup.resident_bytes)
 
 
 def weights_of(setup: Setup) -> int:
@@ -131,13 +150,13 @@ def compute_seconds(setup: Setup) -> float:
 
 
 def streaming_seconds(setup: Setup) -> float:
-    """Returns what a micro-batch's copies of the layers take, forward and backward."""
+    """Returns what a step's copies of the layers take: one forward, one backward."""
     size = estimate(dataclasses.replace(setup, stream=True)).host["layers"]
     return 2 * size / PCIE_BYTES_PER_S
 
 
 def free_streaming_tokens(setup: Setup) -> int:
-    """Returns the tokens of a micro-batch from which on streaming hides, by the model."""
+    """Returns the tokens of a step from which on streaming hides, by the model."""
     a_token = compute_seconds(setup) / setup.tokens
     return math.ceil(streaming_seconds(setup) / a_token)
 
@@ -181,6 +200,8 @@ def flags_of(setup: Setup) -> str:
     ]
     if setup.offload:
         flags.append("--train.offload")
+        if setup.resident_bytes:
+            flags.append(f"--train.resident-bytes {setup.resident_bytes}")
     if setup.stream:
         flags.append("--train.stream")
     if setup.quantize_embedding:

@@ -22,6 +22,7 @@ from qlora_jax.plan import (
     said,
 )
 from qlora_jax.quant import QuantConfig
+from qlora_jax.train.config import Optimizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,9 @@ class Args:
 
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Of the computation."""
+
+    optimizer: Optimizer = "adamw"
+    """adamw, or adamw8bit."""
 
     lora: LoRAConfig = LoRAConfig()
     quant: QuantOptions = QuantOptions()
@@ -79,6 +83,7 @@ def run(args: Args) -> dict[str, Any]:
         lora=args.lora,
         dtype=args.dtype,
         max_tokens=args.max_tokens,
+        optimizer=args.optimizer,
         **args.quant.tables(),
     )
     platform: Platform = "cpu" if args.gpu == "cpu" else "gpu"
@@ -107,15 +112,17 @@ def _fixed(args: Args) -> set[str]:
 
 def _figures(plan: Plan) -> dict[str, Any]:
     setup = plan.setup
-    chosen = ("micro_batch", "grad_accum", "checkpoint", "offload", "stream")
-    tables = ("quantize_embedding", "quantize_head")
+    chosen = (
+        *("micro_batch", "grad_accum", "checkpoint", "optimizer", "offload"),
+        *("resident_bytes", "stream", "quantize_embedding", "quantize_head"),
+    )
     return {
         "budget_bytes": plan.budget,
         "device_bytes": plan.memory.device_bytes,
         "host_bytes": plan.memory.host_bytes,
         "device": plan.memory.device,
         "host": plan.memory.host,
-        **{name: getattr(setup, name) for name in chosen + tables},
+        **{name: getattr(setup, name) for name in chosen},
         "flags": flags_of(setup),
         "next": None if plan.next_step is None else list(plan.next_step),
     }
@@ -129,7 +136,7 @@ def _print(args: Args, plan: Plan) -> None:
     if plan.setup.stream:
         free = free_streaming_tokens(plan.setup)
         print(
-            f"  streaming hides behind arithmetic from about {free:,} tokens a micro-batch "
+            f"  streaming hides behind arithmetic from about {free:,} tokens a step "
             "(at an assumed 50 GB/s and 400 TFLOP/s)"
         )
     if plan.next_step is not None:

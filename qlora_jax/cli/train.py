@@ -72,10 +72,11 @@ class Args:
 
     memory: str | None = None
     """Device memory to keep to (24GiB); without it what a GPU reports. A run that needs more
-    is refused, with settings that would fit. --train.micro-batch auto takes the fastest."""
+    is refused, with settings that would fit. --train.micro-batch auto takes the fastest,
+    --train.offload auto keeps on the host what of the optimizer state does not fit."""
 
-    auto_micro_batch: tyro.conf.Suppress[bool] = False
-    """What --train.micro-batch auto says."""
+    auto: tyro.conf.Suppress[tuple[str, ...]] = ()
+    """Of --train.micro-batch and --train.offload those that are auto."""
 
     add_tokens: tuple[str, ...] = ()
     """Texts that become one token each. Their rows of embedding and head train with the
@@ -105,20 +106,24 @@ def parse(args: list[str], prog: str) -> Args:
         default = options.from_dict(Args, values, path)
     rest, auto = _without_auto(args)
     parsed = options.parse(Args, rest, prog, default)
-    return dataclasses.replace(parsed, auto_micro_batch=True) if auto else parsed
+    return dataclasses.replace(parsed, auto=auto) if auto else parsed
 
 
-def _without_auto(args: list[str]) -> tuple[list[str], bool]:
-    """Takes `--train.micro-batch auto` out of the flags."""
-    flag, joined = "--train.micro-batch", " ".join(args)
-    if f"{flag} auto" not in joined and f"{flag}=auto" not in joined:
-        return args, False
-    rest = [arg for arg in args if arg != f"{flag}=auto"]
-    if flag in rest:
-        place = rest.index(flag)
-        if rest[place + 1 : place + 2] == ["auto"]:
-            del rest[place : place + 2]
-    return rest, True
+def _without_auto(args: list[str]) -> tuple[list[str], tuple[str, ...]]:
+    """Takes `--train.micro-batch auto` and `--train.offload auto` out of the flags."""
+    rest, auto = list(args), []
+    for name in ("micro_batch", "offload"):
+        flag = f"--train.{name.replace('_', '-')}"
+        for i, arg in enumerate(rest):
+            if arg == f"{flag}=auto":
+                del rest[i]
+            elif arg == flag and rest[i + 1 : i + 2] == ["auto"]:
+                del rest[i : i + 2]
+            else:
+                continue
+            auto.append(name)
+            break
+    return rest, tuple(auto)
 
 
 def run(args: Args) -> dict[str, Any]:
@@ -223,24 +228,72 @@ def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
 def within_memory(
     args: Args, folder: Path, quant: QuantConfig | None, rows: Dataset
 ) -> Args:
-    """Refuses a run that its memory cannot hold; picks the micro-batch where asked to.
+    """Refuses a run that its memory cannot hold; picks settings that are auto.
 
     Raises:
       ConfigError: it does not fit, with the settings that would; or there is no limit to
-        pick a micro-batch for.
+        pick them for.
     """
-    limit = _memory_limit(args)
+    limit, host = _memory_limit(args), _host_limit()
     if limit is None:
-        if args.auto_micro_batch:
+        if args.auto:
+            flags = " and ".join(
+                f"--train.{x.replace('_', '-')} auto" for x in args.auto
+            )
             raise ConfigError(
-                f"--train.micro-batch auto: a {jax.default_backend()} reports no memory to "
-                "keep to; give --memory, such as --memory 16GiB"
+                f"{flags}: a {jax.default_backend()} reports no memory to keep to; give "
+                "--memory, such as --memory 16GiB"
             )
         return args
+    setup, train = setup_of(args, folder, quant, rows), args.train
+    platform: Platform = "gpu" if jax.default_backend() == "gpu" else "cpu"
+    if args.auto:
+        given = {"micro_batch", "checkpoint", "offload", "stream", "quantize_embedding"}
+        chosen = plan_memory(
+            setup,
+            limit,
+            host_bytes=host,
+            platform=platform,
+            fixed=given - set(args.auto),
+        ).setup
+        names = ("micro_batch", "grad_accum", "offload", "resident_bytes")
+        picked = {name: getattr(chosen, name) for name in names}
+        print(f"{args.memory or 'the GPU'}: {flags_of(chosen)}", file=sys.stderr)
+        return dataclasses.replace(
+            args, train=dataclasses.replace(train, **picked), auto=()
+        )
+    need = estimate(setup, platform)
+    if need.device_bytes <= limit and (host is None or need.host_bytes <= host):
+        return args
+    try:
+        plan = plan_memory(setup, limit, host_bytes=host, platform=platform)
+        way_out = f"It would fit with {flags_of(plan.setup)}."
+    except ConfigError as error:
+        way_out = f"With other settings too, {error}"
+    if need.device_bytes > limit:
+        parts = sorted(need.device.items(), key=lambda part: -part[1])[:3]
+        said_parts = ", ".join(f"{name} {said(size)}" for name, size in parts)
+        what = (
+            f"needs about {said(need.device_bytes)} of device memory and has "
+            f"{said(limit)} ({said_parts})"
+        )
+    else:
+        assert host is not None
+        what = (
+            f"keeps about {said(need.host_bytes)} in host memory, of which {said(host)} "
+            "are free"
+        )
+    raise ConfigError(f"this run {what}. {way_out}")
+
+
+def setup_of(
+    args: Args, folder: Path, quant: QuantConfig | None, rows: Dataset
+) -> Setup:
+    """Returns what the memory of a run depends on."""
     _, _, config, stored = read_config(folder)
     longest = max((len(row.tokens) for row in rows.rows), default=1)
     train = args.train
-    setup = Setup(
+    return Setup(
         config=config,
         quant=quant or stored,
         lora=args.lora,
@@ -249,34 +302,11 @@ def within_memory(
         grad_accum=train.grad_accum,
         max_tokens=padded_length(longest, rows.max_tokens),
         checkpoint=train.checkpoint,
+        optimizer=train.optimizer,
         offload=train.offload,
+        resident_bytes=train.resident_bytes,
         stream=train.stream,
         **args.quant.tables(),
-    )
-    platform: Platform = "gpu" if jax.default_backend() == "gpu" else "cpu"
-    if args.auto_micro_batch:
-        total = train.micro_batch * train.grad_accum
-        fixed = ("checkpoint", "offload", "stream", "quantize_embedding")
-        chosen = plan_memory(
-            setup, limit, rows=total, platform=platform, fixed=fixed
-        ).setup
-        batch, accum = chosen.micro_batch, chosen.grad_accum
-        print(f"micro-batch {batch}, {accum} of them a step", file=sys.stderr)
-        train = dataclasses.replace(train, micro_batch=batch, grad_accum=accum)
-        return dataclasses.replace(args, train=train, auto_micro_batch=False)
-    need = estimate(setup, platform)
-    if need.device_bytes <= limit:
-        return args
-    try:
-        plan = plan_memory(setup, limit, platform=platform)
-        way_out = f"It would fit with {flags_of(plan.setup)}."
-    except ConfigError as error:
-        way_out = f"With other settings too, {error}"
-    parts = sorted(need.device.items(), key=lambda part: -part[1])[:3]
-    said_parts = ", ".join(f"{name} {said(size)}" for name, size in parts)
-    raise ConfigError(
-        f"this run needs about {said(need.device_bytes)} of device memory and has "
-        f"{said(limit)} ({said_parts}). {way_out}"
     )
 
 
@@ -285,6 +315,16 @@ def _memory_limit(args: Args) -> int | None:
         return parse_bytes(args.memory)
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("bytes_limit") if jax.default_backend() == "gpu" else None
+
+
+def _host_limit() -> int | None:
+    """Returns the bytes of host memory that are free to be pinned, where Linux says it."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    free = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return 1024 * int(free[0]) if free else None
 
 
 def _compensated(

@@ -420,33 +420,55 @@ class Decoder(nnx.Module):
 
     def hidden_states(
         self,
-        tokens: Int[Array, "batch seq"],
+        tokens: Int[Array, "*micro batch seq"],
         *,
         key: Array | None = None,
         checkpoint: Checkpoint = "none",
-    ) -> Float[Array, "batch seq hidden"]:
+    ) -> Float[Array, "*micro batch seq hidden"]:
         """Returns the final normed hidden states, what the head takes.
 
         Args:
-          tokens: Token ids. Padding belongs to the right, where causality hides it.
+          tokens: Token ids. Padding belongs to the right, where causality hides it. With
+            a third axis in front, each layer goes over all micro-batches before the next:
+            a layer that comes from host memory comes once for all of them.
           key: For LoRA dropout; None switches it off.
           checkpoint: What backward recomputes.
         """
-        positions = jnp.broadcast_to(
-            jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape
-        )
+        *micro, batch, seq = tokens.shape
+        positions = jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32), (batch, seq))
         rotations = self._rotations(positions)
-        keys = None
-        if key is not None:
-            keys = jax.random.split(key, self.config.num_layers)
+        keys = None if key is None else self._layer_keys(key, micro)
         policy = _policy(checkpoint)
 
         def apply_layer(layer, kind, x, layer_key):
             x = checkpoint_name(x, "layer_input")
-            return layer(x, kind, positions, rotations, None, layer_key)
+            if not micro:
+                return layer(x, kind, positions, rotations, None, layer_key)
 
-        x, _ = self._scan(apply_layer, self._embed(tokens), keys, policy, remat=True)
+            def one(_, xs):
+                x, key = xs
+                return None, layer(x, kind, positions, rotations, None, key)[0]
+
+            if checkpoint != "none":
+                # Else backward would make again what all micro-batches keep, at once.
+                one = jax.checkpoint(one, policy=policy, prevent_cse=False)
+            # From the last on, so that backward adds up gradients from the first.
+            return jax.lax.scan(one, None, (x, layer_key), reverse=True)[1], None
+
+        x = self._embed(tokens.reshape(-1, seq))
+        x = x.reshape(*tokens.shape, -1)
+        x, _ = self._scan(apply_layer, x, keys, policy, remat=True)
         return self.norm(x)
+
+    def _layer_keys(self, key: Array, micro: list[int]) -> Array:
+        """Returns a key a layer, or a layer and micro-batch."""
+        split = functools.partial(jax.random.split, num=self.config.num_layers)
+        if not micro:
+            return split(key)
+        each = jax.vmap(functools.partial(jax.random.fold_in, key))(
+            jnp.arange(micro[0])
+        )
+        return jax.vmap(split, out_axes=1)(each)
 
     def decode(
         self, tokens: Int[Array, "batch seq"], positions: Array, cache: KVCache

@@ -79,7 +79,7 @@ def offload(
 
     def place(state: Any) -> Any:
         leaves, structure = jax.tree.flatten(state)
-        for i in _paged(leaves, resident_bytes):
+        for i in paged(leaves, resident_bytes):
             leaves[i] = jax.device_put(leaves[i], rest)
         return jax.tree.unflatten(structure, leaves)
 
@@ -88,6 +88,8 @@ def offload(
 
     def update(updates, state, params=None, **extra):
         sliced = not extra and _elementwise(inner, updates, state, params)
+        if not sliced and rest is jax.memory.Space.Device:
+            return inner.update(updates, state, params, **extra)
         if not sliced:
             state = _on_device(state)
             updates, state = inner.update(updates, state, params, **extra)
@@ -97,8 +99,13 @@ def offload(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _paged(leaves: Sequence[Any], resident_bytes: int) -> list[int]:
-    """Returns which of a state's leaves rest on the host: arrays, but for the smallest."""
+def paged(leaves: Sequence[Any], resident_bytes: int) -> list[int]:
+    """Returns which of a state's leaves rest on the host: arrays, but for the smallest.
+
+    Args:
+      leaves: Arrays or shapes.
+      resident_bytes: What the smallest may take of the device.
+    """
     arrays = [i for i, leaf in enumerate(leaves) if jnp.ndim(leaf)]
     arrays.sort(key=lambda i: leaves[i].size * leaves[i].dtype.itemsize)
     while arrays and resident_bytes > 0:
@@ -155,9 +162,9 @@ def _by_slices(
     old, state_tree = jax.tree.flatten(state)
     weights = None if params is None else jax.tree.leaves(params)
     # Which arrays come and go; all are sliced, so that numbers don't depend on it.
-    paged = set(_paged(old, resident_bytes))
+    moving = set(paged(old, resident_bytes))
     if rest is jax.memory.Space.Device:
-        paged = set()
+        moving = set()
     # An array of the state goes with the gradient of its shape.
     counts = {jnp.shape(x): _slices(jnp.shape(x)) for x in old if jnp.ndim(x)}
     new = list(old)
@@ -182,7 +189,7 @@ def _by_slices(
 
         g, s = [grads[i] for i in mine], [old[i] for i in theirs]
         p = None if weights is None else [weights[i] for i in mine]
-        away = [i in paged for i in theirs]
+        away = [i in moving for i in theirs]
         u, s = _scan(update, count, g, s, p, away) if count else update(g, s, p)
         for i, x in zip(mine, u, strict=True):
             grads[i] = x

@@ -18,7 +18,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from qlora_jax.errors import ConfigError
 from qlora_jax.memory import Setup, abstract_parts
-from qlora_jax.optim import offload
+from qlora_jax.optim.offload import paged
+from qlora_jax.train.config import adamw, placed
 from qlora_jax.train.step import make_train_step
 
 TARGETS = Path(__file__).parent / "targets"
@@ -71,11 +72,9 @@ def compile_step(
       ConfigError: an unknown target, or jax's CUDA wheels are missing for it.
     """
     graphdef, lora, base = abstract_parts(setup)
-    placed = offload(optax.adamw(1e-4), "pinned_host" if setup.offload else "device")
-    tx = optax.chain(optax.clip_by_global_norm(0.3), placed)
-    state = jax.eval_shape(
-        optax.chain(optax.clip_by_global_norm(0.3), optax.adamw(1e-4)).init, lora
-    )
+    inner, clip = adamw(setup.optimizer, 1e-4), optax.clip_by_global_norm(0.3)
+    tx = optax.chain(clip, placed(inner, setup.offload, setup.resident_bytes))
+    state = jax.eval_shape(optax.chain(clip, inner).init, lora)
     shape: tuple[int, ...] = (setup.micro_batch, setup.max_tokens)
     if setup.grad_accum > 1:
         shape = (setup.grad_accum, *shape)
@@ -95,8 +94,10 @@ def compile_step(
             (path, put(v, host if setup.stream and path[0] == LAYERS else device))
             for path, v in nnx.to_flat_state(base)
         ]
-        state = jax.tree.map(
-            lambda x: put(x, host if setup.offload and x.ndim else device), state
+        leaves, structure = jax.tree.flatten(state)
+        away = paged(leaves, setup.resident_bytes) if setup.offload else []
+        state = structure.unflatten(
+            put(x, host if i in away else device) for i, x in enumerate(leaves)
         )
         arguments = (put(lora, device), nnx.from_flat_state(entries), state)
         outputs = (
@@ -115,7 +116,9 @@ def compile_step(
 def _placing(target: str | None) -> Iterator[tuple[Any, Any]]:
     """Gives shardings for device and host memory of this device or of a named GPU."""
     if target is None:
-        mesh = jax.make_mesh((1,), ("d",), devices=jax.devices()[:1])
+        auto = (jax.sharding.AxisType.Auto,)
+        here = jax.devices()[:1]
+        mesh = jax.make_mesh((1,), ("d",), axis_types=auto, devices=here)
         here = NamedSharding(mesh, PartitionSpec())
         yield here, here.with_memory_kind("pinned_host")
         return

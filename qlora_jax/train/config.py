@@ -10,8 +10,9 @@ from flax import nnx
 
 from qlora_jax.errors import ConfigError
 from qlora_jax.models.decoder import Checkpoint
-from qlora_jax.optim import dynamic_loss_scale, offload
+from qlora_jax.optim import adamw_8bit, dynamic_loss_scale, offload
 
+Optimizer = Literal["adamw", "adamw8bit"]
 Schedule = Literal["constant", "linear", "cosine"]
 ComputeDtype = Literal["bfloat16", "float32", "float16"]
 
@@ -31,6 +32,9 @@ class TrainConfig:
 
     grad_accum: int = 4
     """Micro-batches a step, accumulated inside the compiled step."""
+
+    optimizer: Optimizer = "adamw"
+    """adamw, or adamw8bit with its moments in 8 bits (2 bytes a parameter, not 8)."""
 
     learning_rate: float = 2e-4
     """Peak of the schedule."""
@@ -67,6 +71,9 @@ class TrainConfig:
     offload: bool = False
     """Keep optimizer state in host memory between steps."""
 
+    resident_bytes: int = 0
+    """Of that state what stays on the device all the same; --train.offload auto finds it."""
+
     stream: bool = False
     """Keep the layers' weights in host memory; each comes to the device when it is due."""
 
@@ -88,6 +95,7 @@ class TrainConfig:
             "save_every": 1,
             "keep_checkpoints": 1,
             "seed": 0,
+            "resident_bytes": 0,
         }
         problems = [
             f"--train.{name.replace('_', '-')} is {value}, expected at least {low}"
@@ -158,7 +166,8 @@ def _decays(params: Any) -> Any:
 
 def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
     """Returns AdamW as configured: clipped, offloaded, loss-scaled where asked for."""
-    tx = optax.adamw(
+    tx = adamw(
+        config.optimizer,
         make_schedule(config, steps),
         b1=config.beta1,
         b2=config.beta2,
@@ -168,10 +177,27 @@ def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformat
     scaled = config.compute_dtype == "float16"
     if not scaled:
         # Before clipping, which looks across arrays: so the state comes slice by slice.
-        tx = offload(tx, "pinned_host" if config.offload else "device")
+        tx = placed(tx, config.offload, config.resident_bytes)
     if config.max_grad_norm is not None:
         tx = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), tx)
-    if not scaled:
-        return tx
-    tx = dynamic_loss_scale(tx)
-    return offload(tx) if config.offload else tx
+    if scaled:
+        tx = dynamic_loss_scale(tx)
+        tx = offload(tx, resident_bytes=config.resident_bytes) if config.offload else tx
+    return tx
+
+
+def adamw(name: Optimizer, *args: Any, **kwargs: Any) -> optax.GradientTransformation:
+    """Returns optax.adamw or adamw_8bit, which take the same arguments."""
+    return (adamw_8bit if name == "adamw8bit" else optax.adamw)(*args, **kwargs)
+
+
+def placed(
+    tx: optax.GradientTransformation, away: bool, resident_bytes: int = 0
+) -> optax.GradientTransformation:
+    """Returns a transform whose state rests on the host, or on the device.
+
+    By the same slices in either case, so that both give the same numbers.
+    """
+    if away:
+        return offload(tx, resident_bytes=resident_bytes)
+    return offload(tx, "device")

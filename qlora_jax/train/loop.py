@@ -247,6 +247,7 @@ class Trainer:
             "rows": len(self.train_data),
             "steps": self.steps,
             "compute_dtype": c.compute_dtype,
+            "optimizer": c.optimizer,
             # As JSON gives it back.
             "lora": json.loads(json.dumps(dataclasses.asdict(self.lora_config))),
         }

@@ -1,5 +1,6 @@
 """The train step: one jitted function from adapter and batch to adapter and metrics."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -33,8 +34,11 @@ def make_train_step(
     """Makes the train step of a model that was taken apart by `split`.
 
     Micro-batches of a 3-D batch are accumulated inside the compiled step and weighted
-    by tokens: the loss and gradient are those of one big batch. With `tx` made by
-    `dynamic_loss_scale` the loss is scaled by its state.
+    by tokens: the loss and gradient are those of one big batch. Where layers come from
+    host memory (`stream`), all micro-batches go through a layer before the next, so that it
+    is copied twice a step, however many there are; a `loss_fn` of one's own goes by
+    micro-batches, each with its own copies. With `tx` made by `dynamic_loss_scale` the loss
+    is scaled by its state.
 
     Args:
       graphdef: Of the model.
@@ -49,6 +53,7 @@ def make_train_step(
       float32 scalars: loss (mean a token), grad_norm (before clipping), tokens (sum of
       weights), and with loss scaling loss_scale and skipped.
     """
+    default = loss_fn is None
     loss_fn = loss_fn or next_token_loss(checkpoint)
 
     def train_step(lora, base, opt_state, batch, key=None):
@@ -67,8 +72,15 @@ def make_train_step(
             loss, grads = jax.value_and_grad(loss_of)(lora, *xs)
             return jax.tree.map(jnp.add, carry, (loss, grads)), None
 
+        def loss_together(lora):
+            model = join(graphdef, lora, base)
+            losses = next_token_losses(model, batch, key, checkpoint)
+            return functools.reduce(jnp.add, [loss * factor for loss in losses])
+
         count = batch["tokens"].shape[0]
-        if count == 1:
+        if count > 1 and default and _streamed(base):
+            loss, grads = jax.value_and_grad(loss_together)(lora)
+        elif count == 1:
             first = {name: x[0] for name, x in batch.items()}
             loss, grads = jax.value_and_grad(loss_of)(lora, first, 0)
         else:
@@ -108,11 +120,32 @@ def next_token_loss(checkpoint: Checkpoint) -> LossFn:
     """Returns the cross-entropy of each token given those before it."""
 
     def loss_fn(model: Any, batch: Batch, key: Array | None) -> Float[Array, ""]:
-        tokens, weights = batch["tokens"], batch["weights"]
-        hidden = model.hidden_states(tokens, key=key, checkpoint=checkpoint)
-        # Rolled, not cut, so that shapes stay round; the last position has weight 0.
-        labels = jnp.roll(tokens, -1, axis=1)
-        weights = jnp.roll(weights.at[:, 0].set(0), -1, axis=1)
-        return cross_entropy(model.head, hidden, labels, weights)
+        hidden = model.hidden_states(batch["tokens"], key=key, checkpoint=checkpoint)
+        return _next_token_loss(model, hidden, batch)
 
     return loss_fn
+
+
+def next_token_losses(
+    model: Any, batch: Batch, key: Array | None, checkpoint: Checkpoint
+) -> Float[Array, " micro"]:
+    """Returns `next_token_loss` of each micro-batch; the layers see all of them at once."""
+    hidden = model.hidden_states(batch["tokens"], key=key, checkpoint=checkpoint)
+
+    def one(_, xs):
+        return None, _next_token_loss(model, *xs)
+
+    return jax.lax.scan(one, None, (hidden, batch), reverse=True)[1]
+
+
+def _next_token_loss(model: Any, hidden: Array, batch: Batch) -> Float[Array, ""]:
+    # Rolled, not cut, so that shapes stay round; the last position has weight 0.
+    labels = jnp.roll(batch["tokens"], -1, axis=1)
+    weights = jnp.roll(batch["weights"].at[:, 0].set(0), -1, axis=1)
+    return cross_entropy(model.head, hidden, labels, weights)
+
+
+def _streamed(base: nnx.State) -> bool:
+    """Whether any of a base rests in host memory."""
+    host = jax.memory.Space.Host
+    return any(jax.typeof(x).memory_space == host for x in jax.tree.leaves(base))

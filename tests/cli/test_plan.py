@@ -1,5 +1,6 @@
 """qlora plan, and what `qlora train` does with a memory limit."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,8 +10,12 @@ import pytest
 import tiny
 
 import qlora_jax as qlora
+from qlora_jax.cli import train as cli_train
 from qlora_jax.cli.main import main
+from qlora_jax.data import read_dataset
+from qlora_jax.errors import ConfigError
 from qlora_jax.io.hf import load
+from qlora_jax.memory import estimate
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +73,45 @@ def test_the_micro_batch_can_be_chosen(base: Path, tmp_path: Path, capsys):
     assert status == 2 and "give --memory" in err
     args = train(base, tmp_path, *auto, "--memory", "2GiB")
     status, _, err = call(capsys, *args)
-    assert status == 0 and "micro-batch 16, 1 of them a step" in err
+    assert status == 0 and "--train.micro-batch 16 --train.grad-accum 1" in err
     config = (tmp_path / "run" / "config.toml").read_text()
     assert "micro_batch = 16" in config and "grad_accum = 1" in config
+
+
+def test_the_optimizer_state_leaves_only_where_it_must(
+    base: Path, tmp_path: Path, monkeypatch
+):
+    # What a GPU's user would be told; nothing is allocated.
+    monkeypatch.setattr(cli_train.jax, "default_backend", lambda: "gpu")
+    flags = train(base, tmp_path, "--train.offload", "auto", "--lora.rank", 32)
+    args = cli_train.parse([str(flag) for flag in flags[1:]], "qlora train")
+    rows = read_dataset(str(args.data_file), tiny.tokenizer(), args.data)
+    setup = cli_train.setup_of(args, base, qlora.QuantConfig(), rows)
+    away = dataclasses.replace(setup, offload=True)
+
+    def fitted(memory: int) -> bool:
+        limited = dataclasses.replace(args, memory=str(memory))
+        known = cli_train.within_memory(limited, base, qlora.QuantConfig(), rows)
+        return known.train.offload
+
+    assert not fitted(estimate(setup).device_bytes)
+    assert fitted(estimate(away).device_bytes)
+    with pytest.raises(ConfigError, match="the least is"):
+        fitted(estimate(away).device_bytes - 1)
+    monkeypatch.setattr(cli_train, "_host_limit", lambda: 1000)
+    with pytest.raises(ConfigError, match="with no more than 0.00 GiB of the host"):
+        fitted(estimate(away).device_bytes)
+
+
+def test_a_host_without_enough_memory_is_told_before_the_run(
+    base: Path, tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.setattr(cli_train.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(cli_train, "_host_limit", lambda: 1000)
+    args = train(base, tmp_path, "--train.stream", "--memory", "8GiB")
+    status, _, err = call(capsys, *args)
+    assert status == 2
+    assert "in host memory, of which 0.00 GiB are free. It would fit with" in err
 
 
 @pytest.mark.parametrize(
@@ -78,8 +119,9 @@ def test_the_micro_batch_can_be_chosen(base: Path, tmp_path: Path, capsys):
 )
 def test_a_streamed_run_is_the_run(base: Path, tmp_path: Path, capsys, flags):
     losses = []
+    whole = ("--train.micro-batch", 8, "--train.grad-accum", 1)
     for stream in ("--train.no-stream", "--train.stream"):
-        args = train(base, tmp_path, stream, "--overwrite", *flags)
+        args = train(base, tmp_path, stream, "--overwrite", *whole, *flags)
         status, figures, err = call(capsys, *args)
         assert status == 0, err
         losses.append(figures["loss"])

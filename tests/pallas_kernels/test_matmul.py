@@ -13,7 +13,7 @@ import numpy as np
 import oracle
 import pytest
 
-from pallas_kernels import matmul, nf4_matmul, reference
+from pallas_kernels import matmul, nf4_matmul, reference, two_pass
 from pallas_kernels.layout import QuantizedTensor
 from pallas_kernels.matmul import IMPLEMENTATIONS
 
@@ -141,6 +141,18 @@ def test_columns_are_tiled_with_a_remainder(tiles, monkeypatch):
     monkeypatch.setitem(reference.TILE_BYTES, "cpu", 3 * 256 * 4 * 4)
     check_contract("xla", oracle.quantized((4, 11 * 256)))
     assert {3, 2} <= set(tiles)
+
+
+@pytest.mark.parametrize("shape", [(96, 256), (100, 192)], ids=["even", "with a rest"])
+def test_two_pass_takes_a_large_weight_in_pieces(shape, monkeypatch):
+    n, k = shape
+    monkeypatch.setattr(two_pass, "WHOLE_BYTES", 1024)
+    monkeypatch.setattr(two_pass, "PIECE_BYTES", 32 * k * 4)
+    w = oracle.quantized(shape)
+    check_contract("two_pass", w)
+    check_contract("two_pass", w, "bfloat16")
+    program = str(jax.make_jaxpr(two_pass.matmul)(activations(M, k), w))
+    assert f"f32[{n},{k}]" not in program
 
 
 def test_leading_axes_of_x_are_kept():

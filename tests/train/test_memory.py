@@ -129,6 +129,38 @@ def test_the_papers_claim_and_ours():
     assert 1000 < free_streaming_tokens(small.setup) < 4000
 
 
+def test_only_what_does_not_fit_of_the_optimizer_state_is_paged():
+    setup = dataclasses.replace(setup_of("llama-8b", {}), lora=LoRAConfig(rank=64))
+    state = estimate(setup).device["optimizer state"]
+    all_here = estimate(setup).device_bytes
+    fixed = ("micro_batch", "checkpoint", "stream", "quantize_embedding")
+    assert not plan_memory(setup, all_here, fixed=fixed).setup.offload
+    resident = []
+    for size in (all_here - state, all_here - state // 4, all_here - 1):
+        plan = plan_memory(setup, size, fixed=fixed)
+        assert plan.setup.offload and plan.memory.device_bytes <= size
+        assert sum(plan.memory.host.values()) == state - plan.setup.resident_bytes
+        resident.append(plan.setup.resident_bytes)
+    assert resident[0] == 0 < resident[1] < resident[2] < state
+    assert "--train.resident-bytes" in flags_of(plan.setup)
+
+
+def test_8_bit_moments_are_a_quarter():
+    plain = setup_of("llama-8b", {"lora": {"rank": 64}})
+    small = dataclasses.replace(plain, optimizer="adamw8bit")
+    states = [estimate(x).device["optimizer state"] for x in (plain, small)]
+    assert 0.25 < states[1] / states[0] < 0.26
+
+
+def test_micro_batches_share_the_copy_of_a_streamed_layer():
+    one = setup_of("llama-8b", {"stream": True, "max_tokens": 512})
+    four = dataclasses.replace(one, grad_accum=4)
+    waiting = [estimate(x).device["activations for backward"] for x in (one, four)]
+    assert waiting[1] == 4 * waiting[0]
+    assert relative_time(four) < relative_time(one)
+    assert free_streaming_tokens(four) == free_streaming_tokens(one)
+
+
 def test_what_is_fixed_stays():
     setup = setup_of("llama-8b", {"micro_batch": 2, "grad_accum": 2})
     fixed = ("micro_batch", "checkpoint", "stream", "offload", "quantize_head")

@@ -1,6 +1,7 @@
 """TrainConfig: every wrong value names its flag; the schedules' ends; steps."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -138,3 +139,18 @@ def test_float16_scales_the_loss_and_offload_rests_on_the_host():
     assert not isinstance(
         make_optimizer(TrainConfig(), 10).init(params), LossScaleState
     )
+
+
+def test_moments_rest_in_8_bits_where_asked_for():
+    params = {"w": jnp.ones((64, 64)), "small": jnp.ones(4)}
+    state = make_optimizer(TrainConfig(optimizer="adamw8bit"), 10).init(params)
+    mu = optax.tree.get(state, "mu")
+    assert mu["w"].codes.dtype == np.uint8 and mu["small"].dtype == np.float32
+
+
+def test_what_fits_of_the_state_stays_on_the_device():
+    params = {"w": jnp.ones((64, 64)), "small": jnp.ones(4)}
+    config = TrainConfig(offload=True, resident_bytes=40)
+    mu = optax.tree.get(make_optimizer(config, 10).init(params), "mu")
+    kinds = {name: x.sharding.memory_kind for name, x in mu.items()}
+    assert kinds["w"] == "pinned_host" != kinds["small"]
