@@ -8,7 +8,8 @@ attention, against float64, fresh random inputs, NaN-poisoned outputs' memory), 
 (tokens over the linears of Llama-3 8B, and 70B with --large: the library's choice, cuBLAS
 on dense bf16 weights, two_pass, bitsandbytes where it is installed), lora (an adapted
 linear with its gradients), step (a training step of an 8B-shaped model; PEFT +
-bitsandbytes where installed).
+bitsandbytes where installed), memory (gpu_memory.py: paged and streamed steps, and a
+70B-shaped one with the allocator capped at 48 and, streamed, at 12 GB).
 
 Times are device time (CUPTI, the sum of a call's kernels): medians over calls that rotate
 among weights larger together than the L2. Workers compile in parallel and run one at a
@@ -30,6 +31,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import gpu_memory  # noqa: E402
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 QUICK = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
@@ -94,6 +97,8 @@ def tasks(sections: list[str], large: bool, quick: bool) -> list[dict]:
             for batch in (1, 4)
             for what in ("ours", "peft", "ours, attention by xla")
         ]
+    if "memory" in sections:
+        found += gpu_memory.tasks()
     return found
 
 
@@ -623,7 +628,10 @@ def peft_step(task: dict) -> dict:
 def step_worker(task: dict, out: str) -> None:
     """Runs one training step task in this process."""
     try:
-        if task["what"].startswith("ours"):
+        if task["section"] == "memory":
+            gpu_memory.cap(task["what"])
+            emit(out, task, **gpu_memory.memory_step(task, turn(out)))
+        elif task["what"].startswith("ours"):
             if task["what"] == "ours, attention by xla":
                 os.environ["QLORA_JAX_ATTENTION"] = "xla"
             emit(out, task, **our_step(task, turn(out)))
@@ -693,13 +701,13 @@ def report(rows: list[dict]) -> None:
             print(
                 f"lora {row['what']:<22}{row['n']}x{row['k']} m={row['m']}: {row['us']:.1f}"
             )
-        if row["section"] == "step" and "step_s" in row:
-            print("step", row)
+        if row["section"] in ("step", "memory") and "step_s" in row:
+            print(row["section"], row)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    sections = ["ceilings", "numerics", "sweep", "lora", "step"]
+    sections = ["ceilings", "numerics", "sweep", "lora", "step", "memory"]
     parser.add_argument("--out", default="gpu_suite.jsonl")
     parser.add_argument("--only", nargs="+", choices=sections, default=sections)
     parser.add_argument("--large", action="store_true", help="70B's linears too")
@@ -730,7 +738,7 @@ def main() -> None:
         print(*map(json.dumps, todo), sep="\n")
         return
     end = time.time() + args.seconds
-    steps = [t for t in todo if t["section"] == "step"]
+    steps = [t for t in todo if t["section"] in ("step", "memory")]
     bnb = [t for t in todo if t["what"] == "bitsandbytes"]
     rest = [t for t in todo if t not in steps and t not in bnb]
     shares = [(str(i), rest[i :: args.workers]) for i in range(args.workers)]

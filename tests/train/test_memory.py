@@ -1,5 +1,6 @@
 """The plan against XLA's own account, and what 48 GB and 8 GB cards are promised."""
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -23,6 +24,7 @@ from qlora_jax.train.compiled import account, compile_step
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
+from gpu_memory import measured  # noqa: E402
 from measure_memory import ALL, TABLES, setup_of  # noqa: E402
 
 PLAN = 0.05
@@ -182,6 +184,18 @@ def test_a_budget_that_nothing_fits_says_the_least():
     for wrong in ("8cows", "GiB", "-1GiB", "0"):
         with pytest.raises(ConfigError, match="--memory"):
             parse_bytes(wrong)
+
+
+def test_the_suites_measured_step_runs():
+    setup = setup_of("smollm2-135m", {"max_tokens": 16, "grad_accum": 2})
+    config = dataclasses.replace(setup.config, num_layers=1, vocab_size=512)
+    away = {"stream": True, "offload": True, "checkpoint": "host"}
+    figures = measured(
+        dataclasses.replace(setup, config=config, **away), contextlib.nullcontext(), 2
+    )
+    assert 5 < figures["loss"] < 7  # of 512 tokens, by chance
+    assert figures["host_bytes"] == figures["plan"]["device"]["layers"]
+    assert figures["tokens_per_s"] > 0 and figures["copies_s"] > 0
 
 
 def test_an_unknown_gpu_is_named():

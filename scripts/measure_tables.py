@@ -1,0 +1,62 @@
+"""What a 4-bit embedding and head cost in perplexity, beside 4-bit linears alone.
+
+    python scripts/measure_tables.py --model DIR --text FILE [--max-chars N] [--append FILE]
+
+The text's perplexity with the base dense, with its linears 4-bit, and with the tables 4-bit
+too (a tied head follows the embedding), all computed in bfloat16; and the bytes of each.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import jax
+from bench_record import record
+from flax import nnx
+
+import qlora_jax as qlora
+
+CASES = {
+    "dense": (None, {}),
+    "nf4": (qlora.QuantConfig(), {}),
+    "nf4, embedding": (qlora.QuantConfig(), {"quantize_embedding": True}),
+    "nf4, embedding and head": (
+        qlora.QuantConfig(),
+        {"quantize_embedding": True, "quantize_head": True},
+    ),
+}
+
+
+def main() -> None:
+    """Runs the cases; prints a table and one JSON line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--max-chars", type=int, default=60_000)
+    parser.add_argument("--append")
+    args = parser.parse_args()
+    text = args.text.read_text(encoding="utf-8")[: args.max_chars]
+    found, tokens = {}, 0
+    for name, (quant, tables) in CASES.items():
+        model, tokenizer = qlora.load(args.model, quant, **tables)
+        assert tokenizer is not None
+        if "quantize_head" in tables and model.config.tie_word_embeddings:
+            continue  # the same as the embedding alone
+        ids = tokenizer.encode(text)
+        window = min(512, model.config.max_position_embeddings - 1)
+        value, tokens = qlora.perplexity(
+            model, ids, window=window, bos_id=tokenizer.bos_id, batch_size=4
+        )
+        size = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model)))
+        found[name] = {"perplexity": round(value, 4), "bytes": size}
+        print(f"{name:<26}{value:10.4f}{size / 2**20:10.1f} MiB", flush=True)
+    base = found["nf4"]["perplexity"]
+    cost = {n: round(f["perplexity"] / base - 1, 5) for n, f in found.items()}
+    figures = {"cases": found, "over_nf4": cost, "tokens": tokens}
+    print(json.dumps(record("measure_tables", args.append, **figures)))
+
+
+if __name__ == "__main__":
+    main()
