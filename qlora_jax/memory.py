@@ -52,7 +52,7 @@ class Setup:
     checkpoint: Checkpoint = "layer"
     optimizer: Optimizer = "adamw"
     offload: bool = False
-    """Optimizer state on the host."""
+    """Optimizer state on the host, and what micro-batches' gradients add up to."""
     resident_bytes: int = 0
     """Of that state what stays on the device."""
     stream: bool = False
@@ -204,6 +204,8 @@ def estimate(setup: Setup, platform: Platform = "gpu") -> Memory:
             away = max(0, parts["optimizer"] - setup.resident_bytes)
             host["optimizer state"] = away
             device["optimizer state"] -= away
+            if setup.grad_accum > 1 and not setup.stream:
+                host["gradients"] = parts["adapter"]
         if setup.checkpoint == "host":
             c = setup.config
             each = setup.tokens * c.hidden_size * jnp.dtype(setup.dtype).itemsize
@@ -247,6 +249,11 @@ def _together(setup: Setup) -> int:
     return setup.grad_accum if setup.stream else 1
 
 
+def _adds_up(setup: Setup) -> bool:
+    """Whether the device holds the sum of micro-batches' gradients beside a new one."""
+    return setup.grad_accum > 1 and not setup.stream and not setup.offload
+
+
 def _kept(setup: Setup, platform: Platform) -> int:
     """Returns the bytes of activations that wait on the device for backward."""
     c = setup.config
@@ -282,7 +289,7 @@ def _at_peak(setup: Setup, platform: Platform, parts: dict[str, int]) -> dict[st
     runs and when the loss does."""
     fit = _FITTED[platform, setup.checkpoint != "none"]
     sums = {"layer": parts["adapter"], "loss": 0}
-    if setup.grad_accum > 1 and not setup.stream:
+    if _adds_up(setup):
         sums["loss"] += parts["adapter"]
     for (moment, name), size in features(setup, platform, parts).items():
         sums[moment] += round(fit.get(name, 0.0) * size)
@@ -318,8 +325,7 @@ def features(
     return {
         ("layer", "adapter"): parts["adapter"] * (setup.optimizer == "adamw"),
         ("layer", "adapter_8_bit"): parts["adapter"] * (setup.optimizer != "adamw"),
-        ("layer", "accumulated"): parts["adapter"]
-        * (setup.grad_accum > 1 and not setup.stream),
+        ("layer", "accumulated"): parts["adapter"] * _adds_up(setup),
         ("layer", "layer"): a_layer,
         ("layer", "turn"): a_layer * (c.period - 1),
         ("layer", "wide"): tokens * _wide(c),

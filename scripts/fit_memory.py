@@ -17,7 +17,7 @@ import numpy as np
 from measure_memory import setup_of
 from scipy.optimize import linprog
 
-from qlora_jax.memory import _kept, _resident, features
+from qlora_jax.memory import _adds_up, _kept, _resident, features
 
 ROUNDS = 20
 
@@ -36,7 +36,6 @@ def rows_of(platform: str) -> list[dict[str, Any]]:
             away = {"layers"} if setup.stream else set()
             away |= {"optimizer"} if setup.offload else set()
         known = sum(size for name, size in parts.items() if name not in away)
-        adds = setup.grad_accum > 1 and not setup.stream
         rows.append(
             {
                 "row": row,
@@ -45,7 +44,7 @@ def rows_of(platform: str) -> list[dict[str, Any]]:
                 "rest": xla - known - _kept(setup, platform),
                 "start": {
                     "layer": parts["adapter"],
-                    "loss": parts["adapter"] if adds else 0,
+                    "loss": parts["adapter"] if _adds_up(setup) else 0,
                 },
                 "features": features(setup, platform, parts),
             }

@@ -22,13 +22,13 @@ from transformers import AutoModelForCausalLM
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 OUT = GOLDEN / "combine"
 ADAPTERS = {
-    "a": {"target_modules": ["q_proj", "v_proj", "embed_tokens"], "lora_alpha": 6},
+    "a": {"target_modules": ["q_proj", "embed_tokens"], "lora_alpha": 6},
     "b": {
-        "target_modules": ["q_proj", "down_proj", "embed_tokens"],
+        "target_modules": ["q_proj", "o_proj", "embed_tokens"],
         "lora_alpha": 5,
         "use_rslora": True,
     },
-    "c": {"target_modules": ["q_proj", "down_proj"], "lora_alpha": 4},
+    "c": {"target_modules": ["q_proj", "o_proj"], "lora_alpha": 4},
 }
 THREE = {"adapters": ["a", "b", "c"], "weights": [0.7, 0.4, -0.3]}
 TWO = {"adapters": ["a", "b"], "weights": [0.7, 0.4]}

@@ -111,6 +111,8 @@ GRID: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("llama-8b", {**ALL, "stream": True, "grad_accum": 4}),
         ("llama-70b", {**ALL, "stream": True, "grad_accum": 4}),
         ("gemma2-2b", {"stream": True, "grad_accum": 4, "max_tokens": 1024}),
+        # Gradients that add up on the host.
+        ("llama-8b", {"lora": {"rank": 64}, "offload": True, "grad_accum": 4}),
         # 8-bit optimizer state.
         ("llama-8b", {"lora": {"rank": 64}, "optimizer": "adamw8bit"}),
         ("llama-70b", {**TABLES, "checkpoint": "host", "optimizer": "adamw8bit"}),
@@ -153,6 +155,7 @@ GRID: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ),
         ("smollm2-135m", {"stream": True, "grad_accum": 4, "max_tokens": 512}),
         ("gemma2-2b", {"stream": True, "grad_accum": 4, "max_tokens": 512}),
+        ("llama-1b", {"max_tokens": 256, "offload": True, "grad_accum": 4}),
         (
             "qwen2-0.5b",
             {"max_tokens": 256, "lora": {"rank": 64}, "optimizer": "adamw8bit"},

@@ -82,7 +82,9 @@ def compile_step(
         "tokens": jax.ShapeDtypeStruct(shape, jnp.int32),
         "weights": jax.ShapeDtypeStruct(shape, jnp.float32),
     }
-    step: Any = make_train_step(graphdef, tx, checkpoint=setup.checkpoint)
+    step: Any = make_train_step(
+        graphdef, tx, checkpoint=setup.checkpoint, sums_on_host=setup.offload
+    )
     with _placing(target) as (device, host):
 
         def put(tree: Any, where: Any) -> Any:

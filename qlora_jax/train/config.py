@@ -69,7 +69,8 @@ class TrainConfig:
     kept in host memory)."""
 
     offload: bool = False
-    """Keep optimizer state in host memory between steps."""
+    """Keep optimizer state in host memory between steps, and what micro-batches' gradients
+    add up to between them."""
 
     resident_bytes: int = 0
     """Of that state what stays on the device all the same; --train.offload auto finds it."""

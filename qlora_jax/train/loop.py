@@ -86,6 +86,7 @@ class Trainer:
             self.graphdef,
             tx,
             checkpoint=config.checkpoint,
+            sums_on_host=config.offload,
         )
         self._eval_step = make_eval_step(self.graphdef)
         self._progress = progress or (lambda metrics: None)

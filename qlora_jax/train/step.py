@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from qlora_jax.adapters import join
 from qlora_jax.models.decoder import Checkpoint
-from qlora_jax.optim import LossScaleState
+from qlora_jax.optim import LossScaleState, offload
 from qlora_jax.train.loss import cross_entropy
 
 Batch = Mapping[str, Any]
@@ -30,6 +30,7 @@ def make_train_step(
     *,
     checkpoint: Checkpoint = "none",
     loss_fn: LossFn | None = None,
+    sums_on_host: bool = False,
 ) -> Callable[..., tuple[nnx.State, Any, dict[str, Array]]]:
     """Makes the train step of a model that was taken apart by `split`.
 
@@ -46,6 +47,8 @@ def make_train_step(
       checkpoint: What backward recomputes: 'none' elementwise work only, 'layer' each
         whole layer (less memory, about a third more work).
       loss_fn: Replaces the next-token cross-entropy.
+      sums_on_host: Keep in host memory what micro-batches' gradients add up to, until the
+        last of them. Streamed micro-batches add theirs up as they are made.
 
     Returns:
       train_step(lora, base, opt_state, batch, key=None) -> (lora, opt_state, metrics).
@@ -55,6 +58,8 @@ def make_train_step(
     """
     default = loss_fn is None
     loss_fn = loss_fn or next_token_loss(checkpoint)
+    plain = optax.trace(1.0)  # a running sum
+    sums: Any = offload(plain) if sums_on_host else plain
 
     def train_step(lora, base, opt_state, batch, key=None):
         batch = dict(batch)
@@ -68,9 +73,9 @@ def make_train_step(
             micro_key = None if key is None else jax.random.fold_in(key, index)
             return loss_fn(join(graphdef, lora, base), micro, micro_key) * factor
 
-        def accumulate(carry, xs):
+        def add(carry, xs):
             loss, grads = jax.value_and_grad(loss_of)(lora, *xs)
-            return jax.tree.map(jnp.add, carry, (loss, grads)), None
+            return (carry[0] + loss, sums.update(grads, carry[1])[1]), None
 
         def loss_together(lora):
             model = join(graphdef, lora, base)
@@ -84,9 +89,10 @@ def make_train_step(
             first = {name: x[0] for name, x in batch.items()}
             loss, grads = jax.value_and_grad(loss_of)(lora, first, 0)
         else:
-            start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, lora))
             xs = (batch, jnp.arange(count))
-            (loss, grads), _ = jax.lax.scan(accumulate, start, xs)
+            start = jnp.float32(0), sums.init(lora)
+            (loss, summed), _ = jax.lax.scan(add, start, xs)
+            grads = jax.device_put(summed.trace, jax.memory.Space.Device)
         updates, new_state = tx.update(grads, opt_state, lora)
         lora = optax.apply_updates(lora, updates)
         scale = opt_state.scale if scaled else 1.0

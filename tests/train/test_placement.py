@@ -31,7 +31,8 @@ def losses(
         there = {x.sharding.memory_kind for x in jax.tree.leaves(base["layers"])}
         assert there == {"pinned_host"}
     tx = qlora.offload(optax.adamw(1e-2), memory_kind)
-    step = make_train_step(graphdef, tx, checkpoint=checkpoint)
+    paged = memory_kind == "pinned_host"
+    step = make_train_step(graphdef, tx, checkpoint=checkpoint, sums_on_host=paged)
     batch, state, found = batch_of(**more), tx.init(lora), []
     for i in range(3):
         key = jax.random.key(i) if more.get("dropout") else None
@@ -66,10 +67,11 @@ def test_streamed_paged_and_offloaded_runs_have_the_same_losses(kinds):
 
 
 @pytest.mark.parametrize("checkpoint", ["none", "host"])
-def test_micro_batches_that_share_a_copy_have_the_same_losses(checkpoint):
+def test_micro_batches_that_share_a_copy_or_add_up_on_the_host(checkpoint):
     model = tiny.adapted(tiny.quantized(), dropout=0.2)
     more = {"accumulated": 4, "dropout": True}
     plain = losses(model, checkpoint, False, "device", **more)
+    assert losses(model, checkpoint, False, "pinned_host", **more) == plain
     streamed = losses(model, checkpoint, True, "device", **more)
     # Loops of another order: XLA contracts products and sums otherwise in places.
     np.testing.assert_allclose(streamed, plain, rtol=2e-6)
