@@ -10,13 +10,22 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qlora_jax.adapters.algebra import chain as chain
+    from qlora_jax.adapters.algebra import compress as compress
+    from qlora_jax.adapters.algebra import cosine_similarity as cosine_similarity
+    from qlora_jax.adapters.algebra import difference as difference
+    from qlora_jax.adapters.algebra import interpolate as interpolate
+    from qlora_jax.adapters.algebra import scale as scale
+    from qlora_jax.adapters.algebra import update_norms as update_norms
     from qlora_jax.adapters.attach import attach as attach
     from qlora_jax.adapters.attach import join as join
     from qlora_jax.adapters.attach import split as split
+    from qlora_jax.adapters.combine import combine as combine
     from qlora_jax.adapters.compensate import compensate as compensate
     from qlora_jax.adapters.compensate import input_moments as input_moments
     from qlora_jax.adapters.config import LoRAConfig as LoRAConfig
     from qlora_jax.adapters.merge import merge as merge
+    from qlora_jax.adapters.value import Adapter as Adapter
     from qlora_jax.data.config import DataConfig as DataConfig
     from qlora_jax.data.dataset import load_dataset as load_dataset
     from qlora_jax.errors import QLoRAError as QLoRAError
@@ -32,6 +41,7 @@ if TYPE_CHECKING:
     from qlora_jax.io.hf import save_model as save_model
     from qlora_jax.io.peft import export_peft as export_peft
     from qlora_jax.io.peft import import_peft as import_peft
+    from qlora_jax.io.read import read_adapter as read_adapter
     from qlora_jax.io.tokens import add_tokens as add_tokens
     from qlora_jax.memory import Setup as Setup
     from qlora_jax.models.streaming import stream as stream
@@ -49,10 +59,21 @@ if TYPE_CHECKING:
     from qlora_jax.train.step import make_train_step as make_train_step
 
 _HOMES = {
+    "qlora_jax.adapters.algebra": (
+        "chain",
+        "compress",
+        "cosine_similarity",
+        "difference",
+        "interpolate",
+        "scale",
+        "update_norms",
+    ),
     "qlora_jax.adapters.attach": ("attach", "join", "split"),
+    "qlora_jax.adapters.combine": ("combine",),
     "qlora_jax.adapters.compensate": ("compensate", "input_moments"),
     "qlora_jax.adapters.config": ("LoRAConfig",),
     "qlora_jax.adapters.merge": ("merge",),
+    "qlora_jax.adapters.value": ("Adapter",),
     "qlora_jax.data.config": ("DataConfig",),
     "qlora_jax.data.dataset": ("load_dataset",),
     "qlora_jax.errors": ("QLoRAError",),
@@ -61,6 +82,7 @@ _HOMES = {
     "qlora_jax.io.adapter": ("load_adapter", "load_tokenizer", "save_adapter"),
     "qlora_jax.io.hf": ("load", "original_kernels", "save_model"),
     "qlora_jax.io.gguf": ("write_gguf",),
+    "qlora_jax.io.read": ("read_adapter",),
     "qlora_jax.io.tokens": ("add_tokens",),
     "qlora_jax.io.peft": ("export_peft", "import_peft"),
     "qlora_jax.memory": ("Setup",),

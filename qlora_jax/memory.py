@@ -30,8 +30,8 @@ from qlora_jax.nn import (
     QuantizedEmbedding,
     QuantizedLinear,
 )
+from qlora_jax.optim.adamw import Optimizer, adamw
 from qlora_jax.quant import QuantConfig
-from qlora_jax.train.config import Optimizer, adamw
 
 Platform = Literal["gpu", "cpu"]
 

@@ -60,8 +60,8 @@ def difference(ours: dict, theirs: dict) -> str | None:
     """Returns how two bases differ, or None when they are the same."""
     if ours["structure"] != theirs["structure"]:
         return (
-            f"its base had other parameter shapes (structure {theirs['structure']}, this "
-            f"model {ours['structure']})"
+            f"its base had other parameter shapes (structure {theirs['structure']}, here "
+            f"{ours['structure']})"
         )
     # What is 4-bit in one of them has no sample there.
     common = sorted(ours["sample"].keys() & theirs["sample"].keys())

@@ -9,8 +9,9 @@ import numpy as np
 import tyro
 from flax import nnx
 
+from qlora_jax.adapters.algebra import cosine_similarity, update_norms
 from qlora_jax.cli import options
-from qlora_jax.errors import AdapterMismatchError, CheckpointError
+from qlora_jax.errors import AdapterMismatchError, CheckpointError, ConfigError
 from qlora_jax.io import bitsandbytes
 from qlora_jax.io.adapter import describe_adapter, misfits
 from qlora_jax.io.hf import find, hf_names, outline, read_config
@@ -20,11 +21,14 @@ from qlora_jax.io.hf import find, hf_names, outline, read_config
 class Args:
     """Say what a model, run or adapter folder holds, without loading its weights."""
 
-    folder: Annotated[str, tyro.conf.Positional]
+    folder: Annotated[str | None, tyro.conf.Positional] = None
     """A model's folder or hub id, a run folder, or an adapter folder."""
 
     model: str | None = None
-    """A base: does the adapter in the folder fit it?"""
+    """A base: does the adapter in the folder fit it? (With --compare PEFT folders' base.)"""
+
+    compare: tuple[str, str] | None = None
+    """Two adapters: how large their updates are, and how alike."""
 
 
 def parse(args: list[str], prog: str) -> Args:
@@ -34,6 +38,11 @@ def parse(args: list[str], prog: str) -> Args:
 
 def run(args: Args) -> dict[str, Any]:
     """Prints the findings; returns them."""
+    if (args.folder is None) == (args.compare is None):
+        raise ConfigError("give a folder, or --compare and two adapters")
+    if args.compare is not None:
+        return _compared(args.compare, args.model)
+    assert args.folder is not None
     folder = Path(args.folder)
     if (folder / "config.json").exists() or not folder.exists():
         if args.model is not None:
@@ -54,6 +63,25 @@ def run(args: Args) -> dict[str, Any]:
         else:
             print(f"{name:<24}{_said(value)}")
     return found
+
+
+def _compared(paths: tuple[str, str], model: str | None) -> dict[str, Any]:
+    a, b = options.open_adapters(paths, model)
+    measured = {
+        "norm of first": update_norms(a),
+        "norm of second": update_norms(b),
+        "cosine": cosine_similarity(a, b),
+    }
+    totals = {name: float(x.total) for name, x in measured.items()}
+    options.print_figures(
+        {
+            name: {linear: float(value) for linear, value in x.linears.items()}
+            for name, x in measured.items()
+        },
+        totals,
+    )
+    first, second, cosine = totals.values()
+    return {"compared": list(paths), "norms": [first, second], "cosine": cosine}
 
 
 def _model(name: str) -> dict[str, Any]:

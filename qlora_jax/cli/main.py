@@ -15,9 +15,11 @@ COMMANDS = {
     "evaluate": "perplexity of a text, or loss and exact match of rows",
     "generate": "continue prompts",
     "merge": "fold an adapter into a dense model folder",
+    "combine": "several adapters as one",
+    "compress": "an adapter of lower rank",
     "export": "an adapter as a PEFT folder, or a model as a GGUF file",
     "import": "a PEFT adapter as one of ours",
-    "inspect": "what a folder holds, and whether an adapter fits a base",
+    "inspect": "what a folder holds, whether an adapter fits, how two differ",
     "doctor": "devices, versions, and which kernels will run",
 }
 

@@ -5,15 +5,19 @@ import difflib
 import tomllib
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar
 
 import tomli_w
 import tyro
 
+from qlora_jax.adapters.value import Adapter
 from qlora_jax.errors import ConfigError, gathered
 from qlora_jax.io.adapter import adapter_tokenizer, load_adapter
 from qlora_jax.io.hf import find, load, read_config
+from qlora_jax.io.peft import import_peft, is_peft
+from qlora_jax.io.read import read_adapter
 from qlora_jax.io.tokenizer import Tokenizer
 from qlora_jax.quant import QuantConfig
 
@@ -121,6 +125,42 @@ def open_model(
         tokenizer = adapter_tokenizer(adapter, tokenizer)
         said["adapter"] = adapter
     return base, tokenizer, said
+
+
+def open_adapters(paths: Sequence[str], model: str | None) -> list[Adapter]:
+    """Reads adapters as values; PEFT folders by the names of a base.
+
+    Raises:
+      ConfigError: a PEFT folder without a base.
+    """
+    if peft := [path for path in paths if is_peft(path)]:
+        if model is None:
+            raise ConfigError(
+                f"{', '.join(peft)}: a PEFT adapter's names are those of its base; give "
+                "--model"
+            )
+        base, _ = load(find(model), None)
+    return [
+        Adapter.of(import_peft(path, base)) if is_peft(path) else read_adapter(path)
+        for path in paths
+    ]
+
+
+def describe_ranks(adapter: Adapter) -> dict[str, Any]:
+    """Returns an adapter's rank, and others by linear, for output."""
+    config = adapter.config
+    return {"rank": config.rank, "rank_pattern": config.rank_pattern}
+
+
+def print_figures(
+    columns: dict[str, dict[str, float]], totals: dict[str, float]
+) -> None:
+    """Prints figures of linears, a line each, and of all together."""
+    print(f"{'':<40}" + "".join(f"{name:>16}" for name in columns))
+    for name in dict.fromkeys(name for column in columns.values() for name in column):
+        values = [column.get(name, 0.0) for column in columns.values()]
+        print(f"{name:<40}" + "".join(f"{value:>16.5g}" for value in values))
+    print(f"{'all':<40}" + "".join(f"{totals[name]:>16.5g}" for name in columns))
 
 
 def parse(cls: type[T], args: list[str], prog: str, default: T | None = None) -> T:

@@ -13,6 +13,7 @@ from qlora_jax.cli.options import QuantOptions
 from qlora_jax.errors import ConfigError
 from qlora_jax.io.hf import find, read_config
 from qlora_jax.memory import Memory, Platform, Setup
+from qlora_jax.optim.adamw import Optimizer
 from qlora_jax.plan import (
     Plan,
     flags_of,
@@ -22,7 +23,6 @@ from qlora_jax.plan import (
     said,
 )
 from qlora_jax.quant import QuantConfig
-from qlora_jax.train.config import Optimizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

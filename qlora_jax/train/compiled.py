@@ -18,8 +18,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from qlora_jax.errors import ConfigError
 from qlora_jax.memory import Setup, abstract_parts
+from qlora_jax.optim.adamw import adamw, placed
 from qlora_jax.optim.offload import paged
-from qlora_jax.train.config import adamw, placed
 from qlora_jax.train.step import make_train_step
 
 TARGETS = Path(__file__).parent / "targets"

@@ -10,9 +10,9 @@ from flax import nnx
 
 from qlora_jax.errors import ConfigError
 from qlora_jax.models.decoder import Checkpoint
-from qlora_jax.optim import adamw_8bit, dynamic_loss_scale, offload
+from qlora_jax.optim import dynamic_loss_scale, offload
+from qlora_jax.optim.adamw import Optimizer, adamw, placed
 
-Optimizer = Literal["adamw", "adamw8bit"]
 Schedule = Literal["constant", "linear", "cosine"]
 ComputeDtype = Literal["bfloat16", "float32", "float16"]
 
@@ -185,20 +185,3 @@ def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformat
         tx = dynamic_loss_scale(tx)
         tx = offload(tx, resident_bytes=config.resident_bytes) if config.offload else tx
     return tx
-
-
-def adamw(name: Optimizer, *args: Any, **kwargs: Any) -> optax.GradientTransformation:
-    """Returns optax.adamw or adamw_8bit, which take the same arguments."""
-    return (adamw_8bit if name == "adamw8bit" else optax.adamw)(*args, **kwargs)
-
-
-def placed(
-    tx: optax.GradientTransformation, away: bool, resident_bytes: int = 0
-) -> optax.GradientTransformation:
-    """Returns a transform whose state rests on the host, or on the device.
-
-    By the same slices in either case, so that both give the same numbers.
-    """
-    if away:
-        return offload(tx, resident_bytes=resident_bytes)
-    return offload(tx, "device")

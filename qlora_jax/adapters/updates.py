@@ -1,0 +1,319 @@
+"""What an adapter is to algebra: one low-rank update a linear, scale * lora_a @ lora_b.
+
+`read` takes adapters apart and refuses what is no such update; `assemble` makes an
+adapter of factors that hold their scale, so that alpha equals rank. What combine.py and
+algebra.py compute lies between the two.
+"""
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from qlora_jax.adapters.attach import base_fingerprint
+from qlora_jax.adapters.fingerprint import difference
+from qlora_jax.adapters.names import STACK, WRAPPED_BIAS, dotted, stacked_names
+from qlora_jax.adapters.value import Adapter
+from qlora_jax.errors import AdapterMismatchError, ConfigError, gathered
+from qlora_jax.nn.lora import adapter_scale
+
+FACTORS = ("lora_a", "lora_b")
+Path = tuple[Any, ...]
+Weight = float | Float[Array, ""]
+"""A number, or a traced scalar: what is computed is differentiable in it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """The update of one linear, or of a stack of them: scale * lora_a @ lora_b.
+
+    Attributes:
+      lora_a: float32 (..., in, rank), zero in layers without adapter.
+      lora_b: float32 (..., rank, out), likewise.
+      scale: What the product is multiplied by.
+    """
+
+    lora_a: Float[Array, "*stack in rank"]
+    lora_b: Float[Array, "*stack rank out"]
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """Columns of lora_a."""
+        return self.lora_a.shape[-1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the update: (..., in, out)."""
+        return (*self.lora_a.shape[:-1], self.lora_b.shape[-1])
+
+    @property
+    def limit(self) -> int:
+        """The rank that no update of this shape can exceed."""
+        return min(self.shape[-2:])
+
+
+Updates = dict[Path, Update]
+"""The path of each adapted linear, without numbers of layers -> its update."""
+
+
+def read(adapters: Sequence[Adapter], *, same_base: bool = True) -> list[Updates]:
+    """Takes adapters apart into their updates.
+
+    Args:
+      adapters: Of one base.
+      same_base: Whether to compare the marks of their bases.
+
+    Returns:
+      The updates of each. Stacks that end early, because no layer behind their last one
+      has an adapter, are as long as the longest.
+
+    Raises:
+      AdapterMismatchError: an adapter trains something besides factors, has NaN or Inf
+        values or another rank than its config; bases or shapes differ. Each is named.
+    """
+    count = max([1, *map(_layers, adapters)])
+    parts, problems = [], []
+    for number, adapter in enumerate(adapters):
+        updates, own = _updates(adapter, count)
+        parts.append(updates)
+        problems += [
+            f"adapter {number}: {text}" if len(adapters) > 1 else text for text in own
+        ]
+    if same_base:
+        problems += _other_bases(adapters)
+    problems += _other_shapes(parts)
+    if problems:
+        what = (
+            "these adapters cannot be"
+            if len(adapters) > 1
+            else "this adapter cannot be"
+        )
+        raise AdapterMismatchError(gathered(f"{what} computed with", problems))
+    return parts
+
+
+def assemble(
+    factors: Mapping[Path, tuple[Array, Array]],
+    adapters: Sequence[Adapter],
+    *,
+    init: str | None = None,
+) -> Adapter:
+    """Makes an adapter of factors whose product is the update.
+
+    Args:
+      factors: The path of each linear -> lora_a and lora_b.
+      adapters: What the factors were made of. The first gives the base's mark and what
+        the config says besides shape and place; together they give the layers.
+      init: Of the result; the first's unless given.
+
+    Returns:
+      An adapter with alpha equal to rank in every linear, so that its scale is 1.
+    """
+    templates = {
+        path: variable
+        for adapter in reversed(adapters)
+        for path, variable in nnx.to_flat_state(adapter.lora)
+    }
+    layers = _union(adapters)
+    marks = filter(None, (base_fingerprint(adapter.lora) for adapter in adapters))
+    base = next(map(json.dumps, marks), None)
+    entries = []
+    for path, pair in factors.items():
+        for name, array in zip(FACTORS, pair, strict=True):
+            variable = templates[*path, name].replace(array)
+            variable.set_metadata(base=base)
+            if "layers" in variable.get_metadata():
+                variable.set_metadata(layers=layers if _stacked(path, array) else ())
+            entries.append(((*path, name), variable))
+    ranks = {dotted(path): a.shape[-1] for path, (a, _) in factors.items()}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    others = {name: r for name, r in sorted(ranks.items()) if r != rank}
+    first = adapters[0].config
+    config = dataclasses.replace(
+        first,
+        rank=rank,
+        alpha=float(rank),
+        rslora=False,
+        rank_pattern=others,
+        alpha_pattern={name: float(r) for name, r in others.items()},
+        targets=",".join(sorted(ranks)),
+        layers=layers,
+        dora=False,
+        bias="none",
+        modules_to_save="",
+        tied=all(adapter.config.tied for adapter in adapters),
+        init=first.init if init is None else init,
+    )
+    return Adapter(nnx.from_flat_state(entries), config)
+
+
+def union(parts: Sequence[Updates]) -> list[Path]:
+    """Returns the paths of the linears that any of some adapters has, in order."""
+    return sorted({path for part in parts for path in part}, key=dotted)
+
+
+def having(
+    path: Path, parts: Sequence[Updates], weights: Sequence[Weight]
+) -> list[tuple[Update, Weight]]:
+    """Returns the updates that adapters have at a path, and these adapters' weights."""
+    pairs = zip(parts, weights, strict=True)
+    return [(part[path], weight) for part, weight in pairs if path in part]
+
+
+def layer_names(path: Path, update: Update, layers: tuple[int, ...]) -> dict[str, Path]:
+    """Returns {dotted name of a linear: index in the stack}, layers numbered.
+
+    `layers` are the adapted ones, () for all.
+    """
+    stack = len(update.shape) - 2
+    variable = nnx.LoRAParam(update.lora_a, stack=stack, layers=layers if stack else ())
+    names = stacked_names((*path, FACTORS[0]), variable)
+    return {name.removesuffix(f".{FACTORS[0]}"): i for name, i in names.items()}
+
+
+def concrete(values: Any) -> bool:
+    """Whether values can be looked at: none is a tracer or a shape alone."""
+    hidden = (jax.core.Tracer, jax.ShapeDtypeStruct)
+    return not any(isinstance(leaf, hidden) for leaf in jax.tree.leaves(values))
+
+
+def check_init(adapters: Sequence[Adapter], weights: Sequence[Any]) -> None:
+    """Checks that a weighted sum keeps what adapters hold of their base.
+
+    An adapter with another init than zero holds the part of the weights that
+    quantization lost. A sum holds it once only if the weights sum to 1.
+
+    Raises:
+      ConfigError: it would hold it another number of times, or parts of different kinds.
+    """
+    inits = [adapter.config.init for adapter in adapters]
+    if set(inits) == {"zero"}:
+        return
+    why = "holds the part of the base that quantization lost"
+    held = next(init for init in inits if init != "zero")
+    if len(set(inits)) > 1:
+        raise ConfigError(
+            f"the adapters began differently (init {', '.join(inits)}), and one with init "
+            f"{held} {why}: a sum would hold a fraction of it. Combine adapters of one init"
+        )
+    if not concrete(list(weights)):
+        raise ConfigError(
+            f"an adapter with init {held} {why}, so weights must sum to 1, which cannot "
+            "be seen while jax traces them; give numbers"
+        )
+    total = math.fsum(map(float, weights))
+    if abs(total - 1) > 1e-6:
+        raise ConfigError(
+            f"the weights sum to {total:g}, and an adapter with init {held} {why}: the "
+            f"result would hold it {total:g} times. Give weights that sum to 1"
+        )
+
+
+def _updates(adapter: Adapter, count: int) -> tuple[Updates, list[str]]:
+    config = adapter.config
+    flat = dict(nnx.to_flat_state(adapter.lora))
+    problems = [
+        f"{_plain(path)} is no low-rank update ({_kind(path)}); merge it, or train without"
+        for path in flat
+        if path[-1] not in FACTORS
+    ]
+    updates: Updates = {}
+    for path in dict.fromkeys(path[:-1] for path in flat if path[-1] in FACTORS):
+        name = dotted(path)
+        pair = [flat[*path, x] for x in FACTORS if (*path, x) in flat]
+        if len(pair) < len(FACTORS):
+            problems.append(f"{name} has not both of {' and '.join(FACTORS)}")
+            continue
+        rank, alpha = config.shape_of(name)
+        a, b = (_whole(path, v.get_value(), config.layers, count) for v in pair)
+        if not a.shape[-1] == b.shape[-2] == rank:
+            problems.append(
+                f"{name}: the factors have ranks {a.shape[-1]} and {b.shape[-2]}, the "
+                f"config says {rank}"
+            )
+        problems += [
+            f"{name}.{factor} has NaN or Inf values"
+            for factor, x in zip(FACTORS, (a, b), strict=True)
+            if concrete(x) and not np.isfinite(np.asarray(x)).all()
+        ]
+        updates[path] = Update(a, b, adapter_scale(rank, alpha, config.rslora))
+    if not updates and not problems:
+        problems.append("it has no factors of linears")
+    return updates, problems
+
+
+def _whole(path: Path, x: Array, layers: tuple[int, ...], count: int) -> Array:
+    """Returns a factor in float32, zero in layers without adapter, up to the last layer."""
+    x = jnp.asarray(x, jnp.float32)
+    if not layers or not _stacked(path, x):
+        return x
+    keep = jnp.asarray([i in layers for i in range(len(x))])
+    x = jnp.where(keep.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
+    return jnp.pad(x, [(0, count - len(x)), *[(0, 0)] * (x.ndim - 1)])
+
+
+def _stacked(path: Path, factor: Any) -> bool:
+    return str(path[0]) == STACK and len(factor.shape) > 2
+
+
+def _stacks(adapter: Adapter) -> list[int]:
+    return [
+        variable.get_value().shape[0]
+        for path, variable in nnx.to_flat_state(adapter.lora)
+        if path[-1] in FACTORS and _stacked(path, variable.get_value())
+    ]
+
+
+def _layers(adapter: Adapter) -> int:
+    return max(_stacks(adapter), default=0)
+
+
+def _union(adapters: Sequence[Adapter]) -> tuple[int, ...]:
+    """Returns the layers that any of some adapters has, () for all."""
+    each = [adapter.config.layers for adapter in adapters if _stacks(adapter)]
+    if not all(each):
+        return ()
+    return tuple(sorted({layer for layers in each for layer in layers}))
+
+
+def _other_bases(adapters: Sequence[Adapter]) -> list[str]:
+    marks = [(i, base_fingerprint(adapter.lora)) for i, adapter in enumerate(adapters)]
+    known = [(i, mark) for i, mark in marks if mark is not None]
+    problems = []
+    for i, mark in known[1:]:
+        if text := difference(known[0][1], mark):
+            problems.append(f"adapter {i} against adapter {known[0][0]}: {text}")
+    return problems
+
+
+def _other_shapes(parts: Sequence[Updates]) -> list[str]:
+    problems = []
+    for path in union(parts):
+        shapes = {i: part[path].shape for i, part in enumerate(parts) if path in part}
+        if len(set(shapes.values())) > 1:
+            said = ", ".join(f"{shape} in adapter {i}" for i, shape in shapes.items())
+            problems.append(f"{dotted(path)}: updates of other shapes, {said}")
+    return problems
+
+
+def _kind(path: Path) -> str:
+    if path[-1] == "magnitude":
+        return "DoRA's magnitudes"
+    if path[-1] == "rows":
+        return "rows of tokens"
+    return "a bias that trained" if path[-1] == "bias" else "a module that trained"
+
+
+def _plain(path: Path) -> str:
+    wrapped = path[-2:] == WRAPPED_BIAS
+    return dotted((*path[:-2], path[-1]) if wrapped else path)

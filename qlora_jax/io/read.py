@@ -1,0 +1,112 @@
+"""Reading an adapter folder of ours without a model, to compute with the adapter."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+from jaxtyping import Array
+
+from qlora_jax.adapters.config import EMBEDDING
+from qlora_jax.adapters.names import EXPERTS, STACK, WRAPPED_BIAS
+from qlora_jax.adapters.value import Adapter
+from qlora_jax.errors import AdapterMismatchError, gathered
+from qlora_jax.io.adapter import ARRAYS, METADATA, find_adapter, read_adapter_config
+from qlora_jax.io.peft import is_peft
+
+_BY_LAYER = ("lora_a", "lora_b", "magnitude")
+"""Parameters that say which layers have them."""
+
+
+def read_adapter(path: str | os.PathLike[str]) -> Adapter:
+    """Reads an adapter as a value, with no model.
+
+    Layers and experts, which have an entry each on disk, are stacked as a Decoder's are.
+    Where only some layers have adapters, the stack ends with the last of them, and the
+    others are zero. `save_adapter` of the result writes the same folder again.
+
+    Args:
+      path: A run folder or an adapter folder.
+
+    Raises:
+      AdapterMismatchError: there is none, it cannot be read, layers of one linear have
+        different shapes or are missing, or it is a PEFT folder: whose names only a model
+        can tell.
+    """
+    if is_peft(path):
+        raise AdapterMismatchError(
+            f"{path} is a PEFT adapter, whose names are those of a model; read it with "
+            "import_peft(path, model), then Adapter.of(model)"
+        )
+    folder = find_adapter(path)
+    config = read_adapter_config(folder)
+    metadata = json.loads((folder / METADATA).read_text())
+    # The arrays are restored onto this process's device, whatever saved them.
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = {
+        name: jax.ShapeDtypeStruct(tuple(shape), np.float32, sharding=sharding)
+        for name, shape in metadata["arrays"].items()
+    }
+    with ocp.StandardCheckpointer() as checkpointer:
+        flat = checkpointer.restore(folder / ARRAYS, wanted)
+    base = None if metadata["base"] is None else json.dumps(metadata["base"])
+    return Adapter(_stacked(flat, config.layers, base, folder), config)
+
+
+def _stacked(
+    flat: Mapping[str, Array], layers: tuple[int, ...], base: str | None, folder: Path
+) -> nnx.State:
+    """Undoes names.flatten."""
+    adapted = {name.rpartition(".")[0] for name in flat if name.endswith(".lora_a")}
+    found: dict[tuple[Any, ...], dict[tuple[int, ...], Array]] = {}
+    for name, array in flat.items():
+        path, index = _place(name)
+        if path[-1] == "bias" and name.rpartition(".")[0] in adapted:
+            path = (*path[:-1], *WRAPPED_BIAS)
+        found.setdefault(path, {})[index] = array
+    entries, problems = [], []
+    for path, parts in found.items():
+        name, depth = ".".join(map(str, path)), len(next(iter(parts)))
+        shapes = {array.shape for array in parts.values()}
+        only = layers if depth and path[-1] in _BY_LAYER else ()
+        stack = tuple(np.max(list(parts), axis=0) + 1) if depth else ()
+        missing = [
+            index
+            for index in np.ndindex(*stack)
+            if index not in parts and (not only or index[0] in only)
+        ]
+        if len(shapes) > 1 or missing:
+            said = " and ".join(map(str, sorted(shapes)))
+            problems.append(
+                f"{name}: shapes {said} by layer"
+                if len(shapes) > 1
+                else f"{name}: nothing of {', '.join(map(str, missing))}"
+            )
+            continue
+        whole = np.zeros((*stack, *next(iter(shapes))), np.float32)
+        for index, array in parts.items():
+            whole[index] = array
+        variable = nnx.LoRAParam(jax.numpy.asarray(whole))
+        variable.set_metadata(base=base, stack=depth)
+        if path[-1] in _BY_LAYER and path[0] != EMBEDDING:
+            variable.set_metadata(layers=only)
+        entries.append((path, variable))
+    if problems:
+        raise AdapterMismatchError(gathered(f"{folder} cannot be stacked", problems))
+    return nnx.from_flat_state(entries)
+
+
+def _place(name: str) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """Returns the path of a dotted name, and the layer and expert that it numbers."""
+    parts: list[Any] = [int(x) if x.isdigit() else x for x in name.split(".")]
+    if parts[0] != STACK or not isinstance(parts[1], int):
+        return tuple(parts), ()
+    index = [parts.pop(1)]
+    if EXPERTS in parts and isinstance(parts[at := parts.index(EXPERTS) + 1], int):
+        index.append(parts.pop(at))
+    return tuple(parts), tuple(index)
