@@ -12,6 +12,7 @@ from qlora_jax.errors import ConfigError
 from qlora_jax.models.decoder import Checkpoint
 from qlora_jax.optim import dynamic_loss_scale, offload
 from qlora_jax.optim.adamw import Optimizer, adamw, placed
+from qlora_jax.optim.lora_plus import lora_plus
 
 Schedule = Literal["constant", "linear", "cosine"]
 ComputeDtype = Literal["bfloat16", "float32", "float16"]
@@ -38,6 +39,9 @@ class TrainConfig:
 
     learning_rate: float = 2e-4
     """Peak of the schedule."""
+
+    lora_plus_ratio: float = 1.0
+    """Of lora_b's learning rate to lora_a's (LoRA+; 16 in its paper)."""
 
     schedule: Schedule = "constant"
     """After the warm-up: constant, or linear or cosine down to 0."""
@@ -103,7 +107,7 @@ class TrainConfig:
             for name, low in least.items()
             if (value := getattr(self, name)) is not None and value < low
         ]
-        for name in ("learning_rate", "epochs"):
+        for name in ("learning_rate", "lora_plus_ratio", "epochs"):
             if not 0 < getattr(self, name) < math.inf:
                 flag = name.replace("_", "-")
                 problems.append(
@@ -175,6 +179,8 @@ def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformat
         weight_decay=config.weight_decay,
         mask=_decays,
     )
+    if config.lora_plus_ratio != 1:
+        tx = optax.chain(tx, lora_plus(config.lora_plus_ratio))
     scaled = config.compute_dtype == "float16"
     if not scaled:
         # Before clipping, which looks across arrays: so the state comes slice by slice.

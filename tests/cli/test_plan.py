@@ -114,11 +114,9 @@ def test_a_host_without_enough_memory_is_told_before_the_run(
     assert "in host memory, of which 0.00 GiB are free. It would fit with" in err
 
 
-@pytest.mark.parametrize(
-    "flags", [(), ("--train.offload", "--quant.embedding", "--lora.dora")]
-)
-def test_a_streamed_run_is_the_run(base: Path, tmp_path: Path, capsys, flags):
+def test_a_streamed_run_is_the_run(base: Path, tmp_path: Path, capsys):
     losses = []
+    flags = ("--train.offload", "--quant.embedding", "--lora.dora")
     whole = ("--train.micro-batch", 8, "--train.grad-accum", 1)
     for stream in ("--train.no-stream", "--train.stream"):
         args = train(base, tmp_path, stream, "--overwrite", *whole, *flags)
