@@ -165,6 +165,8 @@ def main() -> None:
     )
     parser.add_argument("--torch-python", help="of a venv with torch and PEFT")
     parser.add_argument("--append", help="a .jsonl file")
+    kinds = list(OPERATIONS.values())
+    parser.add_argument("--only", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -172,6 +174,8 @@ def main() -> None:
         return
     found: dict[str, dict[str, dict[str, float]]] = {}
     for said, operation in OPERATIONS.items():
+        if operation not in args.only:
+            continue
         found[said] = {"ours": measure(sys.executable, "ours", operation)}
         if args.torch_python:
             found[said]["peft"] = measure(args.torch_python, "peft", operation)

@@ -133,15 +133,16 @@ def open_adapters(paths: Sequence[str], model: str | None) -> list[Adapter]:
     Raises:
       ConfigError: a PEFT folder without a base.
     """
-    if peft := [path for path in paths if is_peft(path)]:
-        if model is None:
-            raise ConfigError(
-                f"{', '.join(peft)}: a PEFT adapter's names are those of its base; give "
-                "--model"
-            )
-        base, _ = load(find(model), None)
+    peft = [path for path in paths if is_peft(path)]
+    if peft and model is None:
+        raise ConfigError(
+            f"{', '.join(peft)}: a PEFT adapter's names are those of its base; give --model"
+        )
+    if not peft:
+        return [read_adapter(path) for path in paths]
+    base, _ = load(find(str(model)), None)
     return [
-        Adapter.of(import_peft(path, base)) if is_peft(path) else read_adapter(path)
+        Adapter.of(import_peft(path, base)) if path in peft else read_adapter(path)
         for path in paths
     ]
 

@@ -428,6 +428,7 @@ def test_a_model_saved_over_a_sharded_one_is_the_one_that_loads(
     )
 
 
+@pytest.mark.slow
 def test_an_adapter_can_start_from_what_quantization_lost(
     base: Path, rows: Path, tmp_path: Path, capsys
 ):

@@ -114,6 +114,7 @@ def test_a_host_without_enough_memory_is_told_before_the_run(
     assert "in host memory, of which 0.00 GiB are free. It would fit with" in err
 
 
+@pytest.mark.slow
 def test_a_streamed_run_is_the_run(base: Path, tmp_path: Path, capsys):
     losses = []
     flags = ("--train.offload", "--quant.embedding", "--lora.dora")

@@ -50,7 +50,11 @@ def batch_of(accumulated: int | None = None, **_: Any) -> dict[str, jax.Array]:
     return batch
 
 
-@pytest.mark.parametrize("kinds", [(), WINDOWS], ids=["alike", "in turns"])
+@pytest.mark.parametrize(
+    "kinds",
+    [(), pytest.param(WINDOWS, marks=pytest.mark.slow)],
+    ids=["alike", "in turns"],
+)
 def test_streamed_paged_and_offloaded_runs_have_the_same_losses(kinds):
     layers = len(kinds) or 2
     config = dataclasses.replace(tiny.CONFIG, num_layers=layers, layer_kinds=kinds)
@@ -108,6 +112,7 @@ def arrivals(jaxpr: Any) -> int:
     return count
 
 
+@pytest.mark.slow
 def test_experts_stream_too():
     config = dataclasses.replace(tiny.CONFIG, num_experts=4, qk_norm="head")
     model = Decoder(config, key=jax.random.key(0), dtype="float32")
