@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from qlora_jax.adapters.compensate import input_moments as input_moments
     from qlora_jax.adapters.config import LoRAConfig as LoRAConfig
     from qlora_jax.adapters.merge import merge as merge
+    from qlora_jax.adapters.merge import unmerge as unmerge
+    from qlora_jax.adapters.merge_report import merge_report as merge_report
     from qlora_jax.adapters.value import Adapter as Adapter
     from qlora_jax.data.config import DataConfig as DataConfig
     from qlora_jax.data.dataset import load_dataset as load_dataset
@@ -72,7 +74,8 @@ _HOMES = {
     "qlora_jax.adapters.combine": ("combine",),
     "qlora_jax.adapters.compensate": ("compensate", "input_moments"),
     "qlora_jax.adapters.config": ("LoRAConfig",),
-    "qlora_jax.adapters.merge": ("merge",),
+    "qlora_jax.adapters.merge": ("merge", "unmerge"),
+    "qlora_jax.adapters.merge_report": ("merge_report",),
     "qlora_jax.adapters.value": ("Adapter",),
     "qlora_jax.data.config": ("DataConfig",),
     "qlora_jax.data.dataset": ("load_dataset",),

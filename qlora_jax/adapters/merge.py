@@ -17,6 +17,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import reference
 from pallas_kernels.layout import QuantizedTensor
+from qlora_jax.adapters.algebra import scale
+from qlora_jax.adapters.value import Adapter
 from qlora_jax.errors import AdapterMismatchError, ConfigError
 from qlora_jax.models import Decoder
 from qlora_jax.models.vocabulary import untied
@@ -74,12 +76,12 @@ def merge(
         if isinstance(node, LoRA):
             base, bias = node.base, _bias(node.base, plain)
             kernel = base.kernel.get_value()
-            fold = functools.partial(_fold, scale=node.scale)
-            arrays = (kernel, *_factors(node))
+            folded = functools.partial(fold, scale=node.scale)
+            arrays = (kernel, *factors(node))
             if requantize is None:
-                return Linear(_layers(fold, base.stack, plain)(*arrays), bias)
+                return Linear(_layers(folded, base.stack, plain)(*arrays), bias)
             parts = [
-                quantize_tensor(fold(*_layer(arrays, index)), requantize)
+                quantize_tensor(folded(*_layer(arrays, index)), requantize)
                 for index in np.ndindex(*base.stack)
             ]
             kernel = jax.tree.map(
@@ -112,7 +114,29 @@ def merge(
     return cast(M, merged)
 
 
-def _factors(node: LoRA) -> tuple[Array, Array, Array | None, Array | None]:
+def unmerge(model: M, adapter: Adapter, *, dtype: str | None = None) -> M:
+    """Takes an adapter out of a dense model that it was merged into.
+
+    Args:
+      model: What `merge` made. It is left as it was.
+      adapter: What was merged.
+      dtype: Of the result; None for the model's own.
+
+    Returns:
+      The base, but for two roundings: of a weight merged in bfloat16 at most 2**-8 of it
+      (2**-11 in float16, 2**-24 in float32) is lost, which is more of the base's weight
+      where the update is larger. `merge_report` of the base with the adapter and the
+      model says how far apart they were.
+
+    Raises:
+      AdapterMismatchError: something of the adapter is no low-rank update (DoRA, biases,
+        modules that trained in full), which nothing can take out again.
+    """
+    minus = scale(adapter, -1.0).on(model)
+    return merge(minus, dtype=dtype or str(getattr(model, "dtype", "float32")))
+
+
+def factors(node: LoRA) -> tuple[Array, Array, Array | None, Array | None]:
     """Returns lora_a, lora_b, magnitude and, of each layer, whether it is adapted."""
     a, b = node.lora_a[...], node.lora_b[...]
     magnitude = None if node.magnitude is None else node.magnitude[...]
@@ -153,15 +177,16 @@ def _bias(linear: Linear | QuantizedLinear, dtype: str) -> Array | None:
     return bias.astype(dtype) if trains(linear.bias) else bias
 
 
-def _fold(
+def fold(
     kernel: Array | QuantizedTensor,
     a: Float[Array, "in rank"],
     b: Float[Array, "rank out"],
     magnitude: Float[Array, " out"] | None,
     active: Float[Array, ""] | None,
     *,
-    scale: float,
+    scale: float | Float[Array, ""],
 ) -> Float[Array, "out in"]:
+    """Returns one layer's weight with its adapter, in float32; of what `factors` gives."""
     if isinstance(kernel, QuantizedTensor):
         kernel = reference.dequantize(kernel, "float32")
     kernel = kernel.astype(jnp.float32)
@@ -176,10 +201,10 @@ def _layer(arrays: tuple, index: tuple[int, ...]) -> tuple:
     return jax.tree.map(lambda leaf: leaf[index], arrays)
 
 
-def _layers(fold, stack: tuple[int, ...], dtype: str | None):
-    """Maps `fold` over stacked layers, one float32 weight alive at a time."""
+def _layers(folded, stack: tuple[int, ...], dtype: str | None):
+    """Maps `folded` over stacked layers, one float32 weight alive at a time."""
 
-    run: Callable[[tuple], Array] = lambda arrays: fold(*arrays).astype(dtype)  # noqa: E731
+    run: Callable[[tuple], Array] = lambda arrays: folded(*arrays).astype(dtype)  # noqa: E731
     for _ in stack:
         run = functools.partial(jax.lax.map, run)
     return jax.jit(lambda *arrays: run(arrays))

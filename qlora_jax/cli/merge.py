@@ -1,25 +1,35 @@
-"""`qlora merge`: fold an adapter into a dense model folder."""
+"""`qlora merge`: fold an adapter into a model folder, and say what that lost."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 from flax import nnx
 
-from qlora_jax.adapters import merge
+from pallas_kernels.layout import QuantizedTensor
+from qlora_jax.adapters import Adapter, LoRAConfig, attach, merge
+from qlora_jax.adapters.merge_report import merge_report
+from qlora_jax.adapters.names import dotted
 from qlora_jax.cli import options
 from qlora_jax.cli.options import QuantOptions
-from qlora_jax.io.adapter import adapter_tokenizer, load_adapter
+from qlora_jax.errors import ConfigError
+from qlora_jax.io.adapter import adapter_tokenizer, load_adapter, save_adapter
 from qlora_jax.io.hf import check_output, find, load, read_config, save_model
+from qlora_jax.nn import LoRA
+from qlora_jax.quant import QuantConfig
+
+REPORT = "merge_report.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
-    """Fold an adapter into a base and save a dense Hugging Face folder.
+    """Fold an adapter into a base and save a Hugging Face folder.
 
     The base is what --model holds: a 4-bit folder gives its dequantized weights, the
-    original folder its own; --quant.codebook nf4 quantizes the original first.
+    original folder its own; --quant.codebook nf4 quantizes the original first. What each
+    weight lost against base + adapter in float32 is in merge_report.json.
     """
 
     model: str
@@ -33,6 +43,13 @@ class Args:
 
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Of the merged weights. Folding is in float32; this rounds once."""
+
+    requantize: Literal["nf4", "fp4", "int4"] | None = None
+    """Save merged linears in 4 bits instead, which loses a part of the adapter."""
+
+    correction_rank: int | None = None
+    """With --requantize: the best adapter of this rank for what that lost, written to
+    adapter/ in --out, to be loaded with it."""
 
     quant: QuantOptions = QuantOptions()
     """auto: --model as it is."""
@@ -51,25 +68,69 @@ def run(args: Args) -> dict[str, Any]:
     folder = find(args.model)
     check_output(args.out, args.overwrite)
     quant = args.quant.resolve(folder, auto=None)
+    if args.correction_rank is not None and args.requantize is None:
+        raise ConfigError("--correction-rank goes with --requantize")
     # Read in float32, so that original weights are not rounded before folding.
     model, tokenizer = load(folder, quant, "float32", **args.quant.tables())
-    merged = _cast(
-        merge(load_adapter(args.adapter, model), dtype=args.dtype), args.dtype
-    )
+    model = load_adapter(args.adapter, model)
+    corrected = None
+    if args.requantize is None:
+        merged = merge(model, dtype=args.dtype)
+        report = merge_report(model, merged)
+    else:
+        config = QuantConfig(
+            codebook=args.requantize,
+            block_size=args.quant.block_size,
+            double_quant=args.quant.double_quant,
+        )
+        merged = merge(model, requantize=config)
+        report = merge_report(model, merged)
+        if args.correction_rank is not None:
+            corrected = _corrected(model, merged, args.correction_rank)
+    merged = _cast(merged, args.dtype)
     saved = save_model(merged, args.out, source=folder, overwrite=args.overwrite)
     if (larger := adapter_tokenizer(args.adapter, tokenizer)) is not tokenizer:
         assert larger is not None
         larger.save_vocabulary(args.out)
+    figures = report.to_json()
+    said = {"relative_error": report.total[0], "error_of_update": report.total[1]}
+    if corrected is not None:
+        after = merge_report(model, corrected)
+        figures["corrected"] = after.to_json()
+        said["corrected_error"], said["corrected_error_of_update"] = after.total
+        adapter = Adapter.of(corrected)
+        save_adapter(args.out / "adapter", adapter.lora, adapter.config, overwrite=True)
+    (args.out / REPORT).write_text(json.dumps(figures, indent=2) + "\n")
+    columns = {"relative error": report.relative, "of the update": report.of_update}
+    options.print_figures(columns, dict(zip(columns, report.total, strict=True)))
     four_bit = quant or read_config(folder)[3]
     if four_bit is None:
         base = f"original weights of {args.model}"
     else:
         base = f"dequantized {four_bit.codebook} weights of {args.model}"
-    return {**saved, "merged_onto": base, "dtype": args.dtype}
+    return {**saved, "merged_onto": base, "dtype": args.dtype, **said}
+
+
+def _corrected(model: Any, merged: Any, rank: int) -> Any:
+    """Returns the 4-bit model with the adapter that makes up best for what it lost."""
+    nodes = nnx.iter_graph(model)
+    targets = ",".join(dotted(path) for path, node in nodes if isinstance(node, LoRA))
+    lora = LoRAConfig(rank=rank, alpha=rank, targets=targets, init="loftq")
+    exact = merge(model, dtype="float32")
+    return attach(merged, lora, key=jax.random.key(0), original=exact)
 
 
 def _cast(model: Any, dtype: str) -> Any:
     graphdef, state = nnx.split(model)
-    cast = nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(dtype), state))
+
+    def to_dtype(value: Any) -> Any:
+        if isinstance(value, QuantizedTensor):
+            return dataclasses.replace(value, dtype=dtype)
+        return value.astype(dtype)
+
+    cast = nnx.merge(
+        graphdef,
+        jax.tree.map(to_dtype, state, is_leaf=lambda x: isinstance(x, QuantizedTensor)),
+    )
     cast.dtype = dtype
     return cast

@@ -1,0 +1,73 @@
+"""qlora merge: the folders it writes, and the error that it states."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from qlora_jax.adapters import Adapter
+from qlora_jax.cli.main import main
+from qlora_jax.io.adapter import load_adapter, save_adapter
+from qlora_jax.io.hf import load, save_model
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("merge")
+    model = tiny.adapted(tiny.quantized(), targets="q_proj,down_proj")
+    save_model(tiny.quantized(), root / "base")
+    adapter = Adapter.of(model)
+    save_adapter(root / "a", adapter.lora, adapter.config)
+    return root
+
+
+def call(capsys, *args: object) -> dict:
+    status = main([str(arg) for arg in args])
+    out, err = capsys.readouterr()
+    assert status == 0, err
+    return json.loads(out.splitlines()[-1]) | {"table": out}
+
+
+def test_a_dense_merge_states_its_rounding(folders: Path, tmp_path: Path, capsys):
+    figures = call(
+        *(capsys, "merge", "--model", folders / "base", "--adapter", folders / "a"),
+        *("--out", tmp_path / "m"),
+    )
+    assert 1e-3 < figures["relative_error"] < 2**-8  # of bfloat16
+    assert figures["error_of_update"] > figures["relative_error"]
+    assert "layers.1.mlp.down_proj" in figures["table"]
+    report = json.loads((tmp_path / "m" / "merge_report.json").read_text())
+    assert len(report["linears"]) == 4
+    assert report["relative_error"] == figures["relative_error"]
+
+
+def test_a_4_bit_merge_comes_with_its_correction(folders, tmp_path: Path, capsys):
+    figures = call(
+        *(capsys, "merge", "--model", folders / "base", "--adapter", folders / "a"),
+        *("--out", tmp_path / "m", "--requantize", "nf4", "--correction-rank", 16),
+        *("--dtype", "float32"),
+    )
+    assert 0.05 < figures["relative_error"] < 0.2
+    assert figures["corrected_error"] < 0.8 * figures["relative_error"]
+    base, _ = load(tmp_path / "m", None, "float32")
+    wanted = tiny.logits(
+        load_adapter(folders / "a", load(folders / "base", None, "float32")[0]),
+        tiny.tokens(),
+    )
+
+    def off(model) -> float:
+        return float(jnp.linalg.norm(tiny.logits(model, tiny.tokens()) - wanted))
+
+    assert off(load_adapter(tmp_path / "m" / "adapter", base)) < 0.9 * off(base)
+    assert np.isfinite(off(base))
+
+
+def test_a_correction_of_nothing_is_refused(folders: Path, tmp_path: Path, capsys):
+    args = ["merge", "--model", folders / "base", "--adapter", folders / "a"]
+    args += ["--out", tmp_path / "m", "--correction-rank", 4]
+    assert main([str(arg) for arg in args]) == 2
+    assert "--correction-rank goes with --requantize" in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
