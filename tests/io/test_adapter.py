@@ -4,8 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
-import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tiny
 
@@ -46,15 +46,17 @@ def test_a_run_folder_and_a_dense_copy_of_the_base_will_do(saved: Path):
 
 
 def test_nothing_of_the_base_is_in_the_folder(saved: Path):
-    size = sum(f.stat().st_size for f in saved.rglob("*") if f.is_file())
-    lora = split(tiny.adapted(tiny.quantized()))[1]
-    arrays = sum(x.nbytes for x in jax.tree.leaves(lora))
-    base = sum(x.nbytes for x in tiny.frozen(tiny.quantized()))
-    assert size < arrays + 60_000  # Orbax's own metadata
+    # By what Orbax lists: the size of its own bookkeeping depends on the machine's load.
+    wanted = flatten(split(tiny.adapted(tiny.quantized()))[1])
+    with ocp.StandardCheckpointer() as checkpointer:
+        stored = checkpointer.metadata(saved / "arrays").item_metadata.tree
+    assert {name: x.shape for name, x in stored.items()} == {
+        name: x.shape for name, x in wanted.items()
+    }
+    assert {x.name for x in saved.iterdir()} == {"arrays", "adapter.json"}
     metadata = json.loads((saved / "adapter.json").read_text())
     assert metadata["lora"]["rank"] == 4 and metadata["base"]["structure"]
-    assert all(name.endswith(("lora_a", "lora_b")) for name in metadata["arrays"])
-    assert base > 0
+    assert metadata["arrays"].keys() == wanted.keys()
 
 
 def test_another_base_is_refused_with_what_differs(saved: Path):
