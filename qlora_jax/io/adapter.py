@@ -171,11 +171,7 @@ def misfits(path: str | os.PathLike[str], model: nnx.Module) -> list[str]:
         assert isinstance(model, Decoder)
         return peft_misfits(path, model)
     config, metadata = _read_metadata(find_adapter(path))
-    problems = []
-    ours = fingerprint(model)
-    if metadata["base"] is not None and ours is not None:
-        if text := difference(json.loads(ours), metadata["base"]):
-            problems.append(text)
+    problems = _other_base(model, metadata)
     try:
         graphdef, state = nnx.split(model)
         shapes = nnx.eval_shape(
@@ -214,11 +210,7 @@ def load_adapter(path: str | os.PathLike[str], model: M) -> M:
         return cast(M, import_peft(path, model))
     folder = find_adapter(path)
     config, metadata = _read_metadata(folder)
-    problems = []
-    ours = fingerprint(model)
-    if metadata["base"] is not None and ours is not None:
-        if text := difference(json.loads(ours), metadata["base"]):
-            problems.append(text)
+    problems = _other_base(model, metadata)
     try:
         room = _with_room(model, config, metadata)
         model = attach_zero(room, config, key=jax.random.key(0))
@@ -241,6 +233,15 @@ def load_adapter(path: str | os.PathLike[str], model: M) -> M:
     with ocp.StandardCheckpointer() as checkpointer:
         arrays = checkpointer.restore(folder / ARRAYS, _abstract(metadata))
     return nnx.merge(graphdef, unflatten(arrays, lora, f"adapter {folder}"), rest)
+
+
+def _other_base(model: nnx.Module, metadata: dict[str, Any]) -> list[str]:
+    """Returns how a model differs from the base that an adapter was trained on."""
+    ours = fingerprint(model)
+    if metadata["base"] is None or ours is None:
+        return []
+    text = difference(json.loads(ours), metadata["base"])
+    return [] if text is None else [text]
 
 
 def _with_room(model: M, config: LoRAConfig, metadata: dict[str, Any]) -> M:
