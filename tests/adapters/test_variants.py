@@ -98,6 +98,7 @@ def test_only_matrices_decay():
     assert moved == {"lora_a", "rows"}  # lora_b is zero yet
 
 
+@pytest.mark.slow
 def test_layers_without_adapter_stay_as_they_were():
     config = LoRAConfig(rank=4, layers=(1,), dora=True)
     model = attach(tiny.quantized(), config, key=KEY)

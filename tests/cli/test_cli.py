@@ -173,6 +173,7 @@ def test_a_config_file_gives_defaults_that_flags_replace(
     assert "train.max_steps is 'x'" in error and not (tmp_path / "s").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_losses(
     base: Path, rows: Path, tmp_path: Path
 ):

@@ -121,6 +121,7 @@ def test_a_run_with_new_tokens_goes_all_the_way(base, tmp_path, capsys, saved):
     assert text
 
 
+@pytest.mark.slow
 def test_a_run_with_new_tokens_resumes_as_it_was(base, tmp_path, capsys):
     tiny.write_jsonl(tmp_path / "data.jsonl", tiny.sums(8))
     args = [

@@ -69,6 +69,7 @@ def test_streamed_paged_and_offloaded_runs_have_the_same_losses(kinds):
         assert losses(model, checkpoint, stream, kind) == plain, (checkpoint, stream)
 
 
+@pytest.mark.slow
 def test_micro_batches_that_share_a_copy_or_add_up_on_the_host():
     model = tiny.adapted(tiny.quantized(), dropout=0.2)
     more = {"accumulated": 4, "dropout": True}

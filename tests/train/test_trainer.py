@@ -77,7 +77,10 @@ def losses(out: Path) -> dict[int, tuple[float, float]]:
     "config",
     [
         dataclasses.replace(CONFIG, compute_dtype="bfloat16", offload=True),
-        dataclasses.replace(CONFIG, compute_dtype="float16"),
+        pytest.param(
+            dataclasses.replace(CONFIG, compute_dtype="float16"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["bfloat16, offload", "float16"],
 )
