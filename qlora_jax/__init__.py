@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qlora_jax.adapters.attach import attach as attach
     from qlora_jax.adapters.attach import join as join
     from qlora_jax.adapters.attach import split as split
+    from qlora_jax.adapters.bank import AdapterBank as AdapterBank
     from qlora_jax.adapters.combine import combine as combine
     from qlora_jax.adapters.compensate import compensate as compensate
     from qlora_jax.adapters.compensate import input_moments as input_moments
@@ -71,6 +72,7 @@ _HOMES = {
         "update_norms",
     ),
     "qlora_jax.adapters.attach": ("attach", "join", "split"),
+    "qlora_jax.adapters.bank": ("AdapterBank",),
     "qlora_jax.adapters.combine": ("combine",),
     "qlora_jax.adapters.compensate": ("compensate", "input_moments"),
     "qlora_jax.adapters.config": ("LoRAConfig",),

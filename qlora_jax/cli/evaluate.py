@@ -1,4 +1,7 @@
-"""`qlora evaluate`: perplexity of a text file, or loss and exact match of rows."""
+"""`qlora evaluate`: perplexity of a text file, or loss and exact match of rows.
+
+With several adapters, of the base and each of them, or of the rows that name each.
+"""
 
 import dataclasses
 import json
@@ -8,17 +11,19 @@ from typing import Annotated, Any
 
 import tyro
 
+from qlora_jax.adapters.bank import BASE
 from qlora_jax.cli import options
 from qlora_jax.cli.options import QuantOptions
-from qlora_jax.data import DataConfig, read_dataset
+from qlora_jax.data import DataConfig, Dataset, read_dataset
 from qlora_jax.errors import ConfigError, DataError
-from qlora_jax.evaluate import exact_match, perplexity, row_loss
-from qlora_jax.io.hf import check_output
+from qlora_jax.evaluate import exact_match, perplexity, row_loss, row_losses
+from qlora_jax.evaluate.exact_match import Answer
+from qlora_jax.io.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
-    """Evaluate a model, with or without an adapter."""
+    """Evaluate a model, with or without an adapter, or with several."""
 
     model: str
     """Hugging Face folder or hub id."""
@@ -27,7 +32,11 @@ class Args:
     """Rows (.jsonl): the loss of their answers. Anything else is text: its perplexity."""
 
     adapter: str | None = None
-    """Run folder or adapter folder."""
+    """Run folder, adapter folder or PEFT folder."""
+
+    adapters: tuple[str, ...] = ()
+    """Several, as NAME=FOLDER, of one base. Rows with an "adapter" field are each evaluated
+    with theirs, in mixed batches; without one anywhere, everything with the base and each."""
 
     quant: QuantOptions = QuantOptions()
     """auto: a dense folder stays dense, or is held as the adapter's run held it."""
@@ -71,48 +80,112 @@ def run(args: Args) -> dict[str, Any]:
         raise DataError(f"--data {path} is no file")
     if args.batch_size < 1:
         raise ConfigError(f"--batch-size is {args.batch_size}, expected at least 1")
+    if args.adapter is not None and args.adapters:
+        raise ConfigError("give either --adapter or --adapters")
     if args.predictions is not None:
-        check_output(args.predictions, False)
-        if not args.predictions.parent.is_dir():
-            raise ConfigError(f"--predictions: {args.predictions.parent} is no folder")
+        options.check_file("--predictions", args.predictions)
     text = ""
     if path.suffix != ".jsonl":
         try:
             text = path.read_text(encoding="utf-8")[: args.max_chars]
         except UnicodeDecodeError:
             raise DataError(f"--data {path} is not UTF-8 text") from None
-    model, tokenizer, said = options.open_model(
-        args.model, args.adapter, args.quant, args.dtype
-    )
+    bank = None
+    if args.adapters:
+        bank, tokenizer, said = options.open_bank(
+            args.model, args.adapters, args.quant, args.dtype
+        )
+        model = bank.route(BASE)
+    else:
+        model, tokenizer, said = options.open_model(
+            args.model, args.adapter, args.quant, args.dtype
+        )
     if tokenizer is None:
         raise DataError(f"{args.model} has no tokenizer.json, so text cannot be read")
     if path.suffix != ".jsonl":
-        window = args.window
-        if window is None:
-            window = min(1024, model.config.max_position_embeddings - 1)
+        tokens = tokenizer.encode(text)
         bos = tokenizer.bos_id if args.bos else None
-        value, count = perplexity(
-            model,
-            tokenizer.encode(text),
-            window=window,
-            bos_id=bos,
-            batch_size=args.batch_size,
-        )
-        return {**said, "perplexity": value, "loss": math.log(value), "tokens": count}
-    rows = read_dataset(path, tokenizer, args.data)
-    loss, count = row_loss(model, rows, args.batch_size)
-    figures = {**said, "loss": loss, "perplexity": math.exp(loss), "tokens": count}
-    figures |= {"rows": len(rows), "rows_left_out": rows.dropped}
-    if args.exact_match:
-        share, answers = exact_match(
-            model,
-            rows,
-            tokenizer,
-            batch_size=args.batch_size,
-            max_new_tokens=args.max_new_tokens,
-        )
-        figures["exact_match"] = share
-        if args.predictions is not None:
-            lines = [json.dumps({**a._asdict(), "correct": a.correct}) for a in answers]
-            args.predictions.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        if bank is None:
+            return {**said, **_text_figures(args, model, tokens, bos)}
+        each = {
+            name: _text_figures(args, bank.route(name), tokens, bos)
+            for name in (BASE, *bank.adapters)
+        }
+        return {**said, "by_adapter": each}
+    names = () if bank is None else (BASE, *bank.adapters)
+    rows = read_dataset(path, tokenizer, args.data, adapters=names)
+    said |= {"rows": len(rows), "rows_left_out": rows.dropped}
+    answers: dict[str | None, list[Answer]] = {}
+    if bank is None:
+        figures, answers[None] = _row_figures(args, model, rows, tokenizer)
+        figures = {**said, **figures}
+    elif any(row.adapter is not None for row in rows.rows):
+        losses = row_losses(bank, rows, args.batch_size)
+        each = {name: _loss_figures(*pair) for name, pair in losses.items()}
+        if args.exact_match:
+            given = _answers(args, bank, rows, tokenizer)
+            for row, answer in zip(rows.rows, given, strict=True):
+                answers.setdefault(row.adapter or BASE, []).append(answer)
+            for name, theirs in answers.items():
+                each[str(name)]["exact_match"] = _share(theirs)
+        figures = {**said, "by_adapter": each}
+    else:
+        each = {}
+        for name in names:
+            each[name], answers[name] = _row_figures(
+                args, bank.route(name), rows, tokenizer
+            )
+        figures = {**said, "by_adapter": each}
+    if args.predictions is not None and args.exact_match:
+        lines = [
+            json.dumps(
+                {**({} if name is None else {"adapter": name}), **a._asdict()}
+                | {"correct": a.correct}
+            )
+            for name, theirs in answers.items()
+            for a in theirs
+        ]
+        args.predictions.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return figures
+
+
+def _text_figures(
+    args: Args, model: Any, tokens: list[int], bos: int | None
+) -> dict[str, Any]:
+    window = args.window
+    if window is None:
+        window = min(1024, model.config.max_position_embeddings - 1)
+    value, count = perplexity(
+        model, tokens, window=window, bos_id=bos, batch_size=args.batch_size
+    )
+    return {"perplexity": value, "loss": math.log(value), "tokens": count}
+
+
+def _row_figures(
+    args: Args, model: Any, rows: Dataset, tokenizer: Tokenizer
+) -> tuple[dict[str, Any], list[Answer]]:
+    figures = _loss_figures(*row_loss(model, rows, args.batch_size))
+    if not args.exact_match:
+        return figures, []
+    answers = _answers(args, model, rows, tokenizer)
+    return {**figures, "exact_match": _share(answers)}, answers
+
+
+def _loss_figures(loss: float, count: int) -> dict[str, Any]:
+    return {"loss": loss, "perplexity": math.exp(loss), "tokens": count}
+
+
+def _answers(
+    args: Args, model: Any, rows: Dataset, tokenizer: Tokenizer
+) -> list[Answer]:
+    return exact_match(
+        model,
+        rows,
+        tokenizer,
+        batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
+    )[1]
+
+
+def _share(answers: list[Answer]) -> float:
+    return sum(answer.correct for answer in answers) / len(answers)

@@ -1,26 +1,50 @@
-"""`qlora generate`: continue prompts."""
+"""`qlora generate`: continue prompts, with one adapter, several, or none."""
 
 import dataclasses
+import json
+import logging
+from pathlib import Path
 from typing import Any
 
+from qlora_jax.adapters.bank import BASE, AdapterBank
 from qlora_jax.cli import options
 from qlora_jax.cli.options import QuantOptions
-from qlora_jax.errors import DataError
+from qlora_jax.data.prompts import Prompt, read_prompts
+from qlora_jax.errors import ConfigError, DataError
 from qlora_jax.generate import SampleConfig, generate
+from qlora_jax.io.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
-    """Continue prompts with a model, with or without an adapter."""
+    """Continue prompts with a model and adapters: one, or for each prompt its own."""
 
     model: str
     """Hugging Face folder or hub id."""
 
-    prompt: tuple[str, ...]
+    prompt: tuple[str, ...] = ()
     """One or more prompts, answered as one batch."""
 
+    prompts: Path | None = None
+    """Instead: a .jsonl file of prompts, answered in batches."""
+
+    out: Path | None = None
+    """With --prompts: the .jsonl file to write, the same rows with a "completion"."""
+
+    batch_size: int = 8
+    """With --prompts: rows at once."""
+
     adapter: str | None = None
-    """Run folder or adapter folder."""
+    """Run folder, adapter folder or PEFT folder."""
+
+    adapters: tuple[str, ...] = ()
+    """Several, as NAME=FOLDER, of one base. Each row of --prompts takes the one in its
+    "adapter" field; base, or no such field, is the model alone."""
+
+    route: tuple[str, ...] = ()
+    """With --prompt and --adapters: the name for each prompt, or base."""
 
     quant: QuantOptions = QuantOptions()
     """auto: a dense folder stays dense, or is held as the adapter's run held it."""
@@ -46,6 +70,26 @@ class Args:
     seed: int = 0
     """Of the sampling."""
 
+    def __post_init__(self):
+        problems = []
+        if bool(self.prompt) == (self.prompts is not None):
+            problems.append("give either --prompt or --prompts")
+        if (self.prompts is None) != (self.out is None):
+            problems.append("--prompts and --out go together")
+        if self.batch_size < 1:
+            problems.append(f"--batch-size is {self.batch_size}, expected at least 1")
+        if self.adapter is not None and self.adapters:
+            problems.append("give either --adapter or --adapters")
+        if self.route and not (self.adapters and self.prompt):
+            problems.append("--route goes with --adapters and --prompt")
+        elif self.adapters and len(self.route) != len(self.prompt):
+            problems.append(
+                f"--route has {len(self.route)} names for {len(self.prompt)} prompts; "
+                f"give each the name of an adapter, or {BASE}"
+            )
+        if problems:
+            raise ConfigError("; ".join(problems))
+
 
 def parse(args: list[str], prog: str) -> Args:
     """Parses the flags."""
@@ -53,7 +97,7 @@ def parse(args: list[str], prog: str) -> Args:
 
 
 def run(args: Args) -> dict[str, Any]:
-    """Prints prompt and continuation of each; returns them."""
+    """Prints or writes the continuation of each prompt; returns the figures."""
     config = SampleConfig(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
@@ -61,25 +105,68 @@ def run(args: Args) -> dict[str, Any]:
         top_p=args.top_p,
         seed=args.seed,
     )
-    model, tokenizer, said = options.open_model(
-        args.model, args.adapter, args.quant, args.dtype
-    )
+    if args.out is not None:
+        options.check_file("--out", args.out)
+    if args.adapters:
+        model, tokenizer, said = options.open_bank(
+            args.model, args.adapters, args.quant, args.dtype
+        )
+        names = (BASE, *model.adapters)
+    else:
+        model, tokenizer, said = options.open_model(
+            args.model, args.adapter, args.quant, args.dtype
+        )
+        names = ()
     if tokenizer is None:
         raise DataError(
             f"{args.model} has no tokenizer.json, so prompts cannot be read"
         )
-    prompts = []
-    for text in args.prompt:
-        if args.chat:
-            turn = [{"role": "user", "content": text}]
-            prompts.append(
-                tokenizer.encode(tokenizer.chat(turn, add_generation_prompt=True))
-            )
-        else:
-            bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-            prompts.append(bos + tokenizer.encode(text))
-    new = generate(model, prompts, config, eos_ids=tokenizer.eos_ids)
+    if args.prompts is not None:
+        prompts = read_prompts(args.prompts, tokenizer, chat=args.chat, adapters=names)
+        count = _write(args, model, tokenizer, prompts, config)
+        return {**said, "out": str(args.out), "rows": len(prompts), "new_tokens": count}
+    try:
+        rows = [{"prompt": text} for text in args.prompt]
+        tokens = [Prompt.of(row, tokenizer, chat=args.chat).tokens for row in rows]
+    except DataError as error:
+        raise DataError(f"--prompt {error}") from None
+    if args.adapters:
+        model = model.route(args.route)
+    new = generate(model, tokens, config, eos_ids=tokenizer.eos_ids)
     texts = [tokenizer.decode(ids) for ids in new]
     for prompt, text in zip(args.prompt, texts, strict=True):
         print(f"{prompt}{text}\n")
     return {**said, "texts": texts, "new_tokens": [len(ids) for ids in new]}
+
+
+def _write(
+    args: Args,
+    model: Any,
+    tokenizer: Tokenizer,
+    prompts: list[Prompt],
+    config: SampleConfig,
+) -> int:
+    """Writes each batch's rows as they are done; returns the number of new tokens."""
+    assert args.out is not None
+    total, size = 0, args.batch_size
+    with args.out.open("x", encoding="utf-8") as stream:
+        for start in range(0, len(prompts), size):
+            some = prompts[start : start + size]
+            # A short last batch is filled up, so that it compiles nothing anew.
+            full = some + some[:1] * (size - len(some))
+            routed = model
+            if isinstance(model, AdapterBank):
+                routed = model.route([prompt.adapter for prompt in full])
+            new = generate(
+                routed,
+                [prompt.tokens for prompt in full],
+                dataclasses.replace(config, seed=config.seed + start // size),
+                eos_ids=tokenizer.eos_ids,
+            )
+            for prompt, ids in zip(some, new, strict=False):
+                row = {**prompt.row, "completion": tokenizer.decode(ids)}
+                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+                total += len(ids)
+            stream.flush()
+            logger.info("%d of %d prompts", start + len(some), len(prompts))
+    return total

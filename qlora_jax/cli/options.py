@@ -12,8 +12,14 @@ from typing import Any, Literal, TypedDict, TypeVar
 import tomli_w
 import tyro
 
+from qlora_jax.adapters.bank import AdapterBank
 from qlora_jax.adapters.value import Adapter
-from qlora_jax.errors import ConfigError, gathered
+from qlora_jax.errors import (
+    AdapterMismatchError,
+    ConfigError,
+    OutputExistsError,
+    gathered,
+)
 from qlora_jax.io.adapter import adapter_tokenizer, load_adapter
 from qlora_jax.io.hf import find, load, read_config
 from qlora_jax.io.peft import import_peft, is_peft
@@ -107,24 +113,76 @@ def open_model(
     Returns:
       (model, tokenizer, what to say of it).
     """
-    folder = find(model)
-    auto, tables = None, quant.tables()
-    if adapter is not None and (Path(adapter) / "config.toml").is_file():
-        run = read_toml(Path(adapter) / "config.toml")
-        options = from_dict(
-            QuantOptions, run.get("quant", {}), f"{adapter}/config.toml"
-        )
-        if options.codebook != "none":
-            auto = options.config()
-            tables = options.tables() if tables == QuantOptions().tables() else tables
-    chosen = quant.resolve(folder, auto=auto)
-    base, tokenizer = load(folder, chosen, dtype, **tables)
-    said = {"model": model, "base": describe_quant(folder, chosen)}
+    base, tokenizer, said = _open_base(
+        model, [adapter] if adapter else [], quant, dtype
+    )
     if adapter is not None:
         base = load_adapter(adapter, base)
         tokenizer = adapter_tokenizer(adapter, tokenizer)
         said["adapter"] = adapter
     return base, tokenizer, said
+
+
+def open_bank(
+    model: str, adapters: Sequence[str], quant: QuantOptions, dtype: str
+) -> tuple[AdapterBank, Tokenizer | None, dict[str, Any]]:
+    """Loads a base and several adapters for it, given as NAME=FOLDER.
+
+    Returns:
+      (bank, tokenizer, what to say of it).
+
+    Raises:
+      ConfigError: something that is no NAME=FOLDER, names given twice, or runs that held
+        the base in different ways.
+      AdapterMismatchError: adapters that do not fit; all are named.
+    """
+    problems, paths = [], {}
+    for text in adapters:
+        name, _, path = text.partition("=")
+        if not (name and path):
+            problems.append(f"{text!r}, expected NAME=FOLDER")
+        elif name in paths:
+            problems.append(f"{name} twice")
+        paths[name] = path
+    if problems:
+        raise ConfigError("--adapters: " + "; ".join(problems))
+    base, tokenizer, said = _open_base(model, list(paths.values()), quant, dtype)
+    read = {}
+    for name, path in paths.items():
+        try:
+            read[name] = Adapter.of(load_adapter(path, base))
+        except AdapterMismatchError as error:
+            problems.append(f"{name}: {error}")
+    if problems:
+        raise AdapterMismatchError(gathered("--adapters cannot be used", problems))
+    return AdapterBank.of(base, read), tokenizer, {**said, "adapters": paths}
+
+
+def _open_base(
+    model: str, adapters: Sequence[str], quant: QuantOptions, dtype: str
+) -> tuple[Any, Tokenizer | None, dict[str, Any]]:
+    """Loads a base as the runs held it that made the adapters."""
+    folder = find(model)
+    held: dict[str, QuantOptions] = {}
+    for adapter in adapters:
+        path = Path(adapter) / "config.toml"
+        if path.is_file():
+            run = from_dict(QuantOptions, read_toml(path).get("quant", {}), str(path))
+            held[adapter] = run
+    if quant == QuantOptions() and len(set(held.values())) > 1:
+        ways = "; ".join(f"{adapter}: {run}" for adapter, run in held.items())
+        raise ConfigError(
+            f"the adapters' runs held the base in different ways; choose by --quant: {ways}"
+        )
+    auto: QuantConfig | None = None
+    tables = quant.tables()
+    for run in held.values():
+        if run.codebook != "none":
+            auto = run.config()
+            tables = run.tables() if tables == QuantOptions().tables() else tables
+    chosen = quant.resolve(folder, auto=auto)
+    base, tokenizer = load(folder, chosen, dtype, **tables)
+    return base, tokenizer, {"model": model, "base": describe_quant(folder, chosen)}
 
 
 def open_adapters(paths: Sequence[str], model: str | None) -> list[Adapter]:
@@ -145,6 +203,22 @@ def open_adapters(paths: Sequence[str], model: str | None) -> list[Adapter]:
         Adapter.of(import_peft(path, base)) if path in peft else read_adapter(path)
         for path in paths
     ]
+
+
+def check_file(flag: str, path: Path) -> None:
+    """Refuses a file to write that is there, or whose folder is not.
+
+    Raises:
+      OutputExistsError: something is at the path.
+      ConfigError: it is in no folder.
+    """
+    if path.exists():
+        kind = "a folder" if path.is_dir() else "a file already"
+        raise OutputExistsError(
+            f"{flag} {path} is {kind}; give a file that is not there"
+        )
+    if not path.parent.is_dir():
+        raise ConfigError(f"{flag}: {path.parent} is no folder")
 
 
 def describe_ranks(adapter: Adapter) -> dict[str, Any]:

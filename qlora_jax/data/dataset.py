@@ -1,10 +1,9 @@
 """JSONL to tokens, and tokens to batches whose order follows from seed and step alone."""
 
 import dataclasses
-import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from qlora_jax.data.config import DataConfig
 from qlora_jax.data.formats import Example, format_row
+from qlora_jax.data.jsonl import chosen_adapter, read_jsonl
 from qlora_jax.errors import ConfigError, DataError, gathered
 
 logger = logging.getLogger(__name__)
@@ -41,12 +41,14 @@ class Row(NamedTuple):
       weights: float32 (tokens,), 1 where the loss counts.
       prompt: Tokens before the first one that trains.
       answer: Text of the segments that train.
+      adapter: The name in the row's "adapter" field, where the file was read with names.
     """
 
     tokens: np.ndarray
     weights: np.ndarray
     prompt: int
     answer: str
+    adapter: str | None = None
 
 
 class Dataset:
@@ -122,9 +124,14 @@ class Dataset:
 
     def in_order(self, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
         """Yields all rows once, by length; short batches are filled with weight 0."""
+        for rows in self.by_length(batch_size):
+            yield self.pad(rows, batch_size)
+
+    def by_length(self, batch_size: int) -> Iterator[list[Row]]:
+        """Yields the rows of the batches of `in_order`."""
         rows = sorted(self.rows, key=lambda row: len(row.tokens))
         for start in range(0, len(rows), batch_size):
-            yield self.pad(rows[start : start + batch_size], batch_size)
+            yield rows[start : start + batch_size]
 
     def pad(self, rows: list[Row], batch_size: int) -> dict[str, np.ndarray]:
         """Makes one batch of rows, padded right with token 0 and weight 0."""
@@ -185,44 +192,42 @@ def load_dataset(
 
 
 def read_dataset(
-    path: str | os.PathLike[str], tokenizer: TextTokenizer, config: DataConfig
+    path: str | os.PathLike[str],
+    tokenizer: TextTokenizer,
+    config: DataConfig,
+    *,
+    adapters: Collection[str] = (),
 ) -> Dataset:
     """Reads and tokenizes a JSONL file.
 
+    Args:
+      path: A .jsonl file.
+      tokenizer: From `load`.
+      config: How to read its rows.
+      adapters: Names that a row's "adapter" field may have; without any, the field is
+        like any other that nobody asked for.
+
     Raises:
       DataError: no file, no rows, lines that are not JSON or lack their keys (up to 20
-        are named), or rows longer than max_tokens with too_long='error'.
+        are named), rows longer than max_tokens with too_long='error', or adapters of
+        other names.
     """
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path} is no file; expected JSON lines (.jsonl)")
-    examples, lines, problems = [], [], []
-    with path.open(encoding="utf-8", errors="replace") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise DataError(f"is {type(row).__name__}, expected an object")
-                examples.append(format_row(row, config, tokenizer))
-                lines.append(number)
-            except json.JSONDecodeError as error:
-                problems.append(f"{path}:{number}: is not JSON: {error.msg}")
-            except RecursionError:
-                problems.append(f"{path}:{number}: is not JSON: nested too deeply")
-            except DataError as error:
-                problems.append(f"{path}:{number}: {error}")
-    if problems:
-        raise DataError(gathered(f"{path} cannot be used", problems))
-    if not examples:
-        raise DataError(f"{path} has no rows; expected one JSON object a line")
+    names = tuple(adapters)
+
+    def parse(row: dict[str, Any]) -> tuple[Example, str | None]:
+        adapter = chosen_adapter(row, names) if names else None
+        return format_row(row, config, tokenizer), adapter
+
+    lines, parsed = zip(*read_jsonl(path, parse), strict=True)
+    examples, chosen = zip(*parsed, strict=True)
     rows = _tokenize(examples, tokenizer, config)
+    rows = [row._replace(adapter=a) for row, a in zip(rows, chosen, strict=True)]
     return _fit(path, rows, lines, config)
 
 
 def _tokenize(
-    examples: list[Example], tokenizer: TextTokenizer, config: DataConfig
+    examples: Sequence[Example], tokenizer: TextTokenizer, config: DataConfig
 ) -> list[Row]:
     # Each segment by itself, so that the boundary of what trains is a token boundary.
     texts = [segment.text for example in examples for segment in example.segments]
@@ -256,7 +261,9 @@ def _tokenize(
     return rows
 
 
-def _fit(path: Path, rows: list[Row], lines: list[int], config: DataConfig) -> Dataset:
+def _fit(
+    path: Path, rows: list[Row], lines: Sequence[int], config: DataConfig
+) -> Dataset:
     limit = config.max_tokens
     long = [i for i, row in enumerate(rows) if len(row.tokens) > limit]
     if long and config.too_long == "error":

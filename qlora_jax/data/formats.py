@@ -58,19 +58,19 @@ def format_row(
     if "messages" in row:
         return Example(_chat(row["messages"], tokenizer), wrap=False)
     if "instruction" in row and answer_key in row:
-        more = _text(row, prompt_key) if row.get(prompt_key) else ""
+        more = text_of(row, prompt_key) if row.get(prompt_key) else ""
         prompt = _ALPACA.format(
-            more=_ALPACA_MORE if more else "", instruction=_text(row, "instruction")
+            more=_ALPACA_MORE if more else "", instruction=text_of(row, "instruction")
         )
         prompt += f"### Input:\n{more}\n\n" if more else ""
         prompt += "### Response:\n"
-        answer = Segment(_text(row, answer_key), True)
+        answer = Segment(text_of(row, answer_key), True)
         return Example([Segment(prompt, False), answer], wrap=True)
     if prompt_key in row and answer_key in row:
-        prompt, answer = _text(row, prompt_key), _text(row, answer_key)
+        prompt, answer = text_of(row, prompt_key), text_of(row, answer_key)
         return Example([Segment(prompt, False), Segment(answer, True)], wrap=True)
     if "text" in row:
-        return Example([Segment(_text(row, "text"), True)], wrap=True)
+        return Example([Segment(text_of(row, "text"), True)], wrap=True)
     have = ", ".join(map(repr, row)) or "no keys"
     raise DataError(
         f"has {have}; expected {prompt_key!r} and {answer_key!r}, 'instruction' and "
@@ -78,7 +78,12 @@ def format_row(
     )
 
 
-def _text(row: dict[str, Any], key: str) -> str:
+def text_of(row: dict[str, Any], key: str) -> str:
+    """Returns a row's string, which Unicode can encode.
+
+    Raises:
+      DataError: it is another type, or half of a surrogate pair.
+    """
     text = row[key]
     if not isinstance(text, str):
         raise DataError(f"{key!r} is {type(text).__name__}, expected a string")
@@ -89,14 +94,24 @@ def _text(row: dict[str, Any], key: str) -> str:
     return text
 
 
-def _chat(messages: Any, tokenizer: ChatTokenizer) -> list[Segment]:
+def checked_messages(messages: Any) -> list[dict[str, Any]]:
+    """Returns a conversation's messages.
+
+    Raises:
+      DataError: it is no list of roles and contents.
+    """
     if not isinstance(messages, list) or not messages:
         raise DataError("'messages' is not a list with something in it")
     for message in messages:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise DataError("'messages' has an entry without 'role' and 'content'")
         for key in ("role", "content"):
-            _text(message, key)
+            text_of(message, key)
+    return messages
+
+
+def _chat(messages: Any, tokenizer: ChatTokenizer) -> list[Segment]:
+    messages = checked_messages(messages)
     segments, done = [], ""
     for i, message in enumerate(messages):
         if message["role"] != "assistant":

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from qlora_jax.adapters.bank import AdapterBank
 from qlora_jax.data import Dataset
 from qlora_jax.generate import SampleConfig, generate
 
@@ -30,7 +31,8 @@ def exact_match(
     """Answers every row's prompt greedily and compares.
 
     Args:
-      model: A Decoder, with or without an adapter.
+      model: A Decoder, with or without an adapter; or an AdapterBank, of which each row
+        takes the adapter that it names.
       dataset: Rows with one answer; the prompt is what comes before it.
       tokenizer: From `load`.
       batch_size: Rows at once; they are sorted by length first.
@@ -46,7 +48,10 @@ def exact_match(
     for start in range(0, len(order), batch_size):
         picked = order[start : start + batch_size]
         prompts = [rows[i].tokens[: rows[i].prompt].tolist() for i in picked]
-        given = generate(model, prompts, config, eos_ids=tokenizer.eos_ids)
+        routed = model
+        if isinstance(model, AdapterBank):
+            routed = model.route([rows[i].adapter for i in picked])
+        given = generate(routed, prompts, config, eos_ids=tokenizer.eos_ids)
         for i, prompt, ids in zip(picked, prompts, given, strict=True):
             answers[i] = Answer(
                 tokenizer.decode(prompt), rows[i].answer, tokenizer.decode(ids)

@@ -1,16 +1,20 @@
 """Perplexity of a text in windows, and the loss of rows."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from qlora_jax.adapters.bank import BASE, AdapterBank
 from qlora_jax.data import Dataset
 from qlora_jax.errors import ConfigError, DataError
-from qlora_jax.train.step import next_token_loss
+from qlora_jax.nn.multi_lora import Slots
+from qlora_jax.train.step import next_token_loss, token_loss
 
 
 def perplexity(
@@ -49,7 +53,6 @@ def perplexity(
         raise DataError("the text has no token to predict; it is empty or too short")
     width = max(map(len, rows))
     graphdef, state = nnx.split(model)
-    loss_of = jax.jit(lambda state, batch: _loss(nnx.merge(graphdef, state), batch))
     total, count = 0.0, 0
     for start in range(0, len(rows), batch_size):
         batch = {
@@ -59,7 +62,7 @@ def perplexity(
         for i, row in enumerate(rows[start : start + batch_size]):
             batch["tokens"][i, : len(row)] = row
             batch["weights"][i, 1 : len(row)] = 1
-        total += float(loss_of(state, batch))
+        total += float(_loss(graphdef, state, batch))
         count += int(batch["weights"].sum())
     return math.exp(total / count), count
 
@@ -67,13 +70,53 @@ def perplexity(
 def row_loss(model: Any, dataset: Dataset, batch_size: int = 8) -> tuple[float, int]:
     """Returns the mean loss a trained token over all rows, and how many those are."""
     graphdef, state = nnx.split(model)
-    loss_of = jax.jit(lambda state, batch: _loss(nnx.merge(graphdef, state), batch))
     total, count = 0.0, 0
     for batch in dataset.in_order(batch_size):
-        total += float(loss_of(state, batch))
+        total += float(_loss(graphdef, state, batch))
         count += int(batch["weights"][:, 1:].sum())
     return total / count, count
 
 
-def _loss(model: Any, batch: dict) -> jax.Array:
-    return next_token_loss("none")(model, batch, None)
+def row_losses(
+    bank: AdapterBank, dataset: Dataset, batch_size: int = 8
+) -> dict[str, tuple[float, int]]:
+    """Returns `row_loss` of the rows of each adapter, the base's under 'base'.
+
+    A batch has rows of several adapters; each row's `adapter` says which it takes.
+    """
+    sums: dict[str, np.ndarray] = {}
+    for rows in dataset.by_length(batch_size):
+        batch = dataset.pad(rows, batch_size)
+        names = [row.adapter or BASE for row in rows]
+        routed = bank.route(names + [BASE] * (batch_size - len(rows)))
+        losses = np.asarray(_losses(*nnx.split(routed), batch), np.float64)
+        counts = batch["weights"][:, 1:].sum(axis=1)
+        for name, loss, count in zip(names, losses, counts, strict=False):
+            sums[name] = sums.get(name, np.zeros(2)) + (loss, count)
+    return {name: (loss / count, int(count)) for name, (loss, count) in sums.items()}
+
+
+# Of functions that stay the same, so that models of one structure compile once.
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _loss(graphdef: nnx.GraphDef, state: nnx.State, batch: dict) -> jax.Array:
+    return next_token_loss("none")(nnx.merge(graphdef, state), batch, None)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _losses(graphdef: nnx.GraphDef, state: nnx.State, batch: dict) -> jax.Array:
+    """Returns the loss of each row."""
+    model = nnx.merge(graphdef, state)
+    hidden = model.hidden_states(batch["tokens"])
+    head, slots, rest = nnx.split(model.head, Slots, ...)
+
+    def one(xs: tuple) -> jax.Array:
+        # An adapted head is told of this row alone.
+        hidden, batch, slots = jax.tree.map(lambda x: x[None], xs)
+        return token_loss(nnx.merge(head, slots, rest), hidden, batch)
+
+    several = jax.tree.map(
+        lambda x: jnp.broadcast_to(x, (len(hidden), *x.shape[1:])), slots
+    )
+    return jax.lax.map(one, (hidden, dict(batch), several))

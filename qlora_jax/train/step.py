@@ -127,7 +127,7 @@ def next_token_loss(checkpoint: Checkpoint) -> LossFn:
 
     def loss_fn(model: Any, batch: Batch, key: Array | None) -> Float[Array, ""]:
         hidden = model.hidden_states(batch["tokens"], key=key, checkpoint=checkpoint)
-        return _next_token_loss(model, hidden, batch)
+        return token_loss(model.head, hidden, batch)
 
     return loss_fn
 
@@ -139,16 +139,17 @@ def next_token_losses(
     hidden = model.hidden_states(batch["tokens"], key=key, checkpoint=checkpoint)
 
     def one(_, xs):
-        return None, _next_token_loss(model, *xs)
+        return None, token_loss(model.head, *xs)
 
     return jax.lax.scan(one, None, (hidden, batch), reverse=True)[1]
 
 
-def _next_token_loss(model: Any, hidden: Array, batch: Batch) -> Float[Array, ""]:
+def token_loss(head: Any, hidden: Array, batch: Batch) -> Float[Array, ""]:
+    """Returns the cross-entropy of what a head makes of hidden states."""
     # Rolled, not cut, so that shapes stay round; the last position has weight 0.
     labels = jnp.roll(batch["tokens"], -1, axis=1)
     weights = jnp.roll(batch["weights"].at[:, 0].set(0), -1, axis=1)
-    return cross_entropy(model.head, hidden, labels, weights)
+    return cross_entropy(head, hidden, labels, weights)
 
 
 def _streamed(base: nnx.State) -> bool:

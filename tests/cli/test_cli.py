@@ -116,7 +116,7 @@ def test_evaluate_with_an_adapter_holds_the_base_as_its_run_did(
     assert said["rows"] == 12 and 0 <= said["exact_match"] <= 1
     assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 12
     again = refused(capsys, *args, "--predictions", tmp_path / "p.jsonl")
-    assert "is a file" in again
+    assert "p.jsonl is a file already" in again
 
 
 @pytest.mark.parametrize(
