@@ -78,16 +78,20 @@ def test_every_qlora_command_runs_in_the_order_given(
         json.loads(captured.out.splitlines()[-1])
 
 
-def test_python_example_runs(clone: Path, monkeypatch: pytest.MonkeyPatch):
-    (example,) = blocks("python")
+def test_python_examples_run(clone: Path, monkeypatch: pytest.MonkeyPatch):
+    example, several = (
+        block.replace("path/or/hub-id", str(ROOT / "qlora_jax/assets/base"))
+        for block in blocks("python")
+    )
     monkeypatch.chdir(clone)
     rows = (ROOT / "qlora_jax/assets/train.jsonl").read_text().splitlines()[:16]
     (clone / "train.jsonl").write_text("\n".join(rows) + "\n")
-    example = example.replace("path/or/hub-id", str(ROOT / "qlora_jax/assets/base"))
     names: dict = {}
     exec(compile(example, "README.md", "exec"), names)
     assert names["merged"].compute_dtype.name == "bfloat16"
     assert (clone / "adapter" / "adapter.json").exists()
+    exec(compile(several, "README.md", "exec"), names)
+    assert len(names["new"]) == 3 and names["bank"].adapters == ("a", "half")
 
 
 def test_the_table_of_families_is_that_of_the_registry(monkeypatch: pytest.MonkeyPatch):
