@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
@@ -86,9 +87,9 @@ class AdapterBank:
 
         Raises:
           ConfigError: no adapters, too few slots, or a name that is not free.
-          AdapterMismatchError: an adapter is of another base, has a higher rank, or parts
-            that rows cannot choose (embeddings, experts, token rows, modules that trained
-            in full); all are named.
+          AdapterMismatchError: an adapter is of another base, has NaN or Inf values, a
+            higher rank, or parts that rows cannot choose (embeddings, experts, token
+            rows, modules that trained in full); all are named.
         """
         slots = len(adapters) if slots is None else slots
         if not adapters:
@@ -240,6 +241,13 @@ def _parts(base: Any, adapter: Adapter) -> _Parts:
         raise AdapterMismatchError(
             "the model has an adapter of its own; give the base without it"
         )
+    wrong = [
+        dotted(path)
+        for path, variable in nnx.to_flat_state(adapter.lora)
+        if not np.isfinite(np.asarray(variable[...])).all()
+    ]
+    if wrong:
+        raise AdapterMismatchError(f"{', '.join(wrong)}: NaN or Inf values")
     model = adapter.on(base)
     own = {dotted(path): node for path, node in nnx.iter_graph(base)}
     parts: _Parts = {}

@@ -240,8 +240,10 @@ def test_what_does_not_fit_the_slots_is_refused_by_name(base):
 
 
 def test_parts_that_rows_cannot_choose_are_named_all_at_once(base):
+    broken = jax.tree.map(lambda x: x.at[0].set(jnp.nan), small(base))
     adapters = {
         "a": small(base),
+        "broken": broken,
         "rows": small(base, tokens=(3, 4)),
         "saved": small(base, modules_to_save="norm"),
         "table": small(base, targets="q_proj,embed_tokens"),
@@ -249,6 +251,7 @@ def test_parts_that_rows_cannot_choose_are_named_all_at_once(base):
     with pytest.raises(AdapterMismatchError) as refused:
         AdapterBank.of(base, adapters)
     for line in (
+        "broken: layers.attn.q_proj.lora_a, layers.attn.q_proj.lora_b: NaN or Inf",
         "rows: rows of a batch cannot choose embed_tokens",
         "saved:",
         "table:",
