@@ -195,8 +195,10 @@ def test_chain_equals_training_on_the_merged_base():
     assert made.config.targets == "embed_tokens,layers.attn.o_proj,layers.attn.q_proj"
 
 
-def test_chain_equals_concat_with_weights_of_one():
-    first, second = drawn.adapter(0), drawn.adapter(1, rank=2, rslora=True)
+@some
+@given(seeds, seeds, st.booleans())
+def test_chain_equals_concat_with_weights_of_one(one: int, other: int, rslora: bool):
+    first, second = drawn.adapter(one), drawn.adapter(other, rank=2, rslora=rslora)
     wanted = combine([first, second], [1.0, 1.0])
     made = chain(first, second)
     assert made.config == wanted.config

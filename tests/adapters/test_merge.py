@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qlora_jax.adapters import LoRAConfig, attach, merge
 from qlora_jax.errors import AdapterMismatchError, ConfigError
@@ -39,6 +41,33 @@ def test_the_merged_model_says_what_base_and_adapter_said(base, bias, targets):
     np.testing.assert_allclose(said, wanted, atol=SUM_ORDER, rtol=0)
     plain = tiny.logits(base(bias=bias), x)
     assert np.abs(wanted - plain).max() > 100 * SUM_ORDER
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@given(
+    *(st.integers(0, 2**32 - 1), st.booleans(), st.booleans()),
+    *(st.booleans(), st.sampled_from([0.5, 8.0])),
+)
+def test_a_merged_linear_is_base_and_adapter(seed, four_bit, dora, rslora, alpha):
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    model = One(Linear(draw(24, 64), draw(24)))
+    model = quantize(model) if four_bit else model
+    config = LoRAConfig(rank=3, alpha=alpha, dora=dora, rslora=rslora)
+    model = attach(model, config, key=jax.random.key(0))
+    model.linear.lora_b.set_value(draw(3, 24))
+    if dora:
+        model.linear.magnitude.set_value(1 + jnp.abs(draw(24)))
+    x = draw(5, 64)
+    wanted = np.asarray(model.linear(x), np.float64)
+    merged = merge(model, dtype="float32").linear
+    assert type(merged) is Linear
+    np.testing.assert_allclose(merged(x), wanted, atol=2e-5 * np.abs(wanted).max())
+
+
+class One(nnx.Module):
+    def __init__(self, linear: Linear):
+        self.linear = linear
 
 
 def test_merge_leaves_the_model_it_was_given_as_it_was():
