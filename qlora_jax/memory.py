@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels.layout import QuantizedTensor, abstract_tensor
+from pallas_kernels.layout import abstract_tensor
 from qlora_jax.adapters.attach import attach_zero, split
 from qlora_jax.adapters.config import LoRAConfig
 from qlora_jax.models import Decoder, DecoderConfig
@@ -31,7 +31,7 @@ from qlora_jax.nn import (
     QuantizedLinear,
 )
 from qlora_jax.optim.adamw import Optimizer, adamw
-from qlora_jax.quant import QuantConfig
+from qlora_jax.quant import QuantConfig, Quantized, TableFormat, quantize_rows
 
 Platform = Literal["gpu", "cpu"]
 
@@ -57,8 +57,8 @@ class Setup:
     """Of that state what stays on the device."""
     stream: bool = False
     """Layers' weights on the host."""
-    quantize_embedding: bool = False
-    quantize_head: bool = False
+    embedding: TableFormat = "none"
+    head: TableFormat = "none"
 
     @property
     def tokens(self) -> int:
@@ -98,16 +98,18 @@ def abstract_parts(
     )
 
     def replace(path: tuple, node: Any) -> Any:
-        head = path == ("lm_head",)
         if setup.quant is None:
             return node
-        if isinstance(node, Linear) and (setup.quantize_head or not head):
-            *stack, n, k = node.kernel.get_value().shape
+        if isinstance(node, Linear):
+            held = setup.head if path == ("lm_head",) else "4bit"
+            if held == "none":
+                return node
             bias = None if node.bias is None else node.bias.get_value()
-            made = QuantizedLinear(_packed((n, k), tuple(stack), setup))
+            made = QuantizedLinear(_quantized(node.kernel.get_value(), held, setup))
             return _biased(made, bias)
-        if isinstance(node, Embedding) and setup.quantize_embedding:
-            return QuantizedEmbedding(_packed(node.weight.get_value().shape, (), setup))
+        if isinstance(node, Embedding) and setup.embedding != "none":
+            weight = node.weight.get_value()
+            return QuantizedEmbedding(_quantized(weight, setup.embedding, setup))
         return node
 
     graphdef, state = nnx.split(nnx.recursive_map(replace, skeleton))
@@ -121,14 +123,14 @@ def abstract_parts(
     return whole, lora, base
 
 
-def _packed(
-    shape: tuple[int, ...], stack: tuple[int, ...], setup: Setup
-) -> QuantizedTensor:
-    quant = setup.quant
+def _quantized(weight: Any, held: TableFormat, setup: Setup) -> Quantized:
+    if held == "int8":
+        return jax.eval_shape(quantize_rows, weight)
+    quant, (*stack, n, k) = setup.quant, weight.shape
     assert quant is not None
     return abstract_tensor(
-        shape,
-        stack,
+        (n, k),
+        tuple(stack),
         block_size=quant.block_size,
         codebook=quant.codebook,
         double_quant=quant.double_quant,
@@ -318,10 +320,12 @@ def features(
         decoded = 4 * whole if whole * item <= _WHOLE_BYTES else _TILE_BYTES
     more = (_together(setup) - 1) * tokens
     chunk = min(_LOGITS_BYTES[platform], 4 * setup.tokens * c.vocab_size)
-    four_bit = (
-        setup.quantize_embedding if c.tie_word_embeddings else setup.quantize_head
+    head = setup.embedding if c.tie_word_embeddings else setup.head
+    pieces = (
+        head == "4bit"
+        and c.hidden_size % 256
+        and c.hidden_size * c.vocab_size > _PIECES
     )
-    pieces = four_bit and c.hidden_size % 256 and c.hidden_size * c.vocab_size > _PIECES
     return {
         ("layer", "adapter"): parts["adapter"] * (setup.optimizer == "adamw"),
         ("layer", "adapter_8_bit"): parts["adapter"] * (setup.optimizer != "adamw"),

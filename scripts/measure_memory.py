@@ -57,7 +57,7 @@ MODELS: dict[str, dict[str, Any]] = {
         **{"vocab_size": 151936, "qk_norm": "head", "tie_word_embeddings": True},
     },
 }
-TABLES = {"quantize_embedding": True, "quantize_head": True}
+TABLES = {"embedding": "4bit", "head": "4bit"}
 ALL = {**TABLES, "checkpoint": "host", "offload": True}
 GRID: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "h200": [
@@ -96,8 +96,8 @@ GRID: dict[str, list[tuple[str, dict[str, Any]]]] = {
         # Where the loss is the peak.
         ("qwen2-0.5b", {"max_tokens": 1024}),
         ("qwen2-0.5b", {"max_tokens": 256}),
-        ("qwen2-0.5b", {"max_tokens": 1024, "quantize_embedding": True}),
-        ("qwen2-0.5b", {"max_tokens": 256, "quantize_embedding": True}),
+        ("qwen2-0.5b", {"max_tokens": 1024, "embedding": "4bit"}),
+        ("qwen2-0.5b", {"max_tokens": 256, "embedding": "4bit"}),
         ("smollm2-135m", {"max_tokens": 1024}),
         ("qwen3-0.6b", {"max_tokens": 512}),
         ("llama-1b", {"max_tokens": 256}),

@@ -7,7 +7,7 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict, TypeVar
+from typing import Any, Literal, TypeVar
 
 import tomli_w
 import tyro
@@ -15,20 +15,13 @@ import tyro
 from qlora_jax.adapters.value import Adapter
 from qlora_jax.errors import ConfigError, gathered
 from qlora_jax.io.adapter import adapter_tokenizer, load_adapter
-from qlora_jax.io.hf import find, load, read_config
+from qlora_jax.io.hf import Tables, find, load, read_config, resolve_tables
 from qlora_jax.io.peft import import_peft, is_peft
 from qlora_jax.io.read import read_adapter
 from qlora_jax.io.tokenizer import Tokenizer
-from qlora_jax.quant import QuantConfig
+from qlora_jax.quant import QuantConfig, TableFormat
 
 T = TypeVar("T")
-
-
-class Tables(TypedDict):
-    """Which tables become 4-bit too; keywords of `load`."""
-
-    quantize_embedding: bool
-    quantize_head: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,15 +38,21 @@ class QuantOptions:
     double_quant: bool = True
     """Keep absmax in 8 bits."""
 
-    embedding: bool = False
-    """Make the embedding 4-bit too, and a tied head with it."""
+    embedding: TableFormat = "none"
+    """Of the embedding, and a tied head with it: 4bit is as the linears are held, int8 has
+    one scale a row; none leaves it as the folder has it, dense unless that is int8."""
 
-    head: bool = False
-    """Make an untied head 4-bit too."""
+    head: TableFormat = "none"
+    """The same of an untied head."""
 
-    def tables(self) -> Tables:
-        """Returns what `load` wants to know of embedding and head."""
-        return {"quantize_embedding": self.embedding, "quantize_head": self.head}
+    def tables(self, folder: Path) -> Tables:
+        """Returns how `load` will hold embedding and head.
+
+        Raises:
+          CheckpointError: the folder has them in int8, and they are to be 4-bit.
+        """
+        hf = read_config(folder)[0]
+        return resolve_tables(folder, hf, self.embedding, self.head)
 
     def resolve(self, folder: Path, *, auto: QuantConfig | None) -> QuantConfig | None:
         """Returns how to quantize a folder; None to take its weights as they are.
@@ -108,7 +107,7 @@ def open_model(
       (model, tokenizer, what to say of it).
     """
     folder = find(model)
-    auto, tables = None, quant.tables()
+    auto, tables = None, quant
     if adapter is not None and (Path(adapter) / "config.toml").is_file():
         run = read_toml(Path(adapter) / "config.toml")
         options = from_dict(
@@ -116,9 +115,9 @@ def open_model(
         )
         if options.codebook != "none":
             auto = options.config()
-            tables = options.tables() if tables == QuantOptions().tables() else tables
+            tables = quant if {quant.embedding, quant.head} != {"none"} else options
     chosen = quant.resolve(folder, auto=auto)
-    base, tokenizer = load(folder, chosen, dtype, **tables)
+    base, tokenizer = load(folder, chosen, dtype, **tables.tables(folder))
     said = {"model": model, "base": describe_quant(folder, chosen)}
     if adapter is not None:
         base = load_adapter(adapter, base)
@@ -216,6 +215,10 @@ def _build(cls: Any, values: dict[str, Any], prefix: str, problems: list[str]) -
     known = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
     kwargs = {}
     for key, value in values.items():
+        if known.get(key) == TableFormat and isinstance(value, bool):
+            value = (
+                "4bit" if value else "none"
+            )  # as runs wrote it before there was int8
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = (

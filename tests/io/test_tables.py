@@ -17,7 +17,7 @@ from qlora_jax.models import Decoder
 from qlora_jax.models.vocabulary import resize_tokens
 from qlora_jax.nn import Embedding, Linear, QuantizedEmbedding, QuantizedLinear
 
-TABLES = {"quantize_embedding": True, "quantize_head": True}
+TABLES = {"embedding": "4bit", "head": "4bit"}
 ORDER = 2e-5
 """Absolute, of logits of size 10: float32 sums in another order."""
 
@@ -95,7 +95,7 @@ def test_a_tied_head_goes_with_the_embedding(tmp_path: Path):
     model = Decoder(config, key=jax.random.key(0), dtype="float32")
     save_model(model, tmp_path / "tied")
     loaded, _ = qlora.load(
-        tmp_path / "tied", qlora.QuantConfig(), "float32", quantize_embedding=True
+        tmp_path / "tied", qlora.QuantConfig(), "float32", embedding="4bit"
     )
     assert loaded.lm_head is None and isinstance(loaded.head, QuantizedLinear)
     assert np.isfinite(tiny.logits(loaded, tiny.tokens())).all()
@@ -103,9 +103,11 @@ def test_a_tied_head_goes_with_the_embedding(tmp_path: Path):
 
 def test_what_cannot_be_says_so(folder: Path):
     with pytest.raises(CheckpointError, match="stays dense, so its embedding and head"):
-        qlora.load(folder, quantize_head=True)
+        qlora.load(folder, head="4bit")
     model, _ = qlora.load(folder, qlora.QuantConfig(), "float32", **TABLES)
-    with pytest.raises(ShapeError, match="embedding is 4-bit and cannot take new rows"):
+    with pytest.raises(
+        ShapeError, match="embedding is quantized and cannot take new rows"
+    ):
         resize_tokens(model, 400)
-    with pytest.raises(ConfigError, match="embed_tokens is 4-bit, and only dense"):
+    with pytest.raises(ConfigError, match="embed_tokens is quantized, and only dense"):
         attach(model, LoRAConfig(modules_to_save="embed_tokens"), key=jax.random.key(0))

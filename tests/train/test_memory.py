@@ -135,7 +135,7 @@ def test_only_what_does_not_fit_of_the_optimizer_state_is_paged():
     setup = dataclasses.replace(setup_of("llama-8b", {}), lora=LoRAConfig(rank=64))
     state = estimate(setup).device["optimizer state"]
     all_here = estimate(setup).device_bytes
-    fixed = ("micro_batch", "checkpoint", "stream", "quantize_embedding")
+    fixed = ("micro_batch", "checkpoint", "stream", "embedding")
     assert not plan_memory(setup, all_here, fixed=fixed).setup.offload
     resident = []
     for size in (all_here - state, all_here - state // 4, all_here - 1):
@@ -165,7 +165,7 @@ def test_micro_batches_share_the_copy_of_a_streamed_layer():
 
 def test_what_is_fixed_stays():
     setup = setup_of("llama-8b", {"micro_batch": 2, "grad_accum": 2})
-    fixed = ("micro_batch", "checkpoint", "stream", "offload", "quantize_head")
+    fixed = ("micro_batch", "checkpoint", "stream", "offload", "head")
     plan = plan_memory(setup, 80 * GIB, fixed=fixed)
     assert plan.setup == setup
 
