@@ -424,9 +424,11 @@ class _Reader:
             if f"{name}.absmax" in self.checkpoint:
                 return self._stored(name, shape)
             table = self.tables.get(path, "none")
-            if table == "int8" and bitsandbytes.scales_name(name) in self.checkpoint:
+            w = self.checkpoint[name]
+            scaled = bitsandbytes.scales_name(name) in self.checkpoint
+            if table == "int8" and (scaled or w.dtype == np.int8):
                 return bitsandbytes.read_int8(self.checkpoint, name, self.dtype)
-            w = jnp.asarray(self.checkpoint[name])
+            w = jnp.asarray(w)
             if not jnp.issubdtype(w.dtype, jnp.floating):
                 raise ShapeError(f"{w.dtype} values, of which config.json says nothing")
             if table == "int8":
