@@ -160,16 +160,21 @@ def optimizer_state(lora: nnx.State, name: Optimizer = "adamw") -> Any:
 # says of what each is a multiple.
 _FITTED: dict[tuple[Platform, bool], dict[str, float]] = {
     ("gpu", True): {
-        **{"adapter": 0.784, "adapter_8_bit": 0.099, "hidden_both": 19.582},
-        **{"kv": 8.949, "turn": 1.318, "wide": 5.285, "together": 5.348},
-        **{"logits": 0.468, "pieces": 47.3e6, "workspace": 25.2e6},
+        **{
+            "adapter": 0.8,
+            "adapter_8_bit": 0.109,
+            "hidden_both": 19.949,
+            "bias": 0.405,
+        },
+        **{"kv": 9.266, "turn": 1.272, "wide": 5.171, "together": 5.398},
+        **{"logits": 0.466, "pieces": 47.5e6, "int8": 0.666, "workspace": 25.6e6},
     },
     ("gpu", False): {
         **{"adapter": 0.089, "kv": 6.975, "wide": 5.288, "together": 64.446},
     },
     ("cpu", True): {
-        **{"adapter": 2.011, "adapter_8_bit": 0.354, "decoded": 4.077},
-        **{"hidden_both": 55.609, "layer": 1.095, "wide": 13.525, "together": 3.08},
+        **{"adapter": 2.542, "adapter_8_bit": 0.406, "decoded": 5.904},
+        **{"hidden_both": 73.503, "bias": 15.666, "wide": 10.019},
     },
     ("cpu", False): {
         **{"adapter": 1.876, "decoded": 3.461, "hidden_both": 84.065},
@@ -307,8 +312,9 @@ def features(
     add up to; a layer's stored weights, cut out of the stack, for each further layer of a
     group in turns; activations as wide as the feed-forward, as the kv heads, as the hidden
     size (where norms stand before and after, or for every micro-batch that goes through a
-    layer together); the largest piece of a weight that is decoded at once. When the loss
-    runs: a chunk of logits, pieces of a 4-bit head, and libraries' workspace.
+    layer together), as q, k and v that have biases; the largest piece of a weight that is
+    decoded at once. When the loss runs: a chunk of logits, pieces of a 4-bit head, logits
+    that an int8 one puts together, and libraries' workspace.
     """
     c, item = setup.config, jnp.dtype(setup.dtype).itemsize
     # On a CPU products come out in float32, whatever goes in.
@@ -320,6 +326,7 @@ def features(
         decoded = 4 * whole if whole * item <= _WHOLE_BYTES else _TILE_BYTES
     more = (_together(setup) - 1) * tokens
     chunk = min(_LOGITS_BYTES[platform], 4 * setup.tokens * c.vocab_size)
+    biased = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
     head = setup.embedding if c.tie_word_embeddings else setup.head
     pieces = (
         head == "4bit"
@@ -335,10 +342,12 @@ def features(
         ("layer", "wide"): tokens * _wide(c),
         ("layer", "hidden_both"): tokens * c.hidden_size * (c.norms == "both"),
         ("layer", "kv"): tokens * c.num_kv_heads * c.head_dim,
+        ("layer", "bias"): tokens * biased * c.attention_bias,
         ("layer", "together"): more * c.hidden_size,
         ("layer", "decoded"): decoded,
         ("loss", "logits"): chunk,
         ("loss", "pieces"): float(bool(pieces)),
+        ("loss", "int8"): (head == "int8") * chunk * item / 4,
         ("loss", "workspace"): 1.0,
     }
 

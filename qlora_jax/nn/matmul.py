@@ -11,10 +11,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int8
 
+from pallas_kernels.tuning import current_device
 from qlora_jax.quant.int8 import scales
 
-PIECE_BYTES = 32 << 20
-"""Of an int8 table's rows in the compute dtype, alive at once."""
+PIECE_BYTES = {"cpu": 4 << 20, "gpu": 32 << 20}
+"""Of an int8 table's rows in the compute dtype, and of their float32 product, alive at once;
+as 4-bit weights have it."""
 
 
 def _dot(a: Array, b: Array, contract_a: int, contract_b: int) -> Array:
@@ -83,7 +85,7 @@ def int8_matmul(
         return lax.dynamic_update_slice_in_dim(y, part.astype(x.dtype), start, 1)
 
     y = jnp.zeros((x.shape[0], codes.shape[0]), x.dtype)
-    return _by_rows(add, y, codes, absmax)
+    return _by_rows(add, y, codes, absmax, x.dtype.itemsize)
 
 
 def _int8_fwd(x, codes, absmax):
@@ -98,7 +100,8 @@ def _int8_bwd(residuals, dy):
 
     codes, absmax = residuals
     dx = jnp.zeros((dy.shape[0], codes.shape[1]), jnp.float32)
-    return _by_rows(add, dx, codes, absmax).astype(dy.dtype), None, None
+    dx = _by_rows(add, dx, codes, absmax, dy.dtype.itemsize)
+    return dx.astype(dy.dtype), None, None
 
 
 int8_matmul.defvjp(_int8_fwd, _int8_bwd)
@@ -109,10 +112,13 @@ def _by_rows(
     total: Array,
     codes: Array,
     absmax: Array,
+    item: int,
 ) -> Array:
-    """Folds add(total, codes, absmax, first row) over pieces of a table's rows."""
+    """Folds add(total, codes, absmax, first row) over pieces of a table's rows, of values of
+    `item` bytes."""
     n, k = codes.shape
-    size = min(n, max(1, PIECE_BYTES // (k * total.dtype.itemsize)))
+    limit = PIECE_BYTES.get(current_device().platform, PIECE_BYTES["gpu"])
+    size = min(n, max(1, limit // max(k * item, 4 * total.shape[0])))
 
     def piece(start: Array, size: int, total: Array) -> Array:
         rows, largest = (
