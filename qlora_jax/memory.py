@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels.layout import QuantizedTensor, abstract_tensor
+from pallas_kernels.layout import abstract_tensor
 from qlora_jax.adapters.attach import attach_zero, split
 from qlora_jax.adapters.config import LoRAConfig
 from qlora_jax.models import Decoder, DecoderConfig
@@ -31,7 +31,7 @@ from qlora_jax.nn import (
     QuantizedLinear,
 )
 from qlora_jax.optim.adamw import Optimizer, adamw
-from qlora_jax.quant import QuantConfig
+from qlora_jax.quant import QuantConfig, Quantized, TableFormat, quantize_rows
 
 Platform = Literal["gpu", "cpu"]
 
@@ -57,8 +57,8 @@ class Setup:
     """Of that state what stays on the device."""
     stream: bool = False
     """Layers' weights on the host."""
-    quantize_embedding: bool = False
-    quantize_head: bool = False
+    embedding: TableFormat = "none"
+    head: TableFormat = "none"
 
     @property
     def tokens(self) -> int:
@@ -98,16 +98,18 @@ def abstract_parts(
     )
 
     def replace(path: tuple, node: Any) -> Any:
-        head = path == ("lm_head",)
         if setup.quant is None:
             return node
-        if isinstance(node, Linear) and (setup.quantize_head or not head):
-            *stack, n, k = node.kernel.get_value().shape
+        if isinstance(node, Linear):
+            held = setup.head if path == ("lm_head",) else "4bit"
+            if held == "none":
+                return node
             bias = None if node.bias is None else node.bias.get_value()
-            made = QuantizedLinear(_packed((n, k), tuple(stack), setup))
+            made = QuantizedLinear(_quantized(node.kernel.get_value(), held, setup))
             return _biased(made, bias)
-        if isinstance(node, Embedding) and setup.quantize_embedding:
-            return QuantizedEmbedding(_packed(node.weight.get_value().shape, (), setup))
+        if isinstance(node, Embedding) and setup.embedding != "none":
+            weight = node.weight.get_value()
+            return QuantizedEmbedding(_quantized(weight, setup.embedding, setup))
         return node
 
     graphdef, state = nnx.split(nnx.recursive_map(replace, skeleton))
@@ -121,14 +123,14 @@ def abstract_parts(
     return whole, lora, base
 
 
-def _packed(
-    shape: tuple[int, ...], stack: tuple[int, ...], setup: Setup
-) -> QuantizedTensor:
-    quant = setup.quant
+def _quantized(weight: Any, held: TableFormat, setup: Setup) -> Quantized:
+    if held == "int8":
+        return jax.eval_shape(quantize_rows, weight)
+    quant, (*stack, n, k) = setup.quant, weight.shape
     assert quant is not None
     return abstract_tensor(
-        shape,
-        stack,
+        (n, k),
+        tuple(stack),
         block_size=quant.block_size,
         codebook=quant.codebook,
         double_quant=quant.double_quant,
@@ -158,16 +160,21 @@ def optimizer_state(lora: nnx.State, name: Optimizer = "adamw") -> Any:
 # says of what each is a multiple.
 _FITTED: dict[tuple[Platform, bool], dict[str, float]] = {
     ("gpu", True): {
-        **{"adapter": 0.784, "adapter_8_bit": 0.099, "hidden_both": 19.582},
-        **{"kv": 8.949, "turn": 1.318, "wide": 5.285, "together": 5.348},
-        **{"logits": 0.468, "pieces": 47.3e6, "workspace": 25.2e6},
+        **{
+            "adapter": 0.8,
+            "adapter_8_bit": 0.109,
+            "hidden_both": 19.949,
+            "bias": 0.405,
+        },
+        **{"kv": 9.266, "turn": 1.272, "wide": 5.171, "together": 5.398},
+        **{"logits": 0.466, "pieces": 47.5e6, "int8": 0.666, "workspace": 25.6e6},
     },
     ("gpu", False): {
         **{"adapter": 0.089, "kv": 6.975, "wide": 5.288, "together": 64.446},
     },
     ("cpu", True): {
-        **{"adapter": 2.011, "adapter_8_bit": 0.354, "decoded": 4.077},
-        **{"hidden_both": 55.609, "layer": 1.095, "wide": 13.525, "together": 3.08},
+        **{"adapter": 2.542, "adapter_8_bit": 0.406, "decoded": 5.904},
+        **{"hidden_both": 73.503, "bias": 15.666, "wide": 10.019},
     },
     ("cpu", False): {
         **{"adapter": 1.876, "decoded": 3.461, "hidden_both": 84.065},
@@ -305,8 +312,9 @@ def features(
     add up to; a layer's stored weights, cut out of the stack, for each further layer of a
     group in turns; activations as wide as the feed-forward, as the kv heads, as the hidden
     size (where norms stand before and after, or for every micro-batch that goes through a
-    layer together); the largest piece of a weight that is decoded at once. When the loss
-    runs: a chunk of logits, pieces of a 4-bit head, and libraries' workspace.
+    layer together), as q, k and v that have biases; the largest piece of a weight that is
+    decoded at once. When the loss runs: a chunk of logits, pieces of a 4-bit head, logits
+    that an int8 one puts together, and libraries' workspace.
     """
     c, item = setup.config, jnp.dtype(setup.dtype).itemsize
     # On a CPU products come out in float32, whatever goes in.
@@ -318,10 +326,13 @@ def features(
         decoded = 4 * whole if whole * item <= _WHOLE_BYTES else _TILE_BYTES
     more = (_together(setup) - 1) * tokens
     chunk = min(_LOGITS_BYTES[platform], 4 * setup.tokens * c.vocab_size)
-    four_bit = (
-        setup.quantize_embedding if c.tie_word_embeddings else setup.quantize_head
+    biased = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+    head = setup.embedding if c.tie_word_embeddings else setup.head
+    pieces = (
+        head == "4bit"
+        and c.hidden_size % 256
+        and c.hidden_size * c.vocab_size > _PIECES
     )
-    pieces = four_bit and c.hidden_size % 256 and c.hidden_size * c.vocab_size > _PIECES
     return {
         ("layer", "adapter"): parts["adapter"] * (setup.optimizer == "adamw"),
         ("layer", "adapter_8_bit"): parts["adapter"] * (setup.optimizer != "adamw"),
@@ -331,10 +342,12 @@ def features(
         ("layer", "wide"): tokens * _wide(c),
         ("layer", "hidden_both"): tokens * c.hidden_size * (c.norms == "both"),
         ("layer", "kv"): tokens * c.num_kv_heads * c.head_dim,
+        ("layer", "bias"): tokens * biased * c.attention_bias,
         ("layer", "together"): more * c.hidden_size,
         ("layer", "decoded"): decoded,
         ("loss", "logits"): chunk,
         ("loss", "pieces"): float(bool(pieces)),
+        ("loss", "int8"): (head == "int8") * chunk * item / 4,
         ("loss", "workspace"): 1.0,
     }
 

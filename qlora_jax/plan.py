@@ -21,6 +21,8 @@ _CHECKPOINT_COST = {"none": 1.0, "attention": 1.25, "layer": 1.33, "host": 1.36}
 """A forward pass is a third of a step without checkpointing: forward, and the gradient to
 activations, of which no weight has its own."""
 _SMALL_COST = 0.02  # of paging the optimizer, and of 4-bit tables
+_TABLE_COST = {"none": 0.0, "int8": 0.5, "4bit": 1.0}
+"""In those; by it int8, which costs least perplexity, is taken before 4-bit tables are."""
 _STREAM_COST = 1.5  # at the least: that copies hide has not been measured on a GPU yet
 _DECODE_TOKENS = 300  # a micro-batch costs as if it had so many tokens more
 PCIE_BYTES_PER_S = 50e9
@@ -54,7 +56,7 @@ def plan_memory(
     platform: Platform = "gpu",
     fixed: Iterable[str] = (),
 ) -> Plan:
-    """Picks micro-batch, checkpointing, paging, streaming and 4-bit tables.
+    """Picks micro-batch, checkpointing, paging, streaming and quantized tables.
 
     Args:
       setup: The model, adapter and sequence length; the settings to choose are ignored,
@@ -96,18 +98,18 @@ def _candidates(setup: Setup, rows: int, fixed: set[str]) -> Iterator[Setup]:
         "checkpoint": list(_CHECKPOINT_COST),
         "offload": [False, True],
         "stream": [False, True],
-        "tables": [False] if setup.quant is None else [False, True],
+        "tables": ["none"] if setup.quant is None else list(_TABLE_COST),
     }
     for name in options.keys() & fixed:
         options[name] = [getattr(setup, name)]
-    if fixed & {"quantize_embedding", "quantize_head"}:
+    if fixed & {"embedding", "head"}:
         options["tables"] = [None]
     for values in itertools.product(*options.values()):
         changes = dict(zip(options, values, strict=True))
         tables = changes.pop("tables")
         if tables is not None:
-            changes["quantize_embedding"] = tables
-            changes["quantize_head"] = tables and not tied
+            changes["embedding"] = tables
+            changes["head"] = "none" if tied else tables
         accum = rows // changes["micro_batch"] or 1
         yield dataclasses.replace(setup, grad_accum=accum, **changes)
 
@@ -115,7 +117,7 @@ def _candidates(setup: Setup, rows: int, fixed: set[str]) -> Iterator[Setup]:
 def relative_time(setup: Setup) -> float:
     """Returns the modelled time of a token, in units of the fastest settings'."""
     time = _CHECKPOINT_COST[setup.checkpoint] * (1 + _DECODE_TOKENS / setup.tokens)
-    time *= 1 + _SMALL_COST * (_paged_part(setup) + setup.quantize_embedding)
+    time *= 1 + _SMALL_COST * (_paged_part(setup) + _TABLE_COST[setup.embedding])
     if setup.stream:
         step = compute_seconds(setup) * setup.grad_accum
         exposed = streaming_seconds(setup) / step - 1
@@ -204,10 +206,9 @@ def flags_of(setup: Setup) -> str:
             flags.append(f"--train.resident-bytes {setup.resident_bytes}")
     if setup.stream:
         flags.append("--train.stream")
-    if setup.quantize_embedding:
-        flags.append("--quant.embedding")
-    if setup.quantize_head:
-        flags.append("--quant.head")
+    for name in ("embedding", "head"):
+        if (held := getattr(setup, name)) != "none":
+            flags.append(f"--quant.{name} {held}")
     return " ".join(flags)
 
 
@@ -218,8 +219,8 @@ def describe_change(before: Setup, after: Setup) -> str:
         "checkpoint": "checkpoint",
         "offload": "offload",
         "stream": "stream",
-        "quantize_embedding": "4-bit embedding",
-        "quantize_head": "4-bit head",
+        "embedding": "embedding",
+        "head": "head",
     }
     changes = [
         f"{label} {_said(getattr(before, name))} -> {_said(getattr(after, name))}"

@@ -12,7 +12,7 @@ import subprocess
 import time
 from typing import Any
 
-TABLES = {"quantize_embedding": True, "quantize_head": True}
+TABLES = {"embedding": "4bit", "head": "4bit"}
 LEAST = {**TABLES, "checkpoint": "host", "offload": True}
 CASES: dict[str, tuple[str, dict[str, Any], float]] = {
     "8b": ("llama-8b", {}, 0),

@@ -57,7 +57,8 @@ MODELS: dict[str, dict[str, Any]] = {
         **{"vocab_size": 151936, "qk_norm": "head", "tie_word_embeddings": True},
     },
 }
-TABLES = {"quantize_embedding": True, "quantize_head": True}
+TABLES = {"embedding": "4bit", "head": "4bit"}
+INT8 = {"embedding": "int8", "head": "int8"}
 ALL = {**TABLES, "checkpoint": "host", "offload": True}
 GRID: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "h200": [
@@ -96,8 +97,8 @@ GRID: dict[str, list[tuple[str, dict[str, Any]]]] = {
         # Where the loss is the peak.
         ("qwen2-0.5b", {"max_tokens": 1024}),
         ("qwen2-0.5b", {"max_tokens": 256}),
-        ("qwen2-0.5b", {"max_tokens": 1024, "quantize_embedding": True}),
-        ("qwen2-0.5b", {"max_tokens": 256, "quantize_embedding": True}),
+        ("qwen2-0.5b", {"max_tokens": 1024, "embedding": "4bit"}),
+        ("qwen2-0.5b", {"max_tokens": 256, "embedding": "4bit"}),
         ("smollm2-135m", {"max_tokens": 1024}),
         ("qwen3-0.6b", {"max_tokens": 512}),
         ("llama-1b", {"max_tokens": 256}),
@@ -116,6 +117,11 @@ GRID: dict[str, list[tuple[str, dict[str, Any]]]] = {
         # 8-bit optimizer state.
         ("llama-8b", {"lora": {"rank": 64}, "optimizer": "adamw8bit"}),
         ("llama-70b", {**TABLES, "checkpoint": "host", "optimizer": "adamw8bit"}),
+        # Tables in int8.
+        ("llama-8b", INT8),
+        ("qwen2-0.5b", {"max_tokens": 1024, "embedding": "int8"}),
+        ("qwen2-0.5b", {"max_tokens": 256, "embedding": "int8"}),
+        ("smollm2-135m", {"max_tokens": 1024, "embedding": "int8"}),
     ],
     "cpu": [
         ("llama-1b", {"max_tokens": 512}),
@@ -160,6 +166,11 @@ GRID: dict[str, list[tuple[str, dict[str, Any]]]] = {
             "qwen2-0.5b",
             {"max_tokens": 256, "lora": {"rank": 64}, "optimizer": "adamw8bit"},
         ),
+        # Tables in int8, and one that is 4-bit for comparison.
+        ("llama-1b", {"max_tokens": 1024, **INT8}),
+        ("smollm2-135m", {"max_tokens": 512, "embedding": "int8"}),
+        ("qwen2-0.5b", {"max_tokens": 512, "embedding": "int8"}),
+        ("qwen2-0.5b", {"max_tokens": 512, "embedding": "4bit"}),
     ],
 }
 

@@ -1,14 +1,16 @@
-"""What a 4-bit embedding and head cost in perplexity, beside 4-bit linears alone.
+"""What a quantized embedding and head cost in perplexity, beside 4-bit linears alone.
 
     python scripts/measure_tables.py --model DIR --text FILE [--max-chars N] [--append FILE]
 
-The text's perplexity with the base dense, with its linears 4-bit, and with the tables 4-bit
-too (a tied head follows the embedding), all computed in bfloat16; and the bytes of each.
+The text's perplexity with the base dense, with its linears 4-bit, and with the tables in int8
+or 4-bit too (a tied head follows the embedding), all computed in bfloat16; and the bytes of
+each.
 """
 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 from bench_record import record
@@ -16,14 +18,14 @@ from flax import nnx
 
 import qlora_jax as qlora
 
-CASES = {
+NF4 = qlora.QuantConfig()
+CASES: dict[str, tuple[qlora.QuantConfig | None, dict[str, Any]]] = {
     "dense": (None, {}),
-    "nf4": (qlora.QuantConfig(), {}),
-    "nf4, embedding": (qlora.QuantConfig(), {"quantize_embedding": True}),
-    "nf4, embedding and head": (
-        qlora.QuantConfig(),
-        {"quantize_embedding": True, "quantize_head": True},
-    ),
+    "nf4": (NF4, {}),
+    "nf4, int8 embedding": (NF4, {"embedding": "int8"}),
+    "nf4, 4-bit embedding": (NF4, {"embedding": "4bit"}),
+    "nf4, int8 embedding and head": (NF4, {"embedding": "int8", "head": "int8"}),
+    "nf4, 4-bit embedding and head": (NF4, {"embedding": "4bit", "head": "4bit"}),
 }
 
 
@@ -42,7 +44,7 @@ def main() -> None:
     for name, (quant, tables) in CASES.items():
         model, tokenizer = qlora.load(args.model, quant, **tables)
         assert tokenizer is not None
-        if "quantize_head" in tables and model.config.tie_word_embeddings:
+        if "head" in tables and model.lm_head is None:
             continue  # the same as the embedding alone
         ids = tokenizer.encode(text)
         window = min(512, model.config.max_position_embeddings - 1)
@@ -51,7 +53,7 @@ def main() -> None:
         )
         size = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model)))
         found[name] = {"perplexity": round(value, 4), "bytes": size}
-        print(f"{name:<26}{value:10.4f}{size / 2**20:10.1f} MiB", flush=True)
+        print(f"{name:<32}{value:10.4f}{size / 2**20:10.1f} MiB", flush=True)
     base = found["nf4"]["perplexity"]
     cost = {n: round(f["perplexity"] / base - 1, 5) for n, f in found.items()}
     figures = {"cases": found, "over_nf4": cost, "tokens": tokens}

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from pallas_kernels.reference import dequantize_rows
 from qlora_jax.adapters.compensate import Moments, Original, compensate, describe
 from qlora_jax.adapters.config import ALL_LINEAR, EMBEDDING, HEAD, LoRAConfig, ends
 from qlora_jax.adapters.fingerprint import fingerprint
@@ -32,6 +31,7 @@ from qlora_jax.nn import (
 from qlora_jax.nn.embedding import QuantizedEmbedding, Table
 from qlora_jax.nn.norm import RMSNorm
 from qlora_jax.nn.variables import trained, trains
+from qlora_jax.quant import dequantize_rows
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -206,7 +206,9 @@ def _check(model: nnx.Module, config: LoRAConfig) -> None:
     for name in config.saved:
         if not any(ends(path, name) for path in (*dense, *([HEAD] if tied else []))):
             quantized = any(ends(path, name) for path in packed)
-            why = "is 4-bit, and only dense modules train" if quantized else "is none"
+            why = (
+                "is quantized, and only dense modules train" if quantized else "is none"
+            )
             problems.append(
                 f"--lora.modules-to-save {name} {why}; there are {', '.join(dense)}"
             )

@@ -24,12 +24,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from pallas_kernels.layout import QuantizedTensor
 from qlora_jax.adapters.names import dotted
 from qlora_jax.errors import AdapterMismatchError, ConfigError
 from qlora_jax.nn import Linear, LoRA, QuantizedLinear
 from qlora_jax.nn.dora import row_norms
-from qlora_jax.quant import dequantize
+from qlora_jax.quant import Quantized, dequantize
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -268,7 +267,7 @@ def _stack(
 @functools.partial(jax.jit, static_argnames=("rank", "scale"))
 def _factors(
     w: Float[Array, "out in"],
-    q: QuantizedTensor,
+    q: Quantized,
     moment: Array | None,
     key: Array,
     *,

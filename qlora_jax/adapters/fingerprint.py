@@ -13,8 +13,9 @@ import jax.core
 import numpy as np
 from flax import nnx
 
-from pallas_kernels.layout import QuantizedTensor
 from qlora_jax.nn import FrozenParam
+from qlora_jax.nn.linear import stack_of
+from qlora_jax.quant import Quantized
 
 _SAMPLES = 8  # of a parameter
 TOLERANCE = 2**-7
@@ -30,9 +31,9 @@ def fingerprint(model: nnx.Module) -> str | None:
     shapes, values = [], {}
     for path, variable in nnx.to_flat_state(nnx.state(model, FrozenParam)):
         value = variable.get_value()
-        if isinstance(value, QuantizedTensor):
-            lead = value.codes.shape[: -1 if value.layout == "flat" else -2]
-            shapes.append([".".join(map(str, path)), [*lead, *value.shape]])
+        if isinstance(value, Quantized):
+            shape = [*stack_of(value), *value.shape]
+            shapes.append([".".join(map(str, path)), shape])
             continue
         # Rows that were added for new tokens are no part of the base.
         own = variable.get_metadata().get("own_rows")
@@ -63,7 +64,7 @@ def difference(ours: dict, theirs: dict) -> str | None:
             f"its base had other parameter shapes (structure {theirs['structure']}, here "
             f"{ours['structure']})"
         )
-    # What is 4-bit in one of them has no sample there.
+    # What is quantized in one of them has no sample there.
     common = sorted(ours["sample"].keys() & theirs["sample"].keys())
     a, b = (
         np.concatenate([x["sample"][name] for name in common] or [np.zeros(0)])

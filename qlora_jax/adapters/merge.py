@@ -15,8 +15,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from pallas_kernels import reference
-from pallas_kernels.layout import QuantizedTensor
 from qlora_jax.adapters.algebra import scale
 from qlora_jax.adapters.value import Adapter
 from qlora_jax.errors import AdapterMismatchError, ConfigError
@@ -34,7 +32,7 @@ from qlora_jax.nn import (
 from qlora_jax.nn.embedding import QuantizedEmbedding, Table
 from qlora_jax.nn.norm import RMSNorm
 from qlora_jax.nn.variables import trains
-from qlora_jax.quant import QuantConfig, dequantize, quantize_tensor
+from qlora_jax.quant import QuantConfig, Quantized, dequantize, quantize_tensor
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -158,7 +156,7 @@ def _table(module: Any) -> Array:
     """Returns the dense rows of an embedding or head."""
     own = module.weight if isinstance(module, Table) else module.kernel
     value = own.get_value()
-    return dequantize(value) if isinstance(value, QuantizedTensor) else value
+    return dequantize(value) if isinstance(value, Quantized) else value
 
 
 def _frozen(node: Any, dtype: str) -> Any:
@@ -178,7 +176,7 @@ def _bias(linear: Linear | QuantizedLinear, dtype: str) -> Array | None:
 
 
 def fold(
-    kernel: Array | QuantizedTensor,
+    kernel: Array | Quantized,
     a: Float[Array, "in rank"],
     b: Float[Array, "rank out"],
     magnitude: Float[Array, " out"] | None,
@@ -187,8 +185,8 @@ def fold(
     scale: float | Float[Array, ""],
 ) -> Float[Array, "out in"]:
     """Returns one layer's weight with its adapter, in float32; of what `factors` gives."""
-    if isinstance(kernel, QuantizedTensor):
-        kernel = reference.dequantize(kernel, "float32")
+    if isinstance(kernel, Quantized):
+        kernel = dequantize(kernel, "float32")
     kernel = kernel.astype(jnp.float32)
     merged = kernel + scale * jnp.matmul(a, b, precision="highest").T
     if magnitude is not None:

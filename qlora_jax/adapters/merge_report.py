@@ -11,12 +11,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from pallas_kernels import reference
-from pallas_kernels.layout import QuantizedTensor
 from qlora_jax.adapters.merge import factors, fold
 from qlora_jax.adapters.names import EXPERTS, STACK
 from qlora_jax.errors import AdapterMismatchError
 from qlora_jax.nn import Linear, LoRA, QuantizedLinear
+from qlora_jax.quant import Quantized, dequantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +123,8 @@ def _apart(stack: tuple[int, ...]) -> Any:
 def _weights(parts: tuple[Any, ...]) -> tuple[Array, Array]:
     """Returns the float32 weight that a linear applies, and that of its base."""
     kernel, a, b, magnitude, active, scale = parts
-    if isinstance(kernel, QuantizedTensor):
-        kernel = reference.dequantize(kernel, "float32")
+    if isinstance(kernel, Quantized):
+        kernel = dequantize(kernel, "float32")
     kernel = kernel.astype(jnp.float32)
     if a is None:
         return kernel, kernel

@@ -122,6 +122,8 @@ def _model(name: str) -> dict[str, Any]:
 
 
 def _belongs(name: str, weight: str) -> bool:
+    if name == bitsandbytes.scales_name(weight):
+        return True
     return name.startswith(f"{weight}.") and bitsandbytes.is_part(name)
 
 

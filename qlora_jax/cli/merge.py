@@ -8,7 +8,6 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 
-from pallas_kernels.layout import QuantizedTensor
 from qlora_jax.adapters import Adapter, LoRAConfig, attach, merge
 from qlora_jax.adapters.merge_report import merge_report
 from qlora_jax.adapters.names import dotted
@@ -18,7 +17,7 @@ from qlora_jax.errors import ConfigError
 from qlora_jax.io.adapter import adapter_tokenizer, load_adapter, save_adapter
 from qlora_jax.io.hf import check_output, find, load, read_config, save_model
 from qlora_jax.nn import LoRA
-from qlora_jax.quant import QuantConfig
+from qlora_jax.quant import QuantConfig, Quantized
 
 REPORT = "merge_report.json"
 
@@ -71,7 +70,7 @@ def run(args: Args) -> dict[str, Any]:
     if args.correction_rank is not None and args.requantize is None:
         raise ConfigError("--correction-rank goes with --requantize")
     # Read in float32, so that original weights are not rounded before folding.
-    model, tokenizer = load(folder, quant, "float32", **args.quant.tables())
+    model, tokenizer = load(folder, quant, "float32", **args.quant.tables(folder))
     model = load_adapter(args.adapter, model)
     corrected = None
     if args.requantize is None:
@@ -124,13 +123,13 @@ def _cast(model: Any, dtype: str) -> Any:
     graphdef, state = nnx.split(model)
 
     def to_dtype(value: Any) -> Any:
-        if isinstance(value, QuantizedTensor):
+        if isinstance(value, Quantized):
             return dataclasses.replace(value, dtype=dtype)
         return value.astype(dtype)
 
     cast = nnx.merge(
         graphdef,
-        jax.tree.map(to_dtype, state, is_leaf=lambda x: isinstance(x, QuantizedTensor)),
+        jax.tree.map(to_dtype, state, is_leaf=lambda x: isinstance(x, Quantized)),
     )
     cast.dtype = dtype
     return cast

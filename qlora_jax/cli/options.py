@@ -7,7 +7,7 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict, TypeVar
+from typing import Any, Literal, TypeVar
 
 import tomli_w
 import tyro
@@ -21,20 +21,13 @@ from qlora_jax.errors import (
     gathered,
 )
 from qlora_jax.io.adapter import adapter_tokenizer, load_adapter
-from qlora_jax.io.hf import find, load, read_config
+from qlora_jax.io.hf import Tables, find, load, read_config, resolve_tables
 from qlora_jax.io.peft import import_peft, is_peft
 from qlora_jax.io.read import read_adapter
 from qlora_jax.io.tokenizer import Tokenizer
-from qlora_jax.quant import QuantConfig
+from qlora_jax.quant import QuantConfig, TableFormat
 
 T = TypeVar("T")
-
-
-class Tables(TypedDict):
-    """Which tables become 4-bit too; keywords of `load`."""
-
-    quantize_embedding: bool
-    quantize_head: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,15 +44,21 @@ class QuantOptions:
     double_quant: bool = True
     """Keep absmax in 8 bits."""
 
-    embedding: bool = False
-    """Make the embedding 4-bit too, and a tied head with it."""
+    embedding: TableFormat = "none"
+    """Of the embedding, and a tied head with it: 4bit is as the linears are held, int8 has
+    one scale a row; none leaves it as the folder has it, dense unless that is int8."""
 
-    head: bool = False
-    """Make an untied head 4-bit too."""
+    head: TableFormat = "none"
+    """The same of an untied head."""
 
-    def tables(self) -> Tables:
-        """Returns what `load` wants to know of embedding and head."""
-        return {"quantize_embedding": self.embedding, "quantize_head": self.head}
+    def tables(self, folder: Path) -> Tables:
+        """Returns how `load` will hold embedding and head.
+
+        Raises:
+          CheckpointError: the folder has them in int8, and they are to be 4-bit.
+        """
+        hf = read_config(folder)[0]
+        return resolve_tables(folder, hf, self.embedding, self.head)
 
     def resolve(self, folder: Path, *, auto: QuantConfig | None) -> QuantConfig | None:
         """Returns how to quantize a folder; None to take its weights as they are.
@@ -175,13 +174,13 @@ def _open_base(
             f"the adapters' runs held the base in different ways; choose by --quant: {ways}"
         )
     auto: QuantConfig | None = None
-    tables = quant.tables()
+    tables = quant
     for run in held.values():
         if run.codebook != "none":
             auto = run.config()
-            tables = run.tables() if tables == QuantOptions().tables() else tables
+            tables = quant if {quant.embedding, quant.head} != {"none"} else run
     chosen = quant.resolve(folder, auto=auto)
-    base, tokenizer = load(folder, chosen, dtype, **tables)
+    base, tokenizer = load(folder, chosen, dtype, **tables.tables(folder))
     return base, tokenizer, {"model": model, "base": describe_quant(folder, chosen)}
 
 
@@ -290,6 +289,10 @@ def _build(cls: Any, values: dict[str, Any], prefix: str, problems: list[str]) -
     known = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
     kwargs = {}
     for key, value in values.items():
+        if known.get(key) == TableFormat and isinstance(value, bool):
+            value = (
+                "4bit" if value else "none"
+            )  # as runs wrote it before there was int8
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = (

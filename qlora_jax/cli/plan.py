@@ -77,6 +77,7 @@ def run(args: Args) -> dict[str, Any]:
     for name, value in (("--max-tokens", args.max_tokens), ("--rows", args.rows)):
         if value < 1:
             raise ConfigError(f"{name} is {value}, expected at least 1")
+    tables = args.quant.tables(folder)
     setup = Setup(
         config=config,
         quant=quant,
@@ -84,7 +85,7 @@ def run(args: Args) -> dict[str, Any]:
         dtype=args.dtype,
         max_tokens=args.max_tokens,
         optimizer=args.optimizer,
-        **args.quant.tables(),
+        **tables,
     )
     platform: Platform = "cpu" if args.gpu == "cpu" else "gpu"
     if args.gpu is None and args.exact:
@@ -95,7 +96,8 @@ def run(args: Args) -> dict[str, Any]:
         rows=args.rows,
         host_bytes=parse_bytes(args.host_memory) if args.host_memory else None,
         platform=platform,
-        fixed=_fixed(args),
+        # What the flags, or the folder, decided already.
+        fixed=() if set(tables.values()) == {"none"} else ("embedding", "head"),
     )
     figures = _figures(plan)
     _print(args, plan)
@@ -104,17 +106,11 @@ def run(args: Args) -> dict[str, Any]:
     return figures
 
 
-def _fixed(args: Args) -> set[str]:
-    """Names what the flags decided already."""
-    tables = args.quant.embedding or args.quant.head
-    return {"quantize_embedding", "quantize_head"} if tables else set()
-
-
 def _figures(plan: Plan) -> dict[str, Any]:
     setup = plan.setup
     chosen = (
         *("micro_batch", "grad_accum", "checkpoint", "optimizer", "offload"),
-        *("resident_bytes", "stream", "quantize_embedding", "quantize_head"),
+        *("resident_bytes", "stream", "embedding", "head"),
     )
     return {
         "budget_bytes": plan.budget,

@@ -1,4 +1,7 @@
-"""`qlora quantize`: a 4-bit copy of a model folder, which other tools open too."""
+"""`qlora quantize`: a 4-bit copy of a model folder, which other tools open too.
+
+With --quant.embedding or --quant.head int8 it opens in qlora_jax alone.
+"""
 
 import dataclasses
 import sys
@@ -40,9 +43,16 @@ def run(args: Args) -> dict[str, Any]:
     check_output(args.out, args.overwrite)
     if read_config(folder)[3] is not None or args.quant.codebook == "none":
         raise ConfigError(f"{folder} is 4-bit already, or --quant.codebook is none")
-    quant = args.quant.config()
+    if "4bit" in (args.quant.embedding, args.quant.head):
+        raise ConfigError(
+            "--quant.embedding and --quant.head 4bit: no folder holds such tables, they are "
+            "made as a model loads; give them to train and evaluate, or int8 here"
+        )
+    quant, tables = args.quant.config(), args.quant.tables(folder)
     if quant.codebook == "int4":
         print("note: int4 folders open in qlora_jax alone", file=sys.stderr)
-    model, _ = load(folder, quant, args.dtype)
+    if "int8" in tables.values():
+        print("note: int8 tables open in qlora_jax alone", file=sys.stderr)
+    model, _ = load(folder, quant, args.dtype, **tables)
     saved = save_model(model, args.out, source=folder, overwrite=args.overwrite)
     return {**saved, "base": options.describe_quant(folder, quant)}

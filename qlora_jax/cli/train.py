@@ -174,7 +174,7 @@ def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
         args.train.compute_dtype,
         # Measuring what quantization lost runs the base, and compares it, on the device.
         stream=args.train.stream and (resume or args.lora.init == "zero"),
-        **args.quant.tables(),
+        **args.quant.tables(folder),
     )
     asked, added = args, None
     if args.add_tokens:
@@ -248,7 +248,7 @@ def within_memory(
     setup, train = setup_of(args, folder, quant, rows), args.train
     platform: Platform = "gpu" if jax.default_backend() == "gpu" else "cpu"
     if args.auto:
-        given = {"micro_batch", "checkpoint", "offload", "stream", "quantize_embedding"}
+        given = {"micro_batch", "checkpoint", "offload", "stream", "embedding"}
         chosen = plan_memory(
             setup,
             limit,
@@ -306,7 +306,7 @@ def setup_of(
         offload=train.offload,
         resident_bytes=train.resident_bytes,
         stream=train.stream,
-        **args.quant.tables(),
+        **args.quant.tables(folder),
     )
 
 

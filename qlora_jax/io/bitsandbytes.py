@@ -1,9 +1,15 @@
-"""bitsandbytes' 4-bit tensors: its state-dict keys to a QuantizedTensor and back.
+"""bitsandbytes' tensors: its state-dict keys to quantized ones and back.
 
 Keys of a weight P: `P` (packed bytes, in any storage dtype), `P.absmax`, `P.quant_map`,
 with double quantization `P.nested_absmax` and `P.nested_quant_map`, and
 `P.quant_state.bitsandbytes__nf4`, JSON as bytes.
 Source: bitsandbytes functional.py, QuantState.as_dict and from_dict.
+
+An embedding or head in int8 has the keys of bitsandbytes' Linear8bitLt: `M.weight`, int8
+codes, and `M.SCB`, the float32 absmax of each row; a value is code * SCB / 127. No other
+tool looks for them beside 4-bit linears, and transformers would take the codes for values.
+So config.json names a quant_method of our own, which has bitsandbytes' settings inside:
+others then find packed linears where they expect dense ones, and stop.
 """
 
 import json
@@ -24,18 +30,53 @@ from pallas_kernels.codebook import (
 )
 from pallas_kernels.layout import QuantizedTensor
 from qlora_jax.errors import CheckpointError
-from qlora_jax.quant import QuantConfig
+from qlora_jax.quant import Int8Rows, QuantConfig
 from qlora_jax.quant.config import BLOCK_SIZES
+from qlora_jax.quant.int8 import LEVELS
 
 logger = logging.getLogger(__name__)
 
 _STATE = ".quant_state.bitsandbytes__"
-SUFFIXES = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+SUFFIXES = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB")
+WITH_INT8 = "qlora_jax_int8_tables"
+"""quant_method of a folder whose embedding or head is in int8."""
 
 
 def is_part(name: str) -> bool:
-    """Whether a key belongs to another key's 4-bit weight."""
+    """Whether a key belongs to another key's quantized weight."""
     return name.endswith(SUFFIXES) or _STATE in name
+
+
+def scales_name(name: str) -> str:
+    """Returns the key of an int8 weight's row scales."""
+    return name.removesuffix(".weight") + ".SCB"
+
+
+def read_int8(tensors: Mapping[str, np.ndarray], name: str, dtype: str) -> Int8Rows:
+    """Reads an int8 embedding or head, which stands for one in `dtype`.
+
+    Raises:
+      CheckpointError: codes and scales do not belong together.
+    """
+    codes, absmax = _get(tensors, name), _get(tensors, scales_name(name))
+    if codes.dtype != np.int8 or absmax.dtype != np.float32:
+        raise CheckpointError(
+            f"{name} is {codes.dtype} and {scales_name(name)} {absmax.dtype}, expected "
+            "int8 and float32"
+        )
+    if absmax.shape != codes.shape[:1]:
+        raise CheckpointError(
+            f"{scales_name(name)} has shape {absmax.shape}, expected one a row of "
+            f"{codes.shape}"
+        )
+    if not (np.isfinite(absmax).all() and codes.min() >= -LEVELS):
+        raise CheckpointError(f"{name} has a code of -128, or NaN or Inf in its scales")
+    return Int8Rows(codes=jnp.asarray(codes), absmax=jnp.asarray(absmax), dtype=dtype)
+
+
+def write_int8(q: Int8Rows, name: str) -> dict[str, np.ndarray]:
+    """Writes an int8 embedding or head."""
+    return {name: np.asarray(q.codes), scales_name(name): np.asarray(q.absmax)}
 
 
 def read(tensors: Mapping[str, np.ndarray], name: str) -> QuantizedTensor:
@@ -181,11 +222,32 @@ def _get(tensors: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     return np.asarray(tensors[name])
 
 
+def linears_config(hf: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns bitsandbytes' part of config.json's quantization_config; None without one."""
+    stored = hf.get("quantization_config")
+    if stored is not None and stored.get("quant_method") == WITH_INT8:
+        return stored.get("linears")
+    return stored
+
+
+def int8_tables(hf: dict[str, Any]) -> list[str]:
+    """Returns the modules that config.json says are in int8."""
+    stored = hf.get("quantization_config") or {}
+    return stored.get("int8_tables", []) if linears_config(hf) is not stored else []
+
+
+def with_int8_tables(
+    linears: dict[str, Any] | None, modules: list[str]
+) -> dict[str, Any]:
+    """Returns a quantization_config that says which modules are in int8 too."""
+    return {"quant_method": WITH_INT8, "int8_tables": modules, "linears": linears}
+
+
 def read_quantization_config(
     hf: dict[str, Any],
 ) -> tuple[QuantConfig | None, list[str]]:
     """Reads config.json's quantization_config: (None for a dense model, problems)."""
-    stored = hf.get("quantization_config")
+    stored = linears_config(hf)
     if stored is None:
         return None, []
     if stored.get("quant_method") != "bitsandbytes" or not stored.get("load_in_4bit"):

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, get_args
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,15 @@ from qlora_jax.nn import (
 )
 from qlora_jax.nn.moe import Router
 from qlora_jax.nn.norm import RMSNorm
-from qlora_jax.quant import QuantConfig, dequantize, quantize_tensor
+from qlora_jax.quant import (
+    Int8Rows,
+    QuantConfig,
+    Quantized,
+    TableFormat,
+    dequantize,
+    quantize_rows,
+    quantize_tensor,
+)
 
 COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -45,8 +53,8 @@ def load(
     quant: QuantConfig | None = None,
     dtype: str = "bfloat16",
     *,
-    quantize_embedding: bool = False,
-    quantize_head: bool = False,
+    embedding: TableFormat = "none",
+    head: TableFormat = "none",
     stream: bool = False,
     implementation: str | None = None,
     revision: str | None = None,
@@ -60,8 +68,9 @@ def load(
         dense model dense. A folder with bitsandbytes 4-bit weights is read as it is.
       dtype: Of everything that stays dense, and so of the computation: 'bfloat16',
         'float16' or 'float32'.
-      quantize_embedding: Make the embedding 4-bit too, and a tied head with it.
-      quantize_head: Make an untied head 4-bit too.
+      embedding: Make the embedding '4bit' or 'int8' too, and a tied head with it. A folder
+        that has it in int8 is read as it is.
+      head: The same of an untied head.
       stream: Put the layers' weights in pinned host memory as they load (`stream` does it
         to a base that is on the device); the device then never holds them all.
       implementation: Of nf4_matmul in every quantized linear; None chooses.
@@ -89,21 +98,54 @@ def load(
     )
     wanted = _wanted(skeleton, family, config)
     _check_names(folder, checkpoint, wanted, family)
-    more = {"embed_tokens.weight": quantize_embedding, "lm_head.kernel": quantize_head}
-    tables = {path for path, asked in more.items() if asked}
-    if tables and (quant or stored) is None:
+    tables = resolve_tables(folder, hf, embedding, head)
+    if set(tables.values()) != {"none"} and (quant or stored) is None:
         raise CheckpointError(
             f"{folder} stays dense, so its embedding and head do too; give quant, or leave "
-            "quantize_embedding and quantize_head out"
+            "embedding and head out"
         )
-    more_quant = {path: quant or stored for path in tables}
-    reader = _Reader(checkpoint, quant, dtype, more_quant, stream)
+    formats = {_TABLES[name]: tables[name] for name in _TABLES}
+    reader = _Reader(checkpoint, quant, dtype, formats, quant or stored, stream)
     loaded = {path: reader.read(path, entry) for path, entry in wanted.items()}
     if reader.problems:
         raise CheckpointError(
             gathered(f"{folder} has unusable weights", reader.problems)
         )
     return _fill(skeleton, loaded, implementation), open_tokenizer(folder)
+
+
+class Tables(TypedDict):
+    """How embedding and head are held; keywords of `load`."""
+
+    embedding: TableFormat
+    head: TableFormat
+
+
+_TABLES = {"embedding": "embed_tokens.weight", "head": "lm_head.kernel"}
+
+
+def resolve_tables(
+    folder: Path, hf: dict[str, Any], embedding: TableFormat, head: TableFormat
+) -> Tables:
+    """Returns how embedding and head will be held: as asked for, or as a folder has them.
+
+    Raises:
+      CheckpointError: an unknown format, or another is asked for than the folder has.
+    """
+    tables, problems = Tables(embedding=embedding, head=head), []
+    stored = [name.rpartition(".")[2] for name in bitsandbytes.int8_tables(hf)]
+    for name, module in (("embedding", "embed_tokens"), ("head", "lm_head")):
+        asked = tables[name]
+        if asked not in get_args(TableFormat):
+            known = ", ".join(get_args(TableFormat))
+            problems.append(f"{name} is {asked!r}, expected {known}")
+        elif module in stored and asked == "4bit":
+            problems.append(f"{name} is stored in int8 and cannot become 4-bit")
+        elif module in stored:
+            tables[name] = "int8"
+    if problems:
+        raise CheckpointError(gathered(f"{folder} cannot be held so", problems))
+    return tables
 
 
 def outline(
@@ -129,6 +171,10 @@ def outline(
         names, stack, _ = wanted[".".join(map(str, path))]
         if path[-1] == "kernel":
             return variable
+        if bitsandbytes.scales_name(names[0]) in checkpoint:
+            return variable.replace(
+                bitsandbytes.read_int8(checkpoint, names[0], "bfloat16")
+            )
         if not stack:
             return variable.replace(checkpoint[names[0]])
         value = np.stack([checkpoint[name] for name in names])
@@ -329,11 +375,12 @@ class _Reader:
         checkpoint: Checkpoint | GGUF,
         quant: QuantConfig | None,
         dtype: str,
-        tables: Mapping[str, QuantConfig | None],
+        tables: Mapping[str, TableFormat],
+        table_quant: QuantConfig | None,
         stream: bool,
     ):
         self.checkpoint, self.quant, self.dtype = checkpoint, quant, dtype
-        self.tables, self.stream = tables, stream
+        self.tables, self.table_quant, self.stream = tables, table_quant, stream
         self.problems: list[str] = []
 
     def read(self, path: str, wanted: _Wanted) -> Any:
@@ -376,9 +423,19 @@ class _Reader:
         try:
             if f"{name}.absmax" in self.checkpoint:
                 return self._stored(name, shape)
-            w = jnp.asarray(self.checkpoint[name])
-            linear = path.endswith(".kernel") and path != "lm_head.kernel"
-            quant = self.quant if linear else self.tables.get(path)
+            table = self.tables.get(path, "none")
+            w = self.checkpoint[name]
+            scaled = bitsandbytes.scales_name(name) in self.checkpoint
+            if table == "int8" and (scaled or w.dtype == np.int8):
+                return bitsandbytes.read_int8(self.checkpoint, name, self.dtype)
+            w = jnp.asarray(w)
+            if not jnp.issubdtype(w.dtype, jnp.floating):
+                raise ShapeError(f"{w.dtype} values, of which config.json says nothing")
+            if table == "int8":
+                return quantize_rows(w)
+            quant = self.table_quant if table == "4bit" else None
+            if path.endswith(".kernel") and path not in self.tables:
+                quant = self.quant
             if quant is not None:
                 return quantize_tensor(w, quant)
             value, finite = _convert(w, self.dtype)
@@ -426,7 +483,7 @@ def _fill(
         dotted = ".".join(map(str, path))
         if isinstance(node, Linear):
             kernel, bias = loaded[f"{dotted}.kernel"], loaded.get(f"{dotted}.bias")
-            if isinstance(kernel, QuantizedTensor):
+            if isinstance(kernel, Quantized):
                 return QuantizedLinear(kernel, bias, implementation)
             return Linear(kernel, bias)
         if isinstance(node, RMSNorm):
@@ -435,7 +492,7 @@ def _fill(
             node.weight = FrozenParam(loaded[f"{dotted}.weight"])
         if isinstance(node, Embedding):
             table = loaded[f"{dotted}.weight"]
-            quantized = isinstance(table, QuantizedTensor)
+            quantized = isinstance(table, Quantized)
             return QuantizedEmbedding(table) if quantized else Embedding(table)
         return node
 
@@ -469,7 +526,8 @@ def save_model(
 ) -> dict[str, Any]:
     """Saves a Hugging Face folder: 4-bit linears with bitsandbytes' keys, dense as is.
 
-    A 4-bit embedding or head is written dense, as other tools have it.
+    A 4-bit embedding or head is written dense, as other tools have it; one in int8 as it
+    is, in a folder that opens in qlora_jax alone.
 
     Args:
       model: Without adapters (merge first).
@@ -511,7 +569,8 @@ def save_model(
     out.mkdir(parents=True, exist_ok=True)
     # Linears that stay dense in 4-bit folders: what the source says, and a router, which
     # transformers 4 would take for 4-bit.
-    before = hf.pop("quantization_config", None) or {}
+    before = bitsandbytes.linears_config(hf) or {}
+    hf.pop("quantization_config", None)
     skip = before.get("llm_int8_skip_modules")
     if skip is None and model.config.num_experts:
         skip = ["lm_head", "gate"]
@@ -519,12 +578,17 @@ def save_model(
     hf["torch_dtype"] = model.compute_dtype.name
     hf["vocab_size"] = model.config.vocab_size
     hf["tie_word_embeddings"] = model.lm_head is None
-    writer = Writer(out, shard_bytes)
+    writer, in_int8 = Writer(out, shard_bytes), []
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         template, value = names[".".join(map(str, path))], variable.get_value()
         table = path[0] in ("embed_tokens", "lm_head")
         if table and isinstance(value, QuantizedTensor):
             value = dequantize(value, model.dtype)
+        if isinstance(value, Int8Rows):
+            for key, array in bitsandbytes.write_int8(value, template).items():
+                writer.add(key, array)
+            in_int8.append(template.removesuffix(".weight"))
+            continue
         parts, stack = hf_names(template, model.config)
         for name, index in zip(parts, np.ndindex(*stack), strict=True):
             one = jax.tree.map(lambda leaf, index=index: leaf[index], value)
@@ -536,6 +600,9 @@ def save_model(
                 )
             else:
                 writer.add(name, np.asarray(one))
+    if in_int8:
+        linears = hf.get("quantization_config")
+        hf["quantization_config"] = bitsandbytes.with_int8_tables(linears, in_int8)
     size = writer.close()
     (out / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
     return {"out": str(out), "bytes": size}

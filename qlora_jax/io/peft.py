@@ -46,6 +46,7 @@ from qlora_jax.errors import (
 from qlora_jax.models import FAMILIES, Decoder, DecoderConfig
 from qlora_jax.models.vocabulary import resize_tokens
 from qlora_jax.nn.lora import adapter_scale
+from qlora_jax.quant import Quantized
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -380,6 +381,8 @@ def _own_weight(model: Decoder, name: str) -> Any:
         table = model.lm_head.kernel.get_value()
     else:
         table = model.embed_tokens.weight.get_value()
+    if isinstance(table, Quantized):  # further from a copy than its rounding
+        return jax.ShapeDtypeStruct(table.shape, "float32")
     return table if isinstance(table, jax.ShapeDtypeStruct) else np.asarray(table, "f4")
 
 

@@ -25,7 +25,7 @@ def resize_tokens(
         are the mean of all.
 
     Raises:
-      ShapeError: the embedding or head is adapted, or 4-bit.
+      ShapeError: the embedding or head is adapted, or quantized.
     """
     pieces = {row: list(ids) for row, ids in (pieces or {}).items() if ids}
     rows = max(rows, model.config.vocab_size)
@@ -35,8 +35,8 @@ def resize_tokens(
     for name, table in (("embedding", model.embed_tokens), ("head", model.lm_head)):
         if isinstance(table, (QuantizedEmbedding, QuantizedLinear)):
             raise ShapeError(
-                f"the {name} is 4-bit and cannot take new rows; load it dense (without "
-                f"quantize_{name}, --quant.{name})"
+                f"the {name} is quantized and cannot take new rows; load it dense "
+                f"(without {name}=, --quant.{name})"
             )
         if not isinstance(table, (Embedding, Linear, type(None))):
             raise ShapeError(f"the {name} is adapted already; resize before attach")

@@ -21,10 +21,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels.layout import QuantizedTensor
 from qlora_jax.nn.linear import Linear, QuantizedLinear
 from qlora_jax.nn.variables import arrive
-from qlora_jax.quant import dequantize
+from qlora_jax.quant import Quantized, dequantize
 
 
 def row_norms(
@@ -40,7 +39,7 @@ def row_norms(
 
     def of_one(arrays: tuple) -> Array:
         kernel, a, b = arrive(arrays)
-        if isinstance(kernel, QuantizedTensor):
+        if isinstance(kernel, Quantized):
             kernel = dequantize(kernel, "float32")
         kernel = kernel.astype(jnp.float32)
         if a is not None:

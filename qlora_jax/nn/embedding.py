@@ -1,4 +1,4 @@
-"""The table of token vectors: frozen, dense or 4-bit; with an update, or some rows trained.
+"""The table of token vectors: frozen, dense or quantized; with an update, or some rows trained.
 
 A tied head is made of the table by `head`.
 """
@@ -11,12 +11,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.layout import QuantizedTensor
-from pallas_kernels.reference import dequantize_rows
 from qlora_jax.nn.linear import Linear, QuantizedLinear
 from qlora_jax.nn.lora import adapter_scale
 from qlora_jax.nn.matmul import factor_matmul
 from qlora_jax.nn.variables import FrozenParam, trains
+from qlora_jax.quant import Quantized, dequantize_rows
 
 
 class Embedding(nnx.Module):
@@ -42,13 +41,13 @@ class Embedding(nnx.Module):
 
 
 class QuantizedEmbedding(nnx.Module):
-    """A 4-bit table of token vectors; rows are decoded as they are read.
+    """A quantized table of token vectors; rows are decoded as they are read.
 
     Attributes:
-      weight: FrozenParam holding a QuantizedTensor of shape (vocab, hidden).
+      weight: FrozenParam holding a QuantizedTensor or Int8Rows, (vocab, hidden).
     """
 
-    def __init__(self, weight: QuantizedTensor):
+    def __init__(self, weight: Quantized):
         self.weight = FrozenParam(weight)
 
     def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch hidden"]:

@@ -1,4 +1,4 @@
-"""Frozen linears, dense and 4-bit, and `quantize`, which turns one into the other.
+"""Frozen linears, dense and quantized, and `quantize`, which turns one into the other.
 
 Kernels are in Hugging Face orientation, (out, in). A linear that stands for a stack of
 layers has them on a leading axis; the model slices before it calls.
@@ -9,14 +9,21 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from pallas_kernels.layout import QuantizedTensor
 from pallas_kernels.matmul import nf4_lora_matmul, nf4_matmul
 from qlora_jax.errors import ShapeError
-from qlora_jax.nn.matmul import factor_matmul, frozen_matmul
+from qlora_jax.nn.matmul import factor_matmul, frozen_matmul, int8_matmul
 from qlora_jax.nn.variables import FrozenParam, trains
-from qlora_jax.quant import QuantConfig, dequantize, quantize_tensor
+from qlora_jax.quant import (
+    Int8Rows,
+    QuantConfig,
+    Quantized,
+    dequantize,
+    quantize_tensor,
+)
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -68,19 +75,20 @@ class Linear(nnx.Module):
 
 
 class QuantizedLinear(nnx.Module):
-    """A frozen 4-bit linear: y = x @ dequantize(kernel).T + bias.
+    """A frozen quantized linear: y = x @ dequantize(kernel).T + bias.
 
     Nothing dense is kept for backward (contract C3).
 
     Attributes:
-      kernel: FrozenParam holding a QuantizedTensor of shape (out, in).
+      kernel: FrozenParam holding a QuantizedTensor of shape (out, in), or a head's
+        Int8Rows.
       bias: FrozenParam, (..., out), or None.
       implementation: Of nf4_matmul; None chooses by device and shape.
     """
 
     def __init__(
         self,
-        kernel: QuantizedTensor,
+        kernel: Quantized,
         bias: Array | None = None,
         implementation: str | None = None,
     ):
@@ -89,8 +97,8 @@ class QuantizedLinear(nnx.Module):
         self.implementation = implementation
 
     @property
-    def quantized(self) -> QuantizedTensor:
-        """The 4-bit kernel."""
+    def quantized(self) -> Quantized:
+        """The kernel."""
         return self.kernel.get_value()
 
     @property
@@ -106,8 +114,7 @@ class QuantizedLinear(nnx.Module):
     @property
     def stack(self) -> tuple[int, ...]:
         """Leading axes: () for one layer, (layers,) for a stack."""
-        codes = self.quantized.codes.shape
-        return codes[: -1 if self.quantized.layout == "flat" else -2]
+        return stack_of(self.quantized)
 
     def weight(self, dtype: str | None = None) -> Float[Array, "*stack out in"]:
         """Returns the dequantized kernel."""
@@ -120,13 +127,31 @@ class QuantizedLinear(nnx.Module):
     ) -> Float[Array, "*batch out"]:
         """Computes x @ dequantize(kernel).T in x's dtype, with an adapter (lora_a,
         lora_b, scale) in the same pass where a kernel can."""
+        q = self.quantized
+        if isinstance(q, Int8Rows):
+            rows = x.reshape(-1, x.shape[-1])
+            y = int8_matmul(rows, q.codes, q.absmax)
+            y = y if adapter is None else y + low_rank(rows, *adapter)
+            return y.reshape(*x.shape[:-1], -1)
         if adapter is None:
-            return nf4_matmul(x, self.quantized, self.implementation)
-        return nf4_lora_matmul(x, self.quantized, *adapter, self.implementation)
+            return nf4_matmul(x, q, self.implementation)
+        return nf4_lora_matmul(x, q, *adapter, self.implementation)
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """Applies the layer in x's dtype."""
         return add_bias(self.product(x), self.bias)
+
+
+def stack_of(q: Quantized) -> tuple[int, ...]:
+    """Returns the leading axes of a quantized tensor; int8 rows have none."""
+    flat = isinstance(q, QuantizedTensor) and q.layout == "flat"
+    return q.codes.shape[: -1 if flat else -2]
+
+
+def low_rank(x: Float[Array, "m in"], a: Array, b: Array, scale: float) -> Array:
+    """Computes an adapter's part, scale * (x @ a) @ b, in x's dtype."""
+    hidden = checkpoint_name(factor_matmul(x, a), "lora_hidden")
+    return factor_matmul(hidden, b) * jnp.asarray(scale, x.dtype)
 
 
 def add_bias(y: Array, bias: nnx.Variable | None) -> Array:

@@ -14,8 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from qlora_jax.nn.dora import adapted_norms, row_norms
-from qlora_jax.nn.linear import Linear, QuantizedLinear, add_bias
-from qlora_jax.nn.matmul import factor_matmul
+from qlora_jax.nn.linear import Linear, QuantizedLinear, add_bias, low_rank
 from qlora_jax.nn.variables import FrozenParam
 
 Init = Literal["zero", "loftq", "qera-diagonal", "qera"]
@@ -117,9 +116,7 @@ class LoRA(nnx.Module):
             assert key is not None
             keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
             hidden = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
-        hidden = hidden.reshape(-1, x.shape[-1])
-        hidden = checkpoint_name(factor_matmul(hidden, a), "lora_hidden")
-        update = factor_matmul(hidden, b) * jnp.asarray(self.scale, x.dtype)
+        update = low_rank(hidden.reshape(-1, x.shape[-1]), a, b, self.scale)
         return self.base.product(x) + update.reshape(*x.shape[:-1], -1)
 
 

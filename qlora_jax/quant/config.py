@@ -1,9 +1,14 @@
-"""QuantConfig: how weights are quantized."""
+"""QuantConfig: how weights are quantized; and how embedding and head may be held."""
 
 import dataclasses
+from typing import Literal
 
 from pallas_kernels.codebook import CODEBOOKS, Codebook
 from qlora_jax.errors import ConfigError
+
+TableFormat = Literal["none", "4bit", "int8"]
+"""Of embedding or head: 'none' leaves it dense; '4bit' is as QuantConfig has linears; 'int8'
+has one absmax a row of the vocabulary."""
 
 BLOCK_SIZES = tuple(2**i for i in range(5, 13))
 

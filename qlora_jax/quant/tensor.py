@@ -7,11 +7,16 @@ import jax.core
 import jax.numpy as jnp
 
 from pallas_kernels import layout, reference
-from pallas_kernels.annotations import Array, Float, UInt8
+from pallas_kernels.annotations import Array, Float, Int, UInt8
 from pallas_kernels.codebook import ABSMAX_BLOCK_SIZE, dynamic_map
 from pallas_kernels.layout import QuantizedTensor
 from qlora_jax.errors import ShapeError
+from qlora_jax.quant import int8
 from qlora_jax.quant.config import QuantConfig
+from qlora_jax.quant.int8 import Int8Rows
+
+Quantized = QuantizedTensor | Int8Rows
+"""A tensor of either kind."""
 
 _FLOATS = ("bfloat16", "float16", "float32")
 
@@ -59,8 +64,8 @@ def quantize_tensor(
     return quantized
 
 
-def dequantize(q: QuantizedTensor, dtype: jnp.dtype | str | None = None) -> Array:
-    """Decodes a tensor: codebook value times absmax in float32, rounded once.
+def dequantize(q: Quantized, dtype: jnp.dtype | str | None = None) -> Array:
+    """Decodes a tensor: value times scale in float32, rounded once.
 
     Args:
       q: One tensor, or layers stacked along leading axes of every array.
@@ -69,7 +74,17 @@ def dequantize(q: QuantizedTensor, dtype: jnp.dtype | str | None = None) -> Arra
     Returns:
       Array of q.shape, behind the leading axes if there are any.
     """
-    return _dequantize_jit(q, jnp.dtype(dtype or q.dtype).name)
+    name = jnp.dtype(dtype or q.dtype).name
+    return int8.decode(q, name) if isinstance(q, Int8Rows) else _dequantize_jit(q, name)
+
+
+def dequantize_rows(
+    q: Quantized, rows: Int[Array, " m"], dtype: str
+) -> Float[Array, "m k"]:
+    """Decodes some rows of a matrix, as `dequantize(q, dtype)[rows]`."""
+    if isinstance(q, Int8Rows):
+        return int8.decode_rows(q, rows, dtype)
+    return reference.dequantize_rows(q, rows, dtype)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -16,6 +16,8 @@ import tiny
 
 from qlora_jax.adapters import merge as merge_adapter
 from qlora_jax.cli.main import main
+from qlora_jax.cli.options import QuantOptions, from_dict
+from qlora_jax.errors import ConfigError
 from qlora_jax.io.adapter import load_adapter
 from qlora_jax.io.hf import load, save_model
 from qlora_jax.train.metrics import read_metrics
@@ -104,6 +106,63 @@ def test_quantize_then_evaluate_train_and_generate(
         "--max-new-tokens", 3,
     )  # fmt: skip
     assert status == 0 and len(said["texts"]) == 2
+
+
+INT8 = ("--quant.embedding", "int8", "--quant.head", "int8")
+
+
+def quantized(base: Path, out: Path, capsys) -> str:
+    args = ["quantize", "--model", base, "--out", out, "--dtype", "float32", *INT8]
+    status, _, err = call(capsys, *args)
+    assert status == 0, err
+    return err
+
+
+def test_quantize_stores_int8_tables_and_no_4_bit_ones(
+    base: Path, tmp_path: Path, capsys
+):
+    said = quantized(base, tmp_path / "q", capsys)
+    assert "int8 tables open in qlora_jax alone" in said
+    status, said, _ = call(capsys, "inspect", tmp_path / "q")
+    assert status == 0
+    # 8 bits a weight, and a float32 scale a row.
+    for part in ("embedding", "head"):
+        assert said["bytes_by_part"][part] == 272 * (64 + 4)
+    args = ["quantize", "--model", base, "--out", tmp_path / "r", "--quant.head"]
+    assert "no folder holds such tables" in refused(capsys, *args, "4bit")
+
+
+@pytest.mark.slow
+def test_stored_int8_tables_train_as_those_made_on_load(
+    base: Path, rows: Path, tmp_path: Path, capsys
+):
+    quantized(base, tmp_path / "q", capsys)
+    losses = []
+    for model, tables in ((tmp_path / "q", ()), (base, INT8)):
+        out = tmp_path / f"run{len(losses)}"
+        args = ["train", "--model", model, "--data", rows, "--out", out, *tables, *FAST]
+        status, said, err = call(capsys, *args, "--train.max-steps", 2)
+        assert status == 0, err
+        trained = said["loss"]
+        # A run's own tables, unless the folder has them.
+        args = ["evaluate", "--model", model, "--adapter", out, "--data", rows]
+        status, said, _ = call(capsys, *args, "--dtype", "float32")
+        losses.append((trained, said["loss"]))
+    assert losses[0] == losses[1]
+    args = ["merge", "--model", tmp_path / "q", "--adapter", tmp_path / "run0"]
+    status, said, _ = call(capsys, *args, "--out", tmp_path / "merged")
+    assert status == 0 and said["merged_onto"].startswith("dequantized nf4")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert "quantization_config" not in config
+
+
+def test_booleans_of_older_runs_are_read_as_they_were_meant():
+    old = {"embedding": True, "head": False}
+    quant = from_dict(QuantOptions, old, "config.toml")
+    assert (quant.embedding, quant.head) == ("4bit", "none")
+    wrong = {"embedding": "nf4", "double_quant": "4bit"}
+    with pytest.raises(ConfigError, match="'none' or '4bit' or 'int8'"):
+        from_dict(QuantOptions, wrong, "config.toml")
 
 
 def test_evaluate_with_an_adapter_holds_the_base_as_its_run_did(

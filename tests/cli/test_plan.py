@@ -117,7 +117,7 @@ def test_a_host_without_enough_memory_is_told_before_the_run(
 @pytest.mark.slow
 def test_a_streamed_run_is_the_run(base: Path, tmp_path: Path, capsys):
     losses = []
-    flags = ("--train.offload", "--quant.embedding", "--lora.dora")
+    flags = ("--train.offload", *("--quant.embedding", "4bit"), "--lora.dora")
     whole = ("--train.micro-batch", 8, "--train.grad-accum", 1)
     for stream in ("--train.no-stream", "--train.stream"):
         args = train(base, tmp_path, stream, "--overwrite", *whole, *flags)

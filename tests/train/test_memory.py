@@ -68,6 +68,29 @@ def test_the_record_is_what_this_jax_assigns(place):
     assert abs(xla.device - whole) < VERSIONS * whole
 
 
+def test_a_step_with_int8_tables_needs_less_than_with_dense_ones():
+    # Of shapes at which the tables are most of it; the head in pieces.
+    def device(**tables: str) -> int:
+        setup = setup_of("smollm2-135m", {"max_tokens": 64, **tables})
+        config = dataclasses.replace(setup.config, num_layers=1)
+        return account(compile_step(dataclasses.replace(setup, config=config))).device
+
+    dense, int8 = device(), device(embedding="int8")
+    table = 49152 * 576
+    # All of what a table in int8 saves but a piece of it and the logits.
+    assert int8 < dense - table // 2
+
+
+def test_int8_tables_are_taken_before_4_bit_ones():
+    setup = setup_of("llama-8b", {})
+    held = [dataclasses.replace(setup, embedding=x, head=x) for x in ("int8", "4bit")]
+    int8, four_bit = (estimate(x).device_bytes for x in held)
+    assert four_bit < int8 < estimate(setup).device_bytes
+    fixed = ("micro_batch", "checkpoint", "stream", "offload")
+    for size, flag in ((int8, "--quant.head int8"), (int8 - 1, "--quant.head 4bit")):
+        assert flag in flags_of(plan_memory(setup, size, fixed=fixed).setup)
+
+
 @pytest.mark.aot
 @pytest.mark.parametrize(
     ("model", "changes", "gigabytes", "gemm"),
@@ -135,7 +158,7 @@ def test_only_what_does_not_fit_of_the_optimizer_state_is_paged():
     setup = dataclasses.replace(setup_of("llama-8b", {}), lora=LoRAConfig(rank=64))
     state = estimate(setup).device["optimizer state"]
     all_here = estimate(setup).device_bytes
-    fixed = ("micro_batch", "checkpoint", "stream", "quantize_embedding")
+    fixed = ("micro_batch", "checkpoint", "stream", "embedding")
     assert not plan_memory(setup, all_here, fixed=fixed).setup.offload
     resident = []
     for size in (all_here - state, all_here - state // 4, all_here - 1):
@@ -165,7 +188,7 @@ def test_micro_batches_share_the_copy_of_a_streamed_layer():
 
 def test_what_is_fixed_stays():
     setup = setup_of("llama-8b", {"micro_batch": 2, "grad_accum": 2})
-    fixed = ("micro_batch", "checkpoint", "stream", "offload", "quantize_head")
+    fixed = ("micro_batch", "checkpoint", "stream", "offload", "head")
     plan = plan_memory(setup, 80 * GIB, fixed=fixed)
     assert plan.setup == setup
 

@@ -10,7 +10,8 @@ import tiny
 from flax import nnx
 
 from qlora_jax.adapters import join, split
-from qlora_jax.nn import Linear, QuantizedLinear
+from qlora_jax.nn import Linear, QuantizedEmbedding, QuantizedLinear
+from qlora_jax.quant import quantize_rows
 from qlora_jax.train.step import next_token_loss
 
 SEQ = 7
@@ -73,6 +74,27 @@ def test_nothing_of_a_frozen_weights_size_is_kept_for_backward(dtype, checkpoint
 def test_nor_with_dropout():
     model = tiny.adapted(tiny.quantized(), dropout=0.1)
     assert dense_residuals(model, "none", dropout=True) == []
+
+
+def test_nor_of_int8_tables():
+    dense = tiny.quantized()
+    rows, head = (
+        quantize_rows(w[...]) for w in (dense.embed_tokens.weight, dense.lm_head.kernel)
+    )
+
+    def replace(path: tuple, node: Any) -> Any:
+        if path == ("embed_tokens",):
+            return QuantizedEmbedding(rows)
+        return QuantizedLinear(head) if path == ("lm_head",) else node
+
+    vocab = math.prod(rows.shape)
+    for targets in ("q_proj", "q_proj,embed_tokens,lm_head"):
+        model = tiny.adapted(nnx.recursive_map(replace, dense), targets=targets)
+        kept = residuals(model, "none", False)
+        assert {x.dtype.name for x in kept if x.size == vocab} <= {"int8"}
+    kept = jax.tree.leaves(jax.vjp(model.head, jnp.ones((3, 64)))[1])
+    assert any(x.dtype == jnp.int8 for x in kept)
+    assert all(x.size < vocab for x in kept if x.dtype != jnp.int8)
 
 
 def test_the_codes_are_what_is_kept():
