@@ -257,8 +257,8 @@ class _Mixing:
             keep = jax.random.bernoulli(key, self.density, tensors.shape)
             tensors = jnp.where(keep, tensors / self.density, 0)
         elif self.method != "linear" and self.density < 1:
-            count = int(self.density * tensors[0].size)
-            keep = jax.vmap(lambda x: _largest_magnitudes(x, count))(tensors)
+            kept = int(self.density * tensors[0].size)
+            keep = jax.vmap(lambda x: _largest_magnitudes(x, kept))(tensors)
             tensors = jnp.where(keep, tensors, 0)
         weighted = tensors * weights[:, None, None]
         if not self.method.endswith("ties"):
