@@ -223,6 +223,6 @@ def test_a_folder_of_the_commands_chats_alike_in_transformers(
 def test_transformers_does_not_take_int8_tables_for_values(side, bases, ids, tmp_path):
     folder, tables = tmp_path / "int8", {"embedding": "int8", "head": "int8"}
     model, _ = qlora.load(bases["llama"], QuantConfig(), "float32", **tables)
-    save_model(model, folder, source=bases["llama"])
+    qlora.save_model(model, folder, source=bases["llama"])
     said = side.fails("logits", base=folder, ids=ids, out=tmp_path / "logits.npz")
     assert "ignore_mismatched_sizes" in said
