@@ -64,6 +64,28 @@ def test_the_table_is_used_and_says_so(llama):
     )
 
 
+@needs_mosaic
+def test_an_entry_taken_over_from_other_tokens_does_not_say_measured(llama):
+    wide = dataclasses.replace(llama, shape=(14336, 4096))
+    for m, said in ((1, "measured on"), (2, "taken over from m=1 on")):
+        why = choose("forward", m, wide, BF16, device=H200).why
+        assert why.startswith(f"{said} NVIDIA H200: forward m<={m} "), why
+
+
+def test_every_entry_of_the_table_was_recorded_so():
+    results = table_file().parents[2] / "scripts" / "results"
+    for key, entry in json.loads(table_file().read_text())["entries"].items():
+        direction, _, n, k, _ = key.split()
+        lines = (results / entry["source"]).read_text().splitlines()[1:]
+        assert any(
+            row.get("us") == entry["us"]
+            and row["config"] == entry["config"]
+            and (row["m"], f"n={row['n']}", f"k={row['k']}") == (entry["m"], n, k)
+            and row.get("direction", "forward") == direction
+            for row in map(json.loads, lines)
+        ), key
+
+
 def table_file():
     import pathlib
 
