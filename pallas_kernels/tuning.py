@@ -201,11 +201,23 @@ def _fields(
     return fields | {"weight_stages": 4}
 
 
+_DECODE_SUMS = 155 << 10
+"""Bytes of shared memory beside decode's table, of 227 KiB, with room for barriers."""
+
+
 def decode_config(problem: Problem, cores: int) -> dict[str, Any]:
-    """Returns the decode.Config fields that were fastest at the shapes measured."""
+    """Returns the decode.Config fields that were fastest at the shapes measured.
+
+    More tokens than those (8) have more of x in registers and more sums in shared memory:
+    then what fits.
+    """
     # A tile's sums stay in shared memory; a block adds up all of its tiles at once.
     tiles = math.ceil(problem.n / 16 / (cores or 132))
-    return {"hold_x": True, "batch": min(14, tiles)}
+    tokens = math.ceil(problem.m / 8)  # blocks of 8
+    team = 4 if tokens <= 2 else 2
+    fit = _DECODE_SUMS // (team * tokens * 64 * 8 * 4)
+    fields = {"hold_x": True, "batch": min(14, tiles, fit)}
+    return fields if team == 4 else fields | {"team": team}
 
 
 def ampere_config(problem: Problem) -> dict[str, Any]:
