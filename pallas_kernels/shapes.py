@@ -20,6 +20,7 @@ SHAPES = {
     "llama3_8b_gate_up": Shape("llama3_8b_gate_up", 14336, 4096),
     "llama3_8b_down": Shape("llama3_8b_down", 4096, 14336),
     "llama3_70b_q_o": Shape("llama3_70b_q_o", 8192, 8192),
+    "llama3_70b_k_v": Shape("llama3_70b_k_v", 1024, 8192),
     "llama3_70b_gate_up": Shape("llama3_70b_gate_up", 28672, 8192),
     "llama3_70b_down": Shape("llama3_70b_down", 8192, 28672),
 }

@@ -4,9 +4,10 @@ A table is one JSON file a device kind, `tuned/<kind>.json`, filled by
 scripts/tune_kernels.py. Its entries are
 
     "forward m<=512 n=4096 k=4096 bfloat16": {"implementation": "hopper",
-        "config": {"block_m": 128, ...}, "us": 28.4}
+        "config": {"block_m": 128, ...}, "m": 512, "us": 28.4}
 
-with m rounded up to a power of two; candidates that failed are under "failures". A file of
+with m in the key rounded up to a power of two and "m" the tokens that were timed, which
+may be those of a neighbouring entry; candidates that failed are under "failures". A file of
 the same name in the folder that $QLORA_JAX_TUNED names comes first. Nothing is measured
 here: tables are read when a product is traced.
 """
@@ -91,10 +92,14 @@ class Problem:
     dtype: str
 
     @property
+    def bucket(self) -> int:
+        """Tokens of the table's entry: m rounded up to a power of two."""
+        return min(LARGEST_BUCKET, 1 << max(0, self.m - 1).bit_length())
+
+    @property
     def key(self) -> str:
-        """The table's key: m rounded up to a power of two."""
-        bucket = min(LARGEST_BUCKET, 1 << max(0, self.m - 1).bit_length())
-        return f"{self.direction} m<={bucket} n={self.n} k={self.k} {self.dtype}"
+        """The table's key."""
+        return f"{self.direction} m<={self.bucket} n={self.n} k={self.k} {self.dtype}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,10 +117,12 @@ def look_up(problem: Problem, device: Device) -> Choice | None:
     entry = table.get(problem.key)
     if entry is None:
         return None
+    timed, bucket = entry.get("m"), problem.bucket
+    how = "measured" if timed in (None, bucket) else f"taken over from m={timed}"
     return Choice(
         entry["implementation"],
         tuple(sorted(entry.get("config", {}).items())),
-        f"measured on {device.kind}: {problem.key}",
+        f"{how} on {device.kind}: {problem.key}",
     )
 
 
@@ -194,11 +201,23 @@ def _fields(
     return fields | {"weight_stages": 4}
 
 
+_DECODE_SUMS = 155 << 10
+"""Bytes of shared memory beside decode's table, of 227 KiB, with room for barriers."""
+
+
 def decode_config(problem: Problem, cores: int) -> dict[str, Any]:
-    """Returns the decode.Config fields that were fastest at the shapes measured."""
+    """Returns the decode.Config fields that were fastest at the shapes measured.
+
+    More tokens than those (8) have more of x in registers and more sums in shared memory:
+    then what fits.
+    """
     # A tile's sums stay in shared memory; a block adds up all of its tiles at once.
     tiles = math.ceil(problem.n / 16 / (cores or 132))
-    return {"hold_x": True, "batch": min(14, tiles)}
+    tokens = math.ceil(problem.m / 8)  # blocks of 8
+    team = 4 if tokens <= 2 else 2
+    fit = _DECODE_SUMS // (team * tokens * 64 * 8 * 4)
+    fields = {"hold_x": True, "batch": min(14, tiles, fit)}
+    return fields if team == 4 else fields | {"team": team}
 
 
 def ampere_config(problem: Problem) -> dict[str, Any]:

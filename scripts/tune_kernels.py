@@ -3,11 +3,16 @@
     python scripts/tune_kernels.py                       # into pallas_kernels/tuned/
     QLORA_JAX_TUNED=~/tuned python scripts/tune_kernels.py --out ~/tuned --n 5120 --k 13824
 
-For every product (direction, tokens, n, k) all candidates of pallas_kernels.tuning are
-timed as gpu_suite.py times (device time, rotating weights, scales decoded along), and the
-fastest is kept. Entries that are there are not measured again unless --again is given;
-candidates that fail are kept under "failures" with their reason. Stops after
---budget-seconds; the file is written after each product.
+For every product (direction, tokens, n, k) the candidates of all implementations that can
+run here are timed as gpu_suite.py times (device time, rotating weights, scales decoded
+along), and the fastest is kept. Each is timed again with an adapter of rank 16. The table's
+key has no rank, so its choice is the fastest without; "us_lora" is that choice's time with
+an adapter, and "fastest_lora" is there where another is faster then.
+
+Rows go to DEVICE.jsonl beside the table as they come: run it again to go on. A candidate
+that fails, hangs (60 s) or crashes is kept under "failures" with its reason, and its process
+is replaced, so that those after it are not touched. Products that the table has are not
+measured again unless --again is given; what --minutes did not reach is counted.
 """
 
 import argparse
@@ -16,120 +21,249 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from gpu_suite import LARGE, SMALL, Bench  # noqa: E402
+import gpu_suite  # noqa: E402
+import gpu_tasks  # noqa: E402
+import gpu_workers  # noqa: E402
 
-from pallas_kernels import matmul, tuning  # noqa: E402
+from pallas_kernels import tuning  # noqa: E402
 from pallas_kernels.shapes import SHAPES  # noqa: E402
-from pallas_kernels.tuning import Choice, Problem  # noqa: E402
+from pallas_kernels.tuning import Choice, Device, Problem  # noqa: E402
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
+RANK = 16
+NOTE = (
+    "us: device time at m tokens; of the whole product where the source is "
+    "tune_kernels.py, without decoding hopper's scales where it is h200_kernels.jsonl. An "
+    "entry whose m is not its key's was not measured at its own tokens."
+)
+HOPPER_TRIED = 6  # of the model's order
 
 
-def candidates(problem: Problem, cores: int) -> list[Choice]:
-    """What may run a product, the model's favourites first."""
+def candidates(problem: Problem, device: Device) -> list[Choice]:
+    """Returns what may run a product, the model's favourites first."""
+    configs: dict[str, list[dict[str, Any]]] = {
+        "decode": decode_candidates(problem, device),
+        "hopper": sorted(
+            tuning.hopper_candidates(problem),
+            key=lambda c: tuning.cost(problem, device.cores, c),
+        )[:HOPPER_TRIED],
+        "ampere": ampere_candidates(problem),
+        "two_pass": [{}],
+    }
+    at = (problem.direction, problem.m, problem.n, problem.k, device, problem.dtype)
+    return [
+        Choice(name, tuple(sorted(fields.items())))
+        for name, found in configs.items()
+        if gpu_tasks.can(name, *at)
+        for fields in found
+    ]
+
+
+def decode_candidates(problem: Problem, device: Device) -> list[dict[str, Any]]:
+    """Returns decode.Config fields: the default's neighbours, those that can cut k alone."""
+    groups = -(-problem.k // 256)
+    base = tuning.decode_config(problem, device.cores)
+    found = [base]
+    for change in (
+        {"batch": max(1, base["batch"] // 2)},
+        {"team": 2},
+        {"rows": 32, "batch": max(1, base["batch"] // 2)},
+        {"hold_x": False},
+        {"hold_x": False, "ahead": 2},
+        {"hold_x": False, "team": 2, "splits": 2, "batch": 1},
+        {"hold_x": False, "teams": 4, "team": 1, "splits": 2, "batch": 1},
+    ):
+        fields = base | change
+        fits = problem.n % fields.get("rows", 16) == 0 and groups >= 8
+        if fits and fields not in found:
+            found.append(fields)
+    return found
+
+
+def ampere_candidates(problem: Problem) -> list[dict[str, Any]]:
+    """Returns ampere.Config fields: tiles no larger than the tokens, k cut where few."""
+    forward = problem.direction == "forward"
     found = []
-    if problem.direction == "forward" and problem.m <= 16:
-        fields = tuning.decode_config(problem, cores)
-        found.append(Choice("decode", tuple(sorted(fields.items()))))
-    hopper = sorted(
-        tuning.hopper_candidates(problem), key=lambda c: tuning.cost(problem, cores, c)
-    )
-    found += [Choice("hopper", tuple(sorted(fields.items()))) for fields in hopper[:6]]
-    return [*found, Choice("two_pass")]
+    for block_m in (16, 32, 64, 128):
+        if block_m > 16 and block_m >= 2 * problem.m:
+            continue
+        for rows in (64, 128) if forward else (128, 256):
+            if block_m == 128 and rows == (128 if forward else 256):
+                continue  # spills
+            tiles = (
+                -(-problem.m // block_m) * (problem.n if forward else problem.k) // rows
+            )
+            steps = problem.k // 256 if forward else problem.n // 64
+            for split in (1, 4):
+                if split > 1 and (tiles > 512 or steps % split or steps == split):
+                    continue
+                fields = {"block_m": block_m, "rows": rows}
+                if not forward:
+                    fields["weight_stages"] = 3
+                found.append(fields | ({"split_k": split} if split > 1 else {}))
+    return found
 
 
-def measure(bench: Bench, problem: Problem, choice: Choice) -> float:
-    """Returns device microseconds of one product."""
-    import jax
-    import jax.numpy as jnp
-
-    device = tuning.current_device()
-    one = matmul.IMPLEMENTATIONS[choice.implementation]
-    run = one.forward if problem.direction == "forward" else one.backward
-    assert run is not None
-    w = bench.weight(problem.n, problem.k)
-    width = problem.k if problem.direction == "forward" else problem.n
-    x = jax.ShapeDtypeStruct((problem.m, width), jnp.dtype(problem.dtype))
-    compiled = (
-        jax.jit(lambda x, w: run(x, w, None, choice, device)).lower(x, w).compile()
-    )
-    return bench.time({}, compiled, [x], [w])["us"]
+def tasks(problems: list[Problem], device: Device) -> list[dict[str, Any]]:
+    """Returns each candidate of each product, without and with an adapter."""
+    return [
+        {
+            "section": "tune",
+            "what": choice.implementation,
+            "config": dict(choice.config),
+        }
+        | {"direction": p.direction, "m": p.m, "n": p.n, "k": p.k, "dtype": p.dtype}
+        | {"rank": rank}
+        for p in problems
+        for choice in candidates(p, device)
+        for rank in (0, RANK)
+    ]
 
 
-def main() -> int:
+def problem_of(task: dict[str, Any]) -> Problem:
+    return Problem(*(task[key] for key in ("direction", "m", "n", "k", "dtype")))
+
+
+def filled(
+    table: dict[str, Any], every: list[dict[str, Any]], rows: list[dict[str, Any]]
+) -> tuple[dict[str, Any], set[Problem]]:
+    """Returns the table with the products whose every candidate has a row, and those."""
+    entries, failures = dict(table["entries"]), dict(table["failures"])
+    finished = set()
+    for problem in dict.fromkeys(problem_of(task) for task in every):
+        mine = [row for row in rows if problem_of(row) == problem]
+        for row in mine:  # the last one counts
+            label = [problem.key, row["what"], row["config"]]
+            label = json.dumps(label + (["adapter"] if row["rank"] else []))
+            failures.pop(label, None)
+            if "failed" in row:
+                failures[label] = row["failed"][:200]
+        if all(
+            any(task.items() <= row.items() for row in mine)
+            for task in every
+            if problem_of(task) == problem
+        ):
+            finished.add(problem)
+            if any("us" in row for row in mine if not row["rank"]):
+                entries[problem.key] = entry(problem, mine)
+    failures = dict(sorted(failures.items()))  # rows come in any order
+    return table | {"entries": entries, "failures": failures}, finished
+
+
+def entry(problem: Problem, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the table's entry of a product's rows."""
+    plain = [row for row in rows if "us" in row and not row["rank"]]
+    adapted = [row for row in rows if "us" in row and row["rank"]]
+    best = min(plain, key=lambda row: row["us"])
+    found = {"implementation": best["what"], "config": best["config"]}
+    found |= {"m": problem.m, "us": round(best["us"], 2), "source": "tune_kernels.py"}
+    for row in adapted:
+        if (row["what"], row["config"]) == (best["what"], best["config"]):
+            found["us_lora"] = round(row["us"], 2)
+    if adapted:
+        other = min(adapted, key=lambda row: row["us"])
+        if round(other["us"], 2) < found.get("us_lora", float("inf")):
+            found["fastest_lora"] = {
+                "implementation": other["what"],
+                "config": other["config"],
+                "us": round(other["us"], 2),
+            }
+    return found
+
+
+def written(table: dict[str, Any]) -> str:
+    """Returns a table's JSON, an entry a line."""
+
+    def lines(name: str) -> str:
+        each = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in table[name].items()]
+        return (
+            f' "{name}": {{\n' + ",\n".join(each) + "\n }"
+            if each
+            else f' "{name}": {{}}'
+        )
+
+    rest = {k: v for k, v in table.items() if k not in ("entries", "failures")}
+    heads = [f" {json.dumps(k)}: {json.dumps(v)}" for k, v in rest.items()]
+    return "{\n" + ",\n".join([*heads, lines("entries"), lines("failures")]) + "\n}\n"
+
+
+def main(
+    arguments: list[str] | None = None, command: list[str] = gpu_suite.WORKER
+) -> int:
+    """Tunes; `command` starts a worker."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "pallas_kernels" / "tuned")
-    parser.add_argument("--budget-seconds", type=float, default=600)
+    parser.add_argument("--minutes", type=float, default=25, help="stop after")
+    parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1))
     parser.add_argument("--n", type=int, help="one shape instead of Llama-3 8B's")
     parser.add_argument("--k", type=int)
     parser.add_argument("--large", action="store_true", help="Llama-3 70B's too")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[
-        1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384])  # fmt: skip
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--again", action="store_true", help="what is there too")
     parser.add_argument(
-        "--again", action="store_true", help="measure what is there too"
+        "--retry-lost", action="store_true", help="what hung or crashed"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    device = tuning.current_device()
-    if device.platform != "gpu":
-        print(f"error: tuning needs a GPU, this is {device.platform}", file=sys.stderr)
-        return 2
     if (args.n is None) != (args.k is None):
         print("error: give both --n and --k, or neither", file=sys.stderr)
         return 2
-    names = SMALL + (LARGE if args.large else ())
+    facts = gpu_suite.ask_device(command)["device"]
+    device = Device(**facts | {"capability": tuple(facts["capability"])})
+    if device.platform != "gpu":
+        print(f"error: tuning needs a GPU, this is {device.platform}", file=sys.stderr)
+        return 2
+    names = gpu_tasks.SMALL + (gpu_tasks.LARGE if args.large else ())
     shapes = [(SHAPES[name].n, SHAPES[name].k) for name in names]
     if args.n:
         shapes = [(args.n, args.k)]
+    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / tuning.table_name(device.kind)
-    table = {"device": device.kind, "entries": {}, "failures": {}}
+    log = path.with_suffix(".jsonl")
+    table = {"device": device.kind, "note": NOTE, "entries": {}, "failures": {}}
     if path.exists():
         table |= json.loads(path.read_text())
-    args.out.mkdir(parents=True, exist_ok=True)
-    end, bench, filled = time.time() + args.budget_seconds, Bench(0), 0
-    for n, k in shapes:
-        for m in args.tokens:
-            for direction in ("forward", "backward"):
-                problem = Problem(direction, m, n, k, args.dtype)
-                if problem.key in table["entries"] and not args.again:
-                    continue
-                if time.time() > end:
-                    print(
-                        f"stopped after {filled} products: out of time", file=sys.stderr
-                    )
-                    print(json.dumps({"out": path.name, "filled": filled}))
-                    return 0
-                tune(bench, problem, device.cores, table)
-                path.write_text(json.dumps(table, indent=1) + "\n")
-                filled += 1
-    print(json.dumps({"out": path.name, "filled": filled}))
+    if args.again:
+        gpu_workers.append(log, {"section": "again"})
+    rows, again = since(log)
+    problems = [
+        problem
+        for n, k in shapes
+        for m in args.tokens
+        for direction in gpu_tasks.DIRECTIONS
+        if (problem := Problem(direction, m, n, k, args.dtype)).key
+        not in (() if again else table["entries"])
+    ]
+    every = tasks(problems, device)
+    todo = gpu_workers.outstanding(every, rows, args.retry_lost)
+    end = time.time() + 60 * args.minutes
+    run = gpu_workers.Run(command, log, end, gpu_tasks.seconds, gpu_tasks.size)
+    run([gpu_workers.Lane(list(todo), args.workers)])
+    table, finished = filled(table, every, since(log)[0])
+    path.write_text(written(table))
+    missed = len(problems) - len(finished)
+    if missed:
+        print(f"{missed} products are not finished; run it again", file=sys.stderr)
+    said = {"out": path.name, "filled": len(finished), "unfinished": missed}
+    print(json.dumps(said | {"failures": len(table["failures"])}))
     return 0
 
 
-def tune(bench: Bench, problem: Problem, cores: int, table: dict) -> None:
-    """Measures one product's candidates into the table."""
-    best: tuple[float, Choice] | None = None
-    for choice in candidates(problem, cores):
-        label = json.dumps([problem.key, choice.implementation, dict(choice.config)])
-        try:
-            us = measure(bench, problem, choice)
-        except Exception as error:  # a config that does not fit is a finding
-            table["failures"][label] = f"{type(error).__name__}: {str(error)[:200]}"
-            continue
-        if best is None or us < best[0]:
-            best = us, choice
-    if best is not None:
-        us, choice = best
-        table["entries"][problem.key] = {
-            "implementation": choice.implementation,
-            "config": dict(choice.config),
-            "us": round(us, 2),
-            "source": "tune_kernels.py",
-        }
-        print(f"{problem.key}: {choice.implementation} {us:.1f} us", file=sys.stderr)
+def since(log: Path) -> tuple[list[dict[str, Any]], bool]:
+    """Returns the rows after the last --again, and whether there was one."""
+    rows, again = [], False
+    for row in gpu_workers.read(log):
+        if row["section"] == "again":
+            rows, again = [], True
+        else:
+            rows.append(row)
+    return rows, again
 
 
 if __name__ == "__main__":

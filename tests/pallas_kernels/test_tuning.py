@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 
+import aot
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,6 +65,28 @@ def test_the_table_is_used_and_says_so(llama):
     )
 
 
+@needs_mosaic
+def test_an_entry_taken_over_from_other_tokens_does_not_say_measured(llama):
+    wide = dataclasses.replace(llama, shape=(14336, 4096))
+    for m, said in ((1, "measured on"), (2, "taken over from m=1 on")):
+        why = choose("forward", m, wide, BF16, device=H200).why
+        assert why.startswith(f"{said} NVIDIA H200: forward m<={m} "), why
+
+
+def test_every_entry_of_the_table_was_recorded_so():
+    results = table_file().parents[2] / "scripts" / "results"
+    for key, entry in json.loads(table_file().read_text())["entries"].items():
+        direction, _, n, k, _ = key.split()
+        lines = (results / entry["source"]).read_text().splitlines()[1:]
+        assert any(
+            row.get("us") == entry["us"]
+            and row["config"] == entry["config"]
+            and (row["m"], f"n={row['n']}", f"k={row['k']}") == (entry["m"], n, k)
+            and row.get("direction", "forward") == direction
+            for row in map(json.loads, lines)
+        ), key
+
+
 def table_file():
     import pathlib
 
@@ -116,6 +139,34 @@ def test_a_miss_is_answered_by_the_model(direction, m, n, k, exact):
     assert best["decoder"] == ("table_exact" if exact else "table")
     # A tile of far more tokens than there are is waste.
     assert best["block_m"] < 2 * max(m, 64)
+
+
+@pytest.mark.parametrize("m", [1, 8, 9, 16, 17, 32])
+@pytest.mark.parametrize(("n", "k"), [(14336, 4096), (28672, 8192), (1024, 4096)])
+def test_decode_by_name_fits_shared_memory(m, n, k):
+    fields = tuning.decode_config(Problem("forward", m, n, k, "bfloat16"), 132)
+    team, batch = fields.get("team", 4), fields["batch"]
+    table, sums = 256 * 64 * 4, batch * team * -(-m // 8) * 64 * 8 * 4
+    assert batch >= 1 and table + sums + 1024 <= 227 << 10
+    if m <= 8:  # as it was measured
+        assert fields == {"hold_x": True, "batch": min(14, -(-n // 16 // 132))}
+
+
+@needs_mosaic
+@pytest.mark.aot
+@pytest.mark.parametrize("m", [16, 32])
+def test_decode_by_name_compiles_without_spills(m):
+    if reason := aot.available():
+        pytest.skip(f"NOT COMPILED FOR A GPU: {reason}")
+    w, x = shape_of(14336, 4096), jax.ShapeDtypeStruct((m, 4096), BF16)
+    choice = choose("forward", m, w, BF16, device=H200, name="decode")
+    run = matmul.IMPLEMENTATIONS["decode"].forward
+
+    def product(x, w):
+        return run(x, w, None, choice, H200)
+
+    (kernel,) = aot.mosaic_kernels("h200", product, x, w)
+    assert kernel.spills == 0 and kernel.count("HMMA") > 0
 
 
 def test_many_tokens_get_large_tiles_and_few_tiles_are_split():
