@@ -147,6 +147,7 @@ REFUSALS = [
     ("hopper", H200, BF16, {"n": 96}, 4, "takes n in multiples of 128, this is 96"),
     ("decode", H200, BF16, {}, 33, "takes up to 32 tokens, these are 33"),
     ("decode", A100, BF16, {}, 4, "needs an sm_90 GPU"),
+    ("decode", H200, BF16, {"k": 14336}, 32, "not hold x of 32 tokens and k=14336"),
     ("ampere", H200, BF16, {}, 4, "needs an sm_80, 86 or 89 GPU"),
 ]
 
