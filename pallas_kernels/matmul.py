@@ -61,9 +61,9 @@ def nf4_matmul(
     """Multiplies by a 4-bit weight: x @ w.T.
 
     Decoded weights are those of `reference.dequantize` in x's dtype; the fused kernels,
-    unless `exact`, round codebook and absmax to that dtype before they multiply them (a
-    relative error of up to 1.5 * 2^-8 a weight in bfloat16, a hundredth of what NF4
-    itself costs). Products accumulate in float32. Differentiable to x only.
+    unless `exact`, round codebook and absmax to that dtype before they multiply them (three
+    roundings: a relative error of less than 3 * 2^-8 a weight in bfloat16). Products
+    accumulate in float32. Differentiable to x only.
 
     Args:
       x: (..., k), bfloat16, float16 or float32; its dtype is the compute dtype.
@@ -457,6 +457,8 @@ def _refuses_decode(problem, w, device, exact) -> str | None:
         return "rounds the codebook to x's dtype, exact weights were asked for"
     if problem.n % 16:
         return f"takes n in multiples of 16, this is {problem.n}"
+    if problem.m > 8 and tuning.decode_splits(problem) is None:
+        return f"shared memory does not hold x of {problem.m} tokens and k={problem.k}"
     return None
 
 

@@ -5,28 +5,35 @@ topology): jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cuda-nvcc, nvidia-nvvm, an
 nvidia-cuda-cuobjdump for the disassembly. JAX_PLATFORMS must be cpu.
 """
 
+import contextlib
+import ctypes
 import dataclasses
 import importlib.util
 import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+from jax._src.interpreters import mlir
+from jax._src.lib import mosaic_gpu_dialect
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxlib.mlir import ir
 
-from qlora_jax.train.compiled import absent_gpu
+from qlora_jax.train.compiled import TARGETS, absent_gpu
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One function of a cubin."""
+    """A compiled kernel; `shared` are the bytes of shared memory that a launch asks for."""
 
     name: str
     registers: int
     stack: int
     spills: int
+    shared: int
     warnings: list[str]
     sass: str
 
@@ -65,8 +72,14 @@ class Kernel:
         line = r"/\*([0-9a-f]{4,6})\*/\s+([^;/]+);"
         return [(int(a, 16), text) for a, text in re.findall(line, self.sass)]
 
-    def _loops(self, mnemonic: str) -> list[tuple[int, int, int, int]]:
-        """Backward branches: (count of mnemonic, -instructions, start, end)."""
+    def _loops(
+        self, mnemonic: str, leaves: bool = False
+    ) -> list[tuple[int, int, int, int]]:
+        """Backward branches: (count of mnemonic, -instructions, start, end).
+
+        Without those that leave in the middle: they go back from code moved out of the way,
+        such as a wait.
+        """
         code = self._code()
         found = []
         for address, text in code:
@@ -78,16 +91,22 @@ class Kernel:
             if start >= address:
                 continue
             body = [t for a, t in code if start <= a <= address]
-            if any(t.strip() == "EXIT" for t in body):
-                continue  # back from code moved out of the way, such as a wait
+            if not leaves and any(t.strip() == "EXIT" for t in body):
+                continue
             hits = sum(_split(t)[0].split(".")[0] == mnemonic for t in body)
             found.append((hits, -len(body), start, address))
         return found
 
-    def loop(self, mnemonic: str) -> list[str]:
-        """Mnemonics of the innermost loop with the most of `mnemonic`."""
-        inner = self._inner_loops(mnemonic)
-        *_, start, end = max(one for one in self._loops(mnemonic) if one[2:] in inner)
+    def loop(self, mnemonic: str, *, leaves: bool = False) -> list[str]:
+        """Mnemonics of the innermost loop with the most of `mnemonic`.
+
+        With `leaves`, of the shortest with the most, which may have its exit in the middle.
+        """
+        loops = self._loops(mnemonic, leaves)
+        if not leaves:
+            inner = self._inner_loops(mnemonic)
+            loops = [one for one in loops if one[2:] in inner]
+        *_, start, end = max(loops)
         return [_split(t)[0] for a, t in self._code() if start <= a <= end]
 
 
@@ -166,45 +185,109 @@ def without_cudnn() -> str | None:
     return "the wheel of cuDNN (nvidia-cudnn-cu13) is not installed"
 
 
+def limit(target: str, name: str) -> int:
+    """A number of the device's description, such as 'shared_memory_per_block_optin'."""
+    text = (TARGETS / f"{target}.txtpb").read_text()
+    return int(re.search(rf"^  {name}: (\d+)$", text, re.MULTILINE).group(1))
+
+
 def compile_for(target: str, f, *specs, devices: int = 1):
     """Compiles f of ShapeDtypeStructs for 'h200', 'a100', ...: a jax Compiled."""
     with absent_gpu(target, devices) as mesh:
-        replicated = NamedSharding(mesh, PartitionSpec())
-        specs = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), specs
-        )
-        traced = jax.jit(f).trace(*specs)
-        return traced.lower(lowering_platforms=("cuda",)).compile()
+        return _lower(mesh, f, specs).compile()
 
 
-def mosaic_kernels(target: str, f, *specs) -> list[Kernel]:
-    """Compiles f as `compile_for` does; returns its Mosaic GPU kernels, disassembled.
+def _lower(mesh, f, specs):
+    replicated = NamedSharding(mesh, PartitionSpec())
+    specs = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), specs
+    )
+    return jax.jit(f).trace(*specs).lower(lowering_platforms=("cuda",))
 
-    Runs in a process of its own: what Mosaic dumps goes by variables that are read once.
+
+def mosaic_kernel(target: str, f, *specs) -> Kernel:
+    """Compiles f as `compile_for` does; returns its one Mosaic GPU kernel, disassembled.
+
+    A kernel that this process has compiled before is not compiled again, and so not found.
+    One process can compile for one architecture.
     """
-    # XLA keeps the machine code compressed inside the executable; Mosaic hands out PTX.
-    with tempfile.TemporaryDirectory() as folder:
-        names = ("TO", "PTX")
-        before = {n: os.environ.get(f"MOSAIC_GPU_DUMP_{n}") for n in names}
-        os.environ["MOSAIC_GPU_DUMP_TO"] = folder
-        os.environ["MOSAIC_GPU_DUMP_PTX"] = "1"
+    # XLA keeps the machine code compressed inside the executable; Mosaic prints its PTX.
+    # Asked for files it would write all that it can, which takes longer than to compile.
+    before = os.environ.get("MOSAIC_GPU_DUMP_PTX")
+    os.environ["MOSAIC_GPU_DUMP_PTX"] = "1"
+    try:
+        with absent_gpu(target) as mesh, _standard_output() as printed:
+            lowered = _lower(mesh, f, specs)
+            lowered.compile()
+    finally:
+        del os.environ["MOSAIC_GPU_DUMP_PTX"]
+        if before is not None:
+            os.environ["MOSAIC_GPU_DUMP_PTX"] = before
+    (shared,) = _launched_shared(lowered.compiler_ir())
+    (ptx,) = (
+        part
+        for part in printed[0].split("//\n// Generated by LLVM NVPTX Back-End\n//\n")
+        if ".entry" in part
+    )
+    return _assemble(ptx, shared)
+
+
+@contextlib.contextmanager
+def _standard_output() -> Iterator[list[str]]:
+    """Catches what is printed by this process, C++ included; fills in the list at the end."""
+    flush = ctypes.CDLL(None).fflush
+    found: list[str] = []
+    with tempfile.TemporaryFile() as file:
+        flush(None)
+        kept = os.dup(1)
+        os.dup2(file.fileno(), 1)
         try:
-            compile_for(target, f, *specs)
+            yield found
         finally:
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[f"MOSAIC_GPU_DUMP_{name}"]
-                else:
-                    os.environ[f"MOSAIC_GPU_DUMP_{name}"] = value
-        return [_assemble(path) for path in sorted(Path(folder).glob("*.ptx"))]
+            flush(None)
+            os.dup2(kept, 1)
+            os.close(kept)
+            file.seek(0)
+            found.append(file.read().decode())
 
 
-def _assemble(ptx: Path) -> Kernel:
-    text = ptx.read_text()
+def _launched_shared(module: ir.Module) -> list[int]:
+    """Bytes of shared memory of each kernel's launch, read from what XLA is given."""
+    found: list[int] = []
+
+    def call(op):
+        if op.name == "stablehlo.custom_call":
+            name = ir.StringAttr(op.attributes["call_target_name"]).value
+            if name.startswith("mosaic_gpu"):
+                config = ir.DictAttr(op.attributes["mhlo.backend_config"])
+                kernel(ir.StringAttr(config["module"]).value_bytes)
+        return ir.WalkResult.ADVANCE
+
+    def kernel(code: bytes):
+        context = mlir.make_ir_context()
+        context.allow_unregistered_dialects = True
+        mosaic_gpu_dialect.register_dialect(context)
+        with context:
+            parsed = ir.Module.parse(code)
+            parsed.operation.walk(launch)
+
+    def launch(op):
+        if op.name.endswith("gpu.launch"):
+            last = op.operands[len(op.operands) - 1].owner
+            found.append(ir.IntegerAttr(last.attributes["value"]).value)
+        return ir.WalkResult.ADVANCE
+
+    module.operation.walk(call)
+    return found
+
+
+def _assemble(text: str, shared: int) -> Kernel:
     arch = re.search(r"\.target (sm_\w+)", text).group(1)
-    cubin = ptx.with_suffix(".cubin")
-    info = _run("ptxas", f"-arch={arch}", "-v", str(ptx), "-o", str(cubin))
-    sass = _run("cuobjdump", "--dump-sass", str(cubin))
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        ptx.write_text(text)
+        info = _run("ptxas", f"-arch={arch}", "-v", str(ptx), "-o", str(cubin))
+        sass = _run("cuobjdump", "--dump-sass", str(cubin))
     numbers = [
         re.search(pattern, info)
         for pattern in (
@@ -214,12 +297,13 @@ def _assemble(ptx: Path) -> Kernel:
             r"(\d+) bytes spill loads",
         )
     ]
-    registers, stack, stores, loads = (int(n.group(1)) if n else 0 for n in numbers)
+    registers, stack, stores, loads = (int(n.group(1)) for n in numbers)
     return Kernel(
         name=re.search(r"\.entry (\w+)", text).group(1),
         registers=registers,
         stack=stack,
         spills=stores + loads,
+        shared=shared,
         warnings=[line for line in info.splitlines() if "C75" in line],
         sass=sass,
     )

@@ -40,17 +40,27 @@ def quantized(
     )
 
 
-def decoded(q: QuantizedTensor) -> np.ndarray:
-    """Decodes a tensor to float32 by its invariants, element by element."""
+def decoded(
+    q: QuantizedTensor, codebook_dtype: Any = None, absmax_dtype: Any = None
+) -> np.ndarray:
+    """Decodes a tensor by its invariants, element by element, as it is to float32.
+
+    The fused kernels round the codebook first, and some absmax and the product, too: with
+    `codebook_dtype` alone the result is float64, with both it is of that dtype.
+    """
     codes = layout.unpack(np.asarray(q.codes), q.layout, q.shape)
     absmax = q.absmax
     if q.double_quant:
         spread = np.repeat(np.asarray(q.absmax_scale), 256)[: q.blocks]
         product = cb.dynamic_map()[np.asarray(q.absmax_codes)] * spread
         absmax = product + np.asarray(q.absmax_offset)
+    values, absmax = cb.values(q.codebook), np.asarray(absmax)
+    if codebook_dtype is not None:
+        product = absmax_dtype or np.float64
+        values = values.astype(codebook_dtype).astype(product)
+        absmax = absmax.astype(product)
     block = np.arange(math.prod(q.shape)) // q.block_size
-    values = cb.values(q.codebook)[codes] * np.asarray(absmax)[block]
-    return values.reshape(q.shape)
+    return (values[codes] * absmax[block]).reshape(q.shape)
 
 
 def attended(

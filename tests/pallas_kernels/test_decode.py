@@ -1,5 +1,5 @@
 """The decode kernel: in the interpreter with race detection, its register code run in
-numpy, and compiled for an H200.
+numpy. test_compiled.py compiles it for an H200.
 
 The interpreter has no inline code, so it proves loads, barriers, the split of k and the
 sums; what a warp does in registers is proved by tests/emulation.py, which runs the very
@@ -8,11 +8,9 @@ code that builds it. On hardware scripts/gpu_suite.py checks the same products.
 
 import dataclasses
 import os
-import re
 import subprocess
 import sys
 
-import aot
 import emulation
 import jax
 import jax.numpy as jnp
@@ -22,9 +20,7 @@ import oracle
 import pytest
 
 from pallas_kernels import codebook as cb
-from pallas_kernels import layout
 from pallas_kernels.layout import QuantizedTensor
-from pallas_kernels.shapes import SHAPES
 
 if jax.__version_info__ < (0, 11, 2):
     pytest.skip("Mosaic GPU kernels need jax >= 0.11.2", allow_module_level=True)
@@ -221,6 +217,8 @@ EMULATED = [
     Case(8, 32, 1024, Config(team=1, rows=32), "float16", False, 128, "fp4"),
     Case(17, 16, 2048, Config(team=1), "float16", block_size=128, codebook="int4"),
     Case(9, 32, 2048, Config(team=1, splits=2, rows=32)),
+    Case(4, 32, 1024, Config(team=1, hold_x=True), "float16", codebook="fp4"),
+    Case(8, 32, 2048, Config(team=1, hold_x=True), codebook="int4"),
 ]
 
 
@@ -288,56 +286,3 @@ def test_lookups_and_x_meet_in_no_bank():
     start = (lane // 4 * kernel.x_width + lane % 4 * 8) * 2 // 4
     banks = (start[:, None] + np.arange(4)) % 32
     assert len(set(banks.reshape(-1))) == 32
-
-
-# What is shipped, at the shapes it is for.
-COMPILED = {
-    "8 tokens": (8, "llama3_8b_gate_up", Config(hold_x=True, batch=7)),
-    "8 tokens, long k": (8, "llama3_8b_down", Config(hold_x=True, batch=2)),
-    "1 token, ragged": (1, "llama2_7b_down", Config(hold_x=True, batch=2)),
-    "8 tokens, 70B": (8, "llama3_70b_q_o", Config(hold_x=True, batch=4)),
-    "8 tokens, 70B, wide": (8, "llama3_70b_gate_up", Config(hold_x=True, batch=14)),
-    "16 tokens": (16, "llama3_8b_q_o", Config(teams=2, team=2, splits=2)),
-    "32 tokens": (32, "llama3_8b_q_o", Config(teams=2, team=1, splits=4, rows=32)),
-}
-# Instructions of the main loop a weight, all told: products, sums and loads for the
-# tokens come on top of decoding.
-BUDGET = {8: 2.7, 16: 3.7, 32: 4.2}
-
-
-def main_loop(sass: str) -> list[str]:
-    """Instructions of the shortest loop with the most HMMA (it may exit in the middle)."""
-    line = r"/\*([0-9a-f]{4,6})\*/\s+([^;]+);"
-    code = [(int(at, 16), text) for at, text in re.findall(line, sass)]
-    loops = []
-    for end, text in code:
-        branch = re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text)
-        if branch and int(branch.group(1), 16) < end:
-            start = int(branch.group(1), 16)
-            loops.append([t for at, t in code if start <= at <= end])
-    return max(loops, key=lambda b: (sum("HMMA" in t for t in b), -len(b)))
-
-
-@pytest.mark.aot
-@pytest.mark.parametrize("name", COMPILED)
-def test_compiles_for_an_h200(name: str):
-    if reason := aot.available():
-        pytest.skip(f"NOT COMPILED FOR A GPU: {reason}")
-    m, shape, config = COMPILED[name]
-    n, k = SHAPES[shape].n, SHAPES[shape].k
-    entries = layout.array_shapes((n, k), 64, "planar256", True)
-    specs = [jax.ShapeDtypeStruct(s, d) for s, d in entries.values()]
-
-    def product(x, *arrays):
-        arrays = dict(zip(entries, arrays, strict=True))
-        w = QuantizedTensor(**arrays, shape=(n, k), layout="planar256")
-        return decode.forward(x, w, config=config, num_sms=132)
-
-    x = jax.ShapeDtypeStruct((m, k), jnp.bfloat16)
-    (kernel,) = aot.mosaic_kernels("h200", product, x, *specs)
-    assert kernel.spills == 0
-    loop = main_loop(kernel.sass)
-    products = sum("HMMA" in text for text in loop)
-    weights = 8 * products // (-(-m // 8))  # a thread gives 8 weights to m16n8k16
-    assert products > 0
-    assert len(loop) / weights < BUDGET[-(-m // 8) * 8]

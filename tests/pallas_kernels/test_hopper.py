@@ -1,6 +1,7 @@
-"""The Hopper kernels: in the interpreter with race detection, and compiled for an H200.
+"""The Hopper kernels in the interpreter, with race detection.
 
-On hardware scripts/gpu_suite.py checks the same products.
+test_compiled.py compiles them for an H200. On hardware scripts/gpu_suite.py checks the same
+products.
 """
 
 import dataclasses
@@ -8,14 +9,12 @@ import os
 import subprocess
 import sys
 
-import aot
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import reference
-from pallas_kernels.shapes import SHAPES
 from qlora_jax.quant import QuantConfig, quantize_tensor
 
 if jax.__version_info__ < (0, 11, 2):
@@ -130,108 +129,3 @@ def test_four_warpgroups_in_the_interpreter():
     )
     assert done.returncode == 0, done.stderr
     assert "RACE" not in done.stdout + done.stderr
-
-
-# What is shipped: the choices of tuning.py, at the shapes they are for.
-TABLE = Config(decoder="table", x_stages=5, weight_stages=2)
-WIDE = dataclasses.replace(TABLE, block_m=256, x_stages=3)
-BACK = dataclasses.replace(TABLE, weight_stages=4)
-COMPILED = {
-    "forward 128": (False, 128, 0, TABLE),
-    "forward 256 with low rank": (False, 4096, 64, WIDE),
-    "forward 128 permute": (
-        False,
-        1024,
-        0,
-        dataclasses.replace(TABLE, decoder="permute", x_stages=6),
-    ),
-    "forward 128 exact": (
-        False,
-        512,
-        0,
-        dataclasses.replace(TABLE, decoder="table_exact", x_stages=4),
-    ),
-    "forward 16 split": (
-        False,
-        16,
-        0,
-        dataclasses.replace(TABLE, block_m=16, x_depth=256, x_stages=4, split_k=4),
-    ),
-    "forward 32 four warpgroups": (
-        False,
-        32,
-        64,
-        dataclasses.replace(TABLE, block_m=32, x_depth=256, x_stages=3, warpgroups=4),
-    ),
-    "backward 128": (True, 512, 0, BACK),
-    "backward 128 with low rank": (True, 512, 64, BACK),
-    "backward 128 split": (True, 128, 0, dataclasses.replace(BACK, split_k=4)),
-    "backward 256": (
-        True,
-        4096,
-        64,
-        dataclasses.replace(
-            BACK, block_m=256, x_stages=4, weight_stages=2, planes=1, out_stages=1
-        ),
-    ),
-    "backward permute": (
-        True,
-        1024,
-        0,
-        dataclasses.replace(BACK, decoder="permute", x_stages=6),
-    ),
-}
-# Instructions a weight in the main loop, all told; the tensor core's share at 128 tokens
-# is 8 issue slots a weight.
-BUDGET = {"table": 3.7, "permute": 6.1, "table_exact": 4.2}
-ONE_PLANE = 2.0  # more, when a warpgroup decodes one plane of a word
-
-
-@pytest.mark.aot
-@pytest.mark.parametrize("name", COMPILED)
-def test_compiles_for_an_h200(name: str):
-    if reason := aot.available():
-        pytest.skip(f"NOT COMPILED FOR A GPU: {reason}")
-    backward, m, rank, config = COMPILED[name]
-    shape = SHAPES["llama3_8b_gate_up"]
-    kernel = compile_case(shape.n, shape.k, m, rank, config, backward)
-    assert kernel.spills == 0
-    assert kernel.warnings == []  # such as serialized products
-    assert kernel.overwritten_operands() == []
-    loop = kernel.loop("HGMMA")
-    products = sum(i.startswith("HGMMA") for i in loop)
-    assert products > 0
-    weights = 8 * products  # a thread gives 8 weights to each m64k16 product
-    budget = BUDGET[config.decoder] + ONE_PLANE * (config.planes == 1)
-    assert len(loop) / weights < budget
-
-
-def compile_case(
-    n: int, k: int, m: int, rank: int, config: Config, backward: bool
-) -> aot.Kernel:
-    """Compiles a product for the H200; returns its kernel."""
-
-    def product(x, codes, scales, *addend):
-        return (hopper.backward if backward else hopper.forward)(
-            x,
-            codes,
-            scales,
-            addend or None,
-            config=config,
-            codebook="nf4",
-            num_sms=132,
-        )
-
-    scale_dtype = jnp.float32 if config.exact else jnp.bfloat16
-    specs = [
-        jax.ShapeDtypeStruct((m, n if backward else k), jnp.bfloat16),
-        jax.ShapeDtypeStruct((n, k // 4), jnp.uint16),
-        jax.ShapeDtypeStruct((k // 64, n), scale_dtype),
-    ]
-    if rank:
-        specs += [
-            jax.ShapeDtypeStruct((m, rank), jnp.bfloat16),
-            jax.ShapeDtypeStruct((k if backward else n, rank), jnp.bfloat16),
-        ]
-    (kernel,) = aot.mosaic_kernels("h200", product, *specs)
-    return kernel

@@ -1,6 +1,8 @@
 """One contract for every implementation of nf4_matmul, in every layout and dtype.
 
-The oracle is numpy float64 on the decoded weight, rounded to the compute dtype.
+The oracle is numpy float64 on the weight decoded as the implementation says. Where there is
+no GPU the fused kernels run in the interpreter, chosen and padded as for a card, with race
+detection and what is not written as NaN.
 """
 
 import dataclasses
@@ -16,6 +18,10 @@ import pytest
 from pallas_kernels import matmul, nf4_matmul, reference, two_pass
 from pallas_kernels.layout import QuantizedTensor
 from pallas_kernels.matmul import IMPLEMENTATIONS
+from pallas_kernels.shapes import SHAPES as MODEL_SHAPES
+
+EVERYWHERE = ("two_pass", "xla")
+FUSED = ("hopper", "decode", "ampere")
 
 M = 5
 SHAPES = {"planar256": (24, 512), "planar64": (24, 192), "flat": (21, 72)}
@@ -24,6 +30,8 @@ SHAPES = {"planar256": (24, 512), "planar64": (24, 192), "flat": (21, 72)}
 SUM_ERROR = 2e-6
 # One rounding of the result to the compute dtype.
 ROUNDING = {"float32": 2e-7, "bfloat16": 2**-8, "float16": 2**-11}
+# Three roundings of a weight where it is not decoded exactly: codebook, absmax, product.
+FAST_WEIGHT = {"bfloat16": 3 * 2**-8, "float16": 3 * 2**-11}
 
 
 def activations(rows: int, width: int, dtype: str = "float32") -> jax.Array:
@@ -31,8 +39,8 @@ def activations(rows: int, width: int, dtype: str = "float32") -> jax.Array:
     return jnp.asarray(x, dtype)
 
 
-def forward_and_dx(name, x, w, dy):
-    y, pull = jax.vjp(lambda x: nf4_matmul(x, w, name), x)
+def forward_and_dx(name, x, w, dy, *, exact):
+    y, pull = jax.vjp(lambda x: nf4_matmul(x, w, name, exact=exact), x)
     return y, pull(dy)[0]
 
 
@@ -45,26 +53,68 @@ def check(actual, x, w) -> None:
     assert (error <= bound).all(), f"off by {(error / bound).max():.1f} times the bound"
 
 
+def chosen(direction: str, rows: int, w: QuantizedTensor, dtype, name, exact) -> str:
+    """The implementation that runs a direction when `name` is asked for."""
+    if direction == "backward" and IMPLEMENTATIONS[name].backward is None:
+        name = None
+    return matmul.choose(
+        direction, rows, w, dtype, name=name, exact=exact
+    ).implementation
+
+
+def weight(name: str, w: QuantizedTensor, dtype, exact: bool) -> np.ndarray:
+    """What an implementation multiplies with."""
+    if exact or name in EVERYWHERE:
+        return oracle.decoded(w).astype(dtype)
+    if name == "decode":
+        return oracle.decoded(w, dtype)
+    return oracle.decoded(w, dtype, dtype)
+
+
 def check_contract(
-    name: str, w: QuantizedTensor, dtype: str = "float32", rows: int = M
+    name: str,
+    w: QuantizedTensor,
+    dtype: str = "float32",
+    rows: int = M,
+    *,
+    exact: bool = False,
+    rank: int = 0,
 ) -> None:
+    """Checks both directions; with a rank, a low-rank product in the same pass.
+
+    That pass rounds the result once, which holds for the fused kernels alone.
+    """
     n, k = w.shape
     x, dy = activations(rows, k, dtype), activations(rows, n, dtype)
-    try:
-        matmul.choose("forward", rows, w, x.dtype, name=name)
-    except ValueError as error:
-        pytest.skip(str(error))
-    y, dx = jax.jit(functools.partial(forward_and_dx, name))(x, w, dy)
-    assert (y.shape, dx.shape) == ((rows, n), (rows, k))
-    assert y.dtype == dx.dtype == x.dtype
-    dense = oracle.decoded(w).astype(x.dtype)
-    check(y, x, dense.T)
-    check(dx, dy, dense)
+    forward, backward = (
+        weight(chosen(d, rows, w, x.dtype, name, exact), w, x.dtype, exact)
+        for d in ("forward", "backward")
+    )
+    if not rank:
+        run = functools.partial(forward_and_dx, name, exact=exact)
+        y, dx = jax.jit(run)(x, w, dy)
+        assert (y.shape, dx.shape) == ((rows, n), (rows, k))
+        assert y.dtype == dx.dtype == x.dtype
+        check(y, x, forward.T)
+        check(dx, dy, backward)
+        return
+    u = activations(rows, rank, dtype)
+    for direction, a, dense in (("forward", x, forward.T), ("backward", dy, backward)):
+        v = activations(dense.shape[1], rank, dtype)
+        run = functools.partial(matmul._run, direction, name=name, exact=exact)
+        y = jax.jit(lambda *args, run=run: run(*args))(a, w, (u, v))
+        a, dense = (np.asarray(array, np.float64) for array in (a, dense))
+        low_rank = np.asarray(u, np.float64), np.asarray(v, np.float64).T
+        check(
+            y,
+            np.concatenate([a, low_rank[0]], 1),
+            np.concatenate([dense, low_rank[1]]),
+        )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", EVERYWHERE)
 def test_product_and_gradient_are_those_of_the_decoded_weight(name, shape, dtype):
     check_contract(name, oracle.quantized(shape), dtype)
 
@@ -72,7 +122,7 @@ def test_product_and_gradient_are_those_of_the_decoded_weight(name, shape, dtype
 @pytest.mark.parametrize(
     ("shape", "codebook"), [((24, 512), "fp4"), ((24, 192), "int4"), ((21, 72), "fp4")]
 )
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", EVERYWHERE)
 def test_other_codebooks_and_a_plain_absmax_work(name, shape, codebook):
     w = oracle.quantized(shape, codebook=codebook, double_quant=False)
     check_contract(name, w)
@@ -82,10 +132,119 @@ def test_other_codebooks_and_a_plain_absmax_work(name, shape, codebook):
     ("shape", "block_size"),
     [((8, 1024), 512), ((8, 384), 128), ((8, 128), 32), ((8, 96), 4096)],
 )
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", EVERYWHERE)
 def test_one_row_and_other_block_sizes_work(name, shape, block_size):
     w = oracle.quantized(shape, block_size=block_size)
     check_contract(name, w, "bfloat16", rows=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fused:
+    """A product of a fused kernel in the interpreter; `fields` of its Config are changed."""
+
+    name: str
+    m: int
+    n: int
+    k: int
+    dtype: str
+    exact: bool = False
+    rank: int = 0
+    block_size: int = 64
+    codebook: str = "nf4"
+    double_quant: bool = True
+    fields: tuple[tuple[str, int], ...] = ()
+
+    def __str__(self) -> str:
+        return " ".join(str(v) for v in dataclasses.astuple(self) if v is not False)
+
+    def check(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import interpreted
+
+        fields = dict(self.fields)
+        if self.name == "decode":
+            # More warpgroups need more threads than XLA's pool has on two cores.
+            fields["team"] = 1
+        interpreted.install(monkeypatch, self.name, **fields)
+        w = oracle.quantized(
+            (self.n, self.k),
+            block_size=self.block_size,
+            codebook=self.codebook,
+            double_quant=self.double_quant,
+        )
+        check_contract(
+            self.name, w, self.dtype, self.m, exact=self.exact, rank=self.rank
+        )
+
+
+def scaled_down(name: str) -> list[Fused]:
+    """A model's shapes by 1/32, rounded up to the kernels' units; tokens by turns."""
+    shapes = {
+        (-(-s.n // 32 // 128) * 128, -(-s.k // 32 // 256) * 256)
+        for s in MODEL_SHAPES.values()
+    }
+    tokens = (1, 8, 20) if name == "decode" else (1, 33, 100)
+    return [
+        Fused(
+            name,
+            tokens[i % 3],
+            n,
+            k,
+            ("bfloat16", "float16")[i % 2],
+            exact=name == "hopper" and i % 4 == 3,
+        )
+        for i, (n, k) in enumerate(sorted(shapes))
+    ]
+
+
+def odd(name: str, seed: int) -> Fused:
+    """A product that nothing is even in."""
+    rng = np.random.default_rng(seed)
+    split = name != "decode" and bool(seed % 2)
+    unit, block_size = (16 if name == "decode" else 128), int(2 ** rng.integers(6, 9))
+    return Fused(
+        name,
+        int(rng.integers(1, 33 if name == "decode" else 130)),
+        unit * int(rng.integers(1, 20 if name == "decode" else 4)),
+        # Backward cuts n in pieces of 64, which are even in number; forward k.
+        256 * (2 if split else int(rng.integers(1, 5))),
+        str(rng.choice(["bfloat16", "float16"])),
+        exact=name == "hopper" and bool(rng.integers(2)),
+        rank=0 if name == "decode" else int(rng.integers(1, 100)),
+        block_size=block_size,
+        codebook=str(rng.choice(["nf4", "fp4", "int4"])),
+        double_quant=bool(rng.integers(2)),
+        fields=(("split_k", 2),) if split else (),
+    )
+
+
+INTERPRETED = [
+    pytest.param(case, id=str(case), marks=[pytest.mark.slow] if i % 4 else [])
+    for name in FUSED
+    for i, case in enumerate(
+        [*(odd(name, seed) for seed in range(5)), *scaled_down(name)]
+    )
+]
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ < matmul.MOSAIC_JAX, reason="needs jax >= 0.11.2"
+)
+@pytest.mark.parametrize("case", INTERPRETED)
+def test_fused_kernels_keep_the_contract(case: Fused, monkeypatch, capfd):
+    case.check(monkeypatch)
+    said = capfd.readouterr()
+    assert "RACE" not in said.out + said.err
+
+
+@pytest.mark.parametrize("codebook", ["nf4", "fp4", "int4"])
+@pytest.mark.parametrize("dtype", FAST_WEIGHT)
+def test_weights_of_the_fast_decoders_are_off_by_three_roundings(codebook, dtype):
+    w = oracle.quantized((64, 1024), codebook=codebook, double_quant=False)
+    exact, dtype = oracle.decoded(w).astype(np.float64), jnp.dtype(dtype)
+    for fast in (oracle.decoded(w, dtype), oracle.decoded(w, dtype, dtype)):
+        error = np.abs(fast.astype(np.float64) - exact)
+        assert (error <= FAST_WEIGHT[dtype.name] * np.abs(exact)).all()
+        assert error.max() > 0
 
 
 @pytest.fixture
