@@ -176,7 +176,7 @@ def test_the_config_is_read_off_the_model():
         ),
         (
             {"modules_to_save": "q_proj"},
-            "q_proj is 4-bit, and only dense modules train",
+            "q_proj is quantized, and only dense modules train",
         ),
         ({"layers": (0, 2)}, r"--lora.layers \[0, 2\]: the model has 2 layers, from 0"),
         ({"tokens": (3, 272)}, r"--lora.tokens \[272\]: the vocabulary has 272"),
