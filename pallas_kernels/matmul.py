@@ -457,8 +457,6 @@ def _refuses_decode(problem, w, device, exact) -> str | None:
         return "rounds the codebook to x's dtype, exact weights were asked for"
     if problem.n % 16:
         return f"takes n in multiples of 16, this is {problem.n}"
-    if problem.m > 8 and tuning.decode_splits(problem) is None:
-        return f"shared memory does not hold x of {problem.m} tokens and k={problem.k}"
     return None
 
 

@@ -32,9 +32,6 @@ DECODE_TOKENS = 8
 On an H200 it was measured against 'hopper' at up to these (scripts/results), and not beyond.
 """
 
-_DECODE_BYTES = 226 * 1024
-"""Shared memory of a block on sm_90, less the barriers'."""
-
 _CAPABILITIES = {
     r"H100|H200|H800|GH200": (9, 0),
     r"A100|A800|A30\b": (8, 0),
@@ -207,34 +204,23 @@ def _fields(
     return fields | {"weight_stages": 4}
 
 
+_DECODE_SUMS = 155 << 10
+"""Bytes of shared memory beside decode's table, of 227 KiB, with room for barriers."""
+
+
 def decode_config(problem: Problem, cores: int) -> dict[str, Any]:
     """Returns the decode.Config fields that were fastest at the shapes measured.
 
-    Of more than 8 tokens x does not fit the registers; that was compiled, not measured.
+    More tokens than those (8) have more of x in registers and more sums in shared memory:
+    then what fits, which was compiled and not measured.
     """
-    if problem.m > 8:
-        team = 2 if problem.m <= 16 else 1
-        splits = decode_splits(problem)
-        assert splits is not None, problem
-        return {"teams": 2, "team": team, "splits": splits}
     # A tile's sums stay in shared memory; a block adds up all of its tiles at once.
     tiles = math.ceil(problem.n / 16 / (cores or 132))
-    return {"hold_x": True, "batch": min(14, tiles)}
-
-
-def decode_splits(problem: Problem) -> int | None:
-    """Returns how many blocks hold x in shared memory, for more than 8 tokens; or None."""
-    blocks, groups = math.ceil(problem.m / 8), problem.k // 256
-    for splits in (1, 2, 4, 8):  # a cluster has no more blocks
-        each = math.ceil(max(groups, 4 * splits) / splits)
-        if groups > 4 * splits and groups - (splits - 1) * each < 4:
-            continue  # the last block's warps would lack groups
-        sums = 2 * (2 if blocks <= 2 else 1) * blocks * 64 * 8 * 4
-        sums += 2 * 2 * splits * blocks * 16 * 8 * 4 if splits > 1 else 0
-        table = 256 * 64 * 4
-        if problem.m * (each * 256 + 32) * 2 + sums + table <= _DECODE_BYTES:
-            return splits
-    return None
+    tokens = math.ceil(problem.m / 8)  # blocks of 8
+    team = 4 if tokens <= 2 else 2
+    fit = _DECODE_SUMS // (team * tokens * 64 * 8 * 4)
+    fields = {"hold_x": True, "batch": min(14, tiles, fit)}
+    return fields if team == 4 else fields | {"team": team}
 
 
 def ampere_config(problem: Problem) -> dict[str, Any]:
