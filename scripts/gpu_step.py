@@ -117,7 +117,7 @@ def our_step(task: dict[str, Any], turn: Callable[[], Any]) -> dict[str, Any]:
                 compiled(lora, base, opt_state, batch)
             )
             seconds.append(time.perf_counter() - start)
-        memory = jax.devices()[0].memory_stats()
+        memory = jax.devices()[0].memory_stats() or {}
     second = sorted(seconds[2:])[1]
     return {
         "tokens_per_s": task["batch"] * task["seq"] / second,
@@ -125,7 +125,7 @@ def our_step(task: dict[str, Any], turn: Callable[[], Any]) -> dict[str, Any]:
         "compile_s": compile_s,
         "loss": float(metrics["loss"]),
         "base_gib": sum(x.nbytes for x in jax.tree.leaves(base)) / 2**30,
-        "peak_gib": memory["peak_bytes_in_use"] / 2**30,
+        "peak_gib": memory.get("peak_bytes_in_use", 0) / 2**30,
         "arguments_gib": analysis.argument_size_in_bytes / 2**30,
         "temporaries_gib": analysis.temp_size_in_bytes / 2**30,
         "kernels": compiled.as_text().count('custom_call_target="mosaic_gpu'),

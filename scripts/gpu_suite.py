@@ -14,7 +14,7 @@ streamed steps, and a 70B-shaped one with the allocator capped at 48 and 12 GB).
 
 Times are device time (CUPTI, the sum of a call's kernels): medians over calls that rotate
 among weights larger together than the L2, random data, two repeats. Processes compile
-together and run one at a time. Rows go to scripts/results/DEVICE_suite.jsonl as they come,
+together, then run one at a time. Rows go to scripts/results/DEVICE_suite.jsonl as they come,
 and what is there is not run again: run the command again to go on. What hung or crashed
 has a row too, and is tried again with --retry-lost only. What the time did not reach is
 named. The status is 1 where a numerics check failed.
@@ -146,12 +146,24 @@ def wheels() -> tuple[str, ...]:
     return tuple(found)
 
 
-def lanes(tasks: list[dict[str, Any]], workers: int) -> list[Lane]:
-    """Shares tasks out: ours among all workers, torch's in one, steps each in its own."""
+def phases(tasks: list[dict[str, Any]], workers: int) -> list[list[Lane]]:
+    """Shares tasks out: products that the goals speak of, steps, the other products.
+
+    Steps compile for minutes, so not while products are timed. Our products go to all
+    workers, torch's to one, and each step to a process of its own.
+    """
+    import gpu_tasks
+
     steps = [t for t in tasks if t["section"] in ("step", "memory")]
-    torch = [t for t in tasks if t.get("what") == "bitsandbytes"]
-    rest = [t for t in tasks if t not in steps and t not in torch]
-    return [Lane(rest, workers), Lane(torch), Lane(steps, alone=True)]
+    products = [t for t in tasks if t not in steps]
+    found = []
+    for early in (True, False):
+        mine = [t for t in products if gpu_tasks.first(t) == early]
+        torch = [t for t in mine if t["what"] == "bitsandbytes"]
+        ours = [t for t in mine if t["what"] != "bitsandbytes"]
+        found.append([Lane(ours, workers), Lane(torch)])
+    found.insert(1, [Lane(steps, min(4, workers), alone=True)])
+    return found
 
 
 def main(arguments: list[str] | None = None, command: list[str] = WORKER) -> int:
@@ -201,7 +213,8 @@ def main(arguments: list[str] | None = None, command: list[str] = WORKER) -> int
         out.parent.mkdir(parents=True, exist_ok=True)
         gpu_workers.append(out, header(facts, arguments))
         run = gpu_workers.Run(command, out, end, gpu_tasks.seconds, gpu_tasks.size)
-        run(lanes(todo, args.workers))
+        for lanes in phases(todo, args.workers):
+            run(lanes)
     status = show(out)
     missed = gpu_workers.outstanding(tasks, gpu_workers.read(out))
     missed = [t for t in missed if t in todo and not tried(t, out)]

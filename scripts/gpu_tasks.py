@@ -94,6 +94,11 @@ def sweep(device: Device, bitsandbytes: bool) -> list[Task]:
     return found
 
 
+def first(task: Task) -> bool:
+    """Returns whether a task comes before the training steps: all but the sweep's tail."""
+    return task["section"] != "sweep" or _rank(task)[0] <= 2
+
+
 def _rank(task: Task) -> tuple[int, ...]:
     """Sorts what is timed: the goals on the largest linear of 8B, then of all, then all."""
     shapes = [(SHAPES[s].n, SHAPES[s].k) for s in SMALL + LARGE]
@@ -194,9 +199,9 @@ def tuned(device: Device) -> list[tuple[str, tuning.Direction, int, int, int]]:
     return list(found.values())
 
 
-def seconds(task: Task) -> float:
-    """Returns how long a task may hold the GPU; longer is a hang."""
-    return 400 if task["section"] in ("step", "memory") else 60
+def seconds(task: Task) -> tuple[float, float]:
+    """Returns how long a task may compile, and hold the GPU; longer is a hang."""
+    return (600, 400) if task["section"] in ("step", "memory") else (120, 60)
 
 
 def size(task: Task) -> int:

@@ -2,7 +2,8 @@
 
 A worker reads a task, one line of JSON, compiles it, says that it is ready, waits for its
 turn on the GPU and answers with a line of figures. The parent gives the tasks out in
-order, keeps the turn, and appends a row for each as it comes. A process that hung, died
+order, keeps the turn, and appends a row for each as it comes. None runs while another
+compiles, as XLA tries its products' algorithms on the GPU then. A process that hung, died
 or failed on the GPU is replaced, so that what it left behind (a CUDA error stays with its
 process) is nobody else's; its task has a row that says so.
 
@@ -22,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 Task = dict[str, Any]
-COMPILE_SECONDS = 400
 LARGE_BYTES = 2 << 30
 """A process that had this much does not give it back to the device, and is replaced."""
 
@@ -89,7 +89,7 @@ class Worker:
         self.process.kill()
 
     def close(self) -> None:
-        """Ends it; a worker that has answered ends by itself when its input does."""
+        """Ends it, once or again; one that has answered ends when its input does."""
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         timer = threading.Timer(20, self.process.kill)
@@ -97,6 +97,49 @@ class Worker:
         self.process.wait()
         timer.cancel()
         self.process.stdout.close()
+
+
+class Turns:
+    """The GPU's: of many that compile, or of one that runs; who wants to run comes first."""
+
+    def __init__(self):
+        self.change = threading.Condition()
+        self.compiling, self.waiting, self.running = 0, 0, False
+
+    @contextlib.contextmanager
+    def compile(self, end: float) -> Iterator[None]:
+        """Waits until none runs or wants to; raises OutOfTime at `end`."""
+        with self.change:
+            self._wait(lambda: not self.running and not self.waiting, end)
+            self.compiling += 1
+        try:
+            yield
+        finally:
+            with self.change:
+                self.compiling -= 1
+                self.change.notify_all()
+
+    @contextlib.contextmanager
+    def run(self, end: float) -> Iterator[None]:
+        """Waits until none runs or compiles; raises OutOfTime at `end`."""
+        with self.change:
+            self.waiting += 1
+            try:
+                self._wait(lambda: not self.running and not self.compiling, end)
+                self.running = True
+            finally:
+                self.waiting -= 1
+                self.change.notify_all()
+        try:
+            yield
+        finally:
+            with self.change:
+                self.running = False
+                self.change.notify_all()
+
+    def _wait(self, free: Callable[[], bool], end: float) -> None:
+        if not self.change.wait_for(free, timeout=max(0, end - time.time())):
+            raise OutOfTime
 
 
 class Run:
@@ -107,7 +150,7 @@ class Run:
         command: list[str],
         out: Path,
         end: float,
-        seconds: Callable[[Task], float],
+        seconds: Callable[[Task], tuple[float, float]],
         size: Callable[[Task], int] = lambda task: 0,
     ):
         """Prepares a run.
@@ -116,12 +159,12 @@ class Run:
           command: Starts a worker.
           out: Rows are appended here; what workers print, to the same name with .log.
           end: Of the run, as time.time() counts.
-          seconds: A task's time on the GPU, after which it hangs.
+          seconds: A task's time to compile and on the GPU, after which it hangs.
           size: The device bytes that a task takes.
         """
         self.command, self.out, self.end = command, out, end
         self.seconds, self.size = seconds, size
-        self.gpu, self.lock = threading.Lock(), threading.Lock()
+        self.turns, self.lock = Turns(), threading.Lock()
         self.workers: set[Worker] = set()
 
     def __call__(self, lanes: list[Lane]) -> None:
@@ -148,15 +191,16 @@ class Run:
                 if worker is None:
                     worker = Worker(self.command, log)
                     self.workers.add(worker)
+                last = lane.alone or self.size(task) > LARGE_BYTES
                 try:
-                    row, clean = self._answer(worker, task)
+                    row, clean = self._answer(worker, task, last)
                 except Lost as lost:
                     row, clean = {"failed": str(lost), "lost": True}, False
                 except OutOfTime:
                     break
                 with self.lock:
                     append(self.out, task | row)
-                if lane.alone or not clean or self.size(task) > LARGE_BYTES:
+                if last or not clean:
                     self._end(worker)
                     worker = None
         if worker is not None:
@@ -167,19 +211,21 @@ class Run:
             over = time.time() >= self.end or not lane.tasks
             return None if over else lane.tasks.pop(0)
 
-    def _answer(self, worker: Worker, task: Task) -> tuple[dict[str, Any], bool]:
-        """Returns the figures, and whether the process may go on."""
-        worker.say(json.dumps(task))
-        answer = worker.hear(COMPILE_SECONDS, self.end)
+    def _answer(
+        self, worker: Worker, task: Task, last: bool
+    ) -> tuple[dict[str, Any], bool]:
+        """Returns the figures, and whether the process may go on after them."""
+        to_compile, to_run = self.seconds(task)
+        with self.turns.compile(self.end):
+            worker.say(json.dumps(task))
+            answer = worker.hear(to_compile, self.end)
         if "ready" not in answer:  # it did not come to use the GPU
             return answer, True
-        if not self.gpu.acquire(timeout=max(0, self.end - time.time())):
-            raise OutOfTime
-        try:
+        with self.turns.run(self.end):
             worker.say("go")
-            answer = worker.hear(self.seconds(task), self.end)
-        finally:
-            self.gpu.release()
+            answer = worker.hear(to_run, self.end)
+            if last:  # its memory is free before the next one runs
+                worker.close()
         return answer, "failed" not in answer
 
     def _end(self, worker: Worker) -> None:

@@ -1,5 +1,6 @@
 """scripts/gpu_suite.py, but for the timing: its tasks, its numerics, hangs, resume, report."""
 
+import contextlib
 import json
 import os
 import signal
@@ -76,6 +77,25 @@ def test_the_most_telling_come_first():
         for what in ("ours", "peft", "ours, attention by xla")
         for batch in (1, 4)
     }
+
+
+@needs_mosaic
+def test_steps_come_between_the_goals_and_the_tail():
+    found = gpu_tasks.tasks(H200, wheels=("bitsandbytes", "peft"))
+    goals, steps, tail = gpu_suite.phases(found, 12)
+    shared = [t for lanes in (goals, steps, tail) for lane in lanes for t in lane.tasks]
+    assert len(shared) == len(found) and all(t in shared for t in found)
+    (alone,) = steps
+    assert alone.alone and {t["section"] for t in alone.tasks} == {"step", "memory"}
+    ours, torch = goals
+    assert {t["section"] for t in ours.tasks} == {
+        "ceilings",
+        "numerics",
+        "sweep",
+        "lora",
+    }
+    assert all(t["m"] in gpu_tasks.GOALS for t in ours.tasks if t["section"] == "sweep")
+    assert {t["what"] for t in torch.tasks} == {"bitsandbytes"} and torch.processes == 1
 
 
 @needs_mosaic
@@ -257,6 +277,27 @@ def test_bitsandbytes_kernels_are_ordered_and_copies_left_out():
     assert gpu_bitsandbytes.kernel_times(events, "cuda") == [3.0, 4.0]
 
 
+@pytest.mark.slow
+def test_the_step_that_is_timed_is_a_step(monkeypatch):
+    import gpu_step
+
+    tiny = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128}
+    tiny |= {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
+    monkeypatch.setattr(gpu_step, "LLAMA_8B", tiny)
+    task = {"section": "step", "what": "ours", "batch": 2, "seq": 32}
+    turns = []
+
+    @contextlib.contextmanager
+    def turn():
+        turns.append(1)
+        yield
+
+    row = gpu_step.our_step(task, turn)
+    assert turns == [1]
+    assert row["tokens_per_s"] == pytest.approx(64 / row["step_s"])
+    assert np.isfinite(row["loss"])
+
+
 # --- Workers ------------------------------------------------------------------------------
 
 FAKE = f"""
@@ -271,6 +312,7 @@ def handle(task, turn):
         return {{"device": cpu, "driver": None}}
     if what == "misfit":
         raise ValueError("does not fit")
+    compiled = [time.time(), time.sleep(0.03), time.time()][::2]
     with turn():
         began = time.time()
         if what == "hang":
@@ -282,6 +324,7 @@ def handle(task, turn):
         print("what a library prints")
         time.sleep(0.05)
         row = {{"pid": os.getpid(), "at": [began, time.time()]}}
+        row["compiled"] = compiled
         return row | {{"passed": True, "wrong": 0, "tolerance": 0}}
 
 gpu_workers.serve(handle)
@@ -305,7 +348,7 @@ def numbered(*whats: str) -> list[dict]:
 def test_what_hangs_dies_or_fails_has_a_row_and_spoils_no_other(fake, tmp_path):
     tasks = numbered("a", "b", "misfit", "c", "hang", "d", "die", "e", "sick", "f")
     out = tmp_path / "rows.jsonl"
-    run = gpu_workers.Run(fake, out, time.time() + 100, lambda task: 1.0)
+    run = gpu_workers.Run(fake, out, time.time() + 100, lambda task: (60.0, 1.0))
     run([Lane(list(tasks))])
     rows = gpu_workers.read(out)
     assert [row["i"] for row in rows] == list(range(10))
@@ -328,9 +371,9 @@ def test_what_hung_is_run_again_only_if_asked(fake, tmp_path):
     assert gpu_workers.outstanding(tasks, rows, retry_lost=True) == tasks[1:]
 
 
-def test_processes_use_the_gpu_one_at_a_time(fake, tmp_path):
+def test_processes_run_one_at_a_time_and_not_while_others_compile(fake, tmp_path):
     out = tmp_path / "rows.jsonl"
-    run = gpu_workers.Run(fake, out, time.time() + 100, lambda task: 10.0)
+    run = gpu_workers.Run(fake, out, time.time() + 100, lambda task: (60.0, 10.0))
     run([Lane(numbered(*"abcdef"), 3), Lane(numbered(*"ghi"), alone=True)])
     rows = gpu_workers.read(out)
     assert len(rows) == 9
@@ -338,13 +381,16 @@ def test_processes_use_the_gpu_one_at_a_time(fake, tmp_path):
     assert all(
         end <= begin for (_, end), (begin, _) in zip(spans, spans[1:], strict=False)
     )
+    for begin, end in spans:
+        for compiled in (row["compiled"] for row in rows):
+            assert compiled[1] <= begin or end <= compiled[0]
     assert len({row["pid"] for row in rows if row["what"] in "ghi"}) == 3
 
 
 def test_the_time_cuts_the_tail_and_leaves_no_row_of_it(fake, tmp_path):
     out = tmp_path / "rows.jsonl"
     began = time.time()
-    run = gpu_workers.Run(fake, out, began + 3, lambda task: 500.0)
+    run = gpu_workers.Run(fake, out, began + 3, lambda task: (500.0, 500.0))
     run([Lane(numbered("a", "hang", "b"))])
     assert time.time() - began < 20
     assert [row["what"] for row in gpu_workers.read(out)] == ["a"]
