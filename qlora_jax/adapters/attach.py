@@ -14,7 +14,13 @@ from flax import nnx
 from jaxtyping import Array
 
 from pallas_kernels.reference import dequantize_rows
-from qlora_jax.adapters.compensate import Moments, Original, compensate, describe
+from qlora_jax.adapters.compensate import (
+    Compensation,
+    Moments,
+    Original,
+    compensate,
+    describe,
+)
 from qlora_jax.adapters.config import ALL_LINEAR, EMBEDDING, HEAD, LoRAConfig, ends
 from qlora_jax.adapters.fingerprint import fingerprint
 from qlora_jax.adapters.names import dotted
@@ -37,6 +43,9 @@ M = TypeVar("M", bound=nnx.Module)
 
 logger = logging.getLogger(__name__)
 
+PISSA_ROUNDS = 5
+"""Of quantizing what the adapter leaves, and fitting the adapter (PiSSA's T)."""
+
 _OWN = {Linear: "kernel", Embedding: "weight", RMSNorm: "weight"}
 """Modules that can train in full, and the parameter that does."""
 
@@ -52,7 +61,8 @@ def attach(
     """Puts a new LoRA beside every targeted linear.
 
     With config.init 'zero' the output does not change yet; else the adapter makes up for
-    what quantization lost, as `compensate` says.
+    what quantization lost, as `compensate` says. With 'pissa' the model comes back with
+    another 4-bit base, which goes with the adapter: save_model(detach(model), folder).
 
     Args:
       model: Any nnx.Module with qlora_jax linears. It is left as it was.
@@ -72,14 +82,39 @@ def attach(
     config = config or LoRAConfig()
     if config.init == "zero":
         return attach_zero(model, config, key=key)
-    weighted = config.init != "loftq"
+    model, errors = attach_compensated(model, config, original, moments, key=key)
+    logger.info("%s: %s", config.init, describe(errors))
+    return model
+
+
+def attach_compensated(
+    model: M,
+    config: LoRAConfig,
+    original: Original | nnx.Module | None,
+    moments: Moments | None = None,
+    *,
+    key: Array,
+) -> tuple[M, dict[str, Compensation]]:
+    """Attaches an adapter of another init than zero.
+
+    Args and raises as `attach`.
+
+    Returns:
+      The model, and the relative errors of its linears.
+    """
+    weighted = config.init.startswith("qera")
     if original is None or (weighted and moments is None):
         needs = "original and moments (input_moments)" if weighted else "original"
         raise ConfigError(f"init {config.init!r} needs {needs}")
-    model = attach_zero(model, config, key=key)
-    model, errors = compensate(model, original, moments if weighted else None, key=key)
-    logger.info("%s: %s", config.init, describe(errors))
-    return model
+    pissa = config.init == "pissa"
+    return compensate(
+        attach_zero(model, config, key=key),
+        original,
+        moments if weighted else None,
+        key=key,
+        iterations=PISSA_ROUNDS if pissa else 1,
+        principal=pissa,
+    )
 
 
 def attach_zero(model: M, config: LoRAConfig, *, key: Array) -> M:
@@ -88,7 +123,7 @@ def attach_zero(model: M, config: LoRAConfig, *, key: Array) -> M:
     Args, returns and raises as `attach`.
     """
     _check(model, config)
-    base = fingerprint(model)
+    base = fingerprint(model, scales=config.init != "zero")
     if isinstance(model, Decoder) and (HEAD in config.saved or not config.tied):
         model = untied(model)
 
