@@ -14,13 +14,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from pallas_kernels.reference import dequantize_rows
-from qlora_jax.adapters.compensate import (
-    Compensation,
-    Moments,
-    Original,
-    compensate,
-    describe,
-)
+from qlora_jax.adapters.compensate import Moments, Original, describe, start
 from qlora_jax.adapters.config import ALL_LINEAR, EMBEDDING, HEAD, LoRAConfig, ends
 from qlora_jax.adapters.fingerprint import fingerprint
 from qlora_jax.adapters.names import dotted
@@ -42,9 +36,6 @@ from qlora_jax.nn.variables import trained, trains
 M = TypeVar("M", bound=nnx.Module)
 
 logger = logging.getLogger(__name__)
-
-PISSA_ROUNDS = 5
-"""Of quantizing what the adapter leaves, and fitting the adapter (PiSSA's T)."""
 
 _OWN = {Linear: "kernel", Embedding: "weight", RMSNorm: "weight"}
 """Modules that can train in full, and the parameter that does."""
@@ -82,39 +73,10 @@ def attach(
     config = config or LoRAConfig()
     if config.init == "zero":
         return attach_zero(model, config, key=key)
-    model, errors = attach_compensated(model, config, original, moments, key=key)
+    model = attach_zero(model, config, key=key)
+    model, errors = start(model, config.init, original, moments, key=key)
     logger.info("%s: %s", config.init, describe(errors))
     return model
-
-
-def attach_compensated(
-    model: M,
-    config: LoRAConfig,
-    original: Original | nnx.Module | None,
-    moments: Moments | None = None,
-    *,
-    key: Array,
-) -> tuple[M, dict[str, Compensation]]:
-    """Attaches an adapter of another init than zero.
-
-    Args and raises as `attach`.
-
-    Returns:
-      The model, and the relative errors of its linears.
-    """
-    weighted = config.init.startswith("qera")
-    if original is None or (weighted and moments is None):
-        needs = "original and moments (input_moments)" if weighted else "original"
-        raise ConfigError(f"init {config.init!r} needs {needs}")
-    pissa = config.init == "pissa"
-    return compensate(
-        attach_zero(model, config, key=key),
-        original,
-        moments if weighted else None,
-        key=key,
-        iterations=PISSA_ROUNDS if pissa else 1,
-        principal=pissa,
-    )
 
 
 def attach_zero(model: M, config: LoRAConfig, *, key: Array) -> M:

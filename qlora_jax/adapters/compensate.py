@@ -29,6 +29,7 @@ from qlora_jax.adapters.names import dotted
 from qlora_jax.errors import AdapterMismatchError, ConfigError
 from qlora_jax.nn import Linear, LoRA, QuantizedLinear
 from qlora_jax.nn.dora import row_norms
+from qlora_jax.nn.lora import Init
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -37,6 +38,10 @@ Original = Callable[[str, tuple[int, ...]], Array | np.ndarray]
 
 Moments = Mapping[str, Array]
 """Dotted path -> mean of x x^T, float32 (..., in, in), or of x**2, (..., in)."""
+
+
+PISSA_ROUNDS = 5
+"""Of quantizing what the adapter leaves, and fitting the adapter: PiSSA's T."""
 
 
 class Compensation(NamedTuple):
@@ -241,6 +246,36 @@ def compensate(
     graphdef, state = nnx.split(model)
     flat = [(path, fill(path, v)) for path, v in nnx.to_flat_state(state)]
     return nnx.merge(graphdef, nnx.from_flat_state(flat)), errors
+
+
+def start(
+    model: M,
+    init: Init,
+    original: Original | nnx.Module | None,
+    moments: Moments | None = None,
+    *,
+    key: Array,
+) -> tuple[M, dict[str, Compensation]]:
+    """Compensates as an init other than zero says.
+
+    Args, returns and raises as `compensate`; and
+
+    Raises:
+      ConfigError: what the init needs is missing.
+    """
+    weighted = init.startswith("qera")
+    if original is None or (weighted and moments is None):
+        needs = "original and moments (input_moments)" if weighted else "original"
+        raise ConfigError(f"init {init!r} needs {needs}")
+    pissa = init == "pissa"
+    return compensate(
+        model,
+        original,
+        moments if weighted else None,
+        key=key,
+        iterations=PISSA_ROUNDS if pissa else 1,
+        principal=pissa,
+    )
 
 
 def _reader(dense: nnx.Module) -> Original:

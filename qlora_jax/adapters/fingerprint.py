@@ -64,9 +64,7 @@ def fingerprint(model: nnx.Module, *, scales: bool = False) -> str | None:
     return with_scales(mark, packed) if scales else mark
 
 
-def with_scales(
-    mark: str | None, packed: Mapping[str, QuantizedTensor]
-) -> str | None:
+def with_scales(mark: str | None, packed: Mapping[str, QuantizedTensor]) -> str | None:
     """Returns a mark that has the scales of some 4-bit weights, by name."""
     if mark is None or any(map(_abstract, packed.values())):
         return None

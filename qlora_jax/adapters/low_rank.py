@@ -89,13 +89,12 @@ def alternate(
     Returns:
       The best of all rounds: one that makes matters worse is not taken.
     """
-    fit = functools.partial(
-        _factors, rank=rank, scale=scale, balanced=rounds.principal
-    )
+    fit = functools.partial(_factors, rank=rank, scale=scale, balanced=rounds.principal)
     q, before = base, None
     if rounds.principal:
         before = _lost(w, base, moment)
-        q = _rest(w, *fit(w, None, moment, key)[:2], base, scale)
+        a, b, _ = fit(w, None, moment, key)
+        q = _rest(w, a, b, base, scale)
     a, b, energies = fit(w, q, moment, key)
     best = Fit(q, a, b, energies)
     for _ in range(rounds.iterations - 1):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import json
+import sys
 import tomllib
 import types
 import typing
@@ -12,10 +14,11 @@ from typing import Any, Literal, TypedDict, TypeVar
 import tomli_w
 import tyro
 
-from qlora_jax.adapters.value import Adapter
-from qlora_jax.errors import ConfigError, gathered
-from qlora_jax.io.adapter import adapter_tokenizer, load_adapter
-from qlora_jax.io.hf import find, load, read_config
+from qlora_jax.adapters.fingerprint import fingerprint
+from qlora_jax.adapters.value import Adapter, other_base
+from qlora_jax.errors import AdapterMismatchError, ConfigError, gathered
+from qlora_jax.io.adapter import adapter_tokenizer, changed_base, load_adapter
+from qlora_jax.io.hf import find, load, outline, read_config
 from qlora_jax.io.peft import import_peft, is_peft
 from qlora_jax.io.read import read_adapter
 from qlora_jax.io.tokenizer import Tokenizer
@@ -96,6 +99,27 @@ def describe_quant(folder: Path, quant: QuantConfig | None) -> str:
     return f"{quant.codebook}, block {quant.block_size}, {double} absmax"
 
 
+def find_base(model: str, adapter: str | None) -> Path:
+    """Returns the folder of --model, or of the base that the adapter's run made of it.
+
+    Raises:
+      AdapterMismatchError: the run made its base of another model.
+    """
+    folder = find(model)
+    own = None if adapter is None else changed_base(adapter)
+    if own is None or own.samefile(folder):
+        return folder
+    mark = fingerprint(outline(own)[0])
+    assert mark is not None
+    if problem := other_base(outline(folder)[0], json.loads(mark)):
+        raise AdapterMismatchError(
+            f"{adapter} goes with the 4-bit base in {own}, which was not made of --model "
+            f"{model}: {problem}"
+        )
+    print(f"the base is {own}, which goes with the adapter", file=sys.stderr)
+    return own
+
+
 def open_model(
     model: str, adapter: str | None, quant: QuantOptions, dtype: str
 ) -> tuple[Any, Tokenizer | None, dict[str, Any]]:
@@ -107,7 +131,7 @@ def open_model(
     Returns:
       (model, tokenizer, what to say of it).
     """
-    folder = find(model)
+    folder = find_base(model, adapter)
     auto, tables = None, quant.tables()
     if adapter is not None and (Path(adapter) / "config.toml").is_file():
         run = read_toml(Path(adapter) / "config.toml")
@@ -120,6 +144,8 @@ def open_model(
     chosen = quant.resolve(folder, auto=auto)
     base, tokenizer = load(folder, chosen, dtype, **tables)
     said = {"model": model, "base": describe_quant(folder, chosen)}
+    if folder != find(model):
+        said["base_folder"] = str(folder)
     if adapter is not None:
         base = load_adapter(adapter, base)
         tokenizer = adapter_tokenizer(adapter, tokenizer)
