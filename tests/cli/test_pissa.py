@@ -4,14 +4,15 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny
 
-from qlora_jax.adapters.attach import detach
+from qlora_jax.adapters import Adapter, LoRAConfig, attach, detach
 from qlora_jax.cli.main import main
-from qlora_jax.io.adapter import load_adapter
-from qlora_jax.io.hf import load, save_model
+from qlora_jax.io.adapter import load_adapter, save_adapter
+from qlora_jax.io.hf import load, original_kernels, save_model
 from qlora_jax.train.metrics import read_metrics
 
 FLAGS = ["--train.micro-batch", "2", "--train.grad-accum", "1", "--lora.rank", "8"]
@@ -22,12 +23,26 @@ FLAGS += ["--train.save-every", "1", "--lora.targets", "q_proj,down_proj"]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense folder, rows, and what a run leaves behind, made without training."""
     root = tmp_path_factory.mktemp("pissa")
-    tiny.write_folder(root / "dense")
+    dense = tiny.write_folder(root / "dense")
     tiny.write_jsonl(root / "rows.jsonl", tiny.sums(12))
-    args = ["--model", root / "dense", "--data", root / "rows.jsonl", "--out"]
-    assert main(["train", *map(str, [*args, root / "run"]), *FLAGS]) == 0
+    config = LoRAConfig(rank=8, targets="q_proj", init="pissa")
+    model = attach(
+        *(tiny.quantized(), config),
+        key=jax.random.key(0),
+        original=original_kernels(dense),
+    )
+    save_adapter(root / "run" / "adapter", Adapter.of(model).lora, config)
+    save_model(detach(model), root / "run" / "base", source=dense)
     return root
+
+
+@pytest.fixture(scope="module")
+def trained(folders: Path) -> Path:
+    args = ["--model", folders / "dense", "--data", folders / "rows.jsonl", "--out"]
+    assert main(["train", *map(str, [*args, folders / "trained"]), *FLAGS]) == 0
+    return folders / "trained"
 
 
 def call(capsys, *args: object) -> dict:
@@ -49,8 +64,9 @@ def evaluate(folders: Path, model: Path, run: Path) -> list[object]:
     return [*args, "--data", folders / "rows.jsonl", "--data.max-tokens", 64]
 
 
-def test_the_run_saves_the_base_that_it_trains_on(folders: Path):
-    run = folders / "run"
+@pytest.mark.slow
+def test_the_run_saves_the_base_that_it_trains_on(trained: Path):
+    run = trained
     base, _ = load(run / "base", dtype="float32")
     model = load_adapter(run, base)
     x, dense, plain = tiny.tokens(), tiny.decoder(), tiny.quantized()
@@ -62,10 +78,11 @@ def test_the_run_saves_the_base_that_it_trains_on(folders: Path):
         assert np.array_equal(*codes) == is_same
 
 
+@pytest.mark.slow
 def test_a_run_that_moved_is_resumed_evaluated_and_merged(
-    folders: Path, tmp_path: Path, capsys
+    folders: Path, trained: Path, tmp_path: Path, capsys
 ):
-    run, moved = folders / "run", tmp_path / "moved"
+    run, moved = trained, tmp_path / "moved"
     shutil.copytree(run, moved)
     before = evaluate(folders, folders / "dense", run)
     held = call(capsys, *before)
@@ -95,9 +112,7 @@ def test_a_run_that_moved_is_resumed_evaluated_and_merged(
     merged, _ = load(tmp_path / "m", dtype="float32")
     model = load_adapter(moved, load(moved / "base", dtype="float32")[0])
     x = tiny.tokens()
-    np.testing.assert_allclose(
-        tiny.logits(merged, x), tiny.logits(model, x), atol=1e-4
-    )
+    np.testing.assert_allclose(tiny.logits(merged, x), tiny.logits(model, x), atol=1e-4)
 
 
 def test_another_base_is_refused(folders: Path, tmp_path: Path, capsys):
@@ -118,10 +133,9 @@ def test_another_base_is_refused(folders: Path, tmp_path: Path, capsys):
     assert found["loss"] == held["loss"]
 
 
-def test_a_run_without_its_base_is_not_resumed(folders: Path, tmp_path, capsys):
-    shutil.copytree(folders / "run", tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "base")
-    assert "base is not there" in refused(capsys, "train", "--resume", tmp_path / "run")
+def test_a_run_without_its_base_is_not_resumed(tmp_path: Path, capsys):
+    (tmp_path / "config.toml").write_text('model = "gone"\n[lora]\ninit = "pissa"\n')
+    assert "base is not there" in refused(capsys, "train", "--resume", tmp_path)
 
 
 def test_what_does_not_go_with_pissa_is_said_at_once(folders, tmp_path, capsys):
@@ -163,12 +177,14 @@ def test_export_names_the_base_that_peft_must_open(folders, tmp_path: Path, caps
 
 
 @pytest.mark.slow
-def test_a_4_bit_folder_and_its_original_do_as_well(folders, tmp_path, capsys):
+def test_a_4_bit_folder_and_its_original_do_as_well(
+    folders, trained, tmp_path: Path, capsys
+):
     save_model(tiny.quantized(), tmp_path / "q", source=folders / "dense")
     args = ["train", "--data", folders / "rows.jsonl", "--out", tmp_path / "o", *FLAGS]
     args += ["--model", tmp_path / "q", "--original", folders / "dense"]
     call(capsys, *args)
-    paths = [x / "base" / "model.safetensors" for x in (folders / "run", tmp_path / "o")]
+    paths = [x / "base" / "model.safetensors" for x in (trained, tmp_path / "o")]
     one, other = (path.read_bytes() for path in paths)
     assert one == other
     # A new run over it replaces its base.
