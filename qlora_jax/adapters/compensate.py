@@ -318,6 +318,7 @@ def _stack(
             scale=node.scale,
             rounds=rounds if adapted else low_rank.Rounds(),
         )
+        jax.block_until_ready(fit)  # else dense weights pile up in front of the device
         made.append(fit if rounds.change_base else fit._replace(base=None))
     fits = jax.tree.map(lambda *parts: jnp.stack(parts), *made)
     whole, before, after = np.asarray(fits.energies, np.float64).sum(axis=0)
