@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qlora_jax.adapters.algebra import scale as scale
     from qlora_jax.adapters.algebra import update_norms as update_norms
     from qlora_jax.adapters.attach import attach as attach
+    from qlora_jax.adapters.attach import detach as detach
     from qlora_jax.adapters.attach import join as join
     from qlora_jax.adapters.attach import split as split
     from qlora_jax.adapters.bank import AdapterBank as AdapterBank
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from qlora_jax.adapters.compensate import input_moments as input_moments
     from qlora_jax.adapters.config import LoRAConfig as LoRAConfig
     from qlora_jax.adapters.merge import merge as merge
+    from qlora_jax.adapters.merge import merge_corrected as merge_corrected
     from qlora_jax.adapters.merge import unmerge as unmerge
     from qlora_jax.adapters.merge_report import merge_report as merge_report
     from qlora_jax.adapters.value import Adapter as Adapter
@@ -71,12 +73,12 @@ _HOMES = {
         "scale",
         "update_norms",
     ),
-    "qlora_jax.adapters.attach": ("attach", "join", "split"),
+    "qlora_jax.adapters.attach": ("attach", "detach", "join", "split"),
     "qlora_jax.adapters.bank": ("AdapterBank",),
     "qlora_jax.adapters.combine": ("combine",),
     "qlora_jax.adapters.compensate": ("compensate", "input_moments"),
     "qlora_jax.adapters.config": ("LoRAConfig",),
-    "qlora_jax.adapters.merge": ("merge", "unmerge"),
+    "qlora_jax.adapters.merge": ("merge", "merge_corrected", "unmerge"),
     "qlora_jax.adapters.merge_report": ("merge_report",),
     "qlora_jax.adapters.value": ("Adapter",),
     "qlora_jax.data.config": ("DataConfig",),

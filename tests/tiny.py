@@ -91,6 +91,16 @@ def decoder(dtype: str = "float32", seed: int = 0, bias: bool = False) -> Decode
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
+class One(nnx.Module):
+    """A single linear, as a stranger's model would have it."""
+
+    def __init__(self, linear: nnx.Module):
+        self.linear = linear
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear(x)
+
+
 @functools.cache
 def quantized(dtype: str = "float32", seed: int = 0, bias: bool = False) -> Decoder:
     """Returns `decoder` with 4-bit linears (the head stays dense)."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from qlora_jax.adapters.compensate import Moments, Original, compensate, describe
+from qlora_jax.adapters.compensate import Moments, Original, describe, start
 from qlora_jax.adapters.config import ALL_LINEAR, EMBEDDING, HEAD, LoRAConfig, ends
 from qlora_jax.adapters.fingerprint import fingerprint
 from qlora_jax.adapters.names import dotted
@@ -52,7 +52,8 @@ def attach(
     """Puts a new LoRA beside every targeted linear.
 
     With config.init 'zero' the output does not change yet; else the adapter makes up for
-    what quantization lost, as `compensate` says.
+    what quantization lost, as `compensate` says. With 'pissa' the model comes back with
+    another 4-bit base, which goes with the adapter: save_model(detach(model), folder).
 
     Args:
       model: Any nnx.Module with qlora_jax linears. It is left as it was.
@@ -72,12 +73,8 @@ def attach(
     config = config or LoRAConfig()
     if config.init == "zero":
         return attach_zero(model, config, key=key)
-    weighted = config.init != "loftq"
-    if original is None or (weighted and moments is None):
-        needs = "original and moments (input_moments)" if weighted else "original"
-        raise ConfigError(f"init {config.init!r} needs {needs}")
     model = attach_zero(model, config, key=key)
-    model, errors = compensate(model, original, moments if weighted else None, key=key)
+    model, errors = start(model, config.init, original, moments, key=key)
     logger.info("%s: %s", config.init, describe(errors))
     return model
 
@@ -88,7 +85,7 @@ def attach_zero(model: M, config: LoRAConfig, *, key: Array) -> M:
     Args, returns and raises as `attach`.
     """
     _check(model, config)
-    base = fingerprint(model)
+    base = fingerprint(model, scales=config.init != "zero")
     if isinstance(model, Decoder) and (HEAD in config.saved or not config.tied):
         model = untied(model)
 

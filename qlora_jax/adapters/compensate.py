@@ -1,16 +1,14 @@
 """Starting an adapter from what quantization lost, instead of from zero.
 
 A linear's output is off by E x, E = W - dequantize(NF4(W)). The factors start as the
-rank-r matrix that takes away most of it over the inputs x that the linear sees:
+rank-r matrix that takes away most of it over the inputs x that the linear sees
+(low_rank.py). In one round the base itself is not touched, so it stays shared, and the
+same as any other tool's; more rounds make a base of its own for the adapter.
 
-    minimise |(E - L) C^(1/2)|_F  over rank(L) = r,   C = mean of x x^T
-
-whose solution is L = V V^T E, V the top r eigenvectors of E C E^T. The base itself is
-not touched, so it stays shared, and the same as any other tool's.
-
-Source: LoftQ (arXiv 2310.08659), its first iteration, is C = identity ('loftq'); QERA
-(arXiv 2410.06040), its exact solution, has the second moments of the inputs ('qera'),
-its approximate one their diagonal ('qera-diagonal').
+Source: LoftQ (arXiv 2310.08659) weighs all inputs alike ('loftq' is its first round);
+QERA (arXiv 2410.06040), its exact solution, has the second moments of the inputs
+('qera'), its approximate one their diagonal ('qera-diagonal'). PiSSA (arXiv 2404.02948),
+section 3.2, starts from the principal part of W ('pissa').
 """
 
 import functools
@@ -22,13 +20,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
+from pallas_kernels.layout import QuantizedTensor
+from qlora_jax.adapters import low_rank
+from qlora_jax.adapters.fingerprint import with_scales
 from qlora_jax.adapters.names import dotted
 from qlora_jax.errors import AdapterMismatchError, ConfigError
 from qlora_jax.nn import Linear, LoRA, QuantizedLinear
 from qlora_jax.nn.dora import row_norms
-from qlora_jax.quant import Quantized, dequantize
+from qlora_jax.nn.lora import Init
+from qlora_jax.quant import Quantized
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -38,9 +40,9 @@ Original = Callable[[str, tuple[int, ...]], Array | np.ndarray]
 Moments = Mapping[str, Array]
 """Dotted path -> mean of x x^T, float32 (..., in, in), or of x**2, (..., in)."""
 
-_OVERSAMPLE = 16
-_ITERATIONS = 12
-"""Subspace iterations: within 1 % of the best reduction (tests/adapters)."""
+
+PISSA_ROUNDS = 5
+"""Of quantizing what the adapter leaves, and fitting the adapter: PiSSA's T."""
 
 
 class Compensation(NamedTuple):
@@ -172,9 +174,14 @@ def compensate(
     moments: Moments | None = None,
     *,
     key: Array,
+    iterations: int = 1,
+    principal: bool = False,
 ) -> tuple[M, dict[str, Compensation]]:
     """Starts every adapter of a 4-bit linear from what quantization lost.
 
+    With one round the base stays as it is. With more, or from the principal part, the
+    adapted linears get 4-bit weights of their own: quantized anew, less the adapter. Such
+    a base goes with this adapter alone; save it (`detach`, `save_model`) beside it.
     lora_a gets the size that a new one has, so that learning rates carry over.
 
     Args:
@@ -183,19 +190,26 @@ def compensate(
         reads one kernel at a time.
       moments: From `input_moments`; None weighs all input directions alike.
       key: For the subspace iteration's start.
+      iterations: Rounds of LoftQ's alternation; a matrix keeps its best one.
+      principal: Begin with the principal part of the original weights, as PiSSA does,
+        and with its factors' sizes.
 
     Returns:
       The model, and the relative error of each linear before and after, by path; over
       all layers of a stack.
 
     Raises:
+      ConfigError: less than one round.
       AdapterMismatchError: an adapter has been trained already, its base is dense, or
         the original does not fit.
     """
+    if iterations < 1:
+        raise ConfigError(f"iterations is {iterations}, expected at least 1")
     read = _reader(original) if isinstance(original, nnx.Module) else original
+    rounds = low_rank.Rounds(iterations, principal)
     errors: dict[str, Compensation] = {}
-
-    factors: dict[tuple, Array] = {}
+    filled: dict[tuple, Any] = {}
+    bases: dict[str, QuantizedTensor] = {}
     for path, node in nnx.iter_graph(model):
         if not isinstance(node, LoRA):
             continue
@@ -210,18 +224,61 @@ def compensate(
                 f"the adapter at {name} has been trained; compensate a new one"
             )
         moment = None if moments is None else moments[name]
-        made = _stack(name, node, base, read, moment, key)
-        a, b, errors[name] = made
-        factors[*path, "lora_a"], factors[*path, "lora_b"] = a, b
+        made = _stack(name, node, read, moment, key, rounds)
+        q, a, b, errors[name] = made
+        filled[*path, "lora_a"], filled[*path, "lora_b"] = a, b
+        if q is not None:
+            base = QuantizedLinear(q)
+            filled[*path, "base", "kernel"] = q
+            if isinstance(q, QuantizedTensor):
+                bases[f"{name}.kernel"] = q
+            if node.squared_norms is not None:
+                filled[*path, "squared_norms"] = row_norms(base) ** 2
         if node.magnitude is not None:
-            factors[*path, "magnitude"] = row_norms(base, a, b, node.scale)
+            filled[*path, "magnitude"] = row_norms(base, a, b, node.scale)
 
     def fill(path: tuple, variable: nnx.Variable) -> nnx.Variable:
-        return variable.replace(factors[path]) if path in factors else variable
+        if path in filled:
+            variable = variable.replace(filled[path])
+        if bases and isinstance(variable, nnx.LoRAParam):
+            mark = with_scales(variable.get_metadata().get("base"), bases)
+            variable = variable.replace(variable.get_value())
+            variable.set_metadata(base=mark)
+        return variable
 
     graphdef, state = nnx.split(model)
     flat = [(path, fill(path, v)) for path, v in nnx.to_flat_state(state)]
     return nnx.merge(graphdef, nnx.from_flat_state(flat)), errors
+
+
+def start(
+    model: M,
+    init: Init,
+    original: Original | nnx.Module | None,
+    moments: Moments | None = None,
+    *,
+    key: Array,
+) -> tuple[M, dict[str, Compensation]]:
+    """Compensates as an init other than zero says.
+
+    Args, returns and raises as `compensate`; and
+
+    Raises:
+      ConfigError: what the init needs is missing.
+    """
+    weighted = init.startswith("qera")
+    if original is None or (weighted and moments is None):
+        needs = "original and moments (input_moments)" if weighted else "original"
+        raise ConfigError(f"init {init!r} needs {needs}")
+    pissa = init == "pissa"
+    return compensate(
+        model,
+        original,
+        moments if weighted else None,
+        key=key,
+        iterations=PISSA_ROUNDS if pissa else 1,
+        principal=pissa,
+    )
 
 
 def _reader(dense: nnx.Module) -> Original:
@@ -242,68 +299,33 @@ def _reader(dense: nnx.Module) -> Original:
 def _stack(
     name: str,
     node: LoRA,
-    base: QuantizedLinear,
     read: Original,
     moment: Array | None,
     key: Array,
-) -> tuple[Array, Array, Compensation]:
-    """Returns both factors, stacked, and the error over the whole stack."""
-    made = []
-    for index in np.ndindex(*base.stack):
-        q, c = jax.tree.map(operator.itemgetter(index), (base.quantized, moment))
+    rounds: low_rank.Rounds,
+) -> tuple[Quantized | None, Array, Array, Compensation]:
+    """Returns the new 4-bit weights if any, both factors, and the error; of a stack."""
+    made, stack = [], node.base.stack
+    for index in np.ndindex(*stack):
+        quantized = node.base.kernel.get_value()
+        q, c = jax.tree.map(operator.itemgetter(index), (quantized, moment))
         w = jnp.asarray(read(name, index))
         if w.shape != q.shape:
             raise AdapterMismatchError(
                 f"{name}: the original has shape {w.shape}, the base {q.shape}"
             )
-        made.append(_factors(w, q, c, key, rank=node.rank, scale=node.scale))
-    a, b, energies = (jnp.stack(parts) for parts in zip(*made, strict=True))
-    a, b = (x.reshape(*base.stack, *x.shape[1:]) for x in (a, b))
-    whole, before, after = np.asarray(energies, np.float64).sum(axis=0)
+        adapted = node.active is None or node.active[...][index].item() > 0
+        fit = low_rank.alternate(
+            *(w, q, c, key),
+            rank=node.rank,
+            scale=node.scale,
+            rounds=rounds if adapted else low_rank.Rounds(),
+        )
+        jax.block_until_ready(fit)  # else dense weights pile up in front of the device
+        made.append(fit if rounds.change_base else fit._replace(base=None))
+    fits = jax.tree.map(lambda *parts: jnp.stack(parts), *made)
+    whole, before, after = np.asarray(fits.energies, np.float64).sum(axis=0)
     whole = max(whole, np.finfo(np.float64).tiny)
-    return a, b, Compensation((before / whole) ** 0.5, (max(after, 0) / whole) ** 0.5)
-
-
-@functools.partial(jax.jit, static_argnames=("rank", "scale"))
-def _factors(
-    w: Float[Array, "out in"],
-    q: Quantized,
-    moment: Array | None,
-    key: Array,
-    *,
-    rank: int,
-    scale: float,
-) -> tuple[Float[Array, "in rank"], Float[Array, "rank out"], Float[Array, "3"]]:
-    """Returns lora_a, lora_b, and the energies of the output and of both errors."""
-    dot = functools.partial(jnp.matmul, precision="highest")
-    w = w.astype(jnp.float32)
-    error = w - dequantize(q, "float32")
-    out, features = error.shape
-
-    def weigh(y: Float[Array, "in columns"]) -> Float[Array, "in columns"]:
-        if moment is None:
-            return y
-        return moment[:, None] * y if moment.ndim == 1 else dot(moment, y)
-
-    columns = min(rank + _OVERSAMPLE, out)
-    start = jax.random.normal(key, (out, columns))
-
-    def iterate(_, v):
-        return jnp.linalg.qr(dot(error, weigh(dot(error.T, v))))[0]
-
-    v = jax.lax.fori_loop(0, _ITERATIONS, iterate, iterate(0, start))
-    hidden = dot(error.T, v)
-    values, vectors = jnp.linalg.eigh(dot(hidden.T, weigh(hidden)))
-    keep = min(rank, columns)
-    v = dot(v, vectors[:, ::-1][:, :keep])
-    a, b = dot(error.T, v), v.T
-    # The size of a new lora_a: uniform in +-1/sqrt(in) has this root mean square.
-    size = (3 * features) ** -0.5
-    norm = jnp.sqrt(jnp.mean(a**2))
-    factor = jnp.where(norm > 0, size / jnp.where(norm > 0, norm, 1.0), 1.0)
-    a, b = a * factor, b / (factor * scale)
-    spare = ((0, 0), (0, rank - keep))  # a rank above out leaves columns at zero
-    a, b = jnp.pad(a, spare), jnp.pad(b.T, spare).T
-    before = jnp.sum(error.T * weigh(error.T))
-    energies = (jnp.sum(w.T * weigh(w.T)), before, before - jnp.sum(values[-keep:]))
-    return a, b, jnp.stack(energies)
+    error = Compensation((before / whole) ** 0.5, (max(after, 0) / whole) ** 0.5)
+    q, a, b = jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), fits[:3])
+    return q, a, b, error

@@ -3,16 +3,24 @@
 Two parts: the shapes of all parameters, and a sample of values that quantization leaves
 alone (embedding, norms, biases). The sample is compared to within the rounding of a
 16-bit copy, so that an adapter trained on NF4 weights fits their original.
+
+An adapter that holds a part of its base (LoRAConfig.init) fits that 4-bit base alone. Its
+mark has a third part, which tells 4-bit copies apart: the mean absmax of each weight.
 """
 
 import hashlib
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.core
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from pallas_kernels.layout import QuantizedTensor
+from pallas_kernels.reference import decode_absmax
 from qlora_jax.nn import FrozenParam
 from qlora_jax.nn.linear import stack_of
 from qlora_jax.quant import Quantized
@@ -20,20 +28,25 @@ from qlora_jax.quant import Quantized
 _SAMPLES = 8  # of a parameter
 TOLERANCE = 2**-7
 """Relative; two roundings to bfloat16 differ by at most 2**-8."""
+SCALES_TOLERANCE = 1e-4
+"""Relative, of a mean absmax: one base quantized on two devices agrees to 1e-6 or so."""
 
 
-def fingerprint(model: nnx.Module) -> str | None:
+def fingerprint(model: nnx.Module, *, scales: bool = False) -> str | None:
     """Returns a JSON object with `structure` (hex) and `sample` ({name: floats}).
 
     None while the model is abstract (inside jit or eval_shape). Quantized and dense
-    copies of one base have the same structure.
+    copies of one base have the same structure. With `scales` the object has these too:
+    {name of a 4-bit weight: mean absmax}.
     """
-    shapes, values = [], {}
+    shapes, values, packed = [], {}, {}
     for path, variable in nnx.to_flat_state(nnx.state(model, FrozenParam)):
         value = variable.get_value()
         if isinstance(value, Quantized):
-            shape = [*stack_of(value), *value.shape]
-            shapes.append([".".join(map(str, path)), shape])
+            name = ".".join(map(str, path))
+            shapes.append([name, [*stack_of(value), *value.shape]])
+            if isinstance(value, QuantizedTensor):
+                packed[name] = value
             continue
         # Rows that were added for new tokens are no part of the base.
         own = variable.get_metadata().get("own_rows")
@@ -44,20 +57,53 @@ def fingerprint(model: nnx.Module) -> str | None:
             continue
         if isinstance(value, (jax.core.Tracer, jax.ShapeDtypeStruct)):
             return None
-        # What is mapped from a file has no sharding; a streamed base's is the host's.
-        sharding = getattr(value, "sharding", None)
-        if sharding is not None and sharding.memory_kind == "pinned_host":
-            value = np.asarray(value)
-        values[".".join(map(str, path))] = value.reshape(-1)
+        values[".".join(map(str, path))] = _readable(value).reshape(-1)
     structure = hashlib.sha256(json.dumps(sorted(shapes)).encode()).hexdigest()[:16]
     sample = {}
     for name, flat in values.items():
         index = np.linspace(0, flat.size - 1, _SAMPLES + 2, dtype=np.int64)[1:-1]
         sample[name] = [float(f"{v:.5g}") for v in np.asarray(flat[index], np.float64)]
-    return json.dumps({"structure": structure, "sample": sample})
+    mark = json.dumps({"structure": structure, "sample": sample})
+    return with_scales(mark, packed) if scales else mark
 
 
-def difference(ours: dict, theirs: dict) -> str | None:
+def with_scales(mark: str | None, packed: Mapping[str, QuantizedTensor]) -> str | None:
+    """Returns a mark that has the scales of some 4-bit weights, by name."""
+    if mark is None or any(map(_abstract, packed.values())):
+        return None
+    parts = json.loads(mark)
+    measured = {
+        name: float(_mean_absmax(jax.tree.map(_readable, q)))
+        for name, q in packed.items()
+    }
+    rounded = {name: float(f"{value:.7g}") for name, value in measured.items()}
+    parts["scales"] = parts.get("scales", {}) | rounded
+    return json.dumps(parts)
+
+
+def _readable(value: Any) -> Any:
+    """Returns an array that can be computed with, wherever it rests."""
+    # What is mapped from a file has no sharding; a streamed base's is the host's.
+    sharding = getattr(value, "sharding", None)
+    if sharding is not None and sharding.memory_kind == "pinned_host":
+        return np.asarray(value)
+    return value
+
+
+def _abstract(q: QuantizedTensor) -> bool:
+    kinds = (jax.core.Tracer, jax.ShapeDtypeStruct)
+    return any(isinstance(leaf, kinds) for leaf in jax.tree.leaves(q))
+
+
+@jax.jit
+def _mean_absmax(q: QuantizedTensor) -> jax.Array:
+    decode = decode_absmax
+    for _ in range(q.codes.ndim - (1 if q.layout == "flat" else 2)):
+        decode = jax.vmap(decode)
+    return jnp.mean(decode(q))
+
+
+def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
     """Returns how two bases differ, or None when they are the same."""
     if ours["structure"] != theirs["structure"]:
         return (
@@ -75,5 +121,20 @@ def difference(ours: dict, theirs: dict) -> str | None:
         return (
             f"its base had other weights: {int(wrong.sum())} of {wrong.size} sampled "
             f"embedding and norm values differ"
+        )
+    # An adapter that began at zero fits a base however it is held, and has no scales.
+    mine, other = ours.get("scales", {}), theirs.get("scales", {})
+    common = mine.keys() & other.keys()
+    wrong = [
+        name
+        for name in sorted(common)
+        if abs(mine[name] - other[name]) > SCALES_TOLERANCE * abs(other[name])
+    ]
+    if wrong:
+        name = wrong[0]
+        return (
+            f"its base had other 4-bit weights: the mean absmax of {name} was "
+            f"{other[name]:.6g}, here {mine[name]:.6g} ({len(wrong)} of {len(common)} "
+            "weights differ)"
         )
     return None

@@ -16,6 +16,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from qlora_jax.adapters.algebra import scale
+from qlora_jax.adapters.attach import attach_zero
+from qlora_jax.adapters.compensate import compensate
+from qlora_jax.adapters.config import HEAD, LoRAConfig
+from qlora_jax.adapters.names import dotted
 from qlora_jax.adapters.value import Adapter
 from qlora_jax.errors import AdapterMismatchError, ConfigError
 from qlora_jax.models import Decoder
@@ -50,7 +54,8 @@ def merge(
       model: With adapters attached. It is left as it was.
       dtype: Of the merged dense weights: 'bfloat16', 'float16' or 'float32'.
       requantize: Quantize the merged weights instead. This rounds them to 4 bits once
-        more and loses a part of the adapter.
+        more and loses a part of the adapter. A dense head stays dense, as `quantize`
+        leaves it.
 
     Returns:
       A model of the same structure without LoRA modules.
@@ -76,7 +81,8 @@ def merge(
             kernel = base.kernel.get_value()
             folded = functools.partial(fold, scale=node.scale)
             arrays = (kernel, *factors(node))
-            if requantize is None:
+            dense_head = isinstance(base, Linear) and path[-1:] == (HEAD,)
+            if requantize is None or dense_head:
                 return Linear(_layers(folded, base.stack, plain)(*arrays), bias)
             parts = [
                 quantize_tensor(folded(*_layer(arrays, index)), requantize)
@@ -110,6 +116,57 @@ def merge(
     if isinstance(merged, Decoder) and merged.lm_head is not None:
         merged.config = dataclasses.replace(merged.config, tie_word_embeddings=False)
     return cast(M, merged)
+
+
+def merge_corrected(
+    model: M, requantize: QuantConfig, *, rank: int, iterations: int = 1
+) -> M:
+    """Folds every adapter into a 4-bit linear, beside an adapter for what that loses.
+
+    One weight at a time is dense.
+
+    Args:
+      model: With adapters attached. It is left as it was.
+      requantize: How to quantize the merged weights.
+      rank: Of the new adapter.
+      iterations: Rounds of LoftQ's alternation; with more than one the 4-bit weights suit
+        the new adapter, and are worse without it (`compensate`).
+
+    Returns:
+      A 4-bit model with the new adapter: `detach` gives the one, `Adapter.of` the other.
+
+    Raises:
+      AdapterMismatchError: the model has no adapter, or none on a linear that becomes
+        4-bit.
+      ConfigError: rank or iterations is less than 1.
+    """
+    adapted = {
+        dotted(path): node
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, LoRA)
+    }
+    merged = merge(model, requantize=requantize)
+    packed = [
+        dotted(path)
+        for path, node in nnx.iter_graph(merged)
+        if isinstance(node, QuantizedLinear) and dotted(path) in adapted
+    ]
+    if not packed:
+        raise AdapterMismatchError(
+            "no linear with an adapter became 4-bit, so there is nothing to correct"
+        )
+
+    def exact(path: str, index: tuple[int, ...]) -> Array:
+        node = adapted[path]
+        arrays = (node.base.kernel.get_value(), *factors(node))
+        return fold(*_layer(arrays, index), scale=node.scale)
+
+    config = LoRAConfig(
+        rank=rank, alpha=float(rank), targets=",".join(packed), init="loftq"
+    )
+    key = jax.random.key(0)
+    fresh = attach_zero(merged, config, key=key)
+    return compensate(fresh, exact, key=key, iterations=iterations)[0]
 
 
 def unmerge(model: M, adapter: Adapter, *, dtype: str | None = None) -> M:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,12 @@ from jaxtyping import Array, Float
 from qlora_jax.adapters.merge import factors, fold
 from qlora_jax.adapters.names import EXPERTS, STACK
 from qlora_jax.errors import AdapterMismatchError
-from qlora_jax.nn import Linear, LoRA, QuantizedLinear
+from qlora_jax.nn import Linear, LoRA, LoRAEmbedding, QuantizedLinear
+from qlora_jax.nn.embedding import Table
 from qlora_jax.quant import Quantized, dequantize
+
+LINEARS = (Linear, QuantizedLinear, LoRA)
+TABLES = (*get_args(Table), LoRAEmbedding)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,26 +62,26 @@ def merge_report(model: nnx.Module, merged: nnx.Module) -> MergeReport:
         such as one that makes up for what quantizing again lost.
 
     Returns:
-      An error of each linear with an adapter; what replaces the base's (biases, rows of
-      tokens, modules that trained in full) has none.
+      An error of each linear, and of an embedding, with an adapter; what replaces the
+      base's (biases, rows of tokens, modules that trained in full) has none.
 
     Raises:
-      AdapterMismatchError: a linear with an adapter has none of its shape in the other.
+      AdapterMismatchError: a module with an adapter has none of its shape in the other.
     """
     nodes = {path: node for path, node in nnx.iter_graph(merged)}
     squares: dict[str, np.ndarray] = {}
     for path, node in nnx.iter_graph(model):
-        if not isinstance(node, LoRA):
+        if not isinstance(node, (LoRA, LoRAEmbedding)):
             continue
         other = nodes.get(path)
-        shape = (*node.base.stack, node.out_features, node.in_features)
-        if not isinstance(other, (Linear, QuantizedLinear, LoRA)) or shape != _shape(
-            other
-        ):
+        kinds = LINEARS if isinstance(node, LoRA) else TABLES
+        if not isinstance(other, kinds) or _shape(node) != _shape(other):
             name = ".".join(map(str, path))
-            raise AdapterMismatchError(f"{name}: the merged model has no such linear")
-        figures = np.asarray(_apart(node.base.stack)(_parts(node), _parts(other)))
-        for index in np.ndindex(*node.base.stack):
+            what = "linear" if isinstance(node, LoRA) else "embedding"
+            raise AdapterMismatchError(f"{name}: the merged model has no such {what}")
+        stack = _shape(node)[:-2]
+        figures = np.asarray(_apart(stack)(_parts(node), _parts(other)))
+        for index in np.ndindex(*stack):
             squares[_name(path, index)] = figures[index].astype(np.float64)
     return MergeReport(
         {name: _root(lost, whole) for name, (lost, whole, _) in squares.items()},
@@ -95,17 +99,28 @@ def _root(square: float, of: float) -> float:
     return math.sqrt(square / of) if of else 0.0 if not square else math.inf
 
 
-def _shape(node: Linear | QuantizedLinear | LoRA) -> tuple[int, ...]:
+def _weight(node: Any) -> Any:
+    base = node.base if isinstance(node, (LoRA, LoRAEmbedding)) else node
+    return (base.weight if isinstance(base, Table) else base.kernel).get_value()
+
+
+def _shape(node: Any) -> tuple[int, ...]:
+    if isinstance(node, TABLES):
+        return _weight(node).shape
     base = node.base if isinstance(node, LoRA) else node
     return (*base.stack, base.out_features, base.in_features)
 
 
-def _parts(node: Linear | QuantizedLinear | LoRA) -> tuple[Any, ...]:
+def _parts(node: Any) -> tuple[Any, ...]:
     """Returns kernel, factors or Nones, and the scale, with the leading axes of a stack."""
+    if isinstance(node, LoRAEmbedding):
+        # The rows of a table are the outputs of a linear.
+        a, b = node.lora_b[...].T, node.lora_a[...].T
+        return (_weight(node), a, b, None, None, jnp.float32(node.scale))
     if not isinstance(node, LoRA):
-        return (node.kernel.get_value(), None, None, None, None, None)
+        return (_weight(node), None, None, None, None, None)
     scale = jnp.full(node.base.stack, node.scale, jnp.float32)
-    return (node.base.kernel.get_value(), *factors(node), scale)
+    return (_weight(node), *factors(node), scale)
 
 
 @functools.cache

@@ -126,6 +126,8 @@ def assemble(
     }
     layers = _union(adapters)
     marks = filter(None, (base_fingerprint(adapter.lora) for adapter in adapters))
+    if init == "zero":  # which fits its base however that is held
+        marks = ({k: v for k, v in x.items() if k != "scales"} for x in marks)
     base = next(map(json.dumps, marks), None)
     entries = []
     for path, pair in factors.items():

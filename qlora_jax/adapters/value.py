@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
@@ -20,6 +20,14 @@ from qlora_jax.adapters.names import flatten, unflatten
 from qlora_jax.errors import AdapterMismatchError
 
 M = TypeVar("M", bound=nnx.Module)
+
+
+def other_base(model: nnx.Module, mark: dict[str, Any] | None) -> str | None:
+    """Returns how a model differs from the base that an adapter's mark is of, or None."""
+    if mark is None:
+        return None
+    ours = fingerprint(model, scales="scales" in mark)
+    return None if ours is None else difference(json.loads(ours), mark)
 
 
 @jax.tree_util.register_dataclass
@@ -54,10 +62,8 @@ class Adapter:
         """
         if nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)):
             model = detach(model)
-        theirs, ours = base_fingerprint(self.lora), fingerprint(model)
-        if theirs is not None and ours is not None:
-            if problem := difference(json.loads(ours), theirs):
-                raise AdapterMismatchError(f"the adapter does not fit: {problem}")
+        if problem := other_base(model, base_fingerprint(self.lora)):
+            raise AdapterMismatchError(f"the adapter does not fit: {problem}")
         model = attach_zero(model, self.config, key=jax.random.key(0))
         graphdef, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
         return nnx.merge(graphdef, unflatten(flatten(self.lora), lora), rest)

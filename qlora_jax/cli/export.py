@@ -57,7 +57,8 @@ def run(args: Args) -> dict[str, Any]:
     model, _, said = options.open_model(
         args.model, args.adapter, args.quant, "bfloat16"
     )
-    out = export_peft(args.out, model, base=args.model, overwrite=args.overwrite)
+    base = said.get("base_folder", args.model)
+    out = export_peft(args.out, model, base=base, overwrite=args.overwrite)
     if (own := load_tokenizer(args.adapter)) is not None:
         own.save(out)
     return {**said, "out": str(out), "format": "peft"}

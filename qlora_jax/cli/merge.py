@@ -8,15 +8,13 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 
-from qlora_jax.adapters import Adapter, LoRAConfig, attach, merge
+from qlora_jax.adapters import Adapter, detach, merge, merge_corrected
 from qlora_jax.adapters.merge_report import merge_report
-from qlora_jax.adapters.names import dotted
 from qlora_jax.cli import options
 from qlora_jax.cli.options import QuantOptions
 from qlora_jax.errors import ConfigError
 from qlora_jax.io.adapter import adapter_tokenizer, load_adapter, save_adapter
 from qlora_jax.io.hf import check_output, find, load, read_config, save_model
-from qlora_jax.nn import LoRA
 from qlora_jax.quant import QuantConfig, Quantized
 
 REPORT = "merge_report.json"
@@ -50,6 +48,10 @@ class Args:
     """With --requantize: the best adapter of this rank for what that lost, written to
     adapter/ in --out, to be loaded with it."""
 
+    correction_iterations: int = 1
+    """Rounds of quantizing anew what that adapter leaves, and fitting it again. More than one
+    lose less with the adapter, and more without it."""
+
     quant: QuantOptions = QuantOptions()
     """auto: --model as it is."""
 
@@ -64,11 +66,10 @@ def parse(args: list[str], prog: str) -> Args:
 
 def run(args: Args) -> dict[str, Any]:
     """Runs; returns the figures."""
-    folder = find(args.model)
+    _check(args)
+    folder = options.find_base(args.model, args.adapter)
     check_output(args.out, args.overwrite)
     quant = args.quant.resolve(folder, auto=None)
-    if args.correction_rank is not None and args.requantize is None:
-        raise ConfigError("--correction-rank goes with --requantize")
     # Read in float32, so that original weights are not rounded before folding.
     model, tokenizer = load(folder, quant, "float32", **args.quant.tables(folder))
     model = load_adapter(args.adapter, model)
@@ -82,10 +83,17 @@ def run(args: Args) -> dict[str, Any]:
             block_size=args.quant.block_size,
             double_quant=args.quant.double_quant,
         )
-        merged = merge(model, requantize=config)
+        if args.correction_rank is None:
+            merged = merge(model, requantize=config)
+        else:
+            corrected = merge_corrected(
+                model,
+                config,
+                rank=args.correction_rank,
+                iterations=args.correction_iterations,
+            )
+            merged = detach(corrected)
         report = merge_report(model, merged)
-        if args.correction_rank is not None:
-            corrected = _corrected(model, merged, args.correction_rank)
     merged = _cast(merged, args.dtype)
     saved = save_model(merged, args.out, source=folder, overwrite=args.overwrite)
     if (larger := adapter_tokenizer(args.adapter, tokenizer)) is not tokenizer:
@@ -106,17 +114,23 @@ def run(args: Args) -> dict[str, Any]:
     if four_bit is None:
         base = f"original weights of {args.model}"
     else:
-        base = f"dequantized {four_bit.codebook} weights of {args.model}"
+        at = args.model if folder == find(args.model) else folder
+        base = f"dequantized {four_bit.codebook} weights of {at}"
     return {**saved, "merged_onto": base, "dtype": args.dtype, **said}
 
 
-def _corrected(model: Any, merged: Any, rank: int) -> Any:
-    """Returns the 4-bit model with the adapter that makes up best for what it lost."""
-    nodes = nnx.iter_graph(model)
-    targets = ",".join(dotted(path) for path, node in nodes if isinstance(node, LoRA))
-    lora = LoRAConfig(rank=rank, alpha=rank, targets=targets, init="loftq")
-    exact = merge(model, dtype="float32")
-    return attach(merged, lora, key=jax.random.key(0), original=exact)
+def _check(args: Args) -> None:
+    rank, rounds, problems = args.correction_rank, args.correction_iterations, []
+    if rank is not None and args.requantize is None:
+        problems.append("--correction-rank goes with --requantize")
+    if rounds != 1 and rank is None:
+        problems.append("--correction-iterations goes with --correction-rank")
+    if rank is not None and rank < 1:
+        problems.append(f"--correction-rank is {rank}, expected at least 1")
+    if rounds < 1:
+        problems.append(f"--correction-iterations is {rounds}, expected at least 1")
+    if problems:
+        raise ConfigError("; ".join(problems))
 
 
 def _cast(model: Any, dtype: str) -> Any:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import json
+import sys
 import tomllib
 import types
 import typing
@@ -13,15 +15,16 @@ import tomli_w
 import tyro
 
 from qlora_jax.adapters.bank import AdapterBank
-from qlora_jax.adapters.value import Adapter
+from qlora_jax.adapters.fingerprint import fingerprint
+from qlora_jax.adapters.value import Adapter, other_base
 from qlora_jax.errors import (
     AdapterMismatchError,
     ConfigError,
     OutputExistsError,
     gathered,
 )
-from qlora_jax.io.adapter import adapter_tokenizer, load_adapter
-from qlora_jax.io.hf import Tables, find, load, read_config, resolve_tables
+from qlora_jax.io.adapter import adapter_tokenizer, changed_base, load_adapter
+from qlora_jax.io.hf import Tables, find, load, outline, read_config, resolve_tables
 from qlora_jax.io.peft import import_peft, is_peft
 from qlora_jax.io.read import read_adapter
 from qlora_jax.io.tokenizer import Tokenizer
@@ -101,6 +104,27 @@ def describe_quant(folder: Path, quant: QuantConfig | None) -> str:
     return f"{quant.codebook}, block {quant.block_size}, {double} absmax"
 
 
+def find_base(model: str, adapter: str | None) -> Path:
+    """Returns the folder of --model, or of the base that the adapter's run made of it.
+
+    Raises:
+      AdapterMismatchError: the run made its base of another model.
+    """
+    folder = find(model)
+    own = None if adapter is None else changed_base(adapter)
+    if own is None or own.samefile(folder):
+        return folder
+    mark = fingerprint(outline(own)[0])
+    assert mark is not None
+    if problem := other_base(outline(folder)[0], json.loads(mark)):
+        raise AdapterMismatchError(
+            f"{adapter} goes with the 4-bit base in {own}, which was not made of --model "
+            f"{model}: {problem}"
+        )
+    print(f"the base is {own}, which goes with the adapter", file=sys.stderr)
+    return own
+
+
 def open_model(
     model: str, adapter: str | None, quant: QuantOptions, dtype: str
 ) -> tuple[Any, Tokenizer | None, dict[str, Any]]:
@@ -161,7 +185,8 @@ def _open_base(
     model: str, adapters: Sequence[str], quant: QuantOptions, dtype: str
 ) -> tuple[Any, Tokenizer | None, dict[str, Any]]:
     """Loads a base as the runs held it that made the adapters."""
-    folder = find(model)
+    # Several adapters share --model: one of a base of its own is refused as it loads.
+    folder = find_base(model, adapters[0] if len(adapters) == 1 else None)
     held: dict[str, QuantOptions] = {}
     for adapter in adapters:
         path = Path(adapter) / "config.toml"
@@ -181,7 +206,10 @@ def _open_base(
             tables = quant if {quant.embedding, quant.head} != {"none"} else run
     chosen = quant.resolve(folder, auto=auto)
     base, tokenizer = load(folder, chosen, dtype, **tables.tables(folder))
-    return base, tokenizer, {"model": model, "base": describe_quant(folder, chosen)}
+    said = {"model": model, "base": describe_quant(folder, chosen)}
+    if folder != find(model):
+        said["base_folder"] = str(folder)
+    return base, tokenizer, said
 
 
 def open_adapters(paths: Sequence[str], model: str | None) -> list[Adapter]:

@@ -10,14 +10,8 @@ import jax
 import tyro
 
 from qlora_jax.adapters.attach import attach_zero
-from qlora_jax.adapters.compensate import (
-    compensate,
-    describe,
-    input_moments,
-    overall,
-)
 from qlora_jax.adapters.config import LoRAConfig
-from qlora_jax.cli import options
+from qlora_jax.cli import options, start
 from qlora_jax.cli.options import QuantOptions
 from qlora_jax.cli.progress import TrainProgress
 from qlora_jax.data import DataConfig, Dataset, read_dataset
@@ -28,7 +22,6 @@ from qlora_jax.io.hf import (
     find,
     load,
     open_tokenizer,
-    original_kernels,
     read_config,
 )
 from qlora_jax.io.tokens import add_tokens
@@ -40,9 +33,6 @@ from qlora_jax.train.loop import Trainer
 from qlora_jax.train.report import write_report
 
 CONFIG = "config.toml"
-
-CALIBRATION_TOKENS = 16384
-"""Of the training rows, for the moments that --lora.init qera needs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,7 +139,12 @@ def run(args: Args) -> dict[str, Any]:
 
 def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
     """Trains as a resolved config says; writes the run folder."""
-    folder = find(str(args.model))
+    pissa = args.lora.init == "pissa"
+    folder = start.saved_base(out) if pissa and resume else find(str(args.model))
+    if pissa and not resume:
+        start.check_own_base(
+            folder, out, args.lora, args.quant, args.add_tokens, args.original
+        )
     quant = args.quant.resolve(
         folder,
         auto=QuantConfig(
@@ -190,7 +185,10 @@ def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
         # The factors of a run that goes on come from its checkpoint.
         model = attach_zero(model, args.lora, key=key)
     else:
-        model, started = _compensated(model, rows, args, folder, key)
+        original = args.original or folder
+        model, started = start.compensated(
+            *(model, original, args.lora, args.train, args.data, rows, key)
+        )
     steps = args.train.steps(len(rows))
     with TrainProgress(steps) as progress:
         trainer = Trainer(
@@ -209,6 +207,8 @@ def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
             if args.overwrite:
                 shutil.rmtree(out / "checkpoints", ignore_errors=True)
             out.mkdir(parents=True, exist_ok=True)
+            if pissa:
+                start.save_base(model, out, folder)
             options.write_toml(out / CONFIG, _stored(asked))
         figures = trainer.fit(resume=resume)
     figures = {
@@ -217,6 +217,7 @@ def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
         "rows": len(rows),
         "rows_left_out": rows.dropped,
         "base": options.describe_quant(folder, quant),
+        **({"base_folder": str(out / start.BASE)} if pissa else {}),
         **started,
         **sizes(trainer),
     }
@@ -325,29 +326,6 @@ def _host_limit() -> int | None:
         return None
     free = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
     return 1024 * int(free[0]) if free else None
-
-
-def _compensated(
-    model: Any, rows: Dataset, args: Args, folder: Path, key: jax.Array
-) -> tuple[Any, dict[str, float]]:
-    """Attaches an adapter that begins with what quantization lost; and by how much."""
-    read = original_kernels(args.original or folder)
-    moments = None
-    if args.lora.init.startswith("qera"):
-        size, length = args.train.micro_batch, min(args.data.max_tokens, 512)
-        batches = -(-CALIBRATION_TOKENS // (size * length))
-        tokens = rows.packed(batches * size, length, args.train.seed)
-        moments = input_moments(
-            model,
-            tokens.reshape(batches, size, length),
-            paths=args.lora.matches,
-            diagonal=args.lora.init == "qera-diagonal",
-        )
-    model = attach_zero(model, args.lora, key=key)
-    model, errors = compensate(model, read, moments, key=key)
-    print(f"{args.lora.init}: {describe(errors)}", file=sys.stderr)
-    before, after = overall(errors)
-    return model, {"quantization_error": before, "compensated_error": after}
 
 
 def _stored(args: Args) -> Args:

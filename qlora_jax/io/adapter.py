@@ -19,8 +19,8 @@ from flax import nnx
 
 from qlora_jax.adapters.attach import attach_zero, base_fingerprint, detach
 from qlora_jax.adapters.config import LoRAConfig
-from qlora_jax.adapters.fingerprint import difference, fingerprint
 from qlora_jax.adapters.names import flatten, unflatten
+from qlora_jax.adapters.value import other_base
 from qlora_jax.errors import (
     AdapterMismatchError,
     ConfigError,
@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 METADATA = "adapter.json"
 ARRAYS = "arrays"
+ADAPTER, BASE = "adapter", "base"
+"""In a run folder: its adapter, and the 4-bit base that init 'pissa' made for it."""
 FORMAT = 1
 M = TypeVar("M", bound=nnx.Module)
 
@@ -119,8 +121,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | None:
       None where there is none: an adapter without new tokens has its base's.
     """
     folder = Path(path).expanduser()
-    if (folder / "adapter" / METADATA).is_file():
-        folder = folder / "adapter"
+    if (folder / ADAPTER / METADATA).is_file():
+        folder = folder / ADAPTER
     return Tokenizer.open(folder)
 
 
@@ -131,7 +133,7 @@ def find_adapter(path: str | os.PathLike[str]) -> Path:
       AdapterMismatchError: there is none.
     """
     path = Path(path).expanduser()
-    for candidate in (path, path / "adapter"):
+    for candidate in (path, path / ADAPTER):
         if (candidate / METADATA).is_file():
             return candidate.absolute()
     if is_peft(path):
@@ -142,6 +144,24 @@ def find_adapter(path: str | os.PathLike[str]) -> Path:
         f"{path} holds no adapter; expected a run folder, an adapter folder with "
         f"{METADATA}, or a PEFT folder"
     )
+
+
+def changed_base(path: str | os.PathLike[str]) -> Path | None:
+    """Returns the folder of the base that a run changed, which lies beside its adapter.
+
+    Args:
+      path: A run folder, the adapter folder in it, or any other adapter.
+
+    Returns:
+      None where the adapter's init changes no base, or its base is not there.
+    """
+    if is_peft(path):
+        return None
+    folder = find_adapter(path)
+    base = folder.parent / BASE
+    if folder.name != ADAPTER or read_adapter_config(folder).init != "pissa":
+        return None
+    return base if (base / "config.json").is_file() else None
 
 
 def read_adapter_config(path: str | os.PathLike[str]) -> LoRAConfig:
@@ -171,7 +191,7 @@ def misfits(path: str | os.PathLike[str], model: nnx.Module) -> list[str]:
         assert isinstance(model, Decoder)
         return peft_misfits(path, model)
     config, metadata = _read_metadata(find_adapter(path))
-    problems = _other_base(model, metadata)
+    problems = _other_base(model, config, metadata)
     try:
         graphdef, state = nnx.split(model)
         shapes = nnx.eval_shape(
@@ -210,7 +230,7 @@ def load_adapter(path: str | os.PathLike[str], model: M) -> M:
         return cast(M, import_peft(path, model))
     folder = find_adapter(path)
     config, metadata = _read_metadata(folder)
-    problems = _other_base(model, metadata)
+    problems = _other_base(model, config, metadata)
     try:
         room = _with_room(model, config, metadata)
         model = attach_zero(room, config, key=jax.random.key(0))
@@ -223,7 +243,9 @@ def load_adapter(path: str | os.PathLike[str], model: M) -> M:
     )
     if config.init != "zero" and dense:
         problems.append(
-            f"it began as what quantization lost (init {config.init}), so it belongs to "
+            f"it began as the principal part of the weights (init pissa), {_ITS_BASE}"
+            if config.init == "pissa"
+            else f"it began as what quantization lost (init {config.init}), so it belongs to "
             "the 4-bit base; quantize this one (--quant.codebook nf4)"
         )
     if problems:
@@ -235,13 +257,21 @@ def load_adapter(path: str | os.PathLike[str], model: M) -> M:
     return nnx.merge(graphdef, unflatten(arrays, lora, f"adapter {folder}"), rest)
 
 
-def _other_base(model: nnx.Module, metadata: dict[str, Any]) -> list[str]:
+_ITS_BASE = (
+    f"so it belongs to the 4-bit base that its run saved in {BASE}/ beside {ADAPTER}/; keep "
+    "the two together, or give that folder as --model"
+)
+
+
+def _other_base(
+    model: nnx.Module, config: LoRAConfig, metadata: dict[str, Any]
+) -> list[str]:
     """Returns how a model differs from the base that an adapter was trained on."""
-    ours = fingerprint(model)
-    if metadata["base"] is None or ours is None:
+    text = other_base(model, metadata["base"])
+    if text is None:
         return []
-    text = difference(json.loads(ours), metadata["base"])
-    return [] if text is None else [text]
+    changed = config.init == "pissa" and "4-bit weights" in text
+    return [f"{text}; its init is pissa, {_ITS_BASE}" if changed else text]
 
 
 def _with_room(model: M, config: LoRAConfig, metadata: dict[str, Any]) -> M:

@@ -396,19 +396,21 @@ def export_peft(
     """Writes the adapter of a model as a PEFT folder.
 
     An adapter that began as what quantization lost (LoRAConfig.init) is written as it is;
-    it belongs to the 4-bit base in PEFT too. Where tokens were added, PEFT's base must be
+    it belongs to the 4-bit base in PEFT too: with init 'pissa' to the base of its own, which
+    must travel with it. Where tokens were added, PEFT's base must be
     resized before it loads the adapter, as PEFT's own users do.
 
     Args:
       path: The folder.
       model: A Decoder with an adapter.
-      base: base_model_name_or_path, which PEFT loads the base from.
+      base: base_model_name_or_path, which PEFT loads the base from; needed for 'pissa'.
       overwrite: Replace an adapter that is there.
 
     Raises:
       OutputExistsError: the folder has an adapter and overwrite is false, or is a file.
       AdapterMismatchError: an adapter of experts that PEFT cannot hold, see
         `_for_fused_experts`.
+      ConfigError: one with init 'pissa', and no base is named.
     """
     out = Path(path)
     if out.is_file() or (is_peft(out) and not overwrite):
@@ -416,6 +418,11 @@ def export_peft(
             f"{out} exists; choose another folder, or pass overwrite to replace it"
         )
     names, config = module_names(model.config), lora_config(model)
+    if config.init == "pissa" and base is None:
+        raise ConfigError(
+            "this adapter's init is pissa, which changed its base, so PEFT must open that one: "
+            "give base=, the folder of RUN/base or of save_model(detach(model), folder)"
+        )
     flat = {name: np.asarray(x) for name, x in flatten(split(model)[1]).items()}
     if any(".experts." in name for name in flat):
         config, flat = _for_fused_experts(config, flat)

@@ -17,9 +17,9 @@ from qlora_jax.nn.dora import adapted_norms, row_norms
 from qlora_jax.nn.linear import Linear, QuantizedLinear, add_bias, low_rank
 from qlora_jax.nn.variables import FrozenParam
 
-Init = Literal["zero", "loftq", "qera-diagonal", "qera"]
-"""How an adapter starts: changing nothing, or making up for what quantization lost
-(adapters/compensate.py)."""
+Init = Literal["zero", "loftq", "qera-diagonal", "qera", "pissa"]
+"""How an adapter starts: changing nothing, making up for what quantization lost, or as
+the principal part of the weights (adapters/compensate.py)."""
 
 
 class LoRA(nnx.Module):

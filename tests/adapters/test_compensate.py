@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
+from tiny import One
 
 from qlora_jax.adapters import LoRAConfig, attach
 from qlora_jax.adapters.attach import lora_config, split
@@ -22,16 +23,6 @@ KEY = jax.random.key(0)
 INITS = ("loftq", "qera-diagonal", "qera")
 NEAR_BEST = 0.99
 """Of the energy that the best rank-r matrix takes away; see _ITERATIONS."""
-
-
-class One(nnx.Module):
-    """A single linear, as a stranger's model would have it."""
-
-    def __init__(self, linear):
-        self.linear = linear
-
-    def __call__(self, x):
-        return self.linear(x)
 
 
 @functools.cache
@@ -114,6 +105,31 @@ def test_the_adapter_takes_away_what_the_best_of_its_rank_would(
     said = errors["linear"]
     assert said.before == pytest.approx(np.linalg.norm(singular) / total, rel=1e-3)
     assert said.after == pytest.approx(np.linalg.norm(left @ root) / total, rel=1e-2)
+
+
+def test_one_round_leaves_the_base_and_is_what_an_init_does():
+    dense, model = pair(96, 64)
+    plain = attach(model, LoRAConfig(rank=8), key=KEY)
+    one, _ = compensate(plain, dense, key=KEY, iterations=1)
+    made = attach(model, LoRAConfig(rank=8, init="loftq"), key=KEY, original=dense)
+    for a, b in zip(
+        tiny.arrays(split(one)[1]), tiny.arrays(split(made)[1]), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(tiny.frozen(one), tiny.frozen(model), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("init", ["qera", "qera-diagonal"])
+def test_more_rounds_with_moments_lose_no_more(init):
+    dense, model = pair(96, 64)
+    moments = measured(model, 64, init)
+    plain = attach(model, LoRAConfig(rank=8), key=KEY)
+    after = [
+        compensate(plain, dense, moments, key=KEY, iterations=rounds)[1]["linear"].after
+        for rounds in (1, 2, 4)
+    ]
+    assert after == sorted(after, reverse=True) and after[-1] < after[0]
 
 
 def test_lora_a_has_the_size_of_a_new_one():

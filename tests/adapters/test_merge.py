@@ -9,7 +9,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_jax.adapters import LoRAConfig, attach, merge
+from qlora_jax.adapters import LoRAConfig, attach, merge, merge_corrected
 from qlora_jax.errors import AdapterMismatchError, ConfigError
 from qlora_jax.nn import Linear, LoRA, QuantizedLinear, quantize
 from qlora_jax.quant import QuantConfig, quantize_tensor
@@ -118,6 +118,25 @@ def test_requantize_rounds_the_merged_weights_to_4_bits_again():
         untouched.codes, tiny.quantized().layers.attn.k_proj.quantized.codes
     )
     assert tiny.logits(merged, tiny.tokens()).shape == (2, 7, 272)
+
+
+def test_requantize_keeps_a_dense_head_that_is_adapted_dense():
+    model = tiny.adapted(tiny.quantized(), targets="q_proj,lm_head")
+    merged = merge(model, requantize=QuantConfig())
+    wanted = merge(model, dtype="float32").lm_head.kernel[...]
+    np.testing.assert_array_equal(merged.lm_head.kernel[...], wanted)
+    assert isinstance(merged.layers.attn.q_proj, QuantizedLinear)
+    corrected = merge_corrected(model, QuantConfig(), rank=4)
+    assert isinstance(corrected.lm_head, Linear)
+    assert isinstance(corrected.layers.attn.q_proj, LoRA)
+
+
+def test_a_corrected_merge_of_nothing_is_refused():
+    model = tiny.adapted(tiny.quantized(), targets="lm_head")
+    with pytest.raises(AdapterMismatchError, match="no linear .* became 4-bit"):
+        merge_corrected(model, QuantConfig(), rank=4)
+    with pytest.raises(AdapterMismatchError, match="no adapter to merge"):
+        merge_corrected(tiny.quantized(), QuantConfig(), rank=4)
 
 
 class Two(nnx.Module):

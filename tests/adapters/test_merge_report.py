@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 import tiny
 
-from qlora_jax.adapters import Adapter, LoRAConfig, attach, merge
+from qlora_jax.adapters import (
+    Adapter,
+    LoRAConfig,
+    attach,
+    detach,
+    merge,
+    merge_corrected,
+)
 from qlora_jax.adapters.merge import unmerge
 from qlora_jax.adapters.merge_report import merge_report
 from qlora_jax.errors import AdapterMismatchError
@@ -69,11 +76,13 @@ def test_what_has_no_update_has_no_error():
 def test_quantizing_again_loses_more_and_correction_gives_it_back():
     model = tiny.adapted(tiny.quantized())
     again = merge(model, requantize=QuantConfig())
-    dense = merge(model, dtype="float32")
     errors = [merge_report(model, again).total[0]]
     for rank in (8, 64):
-        lora = LoRAConfig(rank=rank, init="loftq")
-        corrected = attach(again, lora, key=jax.random.key(0), original=dense)
+        corrected = merge_corrected(model, QuantConfig(), rank=rank)
+        for one, other in zip(
+            tiny.frozen(detach(corrected)), tiny.frozen(again), strict=True
+        ):
+            np.testing.assert_array_equal(one, other)
         errors.append(merge_report(model, corrected).total[0])
     assert errors[0] > 0.05
     assert errors == sorted(errors, reverse=True)
@@ -95,12 +104,33 @@ def test_correction_keeps_more_of_a_peft_adapter_than_pefts_merge(
         difference = np.asarray(logits, np.float64) - wanted
         return float(np.linalg.norm(difference) / np.linalg.norm(wanted))
 
-    again = merge(model, requantize=QuantConfig())
-    lora, dense = LoRAConfig(rank=16, init="loftq"), merge(model, dtype="float32")
-    corrected = attach(again, lora, key=jax.random.key(0), original=dense)
+    errors = [
+        off(tiny.logits(merge_corrected(model, QuantConfig(), rank=16, **more), ids))
+        for more in ({}, {"iterations": 4})
+    ]
     assert off(pefts) > 0.1
-    assert off(tiny.logits(corrected, ids)) < 0.75 * off(pefts)
-    assert off(tiny.logits(dense, ids)) < 1e-4
+    assert errors[1] < 0.98 * errors[0] < 0.75 * off(pefts)
+    assert off(tiny.logits(merge(model, dtype="float32"), ids)) < 1e-4
+
+
+def test_an_embedding_with_an_adapter_has_an_error_too():
+    model = tiny.moved(tiny.quantized(), targets="embed_tokens,q_proj")
+    merged = merge(model, dtype="bfloat16")
+    report = merge_report(model, merged)
+    assert set(report.relative) == {"embed_tokens", *(
+        f"layers.{i}.attn.q_proj" for i in range(2)
+    )}  # fmt: skip
+    node = model.embed_tokens
+    table = np.asarray(node.base.weight[...], np.float64)
+    a, b = (np.asarray(x[...], np.float64) for x in (node.lora_a, node.lora_b))
+    whole = table + node.scale * a @ b
+    lost = np.linalg.norm(np.asarray(merged.embed_tokens.weight[...], float) - whole)
+    assert report.relative["embed_tokens"] == pytest.approx(
+        lost / np.linalg.norm(whole), rel=1e-4
+    )
+    assert report.of_update["embed_tokens"] == pytest.approx(
+        lost / np.linalg.norm(whole - table), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-6), ("bfloat16", 2**-7)])

@@ -10,6 +10,7 @@ import tiny
 
 from qlora_jax.adapters import Adapter
 from qlora_jax.cli.main import main
+from qlora_jax.errors import AdapterMismatchError
 from qlora_jax.io.adapter import load_adapter, save_adapter
 from qlora_jax.io.hf import load, save_model
 
@@ -65,9 +66,37 @@ def test_a_4_bit_merge_comes_with_its_correction(folders, tmp_path: Path, capsys
     assert np.isfinite(off(base))
 
 
+@pytest.mark.slow
+def test_more_rounds_lose_less_with_the_correction_and_more_without(
+    folders, tmp_path: Path, capsys
+):
+    args = ["merge", "--model", folders / "base", "--adapter", folders / "a"]
+    args += ["--requantize", "nf4", "--correction-rank", 16, "--dtype", "float32"]
+    one = call(capsys, *args, "--out", tmp_path / "1")
+    more = ["--correction-iterations", 3, "--out", tmp_path / "3"]
+    three = call(capsys, *args, *more)
+    assert three["corrected_error"] < 0.98 * one["corrected_error"]
+    assert three["relative_error"] > one["relative_error"]
+    base, _ = load(tmp_path / "3", None, "float32")
+    model = load_adapter(tmp_path / "3" / "adapter", base)
+    wanted = tiny.adapted(tiny.quantized(), targets="q_proj,down_proj")
+    off = tiny.logits(model, tiny.tokens()) - tiny.logits(wanted, tiny.tokens())
+    assert np.linalg.norm(off) < np.linalg.norm(
+        tiny.logits(base, tiny.tokens()) - tiny.logits(wanted, tiny.tokens())
+    )
+    # The adapter of one round does not fit the base of three.
+    with pytest.raises(AdapterMismatchError, match="other 4-bit weights"):
+        load_adapter(tmp_path / "1" / "adapter", base)
+
+
 def test_a_correction_of_nothing_is_refused(folders: Path, tmp_path: Path, capsys):
     args = ["merge", "--model", folders / "base", "--adapter", folders / "a"]
     args += ["--out", tmp_path / "m", "--correction-rank", 4]
     assert main([str(arg) for arg in args]) == 2
     assert "--correction-rank goes with --requantize" in capsys.readouterr().err
+    args[-2:] = ["--correction-iterations", 0]
+    assert main([str(arg) for arg in args]) == 2
+    said = capsys.readouterr().err
+    assert "--correction-iterations goes with --correction-rank" in said
+    assert "is 0, expected at least 1" in said
     assert not (tmp_path / "m").exists()

@@ -1,0 +1,124 @@
+"""How a run's adapter starts, where it starts from more than zero (`--lora.init`)."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from qlora_jax.adapters.attach import attach_zero, detach
+from qlora_jax.adapters.compensate import describe, input_moments, overall
+from qlora_jax.adapters.compensate import start as started
+from qlora_jax.adapters.config import LoRAConfig
+from qlora_jax.cli import options
+from qlora_jax.cli.options import QuantOptions
+from qlora_jax.data import DataConfig, Dataset
+from qlora_jax.errors import CheckpointError, ConfigError, OutputExistsError, gathered
+from qlora_jax.io.adapter import BASE
+from qlora_jax.io.hf import original_kernels, read_config, save_model
+from qlora_jax.train.config import TrainConfig
+
+CALIBRATION_TOKENS = 16384
+"""Of the training rows, for the moments that --lora.init qera needs."""
+
+
+def compensated(
+    model: Any,
+    original: str | os.PathLike[str],
+    lora: LoRAConfig,
+    train: TrainConfig,
+    data: DataConfig,
+    rows: Dataset,
+    key: jax.Array,
+) -> tuple[Any, dict[str, float]]:
+    """Attaches an adapter that begins with what quantization lost; and by how much."""
+    read = original_kernels(original)
+    moments = None
+    if lora.init.startswith("qera"):
+        size, length = train.micro_batch, min(data.max_tokens, 512)
+        batches = -(-CALIBRATION_TOKENS // (size * length))
+        tokens = rows.packed(batches * size, length, train.seed)
+        moments = input_moments(
+            model,
+            tokens.reshape(batches, size, length),
+            paths=lora.matches,
+            diagonal=lora.init == "qera-diagonal",
+        )
+    model = attach_zero(model, lora, key=key)
+    model, errors = started(model, lora.init, read, moments, key=key)
+    print(f"{lora.init}: {describe(errors)}", file=sys.stderr)
+    before, after = overall(errors)
+    return model, {"quantization_error": before, "compensated_error": after}
+
+
+def check_own_base(
+    folder: Path,
+    out: Path,
+    lora: LoRAConfig,
+    quant: QuantOptions,
+    add_tokens: tuple[str, ...],
+    original: str | None,
+) -> None:
+    """Refuses what does not go with a run that makes a 4-bit base of its own.
+
+    Raises:
+      ConfigError: all that does not, by flag.
+      OutputExistsError: something else lies where the base goes.
+    """
+    problems = []
+    if add_tokens:
+        problems.append("--add-tokens: the base in the run folder has no rows for them")
+    if lora.saved:
+        problems.append(
+            f"--lora.modules-to-save {lora.modules_to_save}: trains a part of that base"
+        )
+    if lora.bias != "none":
+        problems.append(f"--lora.bias {lora.bias}: trains a part of that base")
+    for name in ("embedding", "head"):
+        if getattr(quant, name):
+            problems.append(f"--quant.{name}: that base is saved with it dense")
+    if quant.codebook == "none":
+        problems.append("--quant.codebook none: there has to be a 4-bit base")
+    if read_config(folder)[3] is not None and original is None:
+        problems.append(
+            f"{folder} is 4-bit already; give its dense folder as --model or --original"
+        )
+    base = out / BASE
+    if base.exists() and base.samefile(folder):
+        problems.append(f"--model {folder}: the run's own base would replace it")
+    if problems:
+        what = "--lora.init pissa, which changes the 4-bit base, does not go with"
+        raise ConfigError(gathered(what, problems))
+    if base.exists() and not _made_one(out):
+        raise OutputExistsError(f"{base} exists, and is no base of a run; move it away")
+
+
+def _made_one(out: Path) -> bool:
+    """Whether the run in a folder made a base of its own, which a new one replaces."""
+    config = out / "config.toml"
+    if not config.is_file():
+        return False
+    return options.read_toml(config).get("lora", {}).get("init") == "pissa"
+
+
+def save_base(model: Any, out: Path, source: Path) -> None:
+    """Saves the base of a new run, which resume and the other subcommands find there."""
+    shutil.rmtree(out / BASE, ignore_errors=True)
+    save_model(detach(model), out / BASE, source=source)
+
+
+def saved_base(out: Path) -> Path:
+    """Returns the base that a run made.
+
+    Raises:
+      CheckpointError: it is not there.
+    """
+    base = out / BASE
+    if not (base / "config.json").is_file():
+        raise CheckpointError(
+            f"{base} is not there: the 4-bit base that this run (--lora.init pissa) made and "
+            "trains on; bring it back, or start anew"
+        )
+    return base
