@@ -658,6 +658,9 @@ def backward(
 
                     after = lax.fori_loop(0, steps // 2, two_steps, carry)
                     if steps % 2:
+                        # Made while products are in flight, its operands would have
+                        # them all run one by one (C7513).
+                        plgpu.wgmma_wait(0)
                         after = step(steps - 1, after)
                     if low_rank:
                         after = lax.fori_loop(0, extra, low_rank_step, after)

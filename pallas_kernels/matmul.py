@@ -489,7 +489,9 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         forward=_tiled("ampere", "forward"),
         backward=_tiled("ampere", "backward"),
         refuses=_refuses_ampere,
-        configure=lambda problem, device, exact: tuning.ampere_config(problem),
+        configure=lambda problem, device, exact: tuning.ampere_config(
+            problem, device.capability
+        ),
         # Compiled for these cards, but not run on one yet: by name alone.
         suits=lambda problem, device: False,
     ),

@@ -230,10 +230,18 @@ def decode_splits(problem: Problem) -> int | None:
     return None
 
 
-def ampere_config(problem: Problem) -> dict[str, Any]:
-    """Returns the ampere.Config fields; not measured, chosen to compile without spills."""
+def ampere_config(
+    problem: Problem, capability: tuple[int, int] = (8, 0)
+) -> dict[str, Any]:
+    """Returns the ampere.Config fields; not measured, chosen to compile without spills.
+
+    Two blocks share a multiprocessor, whose shared memory is 164 KiB on an A100, else 100.
+    """
     fields = {"block_m": 64, "rows": 128}
-    return fields if problem.direction == "forward" else fields | {"weight_stages": 3}
+    if problem.direction == "forward":
+        return fields
+    stages = 3 if capability == (8, 0) else 2
+    return fields | {"x_stages": stages, "weight_stages": stages}
 
 
 def cost(problem: Problem, cores: int, fields: dict[str, Any]) -> float:
