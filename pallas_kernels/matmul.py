@@ -426,9 +426,9 @@ def _refuses_hopper(problem, w, device, exact) -> str | None:
         return reason
     if device.capability != (9, 0):
         return f"needs an sm_90 GPU (H100, H200), this is {_name(device)}"
-    unit = 128 if problem.direction == "forward" else 64
-    if problem.n % unit:
-        return f"takes n in multiples of {unit}, this is {problem.n}"
+    least = 128 if problem.direction == "forward" else 64
+    if problem.n % 8 or problem.n < least:
+        return f"takes n in multiples of 8 from {least} on, this is {problem.n}"
     return None
 
 

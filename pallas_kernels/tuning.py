@@ -167,7 +167,7 @@ def hopper_candidates(problem: Problem, exact: bool = False) -> list[dict[str, A
     tiles.
     """
     forward = problem.direction == "forward"
-    steps = problem.k // 256 if forward else problem.n // 64
+    steps = problem.k // 256 if forward else math.ceil(problem.n / 64)
     found = []
     for tile in _FORWARD_STEP if forward else _BACKWARD_STEP:
         block_m, planes = (tile, 2) if isinstance(tile, int) else tile
@@ -252,7 +252,7 @@ def cost(problem: Problem, cores: int, fields: dict[str, Any]) -> float:
         columns, steps = problem.n / 128, problem.k // 256
         step, width = _FORWARD_STEP[block_m], problem.n
     else:
-        columns, steps = problem.k / (128 * fields["planes"]), problem.n // 64
+        columns, steps = problem.k / (128 * fields["planes"]), math.ceil(problem.n / 64)
         step, width = _BACKWARD_STEP[block_m, fields["planes"]], problem.k
     waves = math.ceil(rows * columns * split / (cores or 132))
     cost = _FIXED + waves * steps / split * step

@@ -6,6 +6,7 @@ same program but for a count of turns, one is compiled.
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -71,7 +72,7 @@ class Case:
         if self.implementation == "decode":
             groups = -(-self.k // 256 // self.config.splits)
             return -(-groups // (4 * self.config.team))
-        width = self.k // 256 if self.direction == "forward" else self.n // 64
+        width = self.k // 256 if self.direction == "forward" else -(-self.n // 64)
         return width // self.config.split_k
 
     def program(self) -> tuple[Any, ...]:
@@ -227,6 +228,20 @@ BY_HAND = [  # what is not chosen, and kept for other cards and codebooks
 ]
 
 
+def ragged() -> list[Case]:
+    """Rows of W that no tile divides."""
+    found = []
+    for direction, m, n in itertools.product(
+        ("forward", "backward"), (16, 512), (1000, 32064)
+    ):
+        w, bf16 = abstract_tensor((n, 4096)), jnp.dtype(jnp.bfloat16)
+        choice = matmul.choose(direction, m, w, bf16, device=H200)
+        config = hopper.Config(**dict(choice.config))
+        case = Case("hopper", direction, m, n, 4096, config, rank=RANK, why="ragged")
+        found.append(case)
+    return found
+
+
 def few(cases: list[Case]) -> list[Any]:
     """Marks all but every tenth slow, which .ci/run has."""
     return [
@@ -255,7 +270,7 @@ def test_every_entry_of_the_table_is_among_the_cases():
         assert case.program() in programs, key
 
 
-@pytest.mark.parametrize("case", few(CHOSEN + samples() + BY_HAND))
+@pytest.mark.parametrize("case", few(CHOSEN + samples() + BY_HAND + ragged()))
 def test_an_h200_runs_it_without_spills_and_within_its_budget(case: Case):
     kernel = case.compile("h200", H200.cores)
     assert kernel.spills == 0
