@@ -178,6 +178,12 @@ def _tile(
     return split, i, j
 
 
+def _start(number: Any, unit: int, size: int) -> Any:
+    """Returns where a unit starts; of a ragged axis the last reaches back to end with it."""
+    start = number * unit
+    return start if size % unit == 0 else jnp.minimum(start, size - unit)
+
+
 def _in_first_split(steps: int, split: Array, config: Config) -> Any:
     return steps if config.split_k == 1 else jnp.where(split == 0, steps, 0)
 
@@ -318,7 +324,9 @@ def forward(
 
     Args:
       x: bfloat16 or float16; m a multiple of config.block_m, k of 256 * config.split_k.
-      codes: planar256 words, (n, k/4); n of 64 * config.warpgroups.
+      codes: planar256 words, (n, k/4); n a multiple of 8, and at least a tile's rows,
+        64 * config.warpgroups. Of a ragged n the last tile does rows of the one before
+        once more.
       scales: One a block of 64, (k/64, n): float32 for exact decoders, else x's dtype.
       addend: In x's dtype, r a multiple of 64.
       config: Tiling.
@@ -332,7 +340,7 @@ def forward(
     m, k = x.shape
     n = codes.shape[0]
     bm, bn, splits = config.block_m, 64 * config.warpgroups, config.split_k
-    mi, ni, steps = m // bm, n // bn, k // 256 // splits
+    mi, ni, steps = m // bm, -(-n // bn), k // 256 // splits
     low_rank = 0 if addend is None else addend[0].shape[1] // 64
     order = [p for half in (0, 1) for p in registers.plane_pair(config.decoder, half)]
     uses = 256 // config.x_depth  # slots of x in a step
@@ -353,7 +361,8 @@ def forward(
             def _(info, carry):
                 split, i, j = _tile(info.index[0], mi, ni, config)
                 extra = _in_first_split(low_rank, split, config)
-                return body(split, extra, pl.ds(i * bm, bm), j * bn, carry)
+                row = _start(j, bn, n)
+                return body(split, extra, pl.ds(i * bm, bm), row, carry)
 
         def load():
             def tile(split, extra, tokens, row, carry):
@@ -505,7 +514,8 @@ def backward(
     Each warpgroup decodes only the nibble planes whose columns of dx it owns.
 
     Args:
-      dy: bfloat16 or float16; m a multiple of config.block_m, n of 64 * config.split_k.
+      dy: bfloat16 or float16; m a multiple of config.block_m, n of 8 and at least 64, its
+        pieces of 64 (one may be ragged) a multiple of config.split_k.
       codes, scales, addend, config, codebook, num_sms, interpret: As in `forward`.
 
     Returns:
@@ -516,7 +526,7 @@ def backward(
     bm, planes, splits = config.block_m, config.planes, config.split_k
     owners = config.warpgroups
     shares = 4 // (owners * planes)  # tiles that share a group of words
-    mi, ki, steps = m // bm, k // 256 * shares, n // 64 // splits
+    mi, ki, steps = m // bm, k // 256 * shares, -(-n // 64) // splits
     low_rank = 0 if addend is None else addend[0].shape[1] // 64
 
     def owned(share: Array, wg: Array | int, i: int) -> Any:
@@ -550,13 +560,14 @@ def backward(
             def tile(split, extra, tokens, group, share, carry):
                 def step(s, carry):
                     w_slot, x_slot = carry
-                    rows = pl.ds((split * steps + s) * 64, 64)
+                    at = split * steps + s
+                    rows = pl.ds(_start(at, 64, n), 64)
                     w_ring.fill(
                         w_slot,
                         w_g.at[rows, pl.ds(group * 64, 64)],
                         s_g.at[pl.ds(group * 4, 4), rows],
                     )
-                    x_ring.fill(x_slot, dy_g.at[tokens, rows])
+                    x_ring.fill(x_slot, dy_g.at[tokens, pl.ds(at * 64, 64)])
                     return w_ring.after(w_slot), x_ring.after(x_slot)
 
                 def low_rank_step(s, carry):
@@ -658,6 +669,9 @@ def backward(
 
                     after = lax.fori_loop(0, steps // 2, two_steps, carry)
                     if steps % 2:
+                        # Made while products are in flight, its operands would have
+                        # them all run one by one (C7513).
+                        plgpu.wgmma_wait(0)
                         after = step(steps - 1, after)
                     if low_rank:
                         after = lax.fori_loop(0, extra, low_rank_step, after)
@@ -681,6 +695,10 @@ def backward(
 
         _run_roles(config, [x_ring, w_ring], load, compute)
 
+    if tail := n % 64:  # nothing for rows that the last step takes once more
+        whole = n - tail
+        gap = jnp.zeros((m, 64 - tail), dy.dtype)
+        dy = jnp.concatenate([dy[:, :whole], gap, dy[:, whole:]], axis=1)
     return _launch(
         kernel,
         [dy, codes, scales, *_addend_operands(addend)],

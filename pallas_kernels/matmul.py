@@ -426,9 +426,9 @@ def _refuses_hopper(problem, w, device, exact) -> str | None:
         return reason
     if device.capability != (9, 0):
         return f"needs an sm_90 GPU (H100, H200), this is {_name(device)}"
-    unit = 128 if problem.direction == "forward" else 64
-    if problem.n % unit:
-        return f"takes n in multiples of {unit}, this is {problem.n}"
+    least = 128 if problem.direction == "forward" else 64
+    if problem.n % 8 or problem.n < least:
+        return f"takes n in multiples of 8 from {least} on, this is {problem.n}"
     return None
 
 
@@ -487,7 +487,9 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         forward=_tiled("ampere", "forward"),
         backward=_tiled("ampere", "backward"),
         refuses=_refuses_ampere,
-        configure=lambda problem, device, exact: tuning.ampere_config(problem),
+        configure=lambda problem, device, exact: tuning.ampere_config(
+            problem, device.capability
+        ),
         # Compiled for these cards, but not run on one yet: by name alone.
         suits=lambda problem, device: False,
     ),

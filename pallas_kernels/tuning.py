@@ -171,7 +171,7 @@ def hopper_candidates(problem: Problem, exact: bool = False) -> list[dict[str, A
     tiles.
     """
     forward = problem.direction == "forward"
-    steps = problem.k // 256 if forward else problem.n // 64
+    steps = problem.k // 256 if forward else math.ceil(problem.n / 64)
     found = []
     for tile in _FORWARD_STEP if forward else _BACKWARD_STEP:
         block_m, planes = (tile, 2) if isinstance(tile, int) else tile
@@ -223,10 +223,18 @@ def decode_config(problem: Problem, cores: int) -> dict[str, Any]:
     return fields if team == 4 else fields | {"team": team}
 
 
-def ampere_config(problem: Problem) -> dict[str, Any]:
-    """Returns the ampere.Config fields; not measured, chosen to compile without spills."""
+def ampere_config(
+    problem: Problem, capability: tuple[int, int] = (8, 0)
+) -> dict[str, Any]:
+    """Returns the ampere.Config fields; not measured, chosen to compile without spills.
+
+    Two blocks share a multiprocessor, whose shared memory is 164 KiB on an A100, else 100.
+    """
     fields = {"block_m": 64, "rows": 128}
-    return fields if problem.direction == "forward" else fields | {"weight_stages": 3}
+    if problem.direction == "forward":
+        return fields
+    stages = 3 if capability == (8, 0) else 2
+    return fields | {"x_stages": stages, "weight_stages": stages}
 
 
 def cost(problem: Problem, cores: int, fields: dict[str, Any]) -> float:
@@ -237,7 +245,7 @@ def cost(problem: Problem, cores: int, fields: dict[str, Any]) -> float:
         columns, steps = problem.n / 128, problem.k // 256
         step, width = _FORWARD_STEP[block_m], problem.n
     else:
-        columns, steps = problem.k / (128 * fields["planes"]), problem.n // 64
+        columns, steps = problem.k / (128 * fields["planes"]), math.ceil(problem.n / 64)
         step, width = _BACKWARD_STEP[block_m, fields["planes"]], problem.k
     waves = math.ceil(rows * columns * split / (cores or 132))
     cost = _FIXED + waves * steps / split * step

@@ -27,10 +27,14 @@ KERNELS = {"hopper": (hopper, _H200), "decode": (decode, _H200)}
 KERNELS["ampere"] = (ampere, _A100)
 
 
-def install(monkeypatch: pytest.MonkeyPatch, name: str, **fields: Any) -> None:
+def install(
+    monkeypatch: pytest.MonkeyPatch, name: str, detect_races: bool, **fields: Any
+) -> None:
     """Makes nf4_matmul run the kernels of a card here, some fields of one changed."""
     device = KERNELS[name][1]
-    params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
+    params = plgpu.InterpretGPUParams(
+        detect_races=detect_races, uninitialized_memory="nan"
+    )
 
     def stand_in(asked: str) -> SimpleNamespace:
         module, changed = KERNELS[asked][0], fields if asked == name else {}

@@ -157,14 +157,16 @@ class Fused:
     def __str__(self) -> str:
         return " ".join(str(v) for v in dataclasses.astuple(self) if v is not False)
 
-    def check(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(
+        self, monkeypatch: pytest.MonkeyPatch, *, detect_races: bool = True
+    ) -> None:
         import interpreted
 
         fields = dict(self.fields)
         if self.name == "decode":
             # More warpgroups need more threads than XLA's pool has on two cores.
             fields["team"] = 1
-        interpreted.install(monkeypatch, self.name, **fields)
+        interpreted.install(monkeypatch, self.name, detect_races, **fields)
         w = oracle.quantized(
             (self.n, self.k),
             block_size=self.block_size,
@@ -224,6 +226,11 @@ INTERPRETED = [
         [*(odd(name, seed) for seed in range(5)), *scaled_down(name)]
     )
 ]
+RAGGED = [
+    Fused("hopper", 20, 200, 512, "bfloat16", rank=7),
+    Fused("hopper", 70, 136, 256, "float16", block_size=128),
+    Fused("hopper", 9, 328, 512, "bfloat16", exact=True, fields=(("split_k", 2),)),
+]
 
 
 @pytest.mark.skipif(
@@ -234,6 +241,16 @@ def test_fused_kernels_keep_the_contract(case: Fused, monkeypatch, capfd):
     case.check(monkeypatch)
     said = capfd.readouterr()
     assert "RACE" not in said.out + said.err
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ < matmul.MOSAIC_JAX, reason="needs jax >= 0.11.2"
+)
+@pytest.mark.parametrize("case", RAGGED, ids=str)
+def test_rows_that_no_tile_divides_are_computed_twice(case: Fused, monkeypatch):
+    # Two tiles write the same values to the same rows of the result, which is a race to
+    # the detector; else the program is that of a weight that tiles divide.
+    case.check(monkeypatch, detect_races=False)
 
 
 @pytest.mark.parametrize("codebook", ["nf4", "fp4", "int4"])

@@ -1,5 +1,7 @@
 """The whole train step, compiled for an H200 that is not there."""
 
+import dataclasses
+import itertools
 import re
 
 import aot
@@ -9,8 +11,13 @@ import optax
 import pytest
 
 import qlora_jax as qlora
+from pallas_kernels import matmul
+from pallas_kernels.layout import abstract_tensor
+from qlora_jax.memory import Setup
 from qlora_jax.models import Decoder, DecoderConfig
 from qlora_jax.models.decoder import LayerKind
+from qlora_jax.train.compiled import absent_gpu
+from qlora_jax.train.compiled import compile_step as setup_step
 
 pytestmark = pytest.mark.aot
 
@@ -119,3 +126,33 @@ def test_experts_and_layers_that_differ_use_the_kernels_too():
         assert program.count("__cudnn$fmhaSoftmaxBackward") == 3
     for dense in ("[768,512]", "[256,512]"):  # others are shapes of activations too
         assert not re.findall(rf"(?:bf16|f32|f16){re.escape(dense)}", program)
+
+
+@pytest.mark.slow
+def test_a_models_shapes_go_by_the_tuned_table():
+    """Of shapes alone: two layers of Llama-3 8B, whose linears the table has."""
+    if jax.__version_info__ < (0, 11, 2):
+        pytest.skip("Mosaic GPU kernels need jax >= 0.11.2")
+    if reason := aot.available():
+        pytest.skip(f"NOT COMPILED FOR A GPU: {reason}")
+    config = dataclasses.replace(
+        CONFIG,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_layers=2,
+        num_heads=32,
+        num_kv_heads=8,
+    )
+    shapes = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]
+    with absent_gpu("h200"):  # what the step is traced for
+        for shape, direction in itertools.product(shapes, ("forward", "backward")):
+            w = abstract_tensor(shape)
+            choice = matmul.choose(direction, BATCH * SEQ, w, jnp.dtype(jnp.bfloat16))
+            assert choice.implementation == "hopper"
+            assert choice.why.startswith("measured on NVIDIA H200"), choice
+    lora = qlora.LoRAConfig(rank=16, targets="all-linear")
+    setup = Setup(config=config, lora=lora, micro_batch=BATCH, max_tokens=SEQ)
+    program = setup_step(setup, "h200").as_text()
+    assert program.count('custom_call_target="mosaic_gpu') == 7 + 6 + 7
+    for n, k in shapes[2:]:  # others are shapes of activations or of gradients, too
+        assert not re.findall(rf"(?:bf16|f32|f16)\[(?:[12],)?{n},{k}\]", program)
