@@ -52,7 +52,7 @@ def candidates(problem: Problem, device: Device) -> list[Choice]:
             tuning.hopper_candidates(problem),
             key=lambda c: tuning.cost(problem, device.cores, c),
         )[:HOPPER_TRIED],
-        "ampere": ampere_candidates(problem),
+        "ampere": ampere_candidates(problem, device),
         "two_pass": [{}],
     }
     at = (problem.direction, problem.m, problem.n, problem.k, device, problem.dtype)
@@ -85,7 +85,7 @@ def decode_candidates(problem: Problem, device: Device) -> list[dict[str, Any]]:
     return found
 
 
-def ampere_candidates(problem: Problem) -> list[dict[str, Any]]:
+def ampere_candidates(problem: Problem, device: Device) -> list[dict[str, Any]]:
     """Returns ampere.Config fields: tiles no larger than the tokens, k cut where few."""
     forward = problem.direction == "forward"
     found = []
@@ -102,9 +102,8 @@ def ampere_candidates(problem: Problem) -> list[dict[str, Any]]:
             for split in (1, 4):
                 if split > 1 and (tiles > 512 or steps % split or steps == split):
                     continue
-                fields = {"block_m": block_m, "rows": rows}
-                if not forward:
-                    fields["weight_stages"] = 3
+                base = tuning.ampere_config(problem, device.capability)
+                fields = base | {"block_m": block_m, "rows": rows}
                 found.append(fields | ({"split_k": split} if split > 1 else {}))
     return found
 

@@ -77,7 +77,7 @@ def check_own_base(
     if lora.bias != "none":
         problems.append(f"--lora.bias {lora.bias}: trains a part of that base")
     for name in ("embedding", "head"):
-        if getattr(quant, name):
+        if getattr(quant, name) != "none":
             problems.append(f"--quant.{name}: that base is saved with it dense")
     if quant.codebook == "none":
         problems.append("--quant.codebook none: there has to be a 4-bit base")

@@ -446,10 +446,10 @@ def test_an_adapter_of_another_base_or_in_pieces_is_refused(
     shutil.copytree(run_folder, broken)
     shutil.rmtree(broken / "adapter" / "arrays")
     assert "arrays" in refused(capsys, *args, broken, "--model", base)
-    (broken / "adapter" / "adapter.json").write_text('{"format": 1, "lora": {}}')
-    assert "adapter.json" in refused(capsys, *args, broken, "--model", base)
     (broken / "config.toml").write_text("[quant")
     assert "is not TOML" in refused(capsys, *args, broken, "--model", base)
+    (broken / "adapter" / "adapter.json").write_text('{"format": 1, "lora": {}}')
+    assert "adapter.json" in refused(capsys, *args, broken, "--model", base)
 
 
 def test_a_folder_without_tokenizer_can_be_quantized_and_no_more(

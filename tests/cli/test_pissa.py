@@ -143,7 +143,8 @@ def test_what_does_not_go_with_pissa_is_said_at_once(folders, tmp_path, capsys):
     args += ["--model", folders / "run" / "base"]
     said = refused(
         *(capsys, *args, "--add-tokens", "<tool>", "--lora.bias", "all"),
-        *("--lora.modules-to-save", "norm", "--quant.embedding", "--quant.head"),
+        *("--lora.modules-to-save", "norm", "--quant.embedding", "4bit"),
+        *("--quant.head", "int8"),
         *("--quant.codebook", "none"),
     )
     for flag in ("--add-tokens", "--lora.bias all", "--lora.modules-to-save norm"):

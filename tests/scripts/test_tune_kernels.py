@@ -58,7 +58,7 @@ def test_ampere_and_ada_cards_try_ampere(device, direction):
     found = tune_kernels.candidates(problem, device)
     assert {choice.implementation for choice in found} == {"ampere", "two_pass"}
     configs = [dict(c.config) for c in found if c.implementation == "ampere"]
-    assert tuning.ampere_config(problem) in configs
+    assert tuning.ampere_config(problem, device.capability) in configs
     assert {c["block_m"] for c in configs} == {16, 32, 64}
     contraction = problem.k // 256 if direction == "forward" else problem.n // 64
     for config in map(lambda fields: ampere.Config(**fields), configs):
