@@ -56,6 +56,7 @@ def test_quickstart_script_runs(tmp_path: Path):
         assert (tmp_path / "run" / name).exists(), name
 
 
+@pytest.mark.slow
 def test_every_qlora_command_runs_in_the_order_given(
     clone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -120,6 +120,7 @@ def test_layers_without_adapter_keep_their_base():
     )
 
 
+@pytest.mark.slow
 def test_dora_begins_at_the_norms_of_base_and_adapter():
     dense, model = pair()
     config = LoRAConfig(rank=8, init="pissa", dora=True)
@@ -163,6 +164,7 @@ def test_the_mark_is_that_of_the_changed_base():
     assert "scales" not in json.loads(fingerprint(tiny.quantized()))
 
 
+@pytest.mark.slow
 def test_what_two_of_them_differ_by_fits_any_copy_of_the_base():
     one = Adapter.of(made())
     same = difference(one, one)

@@ -53,6 +53,7 @@ def step(model: nnx.Module, steps: int = 1, **config: Any) -> tuple[Any, Any]:
     return before, lora
 
 
+@pytest.mark.slow
 def test_everything_that_trains_moves_and_nothing_else():
     model = attach(tiny.quantized(bias=True), LoRAConfig(**EVERYTHING), key=KEY)
     frozen = tiny.frozen(model)

@@ -127,6 +127,7 @@ def rows(folders: Path) -> tuple[Path, Path]:
     )
 
 
+@pytest.mark.slow
 def test_evaluate_compares_the_base_and_every_adapter(
     folders: Path, rows, tmp_path, capsys
 ):
@@ -159,6 +160,7 @@ def test_evaluate_takes_each_row_by_its_adapter(folders: Path, rows, tmp_path, c
     assert each.keys() == {"base", "a", "b"}
 
 
+@pytest.mark.slow
 def test_evaluate_gives_the_perplexity_of_a_text_by_adapter(
     folders: Path, tmp_path, capsys
 ):
@@ -214,6 +216,7 @@ def test_unknown_routes_and_rows_are_named(folders: Path, tmp_path, capsys):
     assert not (tmp_path / "o.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_runs_that_held_the_base_in_different_ways_need_a_choice(
     folders: Path, tmp_path, capsys
 ):

@@ -387,6 +387,7 @@ def test_processes_run_one_at_a_time_and_not_while_others_compile(fake, tmp_path
     assert len({row["pid"] for row in rows if row["what"] in "ghi"}) == 3
 
 
+@pytest.mark.slow
 def test_the_time_cuts_the_tail_and_leaves_no_row_of_it(fake, tmp_path):
     out = tmp_path / "rows.jsonl"
     began = time.time()
@@ -410,6 +411,7 @@ sys.exit(gpu_suite.main(sys.argv[2:], [sys.executable, sys.argv[1]]))
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(fake, tmp_path):
     out = tmp_path / "rows.jsonl"
     args = ["--only", "numerics", "--out", str(out), "--workers", "2"]
@@ -450,6 +452,7 @@ gpu_workers.serve(gpu_suite.handle)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spoil", [False, True])
 def test_the_command_fails_if_a_product_is_wrong(spoil, tmp_path, monkeypatch, capsys):
     (tmp_path / "real.py").write_text(REAL)

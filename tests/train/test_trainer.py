@@ -248,6 +248,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     assert not (tmp_path / "a" / "adapter").exists()
 
 
+@pytest.mark.slow
 def test_a_float16_run_whose_forward_pass_overflows_does_not_end_well(tmp_path):
     config = dataclasses.replace(CONFIG, compute_dtype="float16", max_steps=8)
     run = trainer(tmp_path / "a", config)
