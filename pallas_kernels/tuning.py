@@ -217,7 +217,7 @@ def decode_config(problem: Problem, cores: int) -> dict[str, Any]:
     # A tile's sums stay in shared memory; a block adds up all of its tiles at once.
     tiles = math.ceil(problem.n / 16 / (cores or 132))
     tokens = math.ceil(problem.m / 8)  # blocks of 8
-    team = 4 if tokens <= 2 else 2
+    team = 4 if tokens == 1 else 2  # 4 spill with 16 tokens on jax 0.11.2
     fit = _DECODE_SUMS // (team * tokens * 64 * 8 * 4)
     fields = {"hold_x": True, "batch": min(14, tiles, fit)}
     return fields if team == 4 else fields | {"team": team}
