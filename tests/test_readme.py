@@ -95,8 +95,7 @@ def test_python_examples_run(clone: Path, monkeypatch: pytest.MonkeyPatch):
     assert len(names["new"]) == 3 and names["bank"].adapters == ("a", "half")
 
 
-def test_the_table_of_families_is_that_of_the_registry(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+def test_the_table_of_families_is_that_of_the_registry():
     import make_tables
 
     assert make_tables.written(README) == README

@@ -2,14 +2,12 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
+import gpu_report
 import pytest
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-import gpu_report  # noqa: E402
 
 TEXT = (ROOT / "scripts" / "BENCHMARKS.md").read_text()
 

@@ -4,19 +4,18 @@ import json
 import sys
 from pathlib import Path
 
+import gpu_products
+import gpu_workers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tune_kernels
 
 from pallas_kernels import layout, matmul, reference, tuning
 from pallas_kernels.tuning import Device, Problem
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-import gpu_products  # noqa: E402
-import gpu_workers  # noqa: E402
-import tune_kernels  # noqa: E402
 
 H200 = Device("gpu", "NVIDIA H200", (9, 0), 132)
 CARDS = [

@@ -3,11 +3,12 @@
 import contextlib
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import jax
 import pytest
+from gpu_memory import measured
+from measure_memory import ALL, TABLES, setup_of
 
 import qlora_jax as qlora
 from qlora_jax.adapters import LoRAConfig
@@ -23,9 +24,6 @@ from qlora_jax.plan import (
 from qlora_jax.train.compiled import account, compile_step
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-from gpu_memory import measured  # noqa: E402
-from measure_memory import ALL, TABLES, setup_of  # noqa: E402
 
 PLAN = 0.05
 """Of arguments and temporaries; the fit's largest error over the recorded setups."""
