@@ -17,10 +17,12 @@ import numpy as np
 import tokenizers
 from flax import nnx
 
-from qlora_jax.adapters import LoRAConfig, attach
+from qlora_jax.adapters import Adapter, LoRAConfig, attach
 from qlora_jax.data import Dataset
 from qlora_jax.data.dataset import Row
+from qlora_jax.io.adapter import save_adapter
 from qlora_jax.io.hf import save_model
+from qlora_jax.io.peft import export_peft
 from qlora_jax.io.tokenizer import Tokenizer
 from qlora_jax.models import Decoder, DecoderConfig
 from qlora_jax.nn import FrozenParam, quantize
@@ -194,6 +196,17 @@ def write_folder(out: Path, model: Decoder | None = None) -> Path:
     }
     (out / "tokenizer_config.json").write_text(json.dumps(settings))
     return out
+
+
+def write_adapters(root: Path) -> Path:
+    """Writes base/, and two adapters of it as a/ and b/, as PEFT has them a-peft/, b-peft/."""
+    write_folder(root / "base")
+    for name, seed, rank in (("a", 1, 4), ("b", 2, 2)):
+        model = adapted(decoder(), seed=seed, rank=rank)
+        adapter = Adapter.of(model)
+        save_adapter(root / name, adapter.lora, adapter.config)
+        export_peft(root / f"{name}-peft", model)
+    return root
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,35 +1,19 @@
 """qlora combine, compress and inspect --compare, on folders."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
+from command import call
 
-from qlora_jax.adapters.value import Adapter
 from qlora_jax.cli.main import main
-from qlora_jax.io.adapter import load_adapter, save_adapter
-from qlora_jax.io.peft import export_peft
+from qlora_jax.io.adapter import load_adapter
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("combine")
-    tiny.write_folder(root / "base", tiny.decoder())
-    for name, seed, rank in (("a", 1, 4), ("b", 2, 2)):
-        model = tiny.adapted(tiny.decoder(), seed=seed, rank=rank)
-        adapter = Adapter.of(model)
-        save_adapter(root / name, adapter.lora, adapter.config)
-        export_peft(root / f"{name}-peft", model)
-    return root
-
-
-def call(capsys, *args: object) -> dict:
-    status = main([str(arg) for arg in args])
-    out, err = capsys.readouterr()
-    assert status == 0, err
-    return json.loads(out.splitlines()[-1]) | {"table": out}
+    return tiny.write_adapters(tmp_path_factory.mktemp("combine"))
 
 
 def update(model, name: str = "q_proj") -> np.ndarray:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from command import call
 
 from qlora_jax.adapters import Adapter
 from qlora_jax.cli.main import main
@@ -23,13 +24,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     adapter = Adapter.of(model)
     save_adapter(root / "a", adapter.lora, adapter.config)
     return root
-
-
-def call(capsys, *args: object) -> dict:
-    status = main([str(arg) for arg in args])
-    out, err = capsys.readouterr()
-    assert status == 0, err
-    return json.loads(out.splitlines()[-1]) | {"table": out}
 
 
 def test_a_dense_merge_states_its_rounding(folders: Path, tmp_path: Path, capsys):

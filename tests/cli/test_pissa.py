@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from command import call, refused
 
 from qlora_jax.adapters import Adapter, LoRAConfig, attach, detach
 from qlora_jax.cli.main import main
@@ -43,20 +44,6 @@ def trained(folders: Path) -> Path:
     args = ["--model", folders / "dense", "--data", folders / "rows.jsonl", "--out"]
     assert main(["train", *map(str, [*args, folders / "trained"]), *FLAGS]) == 0
     return folders / "trained"
-
-
-def call(capsys, *args: object) -> dict:
-    capsys.readouterr()
-    status = main([str(arg) for arg in args])
-    out, err = capsys.readouterr()
-    assert status == 0, err
-    return json.loads(out.splitlines()[-1])
-
-
-def refused(capsys, *args: object) -> str:
-    capsys.readouterr()
-    assert main([str(arg) for arg in args]) == 2
-    return capsys.readouterr().err
 
 
 def evaluate(folders: Path, model: Path, run: Path) -> list[object]:

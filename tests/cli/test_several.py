@@ -5,46 +5,20 @@ from pathlib import Path
 
 import pytest
 import tiny
+from command import call, refused
 
 from qlora_jax.adapters.value import Adapter
-from qlora_jax.cli.main import main
 from qlora_jax.io.adapter import save_adapter
-from qlora_jax.io.peft import export_peft
 
 SHORT = ["--max-new-tokens", "3", "--dtype", "float32"]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("several")
-    tiny.write_folder(root / "base", tiny.decoder())
-    for name, seed, rank in (("a", 1, 4), ("b", 2, 2)):
-        model = tiny.adapted(tiny.decoder(), seed=seed, rank=rank)
-        adapter = Adapter.of(model)
-        save_adapter(root / name, adapter.lora, adapter.config)
-        export_peft(root / f"{name}-peft", model)
+    root = tiny.write_adapters(tmp_path_factory.mktemp("several"))
     other = Adapter.of(tiny.adapted(tiny.decoder(seed=3)))
     save_adapter(root / "far", other.lora, other.config)
     return root
-
-
-def call(capsys, *args: object) -> dict:
-    capsys.readouterr()
-    status = main([str(arg) for arg in args])
-    out, err = capsys.readouterr()
-    assert status == 0, err
-    return json.loads(out.splitlines()[-1])
-
-
-def refused(capsys, *args: object) -> str:
-    capsys.readouterr()
-    try:
-        status = main([str(arg) for arg in args])
-    except SystemExit as stop:
-        status = stop.code
-    error = capsys.readouterr().err
-    assert status == 2 and "Traceback" not in error, error
-    return error
 
 
 def generate(folders: Path) -> list[object]:
