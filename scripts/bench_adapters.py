@@ -5,7 +5,9 @@
 Two adapters of rank 16 on the linears of one Llama-3 8B layer (all seven), float32 factors,
 dense bf16 base. Each operation runs in a process of its own: the median of three calls after
 a first one (which compiles; where that takes over a minute, that one), and by how much the
-peak RSS of the calls is above what the process held before them (Linux).
+peak RSS of the calls is above what the process held before them (Linux). `compress` has no
+counterpart in PEFT: an update of 4096 x 4096, rank 32 to 16, beside numpy's dense SVD, and
+how far the two results are apart.
 scripts/interop_venv makes the side venv with PEFT.
 """
 
@@ -38,6 +40,7 @@ OPERATIONS = {
     "ties, density 0.5": "ties",
     "ties_svd, density 0.5": "ties_svd",
     "merge into bf16": "merge",
+    "compress, rank 32 to 16": "compress",
 }
 
 
@@ -87,6 +90,50 @@ def ours(operation: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
     )
 
 
+def compressed(whose: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Returns a call that finds the best rank 16 of an update of rank 32, (4096, 4096)."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from flax import nnx
+
+    from qlora_jax.adapters import LoRAConfig, attach
+    from qlora_jax.adapters.algebra import compress
+    from qlora_jax.adapters.value import Adapter
+    from qlora_jax.nn import Linear
+
+    class One(nnx.Module):
+        def __init__(self):
+            self.linear = Linear(jnp.zeros((4096, 4096), jnp.bfloat16))
+
+    rng = np.random.default_rng(0)
+    config = LoRAConfig(rank=2 * RANK, alpha=2 * RANK)
+    model = attach(One(), config, key=jax.random.key(0))
+    b = 0.01 * rng.standard_normal((2 * RANK, 4096), np.float32)
+    model.linear.lora_b.set_value(jnp.asarray(b))
+    adapter = Adapter.of(model)
+
+    def ours() -> Any:
+        return jax.block_until_ready(compress(adapter, RANK).lora)
+
+    if whose == "ours":
+        return ours, lambda: None
+    a = np.asarray(model.linear.lora_a[...])
+    best: list[Any] = []
+
+    def dense() -> None:
+        u, values, vh = np.linalg.svd(a @ b, full_matrices=False)
+        best[:] = [(u[:, :RANK] * values[:RANK]) @ vh[:RANK]]
+
+    def compare() -> dict[str, float]:
+        made = nnx.to_pure_dict(ours())["linear"]
+        mine = np.asarray(made["lora_a"]) @ np.asarray(made["lora_b"])
+        error = np.linalg.norm(mine - best[0]) / np.linalg.norm(best[0])
+        return {"apart": float(f"{error:.2g}")}
+
+    return dense, compare
+
+
 def peft(operation: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """Returns the same of PEFT, which changes the model: so it is changed back after."""
     import torch
@@ -125,19 +172,23 @@ def peft(operation: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
 
 def worker(whose: str, operation: str) -> None:
     """Measures one operation in this process; prints a JSON line."""
-    call, after = (ours if whose == "ours" else peft)(operation)
+    if operation == "compress":
+        call, after = compressed(whose)
+    else:
+        call, after = (ours if whose == "ours" else peft)(operation)
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    before = memory("VmRSS")
+    before, more = memory("VmRSS"), None
     seconds: list[float] = []
     while len(seconds) < 4 and not (seconds and seconds[0] > 60):
         began = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - began)
-        after()
+        more = after()
     figures = {
         "seconds": round(statistics.median(seconds[1:] or seconds), 4),
         "first_s": round(seconds[0], 3),
         "peak_mib": round((memory("VmHWM") - before) / 1024),
+        **(more if isinstance(more, dict) else {}),
     }
     print(json.dumps(figures))
 
@@ -177,7 +228,9 @@ def main() -> None:
         if operation not in args.only:
             continue
         found[said] = {"ours": measure(sys.executable, "ours", operation)}
-        if args.torch_python:
+        if operation == "compress":
+            found[said]["numpy"] = measure(sys.executable, "numpy", operation)
+        elif args.torch_python:
             found[said]["peft"] = measure(args.torch_python, "peft", operation)
         row = "  ".join(
             f"{whose} {x['seconds']:8.3f} s +{x['peak_mib']:5.0f} MiB"
