@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from qlora_jax.adapters.bank import BASE
+from qlora_jax.adapters.bank import BASE, AdapterBank
 from qlora_jax.cli import options
 from qlora_jax.cli.options import QuantOptions
 from qlora_jax.data import DataConfig, Dataset, read_dataset
@@ -76,77 +76,88 @@ def parse(args: list[str], prog: str) -> Args:
 def run(args: Args) -> dict[str, Any]:
     """Runs; returns the figures."""
     path = Path(args.data_file)
-    if not path.is_file():
-        raise DataError(f"--data {path} is no file")
-    if args.batch_size < 1:
-        raise ConfigError(f"--batch-size is {args.batch_size}, expected at least 1")
-    if args.adapter is not None and args.adapters:
-        raise ConfigError("give either --adapter or --adapters")
-    if args.predictions is not None:
-        options.check_file("--predictions", args.predictions)
-    text = ""
+    _check(args, path)
+    text = None
     if path.suffix != ".jsonl":
         try:
             text = path.read_text(encoding="utf-8")[: args.max_chars]
         except UnicodeDecodeError:
             raise DataError(f"--data {path} is not UTF-8 text") from None
     bank = None
+    models: dict[str | None, Any] = {}
+    each: dict[str | None, dict[str, Any]] = {}
     if args.adapters:
         bank, tokenizer, said = options.open_bank(
             args.model, args.adapters, args.quant, args.dtype
         )
-        model = bank.route(BASE)
+        models = {name: bank.route(name) for name in (BASE, *bank.adapters)}
     else:
-        model, tokenizer, said = options.open_model(
+        models[None], tokenizer, said = options.open_model(
             args.model, args.adapter, args.quant, args.dtype
         )
     if tokenizer is None:
         raise DataError(f"{args.model} has no tokenizer.json, so text cannot be read")
-    if path.suffix != ".jsonl":
+    if text is not None:
         tokens = tokenizer.encode(text)
         bos = tokenizer.bos_id if args.bos else None
-        if bank is None:
-            return {**said, **_text_figures(args, model, tokens, bos)}
-        each = {
-            name: _text_figures(args, bank.route(name), tokens, bos)
-            for name in (BASE, *bank.adapters)
-        }
-        return {**said, "by_adapter": each}
-    names = () if bank is None else (BASE, *bank.adapters)
-    rows = read_dataset(path, tokenizer, args.data, adapters=names)
-    said |= {"rows": len(rows), "rows_left_out": rows.dropped}
-    answers: dict[str | None, list[Answer]] = {}
-    if bank is None:
-        figures, answers[None] = _row_figures(args, model, rows, tokenizer)
-        figures = {**said, **figures}
-    elif any(row.adapter is not None for row in rows.rows):
-        losses = row_losses(bank, rows, args.batch_size)
-        each = {name: _loss_figures(*pair) for name, pair in losses.items()}
-        if args.exact_match:
-            given = _answers(args, bank, rows, tokenizer)
-            for row, answer in zip(rows.rows, given, strict=True):
-                answers.setdefault(row.adapter or BASE, []).append(answer)
-            for name, theirs in answers.items():
-                each[str(name)]["exact_match"] = _share(theirs)
-        figures = {**said, "by_adapter": each}
+        each = {n: _text_figures(args, m, tokens, bos) for n, m in models.items()}
     else:
-        each = {}
-        for name in names:
-            each[name], answers[name] = _row_figures(
-                args, bank.route(name), rows, tokenizer
-            )
-        figures = {**said, "by_adapter": each}
-    if args.predictions is not None and args.exact_match:
-        lines = [
-            json.dumps(
-                {**({} if name is None else {"adapter": name}), **a._asdict()}
-                | {"correct": a.correct}
-            )
-            for name, theirs in answers.items()
-            for a in theirs
-        ]
-        args.predictions.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return figures
+        names = tuple(name for name in models if name is not None)
+        rows = read_dataset(path, tokenizer, args.data, adapters=names)
+        said |= {"rows": len(rows), "rows_left_out": rows.dropped}
+        if bank is not None and any(row.adapter is not None for row in rows.rows):
+            each, answers = _mixed(args, bank, rows, tokenizer)
+        else:
+            answers: list[tuple[str | None, Answer]] = []
+            for name, model in models.items():
+                each[name], given = _row_figures(args, model, rows, tokenizer)
+                answers += [(name, answer) for answer in given]
+        if args.predictions is not None:
+            _write(args.predictions, answers)
+    return {**said, **(each[None] if bank is None else {"by_adapter": each})}
+
+
+def _check(args: Args, path: Path) -> None:
+    """Raises what can be said before anything is loaded."""
+    if not path.is_file():
+        raise DataError(f"--data {path} is no file")
+    problems = []
+    if args.batch_size < 1:
+        problems.append(f"--batch-size is {args.batch_size}, expected at least 1")
+    if args.adapter is not None and args.adapters:
+        problems.append("give either --adapter or --adapters")
+    if args.predictions is not None and not args.exact_match:
+        problems.append("--predictions goes with --exact-match")
+    if problems:
+        raise ConfigError("; ".join(problems))
+    if args.predictions is not None:
+        options.check_file("--predictions", args.predictions)
+
+
+def _write(path: Path, answers: list[tuple[str | None, Answer]]) -> None:
+    """Writes an answer a line, with the adapter that gave it where there are several."""
+    with path.open("x", encoding="utf-8") as stream:
+        for name, answer in answers:
+            row = {} if name is None else {"adapter": name}
+            row |= {**answer._asdict(), "correct": answer.correct}
+            stream.write(json.dumps(row) + "\n")
+
+
+def _mixed(
+    args: Args, bank: AdapterBank, rows: Dataset, tokenizer: Tokenizer
+) -> tuple[dict[str | None, dict[str, Any]], list[tuple[str | None, Answer]]]:
+    """Returns each adapter's figures over the rows that name it, and the rows' answers."""
+    each: dict[str | None, dict[str, Any]] = {
+        name: _loss_figures(*pair)
+        for name, pair in row_losses(bank, rows, args.batch_size).items()
+    }
+    if not args.exact_match:
+        return each, []
+    names = [row.adapter or BASE for row in rows.rows]
+    answers = list(zip(names, _answers(args, bank, rows, tokenizer), strict=True))
+    for name, figures in each.items():
+        figures["exact_match"] = _share([a for theirs, a in answers if theirs == name])
+    return each, [*answers]
 
 
 def _text_figures(

@@ -80,9 +80,19 @@ def row_loss(model: Any, dataset: Dataset, batch_size: int = 8) -> tuple[float, 
 def row_losses(
     bank: AdapterBank, dataset: Dataset, batch_size: int = 8
 ) -> dict[str, tuple[float, int]]:
-    """Returns `row_loss` of the rows of each adapter, the base's under 'base'.
+    """Returns the mean loss a trained token of the rows of each adapter.
 
-    A batch has rows of several adapters; each row's `adapter` says which it takes.
+    Args:
+      bank: Of adapters.
+      dataset: Rows, whose `adapter` says which they take (None: the base). A batch mixes
+        them as they come by length.
+      batch_size: Rows at once.
+
+    Returns:
+      {adapter, or 'base': (mean loss in nats, trained tokens)} of those that have rows.
+
+    Raises:
+      ConfigError: a row names an adapter that is not in the bank.
     """
     sums: dict[str, np.ndarray] = {}
     for rows in dataset.by_length(batch_size):

@@ -148,6 +148,23 @@ def test_evaluate_gives_the_perplexity_of_a_text_by_adapter(
     assert said["base"]["perplexity"] != said["b"]["perplexity"]
 
 
+def test_predictions_of_mixed_rows_are_in_their_order(folders, rows, tmp_path, capsys):
+    out = tmp_path / "p.jsonl"
+    args = ["evaluate", "--model", folders / "base", "--data", rows[1], *both(folders)]
+    args += ["--dtype", "float32", "--predictions", out]
+    assert "--predictions goes with --exact-match" in refused(capsys, *args)
+    said = call(capsys, *args, "--exact-match", "--max-new-tokens", 3)["by_adapter"]
+    given = [json.loads(line) for line in out.read_text().splitlines()]
+    lines = [json.loads(line) for line in rows[1].read_text().splitlines()]
+    assert [row["adapter"] for row in given] == [
+        row.get("adapter", "base") for row in lines
+    ]
+    assert [row["expected"] for row in given] == [row["output"] for row in lines]
+    for name, figures in said.items():
+        mine = [row["correct"] for row in given if row["adapter"] == name]
+        assert figures["exact_match"] == sum(mine) / len(mine)
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
