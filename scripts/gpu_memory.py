@@ -115,6 +115,7 @@ def measured(
 def filled(tree: Any, places: Any, rng: Any) -> Any:
     """Returns arrays of random values, where and as a compiled step wants them."""
     import jax
+    import jax.numpy as jnp
     import numpy as np
 
     def fill(x: Any, place: Any) -> Any:
@@ -125,20 +126,27 @@ def filled(tree: Any, places: Any, rng: Any) -> Any:
         elif dtype.kind in "ui":
             made = rng.integers(0, np.iinfo(dtype).max, cell, dtype, endpoint=True)
         else:
-            made = (0.01 * rng.random(cell, np.float32)).astype(dtype)
-        return jax.device_put(np.broadcast_to(made, x.shape), place)
+                made = (0.01 * rng.random(cell, np.float32)).astype(dtype)
+        if place.memory_kind == "pinned_host":
+            made = np.ascontiguousarray(np.broadcast_to(made, x.shape))
+            return jax.block_until_ready(jax.device_put(made, place))
+        repeat = jax.jit(lambda c: jnp.broadcast_to(c, x.shape), out_shardings=place)
+        return jax.block_until_ready(repeat(made))
 
     return jax.tree.map(fill, tree, places)
 
 
 def arrival_seconds(arrays: list[Any], here: Any) -> float:
-    """Returns how long the host's arrays take to the device, measured on the largest."""
+    """Returns how long the host's arrays take to the device, measured on a layer of one."""
     import jax
+    import numpy as np
 
-    largest = max(arrays, key=lambda x: x.nbytes)[:1]
+    largest = max(arrays, key=lambda x: x.nbytes)
+    layer = np.ones(largest.shape[1:], largest.dtype)
+    layer = jax.block_until_ready(jax.device_put(layer, largest.sharding))
     seconds = []
     for _ in range(4):
         began = time.perf_counter()
-        jax.block_until_ready(jax.device_put(largest, here))
+        jax.block_until_ready(jax.device_put(layer, here))
         seconds.append(time.perf_counter() - began)
-    return min(seconds) * sum(x.nbytes for x in arrays) / largest.nbytes
+    return min(seconds) * sum(x.nbytes for x in arrays) / layer.nbytes

@@ -162,7 +162,7 @@ def phases(tasks: list[dict[str, Any]], workers: int) -> list[list[Lane]]:
         torch = [t for t in mine if t["what"] == "bitsandbytes"]
         ours = [t for t in mine if t["what"] != "bitsandbytes"]
         found.append([Lane(ours, workers), Lane(torch)])
-    found.insert(1, [Lane(steps, min(4, workers), alone=True)])
+    found.insert(1, [Lane(steps, min(6, workers), alone=True)])
     return found
 
 
