@@ -126,7 +126,7 @@ def filled(tree: Any, places: Any, rng: Any) -> Any:
         elif dtype.kind in "ui":
             made = rng.integers(0, np.iinfo(dtype).max, cell, dtype, endpoint=True)
         else:
-                made = (0.01 * rng.random(cell, np.float32)).astype(dtype)
+            made = (0.01 * rng.random(cell, np.float32)).astype(dtype)
         if place.memory_kind == "pinned_host":
             made = np.ascontiguousarray(np.broadcast_to(made, x.shape))
             return jax.block_until_ready(jax.device_put(made, place))
