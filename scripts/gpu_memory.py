@@ -7,6 +7,7 @@ What the plan and XLA's account promise (scripts/results/memory_h200.jsonl) is r
 
 import contextlib
 import dataclasses
+import math
 import os
 import subprocess
 import time
@@ -44,6 +45,7 @@ def cap(what: str) -> None:
         ).stdout
         fraction = size / (float(answer.split()[0]) * 2**20)
         os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{fraction:.4f}"
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "true"  # in one piece
 
 
 def memory_step(task: dict, lock: contextlib.AbstractContextManager) -> dict:
@@ -133,7 +135,13 @@ def filled(tree: Any, places: Any, rng: Any) -> Any:
         repeat = jax.jit(lambda c: jnp.broadcast_to(c, x.shape), out_shardings=place)
         return jax.block_until_ready(repeat(made))
 
-    return jax.tree.map(fill, tree, places)
+    specs, structure = jax.tree.flatten(tree)
+    places = structure.flatten_up_to(places)
+    made = {  # the largest first, while the free memory is in one piece
+        i: fill(specs[i], places[i])
+        for i in sorted(range(len(specs)), key=lambda i: -math.prod(specs[i].shape))
+    }
+    return structure.unflatten([made[i] for i in range(len(specs))])
 
 
 def arrival_seconds(arrays: list[Any], here: Any) -> float:
