@@ -160,21 +160,17 @@ def optimizer_state(lora: nnx.State, name: Optimizer = "adamw") -> Any:
 # says of what each is a multiple.
 _FITTED: dict[tuple[Platform, bool], dict[str, float]] = {
     ("gpu", True): {
-        **{
-            "adapter": 0.8,
-            "adapter_8_bit": 0.109,
-            "hidden_both": 19.949,
-            "bias": 0.405,
-        },
-        **{"kv": 9.266, "turn": 1.272, "wide": 5.171, "together": 5.398},
-        **{"logits": 0.466, "pieces": 47.5e6, "int8": 0.666, "workspace": 25.6e6},
+        **{"adapter": 0.471, "adapter_8_bit": 0.075, "ahead": 0.844, "layer": 1.085},
+        **{"turn": 1.129, "hidden_both": 19.313, "kv": 9.278, "wide": 5.759},
+        **{"together": 6.808, "logits": 0.251, "int8": 0.715, "pieces": 70.7e6},
+        **{"workspace": 69.9e6},
     },
     ("gpu", False): {
         **{"adapter": 0.089, "kv": 6.975, "wide": 5.288, "together": 64.446},
     },
     ("cpu", True): {
         **{"adapter": 2.542, "adapter_8_bit": 0.406, "decoded": 5.904},
-        **{"hidden_both": 73.503, "bias": 15.666, "wide": 10.019},
+        **{"hidden_both": 73.503, "bias": 15.666, "wide": 10.019, "together": 0.97},
     },
     ("cpu", False): {
         **{"adapter": 1.876, "decoded": 3.461, "hidden_both": 84.065},
@@ -309,12 +305,13 @@ def features(
     """Returns {(when, name): bytes}: what a step holds for a while is multiples of these.
 
     When a layer's backward runs: copies and updates of the adapter, and what micro-batches
-    add up to; a layer's stored weights, cut out of the stack, for each further layer of a
-    group in turns; activations as wide as the feed-forward, as the kv heads, as the hidden
-    size (where norms stand before and after, or for every micro-batch that goes through a
-    layer together), as q, k and v that have biases; the largest piece of a weight that is
-    decoded at once. When the loss runs: a chunk of logits, pieces of a 4-bit head, logits
-    that an int8 one puts together, and libraries' workspace.
+    add up to; a layer's stored weights, cut out of the stack, once more for one that is
+    copied ahead and for each further layer of a group in turns; activations as wide as the
+    feed-forward, as the kv heads, as the hidden size (where norms stand before and after, or
+    for every micro-batch that goes through a layer together), as q, k and v that have
+    biases; the largest piece of a weight that is decoded at once. When the loss runs: a
+    chunk of logits, pieces of a 4-bit head, logits that an int8 one puts together, and
+    libraries' workspace.
     """
     c, item = setup.config, jnp.dtype(setup.dtype).itemsize
     # On a CPU products come out in float32, whatever goes in.
@@ -333,11 +330,14 @@ def features(
         and c.hidden_size % 256
         and c.hidden_size * c.vocab_size > _PIECES
     )
+    copied_ahead = setup.stream and c.period == 1 < c.num_layers
+    copied_ahead = copied_ahead and setup.checkpoint in ("layer", "host")
     return {
         ("layer", "adapter"): parts["adapter"] * (setup.optimizer == "adamw"),
         ("layer", "adapter_8_bit"): parts["adapter"] * (setup.optimizer != "adamw"),
         ("layer", "accumulated"): parts["adapter"] * _adds_up(setup),
         ("layer", "layer"): a_layer,
+        ("layer", "ahead"): a_layer * copied_ahead,
         ("layer", "turn"): a_layer * (c.period - 1),
         ("layer", "wide"): tokens * _wide(c),
         ("layer", "hidden_both"): tokens * c.hidden_size * (c.norms == "both"),

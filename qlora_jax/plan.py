@@ -23,11 +23,14 @@ activations, of which no weight has its own."""
 _SMALL_COST = 0.02  # of paging the optimizer, and of 4-bit tables
 _TABLE_COST = {"none": 0.0, "int8": 0.5, "4bit": 1.0}
 """In those; by it int8, which costs least perplexity, is taken before 4-bit tables are."""
-_STREAM_COST = 1.5  # at the least: that copies hide has not been measured on a GPU yet
+_STREAM_COST = 1.5
+"""At the least. An H200 took 1.15 with 4 micro-batches of 8B, 1.8 with one, when a layer's
+copies had only its own turn; ahead, as they are now, they are not measured yet."""
 _DECODE_TOKENS = 300  # a micro-batch costs as if it had so many tokens more
-PCIE_BYTES_PER_S = 50e9
-FLOPS = 400e12
-"""Assumed rates of a host link and of a step's arithmetic, for streaming alone."""
+PCIE_BYTES_PER_S = 44e9
+FLOPS = 550e12
+"""Rates of an H200's host link and of its step's arithmetic, for streaming alone: measured,
+the second as 530e12 for 8B and 618e12 for 70B (scripts/BENCHMARKS.md)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +193,8 @@ def _nothing(
                 f"; with no more than {said(host)} of the host it is "
                 f"{said(here.device_bytes)} ({flags_of(there)})"
             )
-    return text + ". Shorter rows (--data.max-tokens) or a lower rank need less."
+    fewer = ", fewer of them a step" if setup.micro_batch * setup.grad_accum > 1 else ""
+    return f"{text}. Shorter rows (--data.max-tokens){fewer} or a lower rank need less."
 
 
 def flags_of(setup: Setup) -> str:

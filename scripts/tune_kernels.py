@@ -38,8 +38,9 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 RANK = 16
 NOTE = (
     "us: device time at m tokens; of the whole product where the source is "
-    "tune_kernels.py, without decoding hopper's scales where it is h200_kernels.jsonl. An "
-    "entry whose m is not its key's was not measured at its own tokens."
+    "tune_kernels.py or nvidia_h200_suite.jsonl, without decoding hopper's scales where it "
+    "is h200_kernels.jsonl. An entry whose m is not its key's was not measured at its own "
+    "tokens."
 )
 HOPPER_TRIED = 6  # of the model's order
 

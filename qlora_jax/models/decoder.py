@@ -16,6 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from qlora_jax.models.streaming import scan_ahead
 from qlora_jax.nn.attention import attention, causal_attention
 from qlora_jax.nn.embedding import Embedding
 from qlora_jax.nn.linear import Linear
@@ -23,7 +24,7 @@ from qlora_jax.nn.lora import LoRA
 from qlora_jax.nn.moe import Experts, Router
 from qlora_jax.nn.norm import RMSNorm
 from qlora_jax.nn.rope import RopeScaling, rotate, rotation
-from qlora_jax.nn.variables import arrive
+from qlora_jax.nn.variables import arrive, rests_on_host
 
 Checkpoint = Literal["none", "attention", "layer", "host"]
 """What backward recomputes: 'none' elementwise work only; 'layer' each whole layer, from its
@@ -438,7 +439,6 @@ class Decoder(nnx.Module):
         positions = jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32), (batch, seq))
         rotations = self._rotations(positions)
         keys = None if key is None else self._layer_keys(key, micro)
-        policy = _policy(checkpoint)
 
         def apply_layer(layer, kind, x, layer_key):
             x = checkpoint_name(x, "layer_input")
@@ -451,13 +451,13 @@ class Decoder(nnx.Module):
 
             if checkpoint != "none":
                 # Else backward would make again what all micro-batches keep, at once.
-                one = jax.checkpoint(one, policy=policy, prevent_cse=False)
+                one = jax.checkpoint(one, policy=_policy(checkpoint), prevent_cse=False)
             # From the last on, so that backward adds up gradients from the first.
             return jax.lax.scan(one, None, (x, layer_key), reverse=True)[1], None
 
         x = self._embed(tokens.reshape(-1, seq))
         x = x.reshape(*tokens.shape, -1)
-        x, _ = self._scan(apply_layer, x, keys, policy, remat=True)
+        x, _ = self._scan(apply_layer, x, keys, checkpoint)
         return self.norm(x)
 
     def _layer_keys(self, key: Array, micro: list[int]) -> Array:
@@ -523,13 +523,12 @@ class Decoder(nnx.Module):
         apply_layer: Callable[..., tuple[Array, Any]],
         x: Array,
         extra: Any,
-        policy: Any = None,
-        remat: bool = False,
+        checkpoint: Checkpoint | None = None,
     ) -> tuple[Array, Any]:
         """Applies all layers: (layer, kind, x, its part of extra) -> (x, output).
 
         Layers of one kind are one scan. Otherwise the group that repeats is; what is left
-        of a last group follows by itself.
+        of a last group follows by itself. Without `checkpoint` nothing is recomputed.
         """
         c = self.config
         period, kinds = c.period, c.kinds
@@ -552,7 +551,21 @@ class Decoder(nnx.Module):
         def one(f: Any, kind: LayerKind) -> Callable[[Array, Any], tuple[Array, Any]]:
             f = functools.partial(f, kind)
             # In a scan there is nothing to deduplicate against, so CSE stays allowed.
-            return jax.checkpoint(f, policy=policy, prevent_cse=False) if remat else f
+            if checkpoint is None:
+                return f
+            return jax.checkpoint(f, policy=_policy(checkpoint), prevent_cse=False)
+
+        ahead = period == 1 and c.num_layers > 1 and checkpoint in ("layer", "host")
+        if ahead and rests_on_host(frozen):
+
+            def apply(lora: Any, base: Any, x: Array, part: Any) -> Array:
+                layer = nnx.merge(graphdef, lora, base)
+                return apply_layer(layer, kinds[0], x, part)[0]
+
+            on_host = checkpoint == "host"
+            return scan_ahead(
+                apply, x, lora, frozen, extra, inputs_on_host=on_host
+            ), None
 
         if period == 1:
             return jax.lax.scan(one(run, kinds[0]), x, (lora, frozen, extra))

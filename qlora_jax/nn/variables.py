@@ -32,10 +32,13 @@ def arrive(weights: Any) -> Any:
     Called inside what backward recomputes, so that the copy is made again there and not
     kept.
     """
-    host, device = jax.memory.Space.Host, jax.memory.Space.Device
+    device = jax.memory.Space.Device
     return jax.tree.map(
-        lambda x: (
-            jax.device_put(x, device) if jax.typeof(x).memory_space == host else x
-        ),
-        weights,
+        lambda x: jax.device_put(x, device) if rests_on_host(x) else x, weights
     )
+
+
+def rests_on_host(tree: Any) -> bool:
+    """Whether any array of a tree is in host memory, inside jit too."""
+    host = jax.memory.Space.Host
+    return any(jax.typeof(x).memory_space == host for x in jax.tree.leaves(tree))

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from qlora_jax.adapters import join
 from qlora_jax.models.decoder import Checkpoint
+from qlora_jax.nn.variables import rests_on_host
 from qlora_jax.optim import LossScaleState, offload
 from qlora_jax.train.loss import cross_entropy
 
@@ -83,7 +84,7 @@ def make_train_step(
             return functools.reduce(jnp.add, [loss * factor for loss in losses])
 
         count = batch["tokens"].shape[0]
-        if count > 1 and default and _streamed(base):
+        if count > 1 and default and rests_on_host(base):
             loss, grads = jax.value_and_grad(loss_together)(lora)
         elif count == 1:
             first = {name: x[0] for name, x in batch.items()}
@@ -150,9 +151,3 @@ def token_loss(head: Any, hidden: Array, batch: Batch) -> Float[Array, ""]:
     labels = jnp.roll(batch["tokens"], -1, axis=1)
     weights = jnp.roll(batch["weights"].at[:, 0].set(0), -1, axis=1)
     return cross_entropy(head, hidden, labels, weights)
-
-
-def _streamed(base: nnx.State) -> bool:
-    """Whether any of a base rests in host memory."""
-    host = jax.memory.Space.Host
-    return any(jax.typeof(x).memory_space == host for x in jax.tree.leaves(base))

@@ -42,7 +42,8 @@ def llama():
     [
         ("forward", 1, "decode"),
         ("forward", 8, "decode"),
-        ("forward", 16, "hopper"),
+        ("forward", 16, "decode"),
+        ("forward", 32, "hopper"),
         ("forward", 4096, "hopper"),
         ("backward", 1, "hopper"),
         ("backward", 2048, "hopper"),

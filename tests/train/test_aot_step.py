@@ -158,3 +158,64 @@ def test_a_models_shapes_go_by_the_tuned_table():
     assert program.count('custom_call_target="mosaic_gpu') == 7 + 6 + 7
     for n, k in shapes[2:]:  # others are shapes of activations or of gradients, too
         assert not re.findall(rf"(?:bf16|f32|f16)\[(?:[12],)?{n},{k}\]", program)
+
+
+@pytest.mark.slow
+def test_the_next_layer_is_copied_by_dma_while_one_computes():
+    if jax.__version_info__ < (0, 11, 2):
+        pytest.skip("Mosaic GPU kernels need jax >= 0.11.2")
+    if reason := aot.available():
+        pytest.skip(f"NOT COMPILED FOR A GPU: {reason}")
+    lora = qlora.LoRAConfig(rank=16, targets="all-linear")
+    config = dataclasses.replace(CONFIG, num_layers=4)
+    setup = Setup(
+        config=config,
+        lora=lora,
+        micro_batch=BATCH,
+        max_tokens=SEQ,
+        stream=True,
+        checkpoint="host",
+    )
+    program = setup_step(setup, "h200").as_text()
+    bodies = {
+        direction: found[0].splitlines()
+        for direction, kernels in (("forward", 7), ("backward", 6 + 7))
+        if (found := [b for b in loop_bodies(program) if b.count(KERNEL) == kernels])
+    }
+    assert len(bodies) == 2
+    codes = config.hidden_size * config.intermediate_size // 2
+    for direction, lines in bodies.items():
+        kernels = [i for i, line in enumerate(lines) if KERNEL in line]
+        # Layers' codes, in host memory (S(5)); gate, up and down among them.
+        copies = [
+            (re.search(r"%([\w.-]+) = ", line)[1], i)
+            for i, line in enumerate(lines)
+            if re.search(r"= \(\(u16\[4,\d+,\d+\]\S*:S\(5\)\}.* fusion-start\(", line)
+        ]
+        assert len(copies) == 7, direction
+        for name, i in copies:
+            done = next(
+                j for j, line in enumerate(lines) if f"fusion-done(%{name})" in line
+            )
+            # XLA places the starts; of layers of Llama's size, before all kernels.
+            assert i < kernels[-3], (direction, name)
+            assert done > kernels[-1], (direction, name)
+            # What makes it a DMA; from the layer after the first, from the last but one.
+            called = re.search(r"calls=%([\w.-]+)", lines[i])[1]
+            moves = re.search(
+                rf"%{re.escape(called)} .*?dynamic_slice_config\":{{\"loop_index\":\"0\","
+                r'"byte_offset":"(\d+)","byte_stride":"(-?\d+)"',
+                program,
+                re.DOTALL,
+            )
+            offset, stride = int(moves[1]), int(moves[2])
+            assert 0 < abs(stride) <= codes
+            assert offset == (stride if direction == "forward" else -2 * stride)
+
+
+KERNEL = 'custom_call_target="mosaic_gpu'
+
+
+def loop_bodies(program: str) -> list[str]:
+    """Returns the computations of a program in HLO, as text."""
+    return re.split(r"\n(?=%|ENTRY)", program)
