@@ -40,6 +40,7 @@ def test_the_two_commands_are_the_scripts():
         assert os.access(ROOT / line, os.X_OK)
 
 
+@pytest.mark.slow
 def test_quickstart_script_runs(tmp_path: Path):
     # Few steps; the whole of it is what CI's author and every reader run.
     out = subprocess.run(
@@ -79,6 +80,7 @@ def test_every_qlora_command_runs_in_the_order_given(
         json.loads(captured.out.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_python_examples_run(clone: Path, monkeypatch: pytest.MonkeyPatch):
     example, several = (
         block.replace("path/or/hub-id", str(ROOT / "qlora_jax/assets/base"))

@@ -70,12 +70,14 @@ def test_each_row_is_as_with_its_adapter_alone(alone, bank, times, seq):
         assert all(np.abs(one - other).max() > 0.1 for other in said[:i])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dora", None])
 def test_one_name_is_for_all_rows_of_any_batch(alone, bank, name):
     check(bank.route(name), [name] * 2, 12, alone)
     check(bank.route("base" if name is None else name), [name] * 3, 12, alone)
 
 
+@pytest.mark.slow
 def test_generate_equals_each_row_by_itself(base, models, bank):
     config = SampleConfig(max_new_tokens=5)
     rows = ["plain", "head", None]
@@ -89,6 +91,7 @@ def test_generate_equals_each_row_by_itself(base, models, bank):
     assert len(set(map(tuple, said))) == 3
 
 
+@pytest.mark.slow
 def test_other_adapters_and_other_rows_compile_nothing_anew(base, bank):
     config = SampleConfig(max_new_tokens=2)
     prompts = [[1, 2], [3]]
@@ -131,6 +134,7 @@ def test_a_bank_is_kept_in_the_compute_dtype():
     np.testing.assert_allclose(got, want, atol=2e-2 * np.abs(want).max())
 
 
+@pytest.mark.slow
 def test_any_module_with_linears_can_have_a_bank():
     class Two(nnx.Module):
         def __init__(self):

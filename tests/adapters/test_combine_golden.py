@@ -81,6 +81,7 @@ def peft(golden) -> tuple[dict[str, Adapter], dict[str, str], Any]:
     return adapters, names, np.load(folder / "combined.npz")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_method_gives_the_tensors_of_peft(peft, golden, case):
     adapters, names, combined = peft

@@ -76,6 +76,7 @@ def test_moments_come_out_of_scanned_layers():
     assert moments["layers.mlp.down_proj"].shape == (2, 128, 128)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize(("out", "features", "rank"), [(96, 64, 8), (40, 256, 4)])
 def test_the_adapter_takes_away_what_the_best_of_its_rank_would(
@@ -146,6 +147,7 @@ def test_a_rank_above_the_outputs_takes_all_away():
     np.testing.assert_allclose(made(x), dense(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_logits_come_nearer_to_the_dense_models():
     dense, model = tiny.decoder(), tiny.quantized()
     tokens = tiny.tokens(8, 32)

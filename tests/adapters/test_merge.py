@@ -43,6 +43,7 @@ def test_the_merged_model_says_what_base_and_adapter_said(base, bias, targets):
     assert np.abs(wanted - plain).max() > 100 * SUM_ORDER
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None, derandomize=True, database=None)
 @given(
     *(st.integers(0, 2**32 - 1), st.booleans(), st.booleans()),

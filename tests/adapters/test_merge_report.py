@@ -59,6 +59,7 @@ def test_errors_are_numpys(base):
     assert report.to_json()["linears"][NAME]["relative_error"] == report.relative[NAME]
 
 
+@pytest.mark.slow
 def test_a_float32_merge_loses_nothing_to_speak_of():
     for config in ({}, {"dora": True}, {"layers": (0,)}):
         model = tiny.moved(tiny.quantized(), **config)
@@ -73,6 +74,7 @@ def test_what_has_no_update_has_no_error():
     assert report.relative == {} and report.total == (0, 0)
 
 
+@pytest.mark.slow
 def test_quantizing_again_loses_more_and_correction_gives_it_back():
     model = tiny.adapted(tiny.quantized())
     again = merge(model, requantize=QuantConfig())
@@ -89,6 +91,7 @@ def test_quantizing_again_loses_more_and_correction_gives_it_back():
     assert errors[-1] < 1e-5  # a rank of min(in, out) leaves nothing
 
 
+@pytest.mark.slow
 def test_correction_keeps_more_of_a_peft_adapter_than_pefts_merge(
     golden: Callable[[str], Path],
 ):

@@ -76,6 +76,7 @@ def test_logits_and_gradients_are_those_of_peft(name, tmp_path):
         close(ours[key] / count, grad, GRADIENTS * largest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BASES)
 def test_the_merged_model_says_the_same_and_is_saved(name, tmp_path):
     model, said, ids = opened(name)
@@ -119,6 +120,7 @@ def test_it_goes_out_as_it_came(name, tmp_path):
     assert lora_config(back) == lora_config(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BASES)
 def test_our_own_folder_keeps_all_of_it(name, tmp_path):
     model, _, ids = opened(name)
@@ -130,6 +132,7 @@ def test_our_own_folder_keeps_all_of_it(name, tmp_path):
     np.testing.assert_array_equal(tiny.logits(back, ids), tiny.logits(model, ids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dora", "some_layers_dora", "dora_rslora"])
 def test_dora_on_4_bits_is_dora_on_the_decoded_weights(name):
     dense, _ = load(GOLDEN / BASES[name], dtype="float32")

@@ -75,6 +75,7 @@ def test_everything_that_trains_moves_and_nothing_else():
     assert {x.dtype for x in before.values()} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_none_of_it_changes_a_logit_before_it_trains(dtype):
     base = tiny.quantized(dtype, bias=True)
@@ -85,6 +86,7 @@ def test_none_of_it_changes_a_logit_before_it_trains(dtype):
     np.testing.assert_allclose(said, wanted, atol=size, rtol=0)
 
 
+@pytest.mark.slow
 def test_only_matrices_decay():
     config = EVERYTHING | {"modules_to_save": "norm", "head_tokens": None}
     model = attach(tiny.decoder(bias=True), LoRAConfig(**config), key=KEY)
@@ -129,6 +131,7 @@ def test_norms_of_adapted_rows_are_those_of_the_sum():
     np.testing.assert_allclose(said, wanted, rtol=ORDER)
 
 
+@pytest.mark.slow
 def test_dora_begins_at_the_norms_of_what_compensation_made():
     base, dense = tiny.quantized(), tiny.decoder()
     moments = input_moments(base, [tiny.tokens(4, 32)])
@@ -146,6 +149,7 @@ def test_dora_begins_at_the_norms_of_what_compensation_made():
     np.testing.assert_allclose(said, wanted, atol=size, rtol=0)
 
 
+@pytest.mark.slow
 def test_dropout_leaves_the_linears_own_part_alone():
     base = tiny.quantized()
     model = tiny.adapted(base, dora=True, dropout=0.5, targets="q_proj")

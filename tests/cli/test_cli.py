@@ -165,6 +165,7 @@ def test_booleans_of_older_runs_are_read_as_they_were_meant():
         from_dict(QuantOptions, wrong, "config.toml")
 
 
+@pytest.mark.slow
 def test_evaluate_with_an_adapter_holds_the_base_as_its_run_did(
     base: Path, rows: Path, run_folder: Path, tmp_path: Path, capsys
 ):
@@ -216,6 +217,7 @@ def test_a_taken_out_is_refused_and_overwriting_keeps_foreign_files(
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["1"]
 
 
+@pytest.mark.slow
 def test_a_config_file_gives_defaults_that_flags_replace(
     base: Path, rows: Path, tmp_path: Path, capsys
 ):

@@ -43,6 +43,7 @@ def test_a_sum_of_folders_is_the_sum_of_their_updates(folders: Path, tmp_path, c
     np.testing.assert_allclose(both, 0.7 * a - 0.4 * b, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_methods_and_their_settings_reach_the_algebra(folders: Path, tmp_path, capsys):
     two = ("--adapters", folders / "a", folders / "b")
     svd = call(

@@ -39,6 +39,7 @@ def test_a_dense_merge_states_its_rounding(folders: Path, tmp_path: Path, capsys
     assert report["relative_error"] == figures["relative_error"]
 
 
+@pytest.mark.slow
 def test_a_4_bit_merge_comes_with_its_correction(folders, tmp_path: Path, capsys):
     figures = call(
         *(capsys, "merge", "--model", folders / "base", "--adapter", folders / "a"),

@@ -67,6 +67,7 @@ def test_a_run_that_cannot_fit_is_refused_with_settings_that_would(
     assert status == 2 and "It would fit with --train.micro-batch" in err
 
 
+@pytest.mark.slow
 def test_the_micro_batch_can_be_chosen(base: Path, tmp_path: Path, capsys):
     auto = ("--train.micro-batch", "auto")
     status, _, err = call(capsys, *train(base, tmp_path, *auto))

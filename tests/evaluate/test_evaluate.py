@@ -61,6 +61,7 @@ def test_row_loss_is_the_mean_over_trained_tokens():
     assert loss == pytest.approx(expected.mean(), rel=RELATIVE)
 
 
+@pytest.mark.slow
 def test_exact_match_compares_greedy_answers(tmp_path: Path):
     model, tokenizer = tiny.quantized(), tiny.tokenizer()
     prompts = ["abc", "xy", "hello"]

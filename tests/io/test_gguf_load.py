@@ -33,6 +33,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_it_loads_as_the_folder_does(folder: Path, file: Path):
     ours, tokenizer = qlora.load(folder, dtype="float32")
     theirs, other = qlora.load(file, dtype="float32")
@@ -54,6 +55,7 @@ def test_its_linears_are_read_one_by_one(folder: Path, file: Path):
     )
 
 
+@pytest.mark.slow
 def test_quantizing_a_file_writes_a_folder_with_its_tokenizer(
     file: Path, tmp_path: Path, capsys
 ):

@@ -262,6 +262,7 @@ def test_the_command_exports_imports_and_uses_peft_folders(tmp_path: Path, capsy
     assert "is no PEFT folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -36,6 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_folder(tmp_path_factory.mktemp("tables") / "base")
 
 
+@pytest.mark.slow
 @BOTH
 def test_tables_are_quantized_as_they_load(folder: Path, tables):
     model, _ = qlora.load(folder, qlora.QuantConfig(), "float32", **tables)
@@ -85,6 +86,7 @@ def test_an_adapter_goes_between_bases_with_and_without(folder, tmp_path, tables
     assert "other weights" in str(difference(ours, theirs))
 
 
+@pytest.mark.slow
 @BOTH
 def test_rows_and_head_train_on_them(folder: Path, tables):
     model, _ = qlora.load(folder, qlora.QuantConfig(), "float32", **tables)

@@ -63,9 +63,8 @@ def test_tokens_that_are_nothing_or_twice_are_refused():
             qlora.add_tokens(tiny.decoder(), tiny.tokenizer(), wrong)
 
 
-@pytest.mark.parametrize(
-    "saved", ["", pytest.param("embed_tokens,lm_head", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("saved", ["", "embed_tokens,lm_head"])
 def test_a_run_with_new_tokens_goes_all_the_way(base, tmp_path, capsys, saved):
     many = [f"<{i}>" for i in range(20)]  # more than the table has room for
     data = [

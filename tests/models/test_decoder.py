@@ -165,6 +165,7 @@ def loss_of(model: Decoder, checkpoint: str):
     return loss, lora, base
 
 
+@pytest.mark.slow
 def test_checkpointing_changes_no_gradient():
     model = tiny.adapted(tiny.decoder(), dropout=0.2)
     gradients = []

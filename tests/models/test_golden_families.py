@@ -79,6 +79,7 @@ def test_logits_are_those_of_transformers(case, golden, tmp_path):
         check(got[:, cases.positions(length)], made["logits_shorter"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CACHED)
 def test_a_cache_gives_the_same_logits(case, golden, tmp_path):
     made = read(case, golden)
@@ -122,6 +123,7 @@ def test_what_no_family_reads_is_refused_in_words(case, golden):
         assert REFUSED[case] in "\n".join(problems)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FAMILY.values())
 def test_a_model_quantizes_as_it_loads(case, golden, tmp_path):
     model = load(case, read(case, golden), tmp_path, quant=qlora.QuantConfig())
@@ -135,6 +137,7 @@ def test_a_model_quantizes_as_it_loads(case, golden, tmp_path):
     assert np.isfinite(tiny.logits(model, jnp.asarray(cases.tokens(case)))).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FAMILY.values())
 def test_what_a_family_saves_it_loads_again(case, golden, tmp_path):
     """4-bit with bitsandbytes' keys, and an adapter merged into dense weights."""

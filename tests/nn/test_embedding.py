@@ -23,6 +23,7 @@ ROUNDING = {"float32": 1e-6, "bfloat16": 2**-8}
 ROWS = jnp.asarray([3, 0, 49, 3, 17], jnp.int32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize(
     ("k", "block_size", "codebook"),
@@ -47,6 +48,7 @@ def test_rows_are_decoded_as_the_whole_is(k, block_size, codebook, double_quant,
     np.testing.assert_array_equal(np.asarray(said.astype(jnp.float32)), wanted)
 
 
+@pytest.mark.slow
 def test_a_4_bit_table_reads_and_heads_as_its_decoded_self():
     w = jax.random.normal(jax.random.key(0), (50, 128))
     q = quantize_tensor(w, QuantConfig())
@@ -86,6 +88,7 @@ def near(said: jax.Array, exact: np.ndarray, of: float) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("piece_rows", [50, 16, 7])
 def test_an_int8_head_and_its_gradient_are_the_decoded_ones(

@@ -32,6 +32,7 @@ def routed(tokens: int, k: int, count: int, seed: int = 0, skew: bool = False):
     return map(jnp.asarray, (x, weights, chosen.astype(np.int32), matrices))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skew", [False, True])
 @pytest.mark.parametrize(("tokens", "k", "count"), [(1, 2, 8), (37, 2, 4), (300, 3, 5)])
 def test_nothing_is_dropped_and_each_token_meets_its_experts(tokens, k, count, skew):
@@ -94,6 +95,7 @@ def test_experts_are_quantized_and_adapted_and_the_router_is_neither():
     assert not any("router" in map(str, path) for path, _ in nnx.to_flat_state(lora))
 
 
+@pytest.mark.slow
 def test_gradients_of_experts_adapters_are_the_differences_of_the_loss():
     graphdef, lora, base = split(adapted())
     tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, 64)
@@ -140,6 +142,7 @@ def test_merging_experts_says_what_the_adapter_said():
     np.testing.assert_allclose(said, want, atol=SUM_ORDER * np.abs(want).max())
 
 
+@pytest.mark.slow
 def test_experts_adapters_can_make_up_for_quantization():
     model = quantize(mixture())
     plain = attach(model, LoRAConfig(rank=8), key=jax.random.key(0))

@@ -30,6 +30,7 @@ def stepped(ratio: float, **config: object) -> dict[str, np.ndarray]:
     return {name: np.asarray(x) for name, x in flatten(params).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config", [{}, {"offload": True, "weight_decay": 0.1}, {"optimizer": "adamw8bit"}]
 )

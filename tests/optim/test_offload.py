@@ -61,6 +61,7 @@ def stacked() -> dict[str, jax.Array]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "inner",
     [

@@ -248,6 +248,7 @@ def plainly(w, x, a, b):
     return x @ dense.T + SCALE * (x @ a) @ b
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [None, "two_pass", "xla"])
 @pytest.mark.parametrize("shape", [(24, 512), (24, 192), (21, 72)])
 def test_the_adapter_and_its_gradients_are_those_of_the_dense_formula(shape, name):

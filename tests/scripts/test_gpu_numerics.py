@@ -11,6 +11,7 @@ from gpu_cases import case
 from pallas_kernels import layout, matmul, reference
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["xla", "two_pass"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 from pallas_kernels import reference
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "task",
     [

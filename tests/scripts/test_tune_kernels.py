@@ -66,6 +66,7 @@ def test_ampere_and_ada_cards_try_ampere(device, direction):
             assert config.x_stages == config.weight_stages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["two_pass", "xla"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("rank", [0, 16])

@@ -66,6 +66,7 @@ def test_the_record_is_what_this_jax_assigns(place):
     assert abs(xla.device - whole) < VERSIONS * whole
 
 
+@pytest.mark.slow
 def test_a_step_with_int8_tables_needs_less_than_with_dense_ones():
     # Of shapes at which the tables are most of it; the head in pieces.
     def device(**tables: str) -> int:
@@ -207,6 +208,7 @@ def test_a_budget_that_nothing_fits_says_the_least():
             parse_bytes(wrong)
 
 
+@pytest.mark.slow
 def test_the_suites_measured_step_runs():
     setup = setup_of("smollm2-135m", {"max_tokens": 16, "grad_accum": 2})
     config = dataclasses.replace(setup.config, num_layers=1, vocab_size=512)

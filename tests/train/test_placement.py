@@ -50,14 +50,11 @@ def batch_of(accumulated: int | None = None, **_: Any) -> dict[str, jax.Array]:
     return batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kinds", "checkpoints"),
-    [
-        ((), ["host"]),
-        pytest.param((), ["attention", "layer"], marks=pytest.mark.slow),
-        pytest.param(WINDOWS, ["attention", "host"], marks=pytest.mark.slow),
-    ],
-    ids=["alike, host", "alike", "in turns"],
+    [((), ["attention", "layer", "host"]), (WINDOWS, ["attention", "host"])],
+    ids=["alike", "in turns"],
 )
 def test_streamed_paged_and_offloaded_runs_have_the_same_losses(kinds, checkpoints):
     layers = len(kinds) or 3

@@ -77,6 +77,7 @@ def test_loss_and_gradient_norm_are_those_of_plain_autodiff(parts, sgd_step, bat
         np.testing.assert_allclose(have, want, atol=5e-5 * np.abs(want).max(), rtol=0)
 
 
+@pytest.mark.slow
 def test_checkpointed_layers_give_the_same_loss_and_gradient(parts, sgd_step, batch):
     layered = make_train_step(parts[0], optax.sgd(1.0), checkpoint="layer")
     key = jax.random.key(4)
@@ -127,6 +128,7 @@ def test_dropout_follows_from_its_key(parts, sgd_step, batch):
     assert take(sgd_step, parts, batch)[0]["loss"] not in losses
 
 
+@pytest.mark.slow
 def test_the_loss_falls(parts, batch):
     graphdef, lora, base = parts
     lora = jax.tree.map(jnp.copy, lora)
@@ -143,6 +145,7 @@ def test_the_loss_falls(parts, batch):
     assert kinds == {"pinned_host"}
 
 
+@pytest.mark.slow
 def test_float16_trains_with_loss_scaling(batch):
     graphdef, lora, base = split(tiny.adapted(tiny.quantized("float16")))
     tx = dynamic_loss_scale(optax.adamw(2e-2))
@@ -164,6 +167,7 @@ def test_float16_trains_with_loss_scaling(batch):
     assert all(np.isfinite(x).all() for x in tiny.arrays(lora))
 
 
+@pytest.mark.slow
 def test_a_loss_function_of_ones_own(parts, batch):
     def squares(model, batch, key):
         hidden = model.hidden_states(batch["tokens"], key=key)

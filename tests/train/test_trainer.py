@@ -73,14 +73,12 @@ def losses(out: Path) -> dict[int, tuple[float, float]]:
     return {row["step"]: (row["loss"], row["grad_norm"]) for row in rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
         dataclasses.replace(CONFIG, compute_dtype="bfloat16", offload=True),
-        pytest.param(
-            dataclasses.replace(CONFIG, compute_dtype="float16"),
-            marks=pytest.mark.slow,
-        ),
+        dataclasses.replace(CONFIG, compute_dtype="float16"),
     ],
     ids=["bfloat16, offload", "float16"],
 )
@@ -189,6 +187,7 @@ def test_a_finished_run_can_be_resumed_and_stays_as_it_is(done):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_saved_its_adapter_can_be_resumed(tmp_path):
     trainer(tmp_path / "a").fit()
     (tmp_path / "a" / "adapter" / "adapter.json").unlink()  # it is written last
@@ -239,6 +238,7 @@ def test_a_run_folder_that_is_taken_is_refused(done):
     assert set(losses(out)) == {1, 2, 3, 4, 5, 6}
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     config = dataclasses.replace(
         CONFIG, learning_rate=1e30, warmup_ratio=0.0, save_every=1, max_grad_norm=None
@@ -262,6 +262,7 @@ def test_a_float16_run_whose_forward_pass_overflows_does_not_end_well(tmp_path):
     assert not (tmp_path / "a" / "adapter").exists()
 
 
+@pytest.mark.slow
 def test_the_last_update_may_not_leave_an_adapter_that_is_not_finite(tmp_path):
     config = dataclasses.replace(
         CONFIG, learning_rate=3e38, warmup_ratio=0.0, max_steps=1, weight_decay=10.0

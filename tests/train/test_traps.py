@@ -120,6 +120,7 @@ def test_rows_with_an_evaluation_file_of_their_own_are_not_split(tmp_path, capsy
     assert "held.jsonl:1: has no keys" in refusal("--eval-data", held)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "value"),
     [
