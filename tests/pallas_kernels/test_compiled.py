@@ -239,7 +239,7 @@ def ragged() -> list[Case]:
         ("forward", "backward"), (16, 512), (1000, 32064)
     ):
         w, bf16 = abstract_tensor((n, 4096)), jnp.dtype(jnp.bfloat16)
-        choice = matmul.choose(direction, m, w, bf16, device=H200)
+        choice = matmul.choose(direction, m, w, bf16, device=H200, name="hopper")
         config = hopper.Config(**dict(choice.config))
         case = Case("hopper", direction, m, n, 4096, config, rank=RANK, why="ragged")
         found.append(case)
