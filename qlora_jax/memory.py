@@ -23,6 +23,7 @@ from qlora_jax.adapters.attach import attach_zero, split
 from qlora_jax.adapters.config import LoRAConfig
 from qlora_jax.models import Decoder, DecoderConfig
 from qlora_jax.models.decoder import Checkpoint
+from qlora_jax.models.streaming import copies_ahead
 from qlora_jax.nn import (
     Embedding,
     FrozenParam,
@@ -160,17 +161,17 @@ def optimizer_state(lora: nnx.State, name: Optimizer = "adamw") -> Any:
 # says of what each is a multiple.
 _FITTED: dict[tuple[Platform, bool], dict[str, float]] = {
     ("gpu", True): {
-        **{"adapter": 0.471, "adapter_8_bit": 0.075, "ahead": 0.844, "layer": 1.085},
-        **{"turn": 1.129, "hidden_both": 19.313, "kv": 9.278, "wide": 5.759},
-        **{"together": 6.808, "logits": 0.251, "int8": 0.715, "pieces": 70.7e6},
-        **{"workspace": 69.9e6},
+        **{"adapter": 0.44, "adapter_8_bit": 0.227, "accumulated": 0.321},
+        **{"ahead": 1.886, "turn": 2.247, "hidden_both": 19.194, "bias": 3.994},
+        **{"kv": 17.501, "wide": 4.683, "together": 6.153, "logits": 0.343},
+        **{"int8": 0.691, "pieces": 60.7e6, "workspace": 51.6e6},
     },
     ("gpu", False): {
         **{"adapter": 0.089, "kv": 6.975, "wide": 5.288, "together": 64.446},
     },
     ("cpu", True): {
         **{"adapter": 2.542, "adapter_8_bit": 0.406, "decoded": 5.904},
-        **{"hidden_both": 73.503, "bias": 15.666, "wide": 10.019, "together": 0.97},
+        **{"hidden_both": 73.503, "bias": 15.666, "wide": 10.019},
     },
     ("cpu", False): {
         **{"adapter": 1.876, "decoded": 3.461, "hidden_both": 84.065},
@@ -321,7 +322,8 @@ def features(
     if setup.quant is not None and platform == "cpu":
         whole = c.hidden_size * c.intermediate_size
         decoded = 4 * whole if whole * item <= _WHOLE_BYTES else _TILE_BYTES
-    more = (_together(setup) - 1) * tokens
+    together = _together(setup)
+    more = (together - 1) * tokens
     chunk = min(_LOGITS_BYTES[platform], 4 * setup.tokens * c.vocab_size)
     biased = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
     head = setup.embedding if c.tie_word_embeddings else setup.head
@@ -330,14 +332,15 @@ def features(
         and c.hidden_size % 256
         and c.hidden_size * c.vocab_size > _PIECES
     )
-    copied_ahead = setup.stream and c.period == 1 < c.num_layers
-    copied_ahead = copied_ahead and setup.checkpoint in ("layer", "host")
+    ahead = setup.stream and copies_ahead(
+        c.num_layers, c.period, together, setup.checkpoint
+    )
     return {
         ("layer", "adapter"): parts["adapter"] * (setup.optimizer == "adamw"),
         ("layer", "adapter_8_bit"): parts["adapter"] * (setup.optimizer != "adamw"),
         ("layer", "accumulated"): parts["adapter"] * _adds_up(setup),
         ("layer", "layer"): a_layer,
-        ("layer", "ahead"): a_layer * copied_ahead,
+        ("layer", "ahead"): a_layer * ahead,
         ("layer", "turn"): a_layer * (c.period - 1),
         ("layer", "wide"): tokens * _wide(c),
         ("layer", "hidden_both"): tokens * c.hidden_size * (c.norms == "both"),

@@ -24,8 +24,8 @@ _SMALL_COST = 0.02  # of paging the optimizer, and of 4-bit tables
 _TABLE_COST = {"none": 0.0, "int8": 0.5, "4bit": 1.0}
 """In those; by it int8, which costs least perplexity, is taken before 4-bit tables are."""
 _STREAM_COST = 1.5
-"""At the least. An H200 took 1.15 with 4 micro-batches of 8B, 1.8 with one, when a layer's
-copies had only its own turn; ahead, as they are now, they are not measured yet."""
+"""At the least. An H200 took 1.15 with 4 micro-batches of 8B; 1.8 with one, when a layer's
+copies had only its own turn. Copied ahead, as they are now, they are not measured yet."""
 _DECODE_TOKENS = 300  # a micro-batch costs as if it had so many tokens more
 PCIE_BYTES_PER_S = 44e9
 FLOPS = 550e12

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from qlora_jax.models.streaming import scan_ahead
+from qlora_jax.models.streaming import copies_ahead, scan_ahead
 from qlora_jax.nn.attention import attention, causal_attention
 from qlora_jax.nn.embedding import Embedding
 from qlora_jax.nn.linear import Linear
@@ -550,12 +550,13 @@ class Decoder(nnx.Module):
 
         def one(f: Any, kind: LayerKind) -> Callable[[Array, Any], tuple[Array, Any]]:
             f = functools.partial(f, kind)
-            # In a scan there is nothing to deduplicate against, so CSE stays allowed.
             if checkpoint is None:
                 return f
+            # In a scan there is nothing to deduplicate against, so CSE stays allowed.
             return jax.checkpoint(f, policy=_policy(checkpoint), prevent_cse=False)
 
-        ahead = period == 1 and c.num_layers > 1 and checkpoint in ("layer", "host")
+        micro = x.shape[0] if x.ndim == 4 else 1
+        ahead = copies_ahead(c.num_layers, period, micro, checkpoint)
         if ahead and rests_on_host(frozen):
 
             def apply(lora: Any, base: Any, x: Array, part: Any) -> Array:
@@ -563,9 +564,8 @@ class Decoder(nnx.Module):
                 return apply_layer(layer, kinds[0], x, part)[0]
 
             on_host = checkpoint == "host"
-            return scan_ahead(
-                apply, x, lora, frozen, extra, inputs_on_host=on_host
-            ), None
+            x = scan_ahead(apply, x, lora, frozen, extra, inputs_on_host=on_host)
+            return x, None
 
         if period == 1:
             return jax.lax.scan(one(run, kinds[0]), x, (lora, frozen, extra))

@@ -1,9 +1,10 @@
 """stream: a base whose layers wait in host memory.
 
-The device holds two layers, the embedding and the head: `scan_ahead` copies the next layer
-while one computes, forward and backward. A step moves the layers' bytes twice over PCIe, 8B
-at 4.127 bits a weight 2 x 3.6 GB; at 44 GB/s that is 0.16 s, which hides behind the
-arithmetic once a step has enough tokens (scripts/BENCHMARKS.md).
+The scan over layers brings each layer's weights to the device when it is due (and again in
+backward), so that the device holds a layer, the embedding and the head; a second layer where
+`copies_ahead`. A step moves the layers' bytes twice over PCIe, 8B at 4.127 bits a weight
+2 x 3.6 GB; at 44 GB/s that is 0.16 s, which hides behind the arithmetic once a step has
+enough tokens (scripts/BENCHMARKS.md).
 """
 
 from collections.abc import Callable
@@ -46,6 +47,26 @@ def _to_host(x: jax.Array) -> jax.Array:
     return jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))
 
 
+def copies_ahead(
+    layers: int, period: int, micro_batches: int, checkpoint: str | None
+) -> bool:
+    """Whether a streamed base's next layer is copied while one computes (`scan_ahead`).
+
+    It is where backward needs no more of a layer than its input, and layers are of one kind.
+    Where several micro-batches go through a layer together it is not: the copy is a small
+    part of their turn, and the inputs of all of them, copied ahead too, took 0.2 GB more
+    a micro-batch of 2048 tokens of 70B (scripts/results/README.md).
+
+    Args:
+      layers: Of the model.
+      period: After how many layers their kinds repeat.
+      micro_batches: That go through a layer before the next does.
+      checkpoint: What backward recomputes; None where there is no backward.
+    """
+    alone = micro_batches == 1 and checkpoint in ("layer", "host")
+    return alone and period == 1 and layers > 1
+
+
 def scan_ahead(
     apply: Callable[[Any, Any, Array, Any], Array],
     x: Array,
@@ -63,16 +84,20 @@ def scan_ahead(
     ahead as well, and keeps the layers' inputs alone.
 
     XLA copies by DMA, beside the kernels, what it can prove to be a slice that moves on by
-    as much each turn (its dynamic_slice_config); so the index is a counter that
-    never leaves the stack, and the last layer's turn comes after the loop.
+    as much each turn (its dynamic_slice_config); so the index is a counter that never leaves
+    the stack, and the last layer's turn comes after the loop.
 
     Args:
       apply: (trained, base, x, extra), each a layer's, -> x.
-      x: The first layer's input.
-      trained: What is differentiated besides x; every leaf with a leading axis of layers.
+      x: The first layer's input, (batch, seq, hidden).
+      trained: What is differentiated besides x; every leaf with a leading axis of layers,
+        of which there are at least two.
       base: Frozen weights, in host memory, the same.
       extra: Of each layer, not differentiated.
       inputs_on_host: Whether the layers' inputs wait for backward in host memory.
+
+    Returns:
+      The last layer's output, (batch, seq, hidden).
     """
     last = len(jax.tree.leaves(base)[0]) - 1
 

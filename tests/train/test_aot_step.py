@@ -35,12 +35,22 @@ CONFIG = DecoderConfig(
 )
 
 
-def compile_step(config: DecoderConfig):
-    """Returns the compiled step of a quantized, adapted model, and its base."""
+KERNEL = 'custom_call_target="mosaic_gpu'
+
+
+def needs_compiler() -> None:
+    """Skips where no step with fused kernels can be compiled for a GPU."""
+    # An older jax has not the kernels' dialect, so no step there has them.
     if jax.__version_info__ < (0, 11, 2):
         pytest.skip("Mosaic GPU kernels need jax >= 0.11.2")
+    # CUDA's compiler is there where .ci/run installed it (two of its stacks run this).
     if reason := aot.available():
         pytest.skip(f"NOT COMPILED FOR A GPU: {reason}")
+
+
+def compile_step(config: DecoderConfig):
+    """Returns the compiled step of a quantized, adapted model, and its base."""
+    needs_compiler()
     model = qlora.quantize(Decoder(config, key=jax.random.key(0)))
     lora = qlora.LoRAConfig(rank=16, alpha=32, targets="all-linear")
     model = qlora.attach(model, lora, key=jax.random.key(1))
@@ -65,8 +75,8 @@ def test_it_uses_the_fused_kernels(compiled):
     program, _ = compiled
     # Seven linears: forward, again when backward recomputes the layer (the last one's
     # product is not needed for that), and backward.
-    kernels = re.findall(r'custom_call_target="mosaic_gpu', program.as_text())
-    assert len(kernels) == 7 + 6 + 7
+    kernels = program.as_text().count(KERNEL)
+    assert kernels == 7 + 6 + 7
 
 
 def test_no_dense_weight_is_made(compiled):
@@ -121,7 +131,7 @@ def test_experts_and_layers_that_differ_use_the_kernels_too():
         qk_norm="head",
     )
     program = compile_step(config)[0].as_text()
-    assert program.count('custom_call_target="mosaic_gpu') >= 3 * 7
+    assert program.count(KERNEL) >= 3 * 7
     if aot.without_cudnn() is None:  # windows go through cuDNN too
         assert program.count("__cudnn$fmhaSoftmaxBackward") == 3
     for dense in ("[768,512]", "[256,512]"):  # others are shapes of activations too
@@ -131,12 +141,7 @@ def test_experts_and_layers_that_differ_use_the_kernels_too():
 @pytest.mark.slow
 def test_a_models_shapes_go_by_the_tuned_table():
     """Of shapes alone: two layers of Llama-3 8B, whose linears the table has."""
-    # An older jax has not the kernels' dialect, so no step there has them; and CUDA's compiler
-    # is there where .ci/run installed it (two of its stacks run this).
-    if jax.__version_info__ < (0, 11, 2):
-        pytest.skip("Mosaic GPU kernels need jax >= 0.11.2")
-    if reason := aot.available():
-        pytest.skip(f"NOT COMPILED FOR A GPU: {reason}")
+    needs_compiler()
     config = dataclasses.replace(
         CONFIG,
         hidden_size=4096,
@@ -155,17 +160,14 @@ def test_a_models_shapes_go_by_the_tuned_table():
     lora = qlora.LoRAConfig(rank=16, targets="all-linear")
     setup = Setup(config=config, lora=lora, micro_batch=BATCH, max_tokens=SEQ)
     program = setup_step(setup, "h200").as_text()
-    assert program.count('custom_call_target="mosaic_gpu') == 7 + 6 + 7
+    assert program.count(KERNEL) == 7 + 6 + 7
     for n, k in shapes[2:]:  # others are shapes of activations or of gradients, too
         assert not re.findall(rf"(?:bf16|f32|f16)\[(?:[12],)?{n},{k}\]", program)
 
 
 @pytest.mark.slow
 def test_the_next_layer_is_copied_by_dma_while_one_computes():
-    if jax.__version_info__ < (0, 11, 2):
-        pytest.skip("Mosaic GPU kernels need jax >= 0.11.2")
-    if reason := aot.available():
-        pytest.skip(f"NOT COMPILED FOR A GPU: {reason}")
+    needs_compiler()
     lora = qlora.LoRAConfig(rank=16, targets="all-linear")
     config = dataclasses.replace(CONFIG, num_layers=4)
     setup = Setup(
@@ -176,11 +178,11 @@ def test_the_next_layer_is_copied_by_dma_while_one_computes():
         stream=True,
         checkpoint="host",
     )
-    program = setup_step(setup, "h200").as_text()
+    program = re.split(r"\n(?=%|ENTRY)", setup_step(setup, "h200").as_text())
     bodies = {
         direction: found[0].splitlines()
         for direction, kernels in (("forward", 7), ("backward", 6 + 7))
-        if (found := [b for b in loop_bodies(program) if b.count(KERNEL) == kernels])
+        if (found := [part for part in program if part.count(KERNEL) == kernels])
     }
     assert len(bodies) == 2
     codes = config.hidden_size * config.intermediate_size // 2
@@ -202,7 +204,7 @@ def test_the_next_layer_is_copied_by_dma_while_one_computes():
             assert done > kernels[-1], (direction, name)
             # What makes it a DMA; from the layer after the first, from the last but one.
             called = re.search(r"calls=%([\w.-]+)", lines[i])[1]
-            body = next(b for b in loop_bodies(program) if b.startswith(f"%{called} "))
+            body = next(part for part in program if part.startswith(f"%{called} "))
             # jax 0.12 has them one level down, under "linear", and zeros above.
             moves = re.search(
                 r'dynamic_slice_config":{.*"byte_offset":"(\d+)","byte_stride":"(-?\d+)"',
@@ -211,11 +213,3 @@ def test_the_next_layer_is_copied_by_dma_while_one_computes():
             offset, stride = int(moves[1]), int(moves[2])
             assert 0 < abs(stride) <= codes
             assert offset == (stride if direction == "forward" else -2 * stride)
-
-
-KERNEL = 'custom_call_target="mosaic_gpu'
-
-
-def loop_bodies(program: str) -> list[str]:
-    """Returns the computations of a program in HLO, as text."""
-    return re.split(r"\n(?=%|ENTRY)", program)

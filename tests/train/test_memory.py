@@ -147,7 +147,7 @@ def test_the_papers_claim_and_ours():
     setup = setup_of("llama-70b", {})
     plan = plan_memory(setup, parse_bytes("48GB"), rows=16)
     assert not plan.setup.stream
-    small = plan_memory(setup, parse_bytes("8GB"), rows=8)
+    small = plan_memory(setup, parse_bytes("8GB"), rows=16)
     assert small.setup.stream and "--train.stream" in flags_of(small.setup)
     assert small.memory.host["layers"] > 35 * GB
     assert 1000 < free_streaming_tokens(small.setup) < 4000
