@@ -106,12 +106,12 @@ class _Multiplier:
         for i, part in enumerate(sums[group]):
             tokens = pl.ds(i * self.chunk, self.chunk)
             if split is not None:
-                _store(part, out.at[split, :, tokens])
+                registers.store(part, out.at[split, :, tokens])
                 continue
             # Neighbours along m become neighbours along n: two words a store.
             part = plgpu.layout_cast(part.astype(self.dtype), plgpu.Layout.WGMMA)
             part = plgpu.layout_cast(part, plgpu.Layout.WGMMA_TRANSPOSED)
-            _store(part, out.at[tokens].transpose((1, 0)))
+            registers.store(part, out.at[tokens].transpose((1, 0)))
 
 
 def _copy(source: Any, target: Any) -> None:
@@ -119,17 +119,6 @@ def _copy(source: Any, target: Any) -> None:
     plgpu.copy_gmem_to_smem(
         source, target, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS
     )
-
-
-def _store(value: Any, target: Any) -> None:
-    """Stores to device memory, though one instruction leaves sectors half written.
-
-    The next fills them while they are in L2; from jax 0.12 on that has to be allowed.
-    """
-    if hasattr(plgpu, "store"):
-        plgpu.store(target, value, optimized=False)
-    else:
-        target[...] = value
 
 
 def _wait(left: int = 0) -> None:

@@ -468,7 +468,7 @@ def forward(
                     multiply.finish(after[1])
                     rows = pl.ds(row + wg * 64, 64)
                     if splits > 1:
-                        out_g[split, rows, tokens] = acc[...]
+                        registers.store(acc[...], out_g.at[split, rows, tokens])
                     else:
                         _store_transposed(
                             acc[...].astype(x.dtype),
@@ -679,7 +679,7 @@ def backward(
                     for i, acc in enumerate(accs):
                         columns = pl.ds(group * 256 + owned(share, wg, i) * 64, 64)
                         if splits > 1:
-                            out_g[split, columns, tokens] = acc[...]
+                            registers.store(acc[...], out_g.at[split, columns, tokens])
                             continue
                         _store_transposed(
                             acc[...].astype(dy.dtype),

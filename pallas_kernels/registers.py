@@ -194,6 +194,17 @@ def pin(array: jax.Array, layout: Any) -> jax.Array:
     return call(array)
 
 
+def store(value: Any, target: Any) -> None:
+    """Stores to device memory, though one store leaves sectors or lines of L2 half written.
+
+    Others fill them while they are there; from jax 0.12 on that has to be allowed.
+    """
+    if hasattr(plgpu, "store"):
+        plgpu.store(target, value, optimized=False)
+    else:
+        target[...] = value
+
+
 def _words32(values) -> list[str]:
     return [
         f"0x{sum(int(v) << (8 * i) for i, v in enumerate(values[j : j + 4])):08x}"

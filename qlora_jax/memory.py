@@ -161,10 +161,10 @@ def optimizer_state(lora: nnx.State, name: Optimizer = "adamw") -> Any:
 # says of what each is a multiple.
 _FITTED: dict[tuple[Platform, bool], dict[str, float]] = {
     ("gpu", True): {
-        **{"adapter": 0.44, "adapter_8_bit": 0.227, "accumulated": 0.321},
-        **{"ahead": 1.886, "turn": 2.247, "hidden_both": 19.194, "bias": 3.994},
-        **{"kv": 17.501, "wide": 4.683, "together": 6.153, "logits": 0.343},
-        **{"int8": 0.691, "pieces": 60.7e6, "workspace": 51.6e6},
+        **{"adapter": 0.199, "adapter_8_bit": 0.084, "accumulated": 0.009},
+        **{"layer": 0.041, "ahead": 1.911, "turn": 1.904, "hidden_both": 16.496},
+        **{"kv": 12.936, "wide": 6.203, "several": 10.828, "together": 3.943},
+        **{"logits": 0.373, "int8": 0.685, "pieces": 57.5e6, "workspace": 45.2e6},
     },
     ("gpu", False): {
         **{"adapter": 0.089, "kv": 6.975, "wide": 5.288, "together": 64.446},
@@ -261,9 +261,10 @@ def _adds_up(setup: Setup) -> bool:
 def _kept(setup: Setup, platform: Platform) -> int:
     """Returns the bytes of activations that wait on the device for backward."""
     c = setup.config
-    each = setup.tokens * jnp.dtype(setup.dtype).itemsize * _together(setup)
+    item = jnp.dtype(setup.dtype).itemsize
+    each = setup.tokens * item * _together(setup)
     if setup.checkpoint == "host" and platform == "gpu":
-        return 2 * each * c.hidden_size  # one that arrives, one that leaves
+        return 2 * setup.tokens * item * c.hidden_size  # one arrives, one leaves
     return c.num_layers * each * _features_kept(setup)
 
 
@@ -308,11 +309,11 @@ def features(
     When a layer's backward runs: copies and updates of the adapter, and what micro-batches
     add up to; a layer's stored weights, cut out of the stack, once more for one that is
     copied ahead and for each further layer of a group in turns; activations as wide as the
-    feed-forward, as the kv heads, as the hidden size (where norms stand before and after, or
-    for every micro-batch that goes through a layer together), as q, k and v that have
-    biases; the largest piece of a weight that is decoded at once. When the loss runs: a
-    chunk of logits, pieces of a 4-bit head, logits that an int8 one puts together, and
-    libraries' workspace.
+    feed-forward, as the kv heads, as the hidden size (where norms stand before and after;
+    where several micro-batches go through a layer together, once and for each further one),
+    as q, k and v that have biases; the largest piece of a weight that is decoded at once.
+    When the loss runs: a chunk of logits, pieces of a 4-bit head, logits that an int8 one
+    puts together, and libraries' workspace.
     """
     c, item = setup.config, jnp.dtype(setup.dtype).itemsize
     # On a CPU products come out in float32, whatever goes in.
@@ -347,6 +348,7 @@ def features(
         ("layer", "kv"): tokens * c.num_kv_heads * c.head_dim,
         ("layer", "bias"): tokens * biased * c.attention_bias,
         ("layer", "together"): more * c.hidden_size,
+        ("layer", "several"): tokens * c.hidden_size * (together > 1),
         ("layer", "decoded"): decoded,
         ("loss", "logits"): chunk,
         ("loss", "pieces"): float(bool(pieces)),

@@ -111,6 +111,9 @@ GRID: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("llama-8b", {**TABLES, "stream": True, "grad_accum": 4}),
         ("llama-8b", {**ALL, "stream": True, "grad_accum": 4}),
         ("llama-70b", {**ALL, "stream": True, "grad_accum": 4}),
+        ("llama-70b", {**ALL, "stream": True, "grad_accum": 16}),
+        ("llama-8b", {**TABLES, "stream": True, "grad_accum": 16}),
+        ("qwen2-7b", {**ALL, "stream": True, "grad_accum": 8, "max_tokens": 1024}),
         ("gemma2-2b", {"stream": True, "grad_accum": 4, "max_tokens": 1024}),
         # Gradients that add up on the host.
         ("llama-8b", {"lora": {"rank": 64}, "offload": True, "grad_accum": 4}),
