@@ -188,6 +188,7 @@ def test_what_cannot_be_compensated_is_refused():
         compensate(attach(model, config, key=KEY), model, key=KEY)
 
 
+@pytest.mark.slow
 def test_the_adapter_belongs_to_the_quantized_base_alone(tmp_path):
     dense, model = tiny.decoder(), tiny.quantized()
     config = LoRAConfig(rank=4, init="loftq")

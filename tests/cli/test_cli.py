@@ -526,6 +526,7 @@ def test_an_adapter_can_start_from_what_quantization_lost(
     assert status == 0, said
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_ends_with_status_1(
     base: Path, rows: Path, tmp_path: Path, capsys
 ):

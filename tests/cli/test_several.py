@@ -29,6 +29,7 @@ def both(folders: Path) -> list[object]:
     return ["--adapters", f"a={folders / 'a'}", f"b={folders / 'b-peft'}"]
 
 
+@pytest.mark.slow
 def test_each_prompt_is_answered_by_its_adapter(folders: Path, capsys):
     prompts = ["--prompt", "xy", "xy", "xy"]
     said = call(
