@@ -69,6 +69,15 @@ def test_streamed_paged_and_offloaded_runs_have_the_same_losses(kinds, checkpoin
 
 
 @pytest.mark.slow
+def test_a_streamed_bfloat16_run_rounds_where_a_plain_one_does():
+    """XLA keeps more than bfloat16 within a fusion: none may reach across two layers."""
+    model = Decoder(tiny.CONFIG, key=jax.random.key(0), dtype="bfloat16")
+    model = attach(quantize(model), LoRAConfig(rank=4), key=jax.random.key(1))
+    plain = losses(model, "layer", False, "device")
+    assert losses(model, "layer", True, "device") == plain
+
+
+@pytest.mark.slow
 def test_micro_batches_that_share_a_copy_or_add_up_on_the_host():
     model = tiny.adapted(tiny.quantized(), dropout=0.2)
     more = {"accumulated": 4, "dropout": True}
