@@ -195,9 +195,10 @@ def pin(array: jax.Array, layout: Any) -> jax.Array:
 
 
 def store(value: Any, target: Any) -> None:
-    """Stores to device memory, though one store leaves sectors or lines of L2 half written.
+    """Stores an array to a Ref of its shape and dtype in device memory.
 
-    Others fill them while they are there; from jax 0.12 on that has to be allowed.
+    One store may leave sectors or lines of L2 half written: others fill them while they are
+    there. From jax 0.12 on that has to be allowed (optimized=False), or it does not compile.
     """
     if hasattr(plgpu, "store"):
         plgpu.store(target, value, optimized=False)

@@ -261,11 +261,10 @@ def _adds_up(setup: Setup) -> bool:
 def _kept(setup: Setup, platform: Platform) -> int:
     """Returns the bytes of activations that wait on the device for backward."""
     c = setup.config
-    item = jnp.dtype(setup.dtype).itemsize
-    each = setup.tokens * item * _together(setup)
+    each = setup.tokens * jnp.dtype(setup.dtype).itemsize
     if setup.checkpoint == "host" and platform == "gpu":
-        return 2 * setup.tokens * item * c.hidden_size  # one arrives, one leaves
-    return c.num_layers * each * _features_kept(setup)
+        return 2 * each * c.hidden_size  # one that arrives, one that leaves
+    return c.num_layers * each * _together(setup) * _features_kept(setup)
 
 
 def _features_kept(setup: Setup) -> int:

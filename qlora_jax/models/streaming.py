@@ -112,7 +112,7 @@ def scan_ahead(
         start = jnp.int32(0), x, _fetch(base, 0)
         (i, x, layer), inputs = lax.scan(turn, start, length=last)
         y = apply(_at(trained, i), _first(layer), x, _at(extra, i))
-        # Rounded to y's dtype, as in a loop, whatever it is fused with.
+        # Else XLA fuses it with what follows, and does not round to y's dtype as a loop does.
         y = lax.optimization_barrier(y)
         return y, (inputs, x, trained, base, extra)
 
