@@ -4,25 +4,46 @@ Imports nothing of the packages under test: jaxtyping instruments them on import
 plugin refuses what was imported before it.
 """
 
+import importlib.metadata
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
-import pytest
+# Programs here run a few steps, so their compilation is what takes time. The first flag
+# sends all of XLA's own code past LLVM's optimizer; jax 0.10 has emitters that compile
+# twice as fast as the newer ones, which later versions have alone.
+QUICK = "--xla_backend_optimization_level=0"
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    QUICK += " --xla_cpu_use_fusion_emitters=false"
+    QUICK += " --xla_cpu_parallel_codegen_split_count=1"
+os.environ.setdefault("XLA_FLAGS", QUICK)
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 HERE = Path(__file__).parent
 
 jax.config.update("jax_num_cpu_devices", 4)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Says why tests did not run, a line a reason: a silent skip looks like a proof."""
-    reports = terminalreporter.stats.get("skipped", [])
-    reasons = Counter(r.longrepr[2].removeprefix("Skipped: ") for r in reports)
-    for reason, count in reasons.most_common():
-        terminalreporter.write_line(f"{count} skipped: {reason}")
+@pytest.fixture(scope="session", autouse=True)
+def compile_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keeps compiled programs in a folder of this process: many tests share theirs.
+
+    Processes share none, since jax does not write its entries in one piece.
+    """
+    folder = str(tmp_path_factory.mktemp("compiled"))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder  # for commands that tests start
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs() -> Iterator[None]:
+    """Drops what a file compiled, which would add up to gigabytes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)

@@ -220,13 +220,6 @@ def logits(model: nnx.Module, tokens: jax.Array) -> np.ndarray:
     return np.asarray(_logits(graphdef, state, tokens))
 
 
-def compile_once(folder: Path) -> None:
-    """Keeps compiled programs in a folder for this process: many tests share theirs."""
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
 def arrays(tree: Any) -> list[np.ndarray]:
     """Returns every leaf as a numpy array."""
     return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]

@@ -71,7 +71,6 @@ def side(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Side]:
         pytest.skip(
             f"NOT TRIED IN PYTORCH: set ${VARIABLE} to what scripts/interop_venv prints"
         )
-    tiny.compile_once(tmp_path_factory.mktemp("compiled"))
     side = Side(python, tmp_path_factory.mktemp("side") / "stderr")
     yield side
     side.process.communicate(timeout=30)  # which ends its stdin

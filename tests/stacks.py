@@ -1,0 +1,123 @@
+"""One proof in one place: tests on several stacks, and what came of them all together.
+
+    --record FILE       append what came of each test to FILE, a JSON object a line
+    --proved FILE ...   tests that passed by these files are sampled here, others run whole
+    --sample K          one in K of what is proved, another part of it every day
+
+`python tests/stacks.py FILE ...` adds the records up: how many ran, and what ran nowhere, by
+reason. With `CI` set, a proof that ran nowhere is a failure.
+"""
+
+import json
+import os
+import sys
+import time
+import zlib
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+EXCUSED = (
+    "needs the shared folder",
+    "needs the golden case",
+    "is no family of ours yet",
+)
+"""How reasons begin for which a test may run nowhere: the project passes without these."""
+
+DAY = int(time.time() // 86400)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("stacks")
+    group.addoption("--record", type=Path, metavar="FILE")
+    group.addoption("--proved", type=Path, nargs="+", default=[], metavar="FILE")
+    group.addoption("--sample", type=int, default=8, metavar="K")
+    group.addoption("--day", type=int, default=DAY, help="whose part of the sample")
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    if not config.getoption("proved"):
+        return None
+    return "one in {sample} of what is proved elsewhere: --day {day}".format(
+        **vars(config.option)
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    passed = passes(read(config.getoption("proved")))
+    parts, part = config.getoption("sample"), config.getoption("day")
+
+    def sampled(item: pytest.Item) -> bool:
+        return zlib.crc32(item.nodeid.encode()) % parts == part % parts
+
+    left = [item for item in items if item.nodeid in passed and not sampled(item)]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in set(left)]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says why tests did not run, a line a reason: a silent skip looks like a proof."""
+    stats = terminalreporter.stats
+    skipped = [(r.nodeid, _reason(r)) for r in stats.get("skipped", [])]
+    for reason, count in Counter(reason for _, reason in skipped).most_common():
+        terminalreporter.write_line(f"{count} skipped: {reason}")
+    record = terminalreporter.config.getoption("record")
+    if record is None:
+        return
+    lines = [{"test": test, "skipped": reason} for test, reason in skipped]
+    for outcome in ("passed", "failed", "error"):
+        lines += [{"test": r.nodeid, outcome: True} for r in stats.get(outcome, [])]
+    with record.open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def _reason(report: pytest.TestReport) -> str:
+    assert isinstance(report.longrepr, tuple)
+    return report.longrepr[2].removeprefix("Skipped: ")
+
+
+def read(files: Iterable[Path]) -> list[dict]:
+    """Returns the lines of records; a file that is not there has none."""
+    return [
+        json.loads(line)
+        for file in files
+        if file.exists()
+        for line in file.read_text().splitlines()
+    ]
+
+
+def passes(lines: Iterable[dict]) -> set[str]:
+    """Returns the tests that passed on some stack."""
+    return {line["test"] for line in lines if "passed" in line}
+
+
+def main(files: list[Path]) -> int:
+    """Adds up; returns the exit status."""
+    lines = read(files)
+    passed = passes(lines)
+    files_passed = {test.partition("::")[0] for test in passed}
+    failed = {line["test"] for line in lines if "failed" in line or "error" in line}
+    nowhere = {
+        line["test"]: line["skipped"]
+        for line in lines
+        if "skipped" in line and line["test"] not in passed | files_passed
+    }
+    runs = sum("passed" in line for line in lines)
+    print(f"{runs} runs on all stacks; {len(nowhere)} tests or files ran on none")
+    for reason, count in Counter(nowhere.values()).most_common():
+        print(f"  {count} ran nowhere: {reason}")
+    missing = [r for r in nowhere.values() if not r.startswith(EXCUSED)]
+    if missing and os.environ.get("CI"):
+        print(f"a proof is missing, and CI is set: {len(missing)} ran nowhere")
+    print(f"{len(passed)} passed, {len(failed)} failed, {len(nowhere)} skipped")
+    return bool(failed) or bool(missing and os.environ.get("CI"))
+
+
+if __name__ == "__main__":
+    sys.exit(main([Path(arg) for arg in sys.argv[1:]]))
