@@ -32,11 +32,14 @@ def compile_once(tmp_path_factory: pytest.TempPathFactory) -> None:
 
     Processes share none, since jax does not write its entries in one piece.
     """
-    folder = str(tmp_path_factory.mktemp("compiled"))
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder  # for commands that tests start
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in settings.items():
+        os.environ[name.upper()] = str(value)  # for commands that tests start
+        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module", autouse=True)

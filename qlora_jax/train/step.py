@@ -107,7 +107,44 @@ def make_train_step(
             metrics |= {"loss_scale": after.scale, "skipped": after.skipped}
         return lora, new_state, metrics
 
-    return jax.jit(train_step, donate_argnums=(0, 2))
+    return _compiled_once(jax.jit(train_step, donate_argnums=(0, 2)))
+
+
+def _compiled_once(jitted: Any) -> Any:
+    """Returns a jitted step whose second call is not another program than its first.
+
+    A step's results are committed to their device where any argument was, such as layers or
+    optimizer state that were put into host memory. An adapter or a count of steps that is
+    not committed at first would then be so from the second step on, which is another
+    program to jax. Here they are committed before the first.
+    """
+
+    @functools.wraps(jitted.__wrapped__)
+    def train_step(lora, base, opt_state, batch, key=None):
+        arguments = (lora, base, opt_state, batch, key)
+        arrays = [x for x in jax.tree.leaves(arguments) if _is_concrete(x)]
+        committed = [x for x in arrays if x.committed]
+        if 0 < len(committed) < len(arrays):
+            devices = committed[0].sharding.device_set
+            commit = functools.partial(_commit, devices=devices)
+            lora, opt_state = jax.tree.map(commit, (lora, opt_state))
+        return jitted(lora, base, opt_state, batch, key)
+
+    step: Any = train_step
+    step.lower, step.trace = jitted.lower, jitted.trace
+    step._cache_size = jitted._cache_size
+    return step
+
+
+def _is_concrete(x: Any) -> bool:
+    return isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+
+
+def _commit(x: Any, devices: set[Any]) -> Any:
+    """Commits an array to where it is; one that jax has yet to spread stays as it is."""
+    if not _is_concrete(x) or x.committed or x.sharding.device_set != devices:
+        return x
+    return jax.device_put(x, x.sharding)
 
 
 def make_eval_step(
