@@ -15,6 +15,8 @@ import pytest
 HERE = Path(__file__).parent
 
 jax.config.update("jax_num_cpu_devices", 4)
+# The command would keep what tests compile in the user's own cache folder.
+os.environ["QLORA_JAX_COMPILE_CACHE"] = "off"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
