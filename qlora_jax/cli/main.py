@@ -95,7 +95,7 @@ def _usage() -> str:
             *lines,
             "",
             "  --debug               show the traceback behind an error",
-            "  --no-compile-cache    do not keep compiled programs for later runs; the variable",
+            "  --no-compile-cache    keep no compiled programs for later runs; the variable",
             "                        QLORA_JAX_COMPILE_CACHE names their folder, or says off",
         ]
     )
