@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from qlora_jax.adapters.bank import AdapterBank
 from qlora_jax.data import Dataset
-from qlora_jax.generate import SampleConfig, generate
+from qlora_jax.generate import SampleConfig, decoded, generate
 
 
 class Answer(NamedTuple):
@@ -42,6 +42,7 @@ def exact_match(
       The share of correct rows, and every answer in the dataset's order.
     """
     config = SampleConfig(max_new_tokens=max_new_tokens)
+    model = decoded(model)
     rows = dataset.rows
     order = sorted(range(len(rows)), key=lambda i: rows[i].prompt)
     answers: dict[int, Answer] = {}
