@@ -48,12 +48,14 @@ def exact_match(
     answers: dict[int, Answer] = {}
     for start in range(0, len(order), batch_size):
         picked = order[start : start + batch_size]
-        prompts = [rows[i].tokens[: rows[i].prompt].tolist() for i in picked]
+        # A short last batch is filled up, so that it compiles nothing anew.
+        full = picked + picked[:1] * (min(batch_size, len(order)) - len(picked))
+        prompts = [rows[i].tokens[: rows[i].prompt].tolist() for i in full]
         routed = model
         if isinstance(model, AdapterBank):
-            routed = model.route([rows[i].adapter for i in picked])
+            routed = model.route([rows[i].adapter for i in full])
         given = generate(routed, prompts, config, eos_ids=tokenizer.eos_ids)
-        for i, prompt, ids in zip(picked, prompts, given, strict=True):
+        for i, prompt, ids in zip(picked, prompts, given, strict=False):
             answers[i] = Answer(
                 tokenizer.decode(prompt), rows[i].answer, tokenizer.decode(ids)
             )
