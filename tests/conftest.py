@@ -24,6 +24,8 @@ import pytest  # noqa: E402
 HERE = Path(__file__).parent
 
 jax.config.update("jax_num_cpu_devices", 4)
+# The command would keep what tests compile in the user's own cache folder.
+os.environ["QLORA_JAX_COMPILE_CACHE"] = "off"
 
 
 @pytest.fixture(scope="session", autouse=True)

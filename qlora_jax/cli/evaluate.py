@@ -18,6 +18,7 @@ from qlora_jax.data import DataConfig, Dataset, read_dataset
 from qlora_jax.errors import ConfigError, DataError
 from qlora_jax.evaluate import exact_match, perplexity, row_loss, row_losses
 from qlora_jax.evaluate.exact_match import Answer
+from qlora_jax.generate import decoded
 from qlora_jax.io.tokenizer import Tokenizer
 
 
@@ -90,11 +91,13 @@ def run(args: Args) -> dict[str, Any]:
         bank, tokenizer, said = options.open_bank(
             args.model, args.adapters, args.quant, args.dtype
         )
+        bank = decoded(bank)  # here, for all that follows
         models = {name: bank.route(name) for name in (BASE, *bank.adapters)}
     else:
-        models[None], tokenizer, said = options.open_model(
+        model, tokenizer, said = options.open_model(
             args.model, args.adapter, args.quant, args.dtype
         )
+        models[None] = decoded(model)
     if tokenizer is None:
         raise DataError(f"{args.model} has no tokenizer.json, so text cannot be read")
     if text is not None:

@@ -11,7 +11,7 @@ from qlora_jax.cli import options
 from qlora_jax.cli.options import QuantOptions
 from qlora_jax.data.prompts import Prompt, read_prompts
 from qlora_jax.errors import ConfigError, DataError
-from qlora_jax.generate import SampleConfig, generate
+from qlora_jax.generate import SampleConfig, decoded, generate
 from qlora_jax.io.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -149,6 +149,7 @@ def _write(
     """Writes each batch's rows as they are done; returns the number of new tokens."""
     assert args.out is not None
     total, size = 0, args.batch_size
+    model = decoded(model)  # once for all batches
     with args.out.open("x", encoding="utf-8") as stream:
         for start in range(0, len(prompts), size):
             some = prompts[start : start + size]

@@ -34,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit status: 0 done, 1 the run failed, 2 wrong input, 130 interrupted.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in args
-    args = [arg for arg in args if arg != "--debug"]
+    debug, no_cache = "--debug" in args, "--no-compile-cache" in args
+    args = [arg for arg in args if arg not in ("--debug", "--no-compile-cache")]
     if not args or args[0] in ("-h", "--help"):
         print(_usage())
         return 0 if args else 2
@@ -50,18 +50,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     for name in ("qlora_jax", "pallas_kernels"):
         logging.getLogger(name).setLevel(logging.INFO)
-    return _run(args[0], args[1:], debug)
+    return _run(args[0], args[1:], debug, no_cache)
 
 
-def _run(name: str, args: list[str], debug: bool) -> int:
+def _run(name: str, args: list[str], debug: bool, no_cache: bool) -> int:
     import jax
 
+    from qlora_jax.cli.compile_cache import use_cache
     from qlora_jax.errors import QLoRAError
 
     try:
         module = "import_" if name == "import" else name  # a keyword
         command = importlib.import_module(f"qlora_jax.cli.{module}")
-        figures = command.run(command.parse(args, f"qlora {name}"))
+        parsed = command.parse(args, f"qlora {name}")
+        use_cache(off=no_cache)
+        figures = command.run(parsed)
     except (QLoRAError, OSError) as error:
         if debug:
             traceback.print_exc()
@@ -91,7 +94,9 @@ def _usage() -> str:
             "",
             *lines,
             "",
-            "  --debug     show the traceback behind an error",
+            "  --debug               show the traceback behind an error",
+            "  --no-compile-cache    keep no compiled programs for later runs; the variable",
+            "                        QLORA_JAX_COMPILE_CACHE names their folder, or says off",
         ]
     )
 

@@ -39,6 +39,7 @@ class TrainProgress:
     def __enter__(self) -> "TrainProgress":
         """Starts the bar."""
         self._bar.start()
+        self._say("compiling the evaluation and the step")
         return self
 
     def __exit__(

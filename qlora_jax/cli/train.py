@@ -25,7 +25,7 @@ from qlora_jax.io.hf import (
     read_config,
 )
 from qlora_jax.io.tokens import add_tokens
-from qlora_jax.memory import Platform, Setup, estimate
+from qlora_jax.memory import Platform, Setup, available_host_bytes, estimate
 from qlora_jax.plan import flags_of, parse_bytes, plan_memory, said
 from qlora_jax.quant import QuantConfig
 from qlora_jax.train.config import TrainConfig
@@ -235,7 +235,7 @@ def within_memory(
       ConfigError: it does not fit, with the settings that would; or there is no limit to
         pick them for.
     """
-    limit, host = _memory_limit(args), _host_limit()
+    limit, host = _memory_limit(args), available_host_bytes()
     if limit is None:
         if args.auto:
             flags = " and ".join(
@@ -316,16 +316,6 @@ def _memory_limit(args: Args) -> int | None:
         return parse_bytes(args.memory)
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("bytes_limit") if jax.default_backend() == "gpu" else None
-
-
-def _host_limit() -> int | None:
-    """Returns the bytes of host memory that are free to be pinned, where Linux says it."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    free = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return 1024 * int(free[0]) if free else None
 
 
 def _stored(args: Args) -> Args:

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from qlora_jax.adapters.bank import AdapterBank
 from qlora_jax.data import Dataset
-from qlora_jax.generate import SampleConfig, generate
+from qlora_jax.generate import SampleConfig, decoded, generate
 
 
 class Answer(NamedTuple):
@@ -42,17 +42,20 @@ def exact_match(
       The share of correct rows, and every answer in the dataset's order.
     """
     config = SampleConfig(max_new_tokens=max_new_tokens)
+    model = decoded(model)
     rows = dataset.rows
     order = sorted(range(len(rows)), key=lambda i: rows[i].prompt)
     answers: dict[int, Answer] = {}
     for start in range(0, len(order), batch_size):
         picked = order[start : start + batch_size]
-        prompts = [rows[i].tokens[: rows[i].prompt].tolist() for i in picked]
+        # A short last batch is filled up, so that it compiles nothing anew.
+        full = picked + picked[:1] * (min(batch_size, len(order)) - len(picked))
+        prompts = [rows[i].tokens[: rows[i].prompt].tolist() for i in full]
         routed = model
         if isinstance(model, AdapterBank):
-            routed = model.route([rows[i].adapter for i in picked])
+            routed = model.route([rows[i].adapter for i in full])
         given = generate(routed, prompts, config, eos_ids=tokenizer.eos_ids)
-        for i, prompt, ids in zip(picked, prompts, given, strict=True):
+        for i, prompt, ids in zip(picked, prompts, given, strict=False):
             answers[i] = Answer(
                 tokenizer.decode(prompt), rows[i].answer, tokenizer.decode(ids)
             )

@@ -13,6 +13,7 @@ from flax import nnx
 from qlora_jax.adapters.bank import BASE, AdapterBank
 from qlora_jax.data import Dataset
 from qlora_jax.errors import ConfigError, DataError
+from qlora_jax.generate import decoded
 from qlora_jax.nn.multi_lora import Slots
 from qlora_jax.train.step import next_token_loss, token_loss
 
@@ -52,7 +53,7 @@ def perplexity(
     if not rows:
         raise DataError("the text has no token to predict; it is empty or too short")
     width = max(map(len, rows))
-    graphdef, state = nnx.split(model)
+    graphdef, state = nnx.split(decoded(model))
     total, count = 0.0, 0
     for start in range(0, len(rows), batch_size):
         batch = {
@@ -69,7 +70,7 @@ def perplexity(
 
 def row_loss(model: Any, dataset: Dataset, batch_size: int = 8) -> tuple[float, int]:
     """Returns the mean loss a trained token over all rows, and how many those are."""
-    graphdef, state = nnx.split(model)
+    graphdef, state = nnx.split(decoded(model))
     total, count = 0.0, 0
     for batch in dataset.in_order(batch_size):
         total += float(_loss(graphdef, state, batch))
@@ -94,6 +95,7 @@ def row_losses(
     Raises:
       ConfigError: a row names an adapter that is not in the bank.
     """
+    bank = decoded(bank)
     sums: dict[str, np.ndarray] = {}
     for rows in dataset.by_length(batch_size):
         batch = dataset.pad(rows, batch_size)

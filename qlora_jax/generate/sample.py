@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from qlora_jax.errors import ConfigError, ShapeError
+from qlora_jax.generate.decoded import decoded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,8 @@ def generate(
     """Continues prompts, all of them at once.
 
     Rows are padded on the left to a common length, which attention does not see; a row
-    ends at its first EOS, the batch when all have.
+    ends at its first EOS, the batch when all have. On a CPU a 4-bit base is decoded first
+    (`decoded`).
 
     Args:
       model: A Decoder, with or without an adapter.
@@ -89,7 +91,7 @@ def generate(
     for i, prompt in enumerate(prompts):
         tokens[i, longest - len(prompt) :] = prompt
         positions[i, longest - len(prompt) :] = np.arange(len(prompt))
-    graphdef, state = nnx.split(model)
+    graphdef, state = nnx.split(decoded(model))
     new = _generate(
         graphdef,
         dataclasses.replace(config, seed=0),

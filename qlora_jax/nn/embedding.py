@@ -11,11 +11,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from qlora_jax.nn.linear import Linear, QuantizedLinear
+from qlora_jax.nn.linear import DecodedLinear, Linear, QuantizedLinear
 from qlora_jax.nn.lora import adapter_scale
 from qlora_jax.nn.matmul import factor_matmul
 from qlora_jax.nn.variables import FrozenParam, trains
-from qlora_jax.quant import Quantized, dequantize_rows
+from qlora_jax.quant import Quantized, dequantize, dequantize_rows
 
 
 class Embedding(nnx.Module):
@@ -56,9 +56,28 @@ class QuantizedEmbedding(nnx.Module):
         rows = dequantize_rows(table, tokens.reshape(-1), "float32")
         return rows.reshape(*tokens.shape, -1)
 
-    def head(self) -> QuantizedLinear:
+    def head(self) -> QuantizedLinear | DecodedLinear:
         """Returns the head that the tied table is."""
         return QuantizedLinear(self.weight.get_value())
+
+
+class DecodedEmbedding(QuantizedEmbedding):
+    """A tied 4-bit table whose head is decoded once, for inference.
+
+    Rows are decoded as they are read all the same: they are few.
+
+    Attributes:
+      weight: FrozenParam holding a QuantizedTensor, (vocab, hidden).
+      decoded: FrozenParam, the same in the compute dtype.
+    """
+
+    def __init__(self, weight: Quantized, dtype: str):
+        super().__init__(weight)
+        self.decoded = FrozenParam(dequantize(weight, dtype))
+
+    def head(self) -> DecodedLinear:
+        """Returns the head that the tied table is."""
+        return DecodedLinear(self.decoded[...])
 
 
 Table = Embedding | QuantizedEmbedding
@@ -95,7 +114,7 @@ class LoRAEmbedding(nnx.Module):
         update = self.lora_a[...][tokens] @ self.lora_b[...]
         return (rows.astype(jnp.float32) + self.scale * update).astype(rows.dtype)
 
-    def head(self) -> Linear | QuantizedLinear:
+    def head(self) -> Linear | QuantizedLinear | DecodedLinear:
         """Returns the head that the tied table is, without the update."""
         return self.base.head()
 

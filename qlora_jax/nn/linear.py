@@ -4,11 +4,13 @@ Kernels are in Hugging Face orientation, (out, in). A linear that stands for a s
 layers has them on a leading axis; the model slices before it calls.
 """
 
+import functools
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
@@ -140,6 +142,43 @@ class QuantizedLinear(nnx.Module):
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """Applies the layer in x's dtype."""
         return add_bias(self.product(x), self.bias)
+
+
+class DecodedLinear(Linear):
+    """A 4-bit linear decoded once, for inference on what has no fused kernel.
+
+    Its products round where QuantizedLinear's do: they are equal bit for bit where that
+    decodes a weight whole, and differ by the order of a float32 sum where it goes tile by
+    tile (pallas_kernels/reference.py).
+
+    Attributes:
+      kernel: FrozenParam, (..., out, in), in the compute dtype.
+      bias: FrozenParam, (..., out), or None.
+    """
+
+    def product(
+        self,
+        x: Float[Array, "*batch in"],
+        adapter: tuple[Array, Array, float] | None = None,
+    ) -> Float[Array, "*batch out"]:
+        """Computes x @ kernel.T in x's dtype, with an adapter as QuantizedLinear has it."""
+        # As in nf4_matmul, nothing before is merged into the product: it would round anew.
+        x = lax.optimization_barrier(x)
+        y = super().product(x)
+        if adapter is None:
+            return y
+        a, b, scale = adapter
+        dot = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+        # As nf4_lora_matmul rounds: the hidden values are scaled in float32 before.
+        hidden = dot(x, a.astype(x.dtype)) * jnp.float32(scale)
+        return y + dot(hidden.astype(x.dtype), b.astype(x.dtype)).astype(y.dtype)
+
+    @classmethod
+    def of(cls, linear: QuantizedLinear, dtype: str) -> "DecodedLinear":
+        """Decodes a linear, or a stack of them; its bias stays the same variable."""
+        made = cls(linear.weight(dtype))
+        made.bias = linear.bias
+        return made
 
 
 def stack_of(q: Quantized) -> tuple[int, ...]:

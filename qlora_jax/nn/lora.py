@@ -14,7 +14,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from qlora_jax.nn.dora import adapted_norms, row_norms
-from qlora_jax.nn.linear import Linear, QuantizedLinear, add_bias, low_rank
+from qlora_jax.nn.linear import (
+    DecodedLinear,
+    Linear,
+    QuantizedLinear,
+    add_bias,
+    low_rank,
+)
 from qlora_jax.nn.variables import FrozenParam
 
 Init = Literal["zero", "loftq", "qera-diagonal", "qera", "pissa"]
@@ -109,7 +115,7 @@ class LoRA(nnx.Module):
 
     def _product(self, x: Array, a: Array, b: Array, key: Array | None) -> Array:
         dropped = key is not None and self.dropout > 0
-        if isinstance(self.base, QuantizedLinear) and not dropped:
+        if isinstance(self.base, (QuantizedLinear, DecodedLinear)) and not dropped:
             return self.base.product(x, (a, b, self.scale))
         hidden = x
         if dropped:

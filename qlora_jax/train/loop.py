@@ -80,8 +80,8 @@ class Trainer:
         if config.stream:
             self.base = stream(self.base)
         # A copy, because the step donates it and the caller keeps the model.
-        self.lora = jax.tree.map(jnp.copy, lora_state)
-        self.opt_state = tx.init(self.lora)
+        self.lora = _settled(jax.tree.map(jnp.copy, lora_state))
+        self.opt_state = _settled(tx.init(self.lora))
         self._train_step = make_train_step(
             self.graphdef,
             tx,
@@ -252,6 +252,15 @@ class Trainer:
             # As JSON gives it back.
             "lora": json.loads(json.dumps(dataclasses.asdict(self.lora_config))),
         }
+
+
+def _settled(tree: Any) -> Any:
+    """Ties arrays to the devices they are on, as the step's results are.
+
+    jit tells arrays that may still move from those that may not: without this the second
+    step, and the second evaluation, would compile everything again.
+    """
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding), tree)
 
 
 def _finite(lora: nnx.State) -> bool:

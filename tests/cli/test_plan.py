@@ -99,7 +99,7 @@ def test_the_optimizer_state_leaves_only_where_it_must(
     assert fitted(estimate(away).device_bytes)
     with pytest.raises(ConfigError, match="the least is"):
         fitted(estimate(away).device_bytes - 1)
-    monkeypatch.setattr(cli_train, "_host_limit", lambda: 1000)
+    monkeypatch.setattr(cli_train, "available_host_bytes", lambda: 1000)
     with pytest.raises(ConfigError, match="with no more than 0.00 GiB of the host"):
         fitted(estimate(away).device_bytes)
 
@@ -108,7 +108,7 @@ def test_a_host_without_enough_memory_is_told_before_the_run(
     base: Path, tmp_path: Path, monkeypatch, capsys
 ):
     monkeypatch.setattr(cli_train.jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(cli_train, "_host_limit", lambda: 1000)
+    monkeypatch.setattr(cli_train, "available_host_bytes", lambda: 1000)
     args = train(base, tmp_path, "--train.stream", "--memory", "8GiB")
     status, _, err = call(capsys, *args)
     assert status == 2

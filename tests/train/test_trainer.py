@@ -119,6 +119,13 @@ def done(tmp_path_factory) -> tuple[Path, Trainer, dict[str, Any], list[dict]]:
     return out, run, figures, said
 
 
+def test_step_and_evaluation_are_compiled_once(done):
+    # What the first step gets and what it returns look the same to jit.
+    run = done[1]
+    assert run._train_step._cache_size() == 1
+    assert run._eval_step._cache_size() == 1
+
+
 def test_metrics_have_one_object_a_step(done):
     out, run, figures, said = done
     rows = [

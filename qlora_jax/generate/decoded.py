@@ -1,0 +1,104 @@
+"""A base whose 4-bit weights are decoded once, for generation and evaluation on CPUs.
+
+A CPU has no fused kernel: a packed product decodes its weight first. For many tokens that is
+little beside the product; for one token it is most of the time, and the same at each. Where
+dense weights fit in memory they are decoded before the first token, in the dtype that every
+product decodes them to. Adapters stay as they are. Training never does this.
+"""
+
+import dataclasses
+import logging
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels.layout import QuantizedTensor
+from pallas_kernels.tuning import current_device
+from qlora_jax.adapters.bank import AdapterBank
+from qlora_jax.memory import available_host_bytes
+from qlora_jax.nn import (
+    DecodedEmbedding,
+    DecodedLinear,
+    QuantizedEmbedding,
+    QuantizedLinear,
+)
+
+MOST_OF_AVAILABLE = 0.5
+"""Of the memory available: the rest is for the cache of keys, activations and others."""
+
+logger = logging.getLogger(__name__)
+_SAID: set[str] = set()
+
+
+def decoded(model: Any) -> Any:
+    """Returns a model for inference: its 4-bit weights dense, where that is faster and fits.
+
+    `generate` and the evaluations call it. Whoever calls those many times with one model
+    passes them decoded(model), so that it is decoded once in all.
+
+    Int8 tables stay (their codes are multiplied as they are), and so do linears for which
+    an implementation was named.
+
+    Args:
+      model: A Decoder, with or without an adapter, or an AdapterBank. It is left as it was,
+        and shares all arrays but the decoded ones.
+
+    Returns:
+      The model with DecodedLinear and DecodedEmbedding in it; or the model itself, on
+      other platforms, where nothing is 4-bit, or where memory does not suffice.
+    """
+    if isinstance(model, AdapterBank):
+        return dataclasses.replace(model, model=decoded(model.model))
+    if current_device().platform != "cpu":
+        return model
+    dtype = jnp.dtype(getattr(model, "dtype", "float32"))
+    count = sum(_elements(node, model) for _, node in nnx.iter_graph(model))
+    if count == 0:
+        return model
+    need, free = count * dtype.itemsize, available_host_bytes()
+    if free is None or need > MOST_OF_AVAILABLE * free:
+        _say_packed(need, free)
+        return model
+    _say_once(
+        "4-bit weights are decoded once, to %.2f GB of %s", need / 1e9, dtype.name
+    )
+
+    def replace(path: tuple, node: Any) -> Any:
+        if not _elements(node, model):
+            return node
+        if isinstance(node, QuantizedLinear):
+            return DecodedLinear.of(node, dtype.name)
+        return DecodedEmbedding(node.weight.get_value(), dtype.name)
+
+    return nnx.recursive_map(replace, model)
+
+
+def _elements(node: Any, model: Any) -> int:
+    """Returns how many weights of a module there are to decode."""
+    if isinstance(node, QuantizedLinear) and node.implementation is None:
+        q, stack = node.quantized, node.stack
+    elif type(node) is QuantizedEmbedding and getattr(model, "lm_head", None) is None:
+        q, stack = node.weight.get_value(), ()
+    else:
+        return 0
+    return math.prod((*stack, *q.shape)) if isinstance(q, QuantizedTensor) else 0
+
+
+def _say_once(text: str, *args: Any) -> None:
+    if text not in _SAID:
+        _SAID.add(text)
+        logger.info(text, *args)
+
+
+def _say_packed(need: int, free: int | None) -> None:
+    known = "how much memory is available is not known here"
+    if free is not None:
+        known = f"{free / 1e9:.2f} GB are available, of which they may take half"
+    _say_once(
+        "4-bit weights are decoded again for every token, which is slow: decoded they "
+        "would take %.2f GB, and %s",
+        need / 1e9,
+        known,
+    )
