@@ -1,9 +1,10 @@
 """Compiles steps of many setups and records XLA's account.
 
-    python scripts/measure_memory.py --target h200 --out scripts/results/memory_h200.jsonl
-    python scripts/measure_memory.py --target cpu --out scripts/results/memory_cpu.jsonl
-    python scripts/measure_memory.py --target h200 --unseen --out scripts/results/memory_unseen.jsonl
-    python scripts/measure_memory.py --target cpu --unseen --out scripts/results/memory_unseen.jsonl
+    cd scripts
+    python measure_memory.py --target h200 --out results/memory_h200.jsonl
+    python measure_memory.py --target cpu --out results/memory_cpu.jsonl
+    python measure_memory.py --target h200 --unseen --out results/memory_unseen.jsonl
+    python measure_memory.py --target cpu --unseen --out results/memory_unseen.jsonl
 
 One JSON line a setup: the setup and XLA's bytes (arguments, temporaries, host).
 Setups that the file has are not compiled again. The h200 needs no GPU, but jax's CUDA
