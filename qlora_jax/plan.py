@@ -1,8 +1,9 @@
 """The settings that fit a memory budget, fastest first.
 
-Memory is that of `memory.estimate`. Speed is a model of relative time, good for an order
-alone: recomputing costs a forward pass, a streamed base costs what of its copies does not
-hide behind arithmetic, short micro-batches decode the base more often a token.
+Memory is that of `memory.estimate`, and a margin for its error. Speed is a model of
+relative time, good for an order alone: recomputing costs a forward pass, streaming adds the
+part of the copy time that is not overlapped with computation, short micro-batches decode
+the base more often for each token.
 """
 
 import dataclasses
@@ -15,8 +16,6 @@ from qlora_jax.errors import ConfigError
 from qlora_jax.memory import Memory, Platform, Setup, estimate
 
 GIB = 1 << 30
-ERROR = 0.05
-"""Of a plan against XLA's account, at most (tests/train/test_memory.py)."""
 _CHECKPOINT_COST = {"none": 1.0, "attention": 1.25, "layer": 1.33, "host": 1.36}
 """A forward pass is a third of a step without checkpointing: forward, and the gradient to
 activations, of which no weight has its own."""
@@ -61,6 +60,8 @@ def plan_memory(
 ) -> Plan:
     """Picks micro-batch, checkpointing, paging, streaming and quantized tables.
 
+    What fits leaves the margin of its estimate free, which may be too low.
+
     Args:
       setup: The model, adapter and sequence length; the settings to choose are ignored,
         unless `fixed` names them.
@@ -81,8 +82,8 @@ def plan_memory(
         raise ConfigError(_nothing(candidates, memory_bytes, host_bytes, platform))
     chosen, memory = found
     if chosen.offload and "offload" not in fixed:
-        # As much of the optimizer state stays as there is room for, the plan's error aside.
-        room = memory_bytes - memory.device_bytes - round(ERROR * memory_bytes)
+        # As much of the optimizer state stays as there is room for beside the margin.
+        room = int(memory_bytes / (1 + memory.margin)) - memory.device_bytes
         chosen = dataclasses.replace(chosen, resident_bytes=max(0, room))
         memory = estimate(chosen, platform)
     for more in (1, 2, 4, 8, 16, 32):
@@ -171,7 +172,7 @@ def _first(
 ) -> tuple[Setup, Memory] | None:
     for setup in candidates:
         need = estimate(setup, platform)
-        if need.device_bytes <= memory and (host is None or need.host_bytes <= host):
+        if need.safe_bytes <= memory and (host is None or need.host_bytes <= host):
             return setup, need
     return None
 
@@ -182,7 +183,7 @@ def _nothing(
     needs = [(estimate(setup, platform), setup) for setup in candidates]
     least, setup = min(needs, key=lambda pair: pair[0].device_bytes)
     text = (
-        f"nothing fits in {said(memory)}; the least is {said(least.device_bytes)} of device "
+        f"nothing fits in {said(memory)}; the least is {said(least.safe_bytes)} of device "
         f"memory and {said(least.host_bytes)} of host memory ({flags_of(setup)})"
     )
     if host is not None and least.host_bytes > host:
@@ -191,9 +192,10 @@ def _nothing(
             here, there = min(within, key=lambda pair: pair[0].device_bytes)
             text += (
                 f"; with no more than {said(host)} of the host it is "
-                f"{said(here.device_bytes)} ({flags_of(there)})"
+                f"{said(here.safe_bytes)} ({flags_of(there)})"
             )
     fewer = ", fewer of them a step" if setup.micro_batch * setup.grad_accum > 1 else ""
+    text += f". Each is an estimate and {least.margin:.0%} more, as it may be too low"
     return f"{text}. Shorter rows (--data.max-tokens){fewer} or a lower rank need less."
 
 

@@ -1,15 +1,22 @@
-"""Fits the coefficients of qlora_jax/memory.py to what XLA assigned, and prints them.
+"""Fits the coefficients of qlora_jax/memory.py to what XLA assigned, and judges the fit.
 
-    python scripts/fit_memory.py [-v]
+    python scripts/fit_memory.py [-v]        # prints the coefficients
+    python scripts/fit_memory.py --held-out  # writes results/memory_held_out.jsonl
 
-Reads scripts/results/memory_*.jsonl (scripts/measure_memory.py writes them). For each
-platform, with and without recomputed layers, a linear program finds the coefficients, none
-negative, whose largest error, relative to a step's all, is least. Which of layer and loss is
-the peak of a setup follows from the last coefficients; a few rounds settle it.
+Reads scripts/results/memory_{h200,cpu}.jsonl (scripts/measure_memory.py writes them). For
+each platform, with and without recomputed layers, a linear program finds the coefficients,
+none negative, whose largest error, relative to a step's all, is least. Which of layer and
+loss is the peak of a setup follows from the last coefficients; a few rounds settle it.
+
+How well such a fit describes the rows that it was made of says little. `--held-out` leaves
+each model out in turn, fits the others, and records those coefficients and what they
+predict of the model that they have not seen. tests/train/test_memory.py makes the same
+predictions from that record.
 """
 
+import argparse
 import json
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +24,42 @@ import numpy as np
 from measure_memory import setup_of
 from scipy.optimize import linprog
 
-from qlora_jax.memory import _adds_up, _kept, _resident, features
+from qlora_jax.memory import (
+    FITTED,
+    Platform,
+    _adds_up,
+    _kept,
+    _resident,
+    estimate,
+    features,
+)
 
+RESULTS = Path(__file__).parent / "results"
+HELD_OUT = RESULTS / "memory_held_out.jsonl"
+TARGETS: dict[Platform, str] = {"gpu": "h200", "cpu": "cpu"}
 ROUNDS = 20
 
+Row = dict[str, Any]
 
-def rows_of(platform: str) -> list[dict[str, Any]]:
+
+def recorded(platform: Platform) -> list[Row]:
+    """Reads what XLA assigned to each setup of the grid."""
+    path = RESULTS / f"memory_{TARGETS[platform]}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def xla_bytes(row: Row) -> int:
+    """Returns the device memory of a recorded step at its peak."""
+    return row["xla"]["arguments"] + row["xla"]["temporaries"]
+
+
+def rows_of(platform: Platform) -> list[Row]:
     """Returns each recorded setup's features, and what they have to explain."""
-    target = {"gpu": "h200", "cpu": "cpu"}[platform]
-    path = Path(__file__).parent / f"results/memory_{target}.jsonl"
     rows = []
-    for row in map(json.loads, path.read_text().splitlines()):
+    for row in recorded(platform):
         setup = setup_of(row["model"], row["changes"])
         parts = _resident(setup)
-        xla = row["xla"]["arguments"] + row["xla"]["temporaries"]
+        xla = xla_bytes(row)
         away = set()
         if platform == "gpu":
             away = {"layers"} if setup.stream else set()
@@ -52,9 +81,7 @@ def rows_of(platform: str) -> list[dict[str, Any]]:
     return rows
 
 
-def sums_of(
-    rows: list[dict[str, Any]], found: dict[str, float]
-) -> list[dict[str, float]]:
+def sums_of(rows: list[Row], found: dict[str, float]) -> list[dict[str, float]]:
     """Returns what coefficients say is alive, for each row, when each of the two runs."""
     return [
         {
@@ -66,7 +93,15 @@ def sums_of(
     ]
 
 
-def fit(rows: list[dict[str, Any]]) -> tuple[dict[str, float], float]:
+def largest_error(rows: list[Row], sums: list[dict[str, float]]) -> float:
+    """Returns the largest error of some sums, relative to a step's all."""
+    return max(
+        abs(max(s.values()) - row["rest"]) / row["xla"]
+        for s, row in zip(sums, rows, strict=True)
+    )
+
+
+def fit(rows: list[Row]) -> tuple[dict[str, float], float]:
     """Returns ({name: coefficient}, the largest relative error)."""
     starts = (
         ["layer" for _ in rows],
@@ -75,9 +110,7 @@ def fit(rows: list[dict[str, Any]]) -> tuple[dict[str, float], float]:
     return min((_fit_from(peak, rows) for peak in starts), key=lambda found: found[1])
 
 
-def _fit_from(
-    peak: list[str], rows: list[dict[str, Any]]
-) -> tuple[dict[str, float], float]:
+def _fit_from(peak: list[str], rows: list[Row]) -> tuple[dict[str, float], float]:
     names = sorted({name for row in rows for _, name in row["features"]})
     best: tuple[dict[str, float], float] = ({}, float("inf"))
     for _ in range(ROUNDS):
@@ -92,52 +125,114 @@ def _fit_from(
         cost[-1] = 1.0
         solved = linprog(cost, A_ub=left, b_ub=right).x
         found = dict(zip(names, solved[:-1].tolist(), strict=True))
-        sums = [
-            {
-                moment: row["start"][moment]
-                + sum(
-                    found[k[1]] * v
-                    for k, v in row["features"].items()
-                    if k[0] == moment
-                )
-                for moment in ("layer", "loss")
-            }
-            for row in rows
-        ]
-        errors = [
-            abs(max(s.values()) - row["rest"]) / row["xla"]
-            for s, row in zip(sums, rows, strict=True)
-        ]
-        if max(errors) < best[1]:
-            best = found, max(errors)
+        sums = sums_of(rows, found)
+        error = largest_error(rows, sums)
+        if error < best[1]:
+            best = found, error
         # Where the loss explains more than a layer's backward, it is the peak.
         peak = ["loss" if s["loss"] > s["layer"] else "layer" for s in sums]
     return best
 
 
-def _starts_as_loss(row: dict[str, Any]) -> bool:
+def _starts_as_loss(row: Row) -> bool:
     """Guesses from what the first fit of a layer's activations was: 5 times the widest."""
     sizes = row["features"]
     layer = row["start"]["layer"] + 5 * sizes["layer", "wide"]
     return sizes["loss", "logits"] / 2 > layer
 
 
-def main() -> None:
-    """Fits and prints."""
-    for platform in ("gpu", "cpu"):
+def rounded(found: dict[str, float]) -> dict[str, float]:
+    """Returns coefficients as memory.py writes them, without those that are nothing."""
+    return {name: round(v, 3) for name, v in found.items() if round(v, 3)}
+
+
+def held_out(platform: Platform) -> Iterator[Row]:
+    """Yields, for each model, a fit of the others and what it predicts of that model."""
+    rows = rows_of(platform)
+    for recomputes in (True, False):
+        mine = [row for row in rows if row["recomputes"] == recomputes]
+        for model in sorted({row["row"]["model"] for row in mine}):
+            others = [row for row in mine if row["row"]["model"] != model]
+            found, error = fit(others)
+            coefficients = rounded(found)
+            fitted = {**FITTED, (platform, recomputes): coefficients}
+            predictions = []
+            for row in (row["row"] for row in mine if row["row"]["model"] == model):
+                setup = setup_of(model, row["changes"])
+                predicted = estimate(setup, platform, fitted).device_bytes
+                predictions.append(
+                    {
+                        "changes": row["changes"],
+                        "predicted_bytes": predicted,
+                        "xla_bytes": xla_bytes(row),
+                    }
+                )
+            yield {
+                "platform": platform,
+                "recomputes": recomputes,
+                "left_out": model,
+                "fitted_rows": len(others),
+                "fitted_error": round(error, 5),
+                "coefficients": coefficients,
+                "predictions": predictions,
+            }
+
+
+def errors_of(line: Row) -> list[float]:
+    """Returns the errors of a line's predictions, below zero where they are too small."""
+    return [p["predicted_bytes"] / p["xla_bytes"] - 1 for p in line["predictions"]]
+
+
+def summary(errors: list[float]) -> str:
+    """Says errors in words."""
+    sizes = sorted(abs(error) for error in errors)
+    return (
+        f"{len(errors)} predictions: {sizes[len(sizes) // 2]:.1%} typically (median), "
+        f"{min(errors):+.1%} to {max(errors):+.1%}"
+    )
+
+
+def write_held_out() -> None:
+    """Writes the record of models that were left out, and prints what it says."""
+    lines = [line for platform in TARGETS for line in held_out(platform)]
+    HELD_OUT.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for platform in TARGETS:
+        mine = [line for line in lines if line["platform"] == platform]
+        for line in mine:
+            print(f"{platform} without {line['left_out']}: {summary(errors_of(line))}")
+        every = [error for line in mine for error in errors_of(line)]
+        print(f"{platform}, all: {summary(every)}")
+
+
+def print_fit(verbose: bool) -> None:
+    """Fits all rows and prints the coefficients, and each row's error where asked."""
+    for platform in TARGETS:
         rows = rows_of(platform)
         for recomputes in (True, False):
             mine = [row for row in rows if row["recomputes"] == recomputes]
             found, error = fit(mine)
-            kept = {k: round(v, 3) for k, v in found.items() if round(v, 3)}
-            print(f"{(platform, recomputes)}: {kept},  # {error:.1%} of {len(mine)}")
-            if "-v" in sys.argv:
-                for row, s in zip(mine, sums_of(mine, found), strict=True):
-                    off = (max(s.values()) - row["rest"]) / row["xla"]
-                    where = max(s, key=s.__getitem__)
-                    print(
-                        f"  {off:+.1%} {where} {row['row']['model']} {row['row']['changes']}"
-                    )
+            print(
+                f"{(platform, recomputes)}: {rounded(found)},  # {error:.1%} of {len(mine)}"
+            )
+            for row, s in (
+                zip(mine, sums_of(mine, found), strict=True) if verbose else ()
+            ):
+                off = (max(s.values()) - row["rest"]) / row["xla"]
+                where = max(s, key=s.__getitem__)
+                print(
+                    f"  {off:+.1%} {where} {row['row']['model']} {row['row']['changes']}"
+                )
+
+
+def main() -> None:
+    """Fits and prints, or writes the record of models that were left out."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--held-out", action="store_true", help="leave each model out")
+    parser.add_argument("-v", "--verbose", action="store_true", help="each row's error")
+    args = parser.parse_args()
+    write_held_out() if args.held_out else print_fit(args.verbose)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,11 @@ import numpy as np
 
 
 def run(
-    asm: str, *operands: np.ndarray, outputs: int, shared: np.ndarray | None = None
+    asm: str,
+    *operands: np.ndarray,
+    outputs: int,
+    shared: np.ndarray | None = None,
+    loads: list[np.ndarray] | None = None,
 ):
     """Runs a block whose first `outputs` operands ($0, ...) it writes.
 
@@ -15,6 +19,7 @@ def run(
       operands: uint32 arrays of one shape, $outputs and up.
       outputs: How many it writes.
       shared: Shared memory, uint32 words.
+      loads: Where the byte addresses of each load from shared memory are added.
 
     Returns:
       The outputs, uint32.
@@ -38,6 +43,8 @@ def run(
             targets = targets.split(",")
             at = value(address)
             assert (at % (4 * len(targets)) == 0).all(), "misaligned"
+            if loads is not None:
+                loads.append(at)
             for i, target in enumerate(targets):
                 names[target] = shared[at // 4 + i]
             continue

@@ -1,6 +1,7 @@
 """Imports point down only (design.md, section 1), and the bottom needs jax and numpy."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -17,13 +18,26 @@ LAYERS = (
     ("io", "data"),
     ("plan",),
     ("memory",),
-    ("adapters", "models", "sharding"),
+    ("adapters", "models"),
     ("nn", "optim"),
     ("quant",),
     ("errors",),
     ("pallas_kernels",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+# Files may not import each other in a circle. Each of these imports closes one, and the
+# redesign ("One storey up") removes it: an import that is gone, or that closes no circle
+# any more, has to leave this list.
+CLOSES_A_CIRCLE = {
+    ("qlora_jax.io.gguf", "qlora_jax.io.hf"): (
+        "write_gguf reads its source folder by hf.py, and hf.py opens GGUF files; "
+        "a source that is opened once serves both"
+    ),
+    ("qlora_jax.models.llama", "qlora_jax.models"): (
+        "writing a config.json reads it back by the registry of families, which lists "
+        "llama.py; a spec of a model will write itself"
+    ),
+}
 ROOTS = [Path(package.__file__).parent for package in (pallas_kernels, qlora_jax)]
 FILES = sorted(file for root in ROOTS for file in root.rglob("*.py"))
 BLOCKED = (
@@ -79,18 +93,57 @@ def test_a_module_imports_nothing_above_it(file):
     assert not upward
 
 
-def test_rooms_of_one_level_do_not_import_each_other_in_a_circle():
-    edges = {}
-    for file in FILES:
-        own = room(module_of(file))
+def test_layers_list_the_rooms_that_there_are():
+    rooms = {room(module_of(file)) for file in FILES} - {None, "__init__"}
+    assert rooms == LEVEL.keys()
+
+
+def circle(edges: set[tuple[str, str]]) -> list[str]:
+    """Returns modules, or rooms, that import each other in a circle; [] where none do."""
+    graph: dict[str, set[str]] = {}
+    for importer, name in edges:
+        graph.setdefault(importer, set()).add(name)
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+@pytest.fixture(scope="module")
+def edges() -> set[tuple[str, str]]:
+    """Pairs of files of which the first imports the second, inside functions too."""
+    modules = {module_of(file).removesuffix(".__init__"): file for file in FILES}
+    found = set()
+    for own, file in modules.items():
         for _, name in imported(ast.parse(file.read_text())):
-            other = room(name)
-            if own in LEVEL and other in LEVEL and other != own:
-                edges.setdefault(own, set()).add(other)
-    both = {
-        (a, b) for a, rooms in edges.items() for b in rooms if a in edges.get(b, ())
-    }
-    assert not both
+            while name and name not in modules:  # a function's name, say
+                name = name.rpartition(".")[0]
+            if name and name != own:
+                found.add((own, name))
+    return found
+
+
+def test_rooms_do_not_import_each_other_in_a_circle(edges):
+    rooms = {(room(a), room(b)) for a, b in edges}
+    assert len(rooms) > len(LAYERS)
+    assert not circle({(a, b) for a, b in rooms if a and b and a != b})
+
+
+def test_files_do_not_import_each_other_in_a_circle(edges):
+    assert len(edges) > len(FILES)
+    assert not circle(edges - CLOSES_A_CIRCLE.keys())
+
+
+@pytest.mark.parametrize("known", CLOSES_A_CIRCLE, ids="{0[0]} imports {0[1]}".format)
+def test_a_known_circle_is_still_there(known, edges):
+    rest = edges - CLOSES_A_CIRCLE.keys()
+    assert known in edges and circle(rest | {known}), "take it off CLOSES_A_CIRCLE"
+
+
+def test_a_circle_is_found():
+    assert circle({("a", "b"), ("b", "c"), ("c", "a"), ("c", "d")})
+    assert not circle({("a", "b"), ("b", "c"), ("a", "c")})
 
 
 def test_the_front_imports_nothing_until_a_name_is_used():

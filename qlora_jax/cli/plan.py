@@ -115,6 +115,7 @@ def _figures(plan: Plan) -> dict[str, Any]:
     return {
         "budget_bytes": plan.budget,
         "device_bytes": plan.memory.device_bytes,
+        "safe_bytes": plan.memory.safe_bytes,
         "host_bytes": plan.memory.host_bytes,
         "device": plan.memory.device,
         "host": plan.memory.host,
@@ -128,7 +129,11 @@ def _print(args: Args, plan: Plan) -> None:
     print(f"{args.model}: rows of {args.max_tokens} tokens, {args.rows} a step")
     print(f"  {flags_of(plan.setup)}")
     _table(plan.memory)
-    print(f"  budget {said(plan.budget)}, {said(plan.memory.device_bytes)} planned")
+    memory = plan.memory
+    print(
+        f"  budget {said(plan.budget)}, {said(memory.device_bytes)} estimated; "
+        f"{memory.margin:.0%} more are kept free, as the estimate may be too low"
+    )
     if plan.setup.stream:
         free = free_streaming_tokens(plan.setup)
         print(

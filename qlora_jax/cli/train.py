@@ -265,6 +265,13 @@ def within_memory(
         )
     need = estimate(setup, platform)
     if need.device_bytes <= limit and (host is None or need.host_bytes <= host):
+        if need.safe_bytes > limit:
+            print(
+                f"this run needs about {said(need.device_bytes)} of {said(limit)} of "
+                f"device memory and may run out: such an estimate can be {need.margin:.0%} "
+                "too low",
+                file=sys.stderr,
+            )
         return args
     try:
         plan = plan_memory(setup, limit, host_bytes=host, platform=platform)

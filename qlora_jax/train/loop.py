@@ -106,8 +106,8 @@ class Trainer:
           resume: Continue from the newest checkpoint of the run folder.
 
         Returns:
-          Figures: steps, loss (mean of the last tenth), eval_loss_before, eval_loss,
-          tokens, seconds.
+          Figures of the whole run: steps, loss (mean of the last tenth), tokens; and the
+          seconds that this call took.
 
         Raises:
           DivergedError: the loss is not finite; the last checkpoint is kept.
@@ -149,7 +149,11 @@ class Trainer:
         figures: dict[str, Any] = {"steps": self.steps}
         if self.eval_data is not None and self.start == 0:
             self._log_eval(log, 0)
-        losses, tokens, last, overflows = [], 0.0, time.monotonic(), 0
+        # Figures are of the whole run, also where this process took only its end.
+        before = [row for row in log.kept if "loss" in row]
+        losses = [row["loss"] for row in before]
+        tokens = sum((row["tokens"] for row in before), 0.0)
+        last, overflows = time.monotonic(), 0
         for step in range(self.start, self.steps):
             batch = self._batch(step)
             key = jax.random.fold_in(self._key, step) if self._dropout else None

@@ -11,13 +11,13 @@ class MetricsLog:
     """Appends metrics to a file, one JSON object a line, flushed as written."""
 
     def __init__(self, path: Path, keep_until: int = 0):
-        """Opens the file, keeping what steps up to `keep_until` wrote.
+        """Opens the file, keeping what steps up to `keep_until` wrote in `self.kept`.
 
         A resumed run drops the lines of steps it is going to take again.
         """
-        kept = [row for row in read_metrics(path) if row["step"] <= keep_until]
+        self.kept = [row for row in read_metrics(path) if row["step"] <= keep_until]
         partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        partial.write_text("".join(json.dumps(row) + "\n" for row in self.kept))
         partial.replace(path)
         self._stream = path.open("a", encoding="utf-8")
 

@@ -101,9 +101,10 @@ def test_other_adapters_and_other_rows_compile_nothing_anew(base, bank):
     swapped = bank.put("other", Adapter.of(other)).remove("few")
     got = generate(swapped.route([None, "other"]), prompts, config)
     again = swapped.put("plain", Adapter.of(other))  # in place of the one of its name
-    assert generate(again.route(["plain", None]), prompts, config)
+    replaced = generate(again.route(["plain", None]), prompts, config)
     assert sample._generate._cache_size() == compiled
     assert got[1] == generate(other, prompts[1:], config)[0]
+    assert replaced[0] == generate(other, prompts[:1], config)[0]
     assert swapped.adapters == tuple(
         name for name in (*KINDS, "other") if name != "few"
     )

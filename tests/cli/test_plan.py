@@ -95,13 +95,35 @@ def test_the_optimizer_state_leaves_only_where_it_must(
         known = cli_train.within_memory(limited, base, qlora.QuantConfig(), rows)
         return known.train.offload
 
-    assert not fitted(estimate(setup).device_bytes)
-    assert fitted(estimate(away).device_bytes)
+    assert not fitted(estimate(setup).safe_bytes)
+    assert fitted(estimate(away).safe_bytes)
     with pytest.raises(ConfigError, match="the least is"):
-        fitted(estimate(away).device_bytes - 1)
+        fitted(estimate(away).safe_bytes - 1)
     monkeypatch.setattr(cli_train, "available_host_bytes", lambda: 1000)
     with pytest.raises(ConfigError, match="with no more than 0.00 GiB of the host"):
-        fitted(estimate(away).device_bytes)
+        fitted(estimate(away).safe_bytes)
+
+
+def test_a_run_near_the_limit_is_told_that_it_may_run_out(
+    base: Path, tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.setattr(cli_train.jax, "default_backend", lambda: "gpu")
+    flags = train(base, tmp_path, "--train.micro-batch", 1)
+    args = cli_train.parse([str(flag) for flag in flags[1:]], "qlora train")
+    rows = read_dataset(str(args.data_file), tiny.tokenizer(), args.data)
+    quant = qlora.QuantConfig()
+    need = estimate(cli_train.setup_of(args, base, quant, rows))
+
+    def told(memory: int) -> str:
+        limited = dataclasses.replace(args, memory=str(memory))
+        assert cli_train.within_memory(limited, base, quant, rows) == limited
+        return capsys.readouterr().err
+
+    assert told(need.safe_bytes) == ""
+    assert "can be 12% too low" in told(need.safe_bytes - 1)
+    assert "may run out" in told(need.device_bytes)
+    with pytest.raises(ConfigError, match="this run needs about"):
+        told(need.device_bytes - 1)
 
 
 def test_a_host_without_enough_memory_is_told_before_the_run(

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 from safetensors.numpy import save_file
@@ -22,7 +24,7 @@ from qlora_jax.io.safetensors import Checkpoint
 from qlora_jax.models import Decoder
 from qlora_jax.models.vocabulary import resize_tokens
 from qlora_jax.nn import Embedding, Linear, QuantizedEmbedding, QuantizedLinear
-from qlora_jax.quant import Int8Rows
+from qlora_jax.quant import Int8Rows, dequantize
 
 TABLES = {"embedding": "4bit", "head": "4bit"}
 INT8: Any = {"embedding": "int8", "head": "int8"}
@@ -80,7 +82,11 @@ def test_an_adapter_goes_between_bases_with_and_without(folder, tmp_path, tables
     plain, _ = qlora.load(folder, qlora.QuantConfig(), "float32")
     adapted = tiny.adapted(model)
     qlora.save_adapter(tmp_path / "a", split(adapted)[1], LoRAConfig(rank=4, alpha=8.0))
-    assert qlora.load_adapter(tmp_path / "a", plain)
+    loaded = qlora.load_adapter(tmp_path / "a", plain)
+    for one, kept in zip(
+        tiny.arrays(split(loaded)[1]), tiny.arrays(split(adapted)[1]), strict=True
+    ):
+        np.testing.assert_array_equal(one, kept)
     other = tiny.decoder(seed=1)
     ours, theirs = (json.loads(str(fingerprint(m))) for m in (model, other))
     assert "other weights" in str(difference(ours, theirs))
@@ -88,7 +94,7 @@ def test_an_adapter_goes_between_bases_with_and_without(folder, tmp_path, tables
 
 @pytest.mark.slow
 @BOTH
-def test_rows_and_head_train_on_them(folder: Path, tables):
+def test_rows_and_head_say_on_them_what_they_say_merged(folder: Path, tables):
     model, _ = qlora.load(folder, qlora.QuantConfig(), "float32", **tables)
     config = {"targets": "q_proj,lm_head,embed_tokens"}
     said = tiny.logits(tiny.adapted(model, **config), tiny.tokens())
@@ -103,6 +109,34 @@ def test_rows_and_head_train_on_them(folder: Path, tables):
     )
 
 
+@pytest.mark.slow
+@BOTH
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"targets": "q_proj,lm_head,embed_tokens"},
+        {"targets": "q_proj", "tokens": (5, 3)},
+    ],
+    ids=["factors", "rows"],
+)
+def test_rows_and_head_train_on_them(folder: Path, tables, config):
+    model, _ = qlora.load(folder, qlora.QuantConfig(), "float32", **tables)
+    graphdef, lora, base = split(tiny.adapted(model, **config))
+    before, frozen = tiny.arrays(lora), tiny.arrays(base)
+    tx, losses = optax.adam(1e-2), []
+    step, state = qlora.make_train_step(graphdef, tx), tx.init(lora)
+    tokens = tiny.tokens().at[:, 2:4].set(jnp.asarray([5, 3]))
+    batch = {"tokens": tokens, "weights": jnp.ones(tokens.shape, jnp.float32)}
+    for _ in range(3):
+        lora, state, metrics = step(lora, base, state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[2] < losses[1] < losses[0]
+    for one, other in zip(tiny.arrays(lora), before, strict=True):
+        assert (one != other).any()
+    for one, other in zip(tiny.arrays(base), frozen, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 @BOTH
 def test_a_tied_head_goes_with_the_embedding(tmp_path: Path, tables):
     config = dataclasses.replace(tiny.CONFIG, tie_word_embeddings=True)
@@ -112,7 +146,15 @@ def test_a_tied_head_goes_with_the_embedding(tmp_path: Path, tables):
         tmp_path / "tied", qlora.QuantConfig(), "float32", embedding=tables["embedding"]
     )
     assert loaded.lm_head is None and isinstance(loaded.head, QuantizedLinear)
-    assert np.isfinite(tiny.logits(loaded, tiny.tokens())).all()
+    # As a model that has the decoded table for both.
+    table = loaded.embed_tokens.weight.get_value()
+    tensors = dict(Checkpoint(tmp_path / "tied"))
+    tensors["model.embed_tokens.weight"] = np.asarray(dequantize(table, "float32"))
+    shutil.copytree(tmp_path / "tied", tmp_path / "decoded")
+    save_file(tensors, tmp_path / "decoded" / "model.safetensors")
+    plain, _ = qlora.load(tmp_path / "decoded", qlora.QuantConfig(), "float32")
+    said, wanted = (tiny.logits(m, tiny.tokens()) for m in (loaded, plain))
+    np.testing.assert_allclose(said, wanted, atol=ORDER, rtol=0)
 
 
 def test_what_cannot_be_says_so(folder: Path):

@@ -86,7 +86,6 @@ def test_a_run_with_new_tokens_goes_all_the_way(base, tmp_path, capsys, saved):
         *("--train.max-steps", 4, "--train.micro-batch", 4, "--train.save-every", 2),
         *("--train.learning-rate", 1e-2, "--train.grad-accum", 1),
     )
-    # The last steps once more: the same adapter.
     adapter = run / "adapter"
     tokenizer = qlora.load_tokenizer(run)
     assert tokenizer is not None and len(tokenizer.encode("<3><19>")) == 2
@@ -115,11 +114,20 @@ def test_a_run_with_new_tokens_goes_all_the_way(base, tmp_path, capsys, saved):
     np.testing.assert_allclose(tiny.logits(back, ids), said, atol=2e-5, rtol=0)
     found = call("inspect", peft, "--model", base)
     assert (found["kind"], found["fits"]) == ("PEFT adapter", True)
-    text = call(
+    answer = call(
         *("generate", "--model", base, "--adapter", run, "--prompt", "<3><4>"),
-        *("--max-new-tokens", 3),
+        *("--max-new-tokens", 3, "--dtype", "float32"),
     )
-    assert text
+    # What the adapter says in this process, with its own tokenizer and its own rows.
+    prompt = [tiny.BOS, *tokenizer.encode("<3><4>")]
+    assert len(prompt) == 3
+    new = qlora.generate(
+        model,
+        [prompt],
+        qlora.SampleConfig(max_new_tokens=3),
+        eos_ids=tokenizer.eos_ids,
+    )
+    assert answer["texts"] == [tokenizer.decode(new[0])]
 
 
 @pytest.mark.slow

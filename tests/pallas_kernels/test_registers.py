@@ -78,12 +78,25 @@ def test_table_decodes_every_word(codebook, dtype, decoder, planes, half):
             np.testing.assert_array_equal(pairs[:, j], want)
 
 
-def test_lanes_read_banks_of_their_own():
-    """32 lanes that look up any 32 pairs hit 32 banks (16 bits), or 16 twice in turn."""
+@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.parametrize("decoder", ["table", "table_exact"])
+def test_lanes_read_banks_of_their_own(decoder, half):
+    """A warp's lanes look up any codes in 32 banks at once, or 16 in two of each in turn."""
+    exact = decoder == "table_exact"
+    size = 8 if exact else 4
     rng = np.random.default_rng(1)
-    pairs = rng.integers(0, 256, 32)
-    banks = (pairs * 256 + np.arange(32) * 4) // 4 % 32
-    assert len(set(banks)) == 32
+    words = rng.integers(0, 2**32, 32, dtype=np.uint64).astype(np.uint32)
+    lanes = np.arange(32, dtype=np.uint32) * np.uint32(size)
+    memory, loads = np.zeros(256 * 64, np.uint32), []
+    asm = registers._table_asm(half, exact, 2)
+    outputs, base = 2 * size // 4, np.zeros_like(words)
+    run(asm, words, lanes, base, outputs=outputs, shared=memory, loads=loads)
+    assert len(loads) == 2
+    for at in loads:
+        assert len(set(at // 256)) > 8  # the lanes look different codes up
+        for lanes_at_once in np.split(at, size // 4):
+            banks = lanes_at_once[:, None] // 4 + np.arange(size // 4)
+            assert set((banks % 32).ravel()) == set(range(32))
 
 
 def test_a_shifted_register_gives_the_other_half():

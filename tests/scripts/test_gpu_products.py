@@ -90,4 +90,4 @@ def test_the_step_that_is_timed_is_a_step(monkeypatch):
     row = gpu_step.our_step(task, turn)
     assert turns == [1]
     assert row["tokens_per_s"] == pytest.approx(64 / row["step_s"])
-    assert np.isfinite(row["loss"])
+    assert 3 < row["loss"] < 6  # ln 64 is 4.2; of a random model, after some steps

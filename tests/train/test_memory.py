@@ -3,9 +3,12 @@
 import contextlib
 import dataclasses
 import json
+import math
 from pathlib import Path
 
+import fit_memory
 import jax
+import measure_memory
 import pytest
 from gpu_memory import measured
 from measure_memory import ALL, TABLES, setup_of
@@ -13,8 +16,17 @@ from measure_memory import ALL, TABLES, setup_of
 import qlora_jax as qlora
 from qlora_jax.adapters import LoRAConfig
 from qlora_jax.errors import ConfigError
-from qlora_jax.memory import Setup, abstract_parts, estimate, tree_bytes
+from qlora_jax.memory import (
+    FITTED,
+    MARGIN,
+    TURNS_MARGIN,
+    Setup,
+    abstract_parts,
+    estimate,
+    tree_bytes,
+)
 from qlora_jax.plan import (
+    Plan,
     flags_of,
     free_streaming_tokens,
     parse_bytes,
@@ -25,31 +37,162 @@ from qlora_jax.train.compiled import account, compile_step
 
 ROOT = Path(__file__).parents[2]
 
-PLAN = 0.05
-"""Of arguments and temporaries; the fit's largest error over the recorded setups."""
+IN_SAMPLE = {"gpu": 0.036, "cpu": 0.042}
+"""The largest error of the coefficients on the rows they were fitted to, of a step's all.
+It says that memory.py still is what was fitted, nothing of other models."""
+HOST = 5e-3
+"""Of what is planned for the host, which is counted: XLA's own account differs by a buffer
+or two of a micro-batch's activations."""
+LEFT_OUT = {"gpu": (0.024, 0.174), "cpu": (0.046, 0.137)}
+"""Typical (median) and largest error of a fit on a model that it was made without."""
+BEYOND_THE_MARGIN = {
+    ("gpu", "qwen2-0.5b", '{"max_tokens": 1024, "embedding": "4bit"}'),
+    ("gpu", "qwen2-0.5b", '{"max_tokens": 256, "embedding": "4bit"}'),
+    (
+        *("gpu", "llama-1b"),
+        '{"stream": true, "grad_accum": 8, "checkpoint": "none", "max_tokens": 512}',
+    ),
+}
+"""Predictions of left-out models that even their margin does not cover. No other model of
+the grid has a 4-bit head in pieces, or streams with all activations kept, so that the fits
+without these two know nothing of it; the library's has them."""
+REFITTED = 5e-3
+"""Relative, of the largest error of a fit: coefficients are recorded with 3 decimals."""
 VERSIONS = 0.03
 """What another jax may assign other than the one that was recorded."""
 GB, GIB = 10**9, 1 << 30
 
 
-def recorded(target: str) -> list[dict]:
-    lines = (ROOT / f"scripts/results/memory_{target}.jsonl").read_text().splitlines()
+PLATFORMS = pytest.mark.parametrize("platform", ["gpu", "cpu"])
+
+
+def read(name: str) -> list[dict]:
+    lines = (ROOT / "scripts/results" / name).read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
-@pytest.mark.parametrize("target", ["h200", "cpu"])
-def test_the_plan_is_near_to_what_xla_assigned(target):
-    rows, wrong = recorded(target), []
-    assert len(rows) >= 30
+def left_out(platform: str) -> list[dict]:
+    lines = read("memory_held_out.jsonl")
+    return [line for line in lines if line["platform"] == platform]
+
+
+@PLATFORMS
+def test_the_coefficients_are_the_fit_of_the_recorded_rows(platform):
+    rows, wrong = fit_memory.recorded(platform), []
+    assert len(rows) >= 40
     for row in rows:
-        setup = setup_of(row["model"], row["changes"])
-        plan = estimate(setup, "cpu" if target == "cpu" else "gpu")
-        xla = row["xla"]
-        off = plan.device_bytes / (xla["arguments"] + xla["temporaries"]) - 1
-        host = plan.host_bytes / xla["host"] - 1 if xla["host"] else plan.host_bytes
-        if abs(off) > PLAN or abs(host) > PLAN:
+        plan = estimate(setup_of(row["model"], row["changes"]), platform)
+        off = plan.device_bytes / fit_memory.xla_bytes(row) - 1
+        host = plan.host_bytes - row["xla"]["host"]
+        if abs(off) > IN_SAMPLE[platform] or abs(host) > HOST * plan.host_bytes:
             wrong.append((row["model"], row["changes"], f"{off:+.1%}", host))
     assert wrong == []
+
+
+@PLATFORMS
+def test_each_recorded_row_was_predicted_once_by_a_fit_without_its_model(platform):
+    def kind(row: dict) -> tuple[bool, str]:
+        return row["changes"].get("checkpoint") != "none", row["model"]
+
+    rows, lines = fit_memory.recorded(platform), left_out(platform)
+    predicted = [
+        ((line["recomputes"], line["left_out"]), p["changes"], p["xla_bytes"])
+        for line in lines
+        for p in line["predictions"]
+    ]
+    wanted = [(kind(row), row["changes"], fit_memory.xla_bytes(row)) for row in rows]
+    assert sorted(map(repr, predicted)) == sorted(map(repr, wanted))
+    for line in lines:
+        others = [
+            row
+            for row in rows
+            if kind(row)[0] == line["recomputes"] and row["model"] != line["left_out"]
+        ]
+        assert line["fitted_rows"] == len(others)
+
+
+@PLATFORMS
+def test_a_fit_is_off_by_so_much_on_a_model_that_it_has_not_seen(platform):
+    sizes, beyond = [], set()
+    for line in left_out(platform):
+        kind = (platform, line["recomputes"])
+        fitted = {**FITTED, kind: line["coefficients"]}
+        for made in line["predictions"]:
+            setup = setup_of(line["left_out"], made["changes"])
+            plan = estimate(setup, platform, fitted)
+            # Else `python scripts/fit_memory.py --held-out` makes the record anew.
+            assert plan.device_bytes == made["predicted_bytes"], made
+            sizes.append(abs(plan.device_bytes / made["xla_bytes"] - 1))
+            if plan.safe_bytes < made["xla_bytes"]:
+                beyond.add((platform, line["left_out"], json.dumps(made["changes"])))
+    typical, largest = LEFT_OUT[platform]
+    assert sorted(sizes)[len(sizes) // 2] == pytest.approx(typical, abs=5e-4)
+    assert max(sizes) == pytest.approx(largest, abs=5e-4)
+    assert beyond == {key for key in BEYOND_THE_MARGIN if key[0] == platform}
+
+
+@pytest.mark.parametrize(
+    ("platform", "model"), [("gpu", "gemma2-2b"), ("cpu", "llama-1b")]
+)
+def test_the_fit_without_a_model_is_made_without_it(platform, model):
+    (line,) = (
+        x
+        for x in left_out(platform)
+        if (x["recomputes"], x["left_out"]) == (True, model)
+    )
+    rows = [
+        row
+        for row in fit_memory.rows_of(platform)
+        if row["recomputes"] and row["row"]["model"] != model
+    ]
+    # The least largest error is one number, though other coefficients may reach it too.
+    assert fit_memory.fit(rows)[1] == pytest.approx(line["fitted_error"], rel=REFITTED)
+    names = {name for row in rows for _, name in row["features"]}
+    given = dict.fromkeys(names, 0.0) | line["coefficients"]
+    error = fit_memory.largest_error(rows, fit_memory.sums_of(rows, given))
+    assert error == pytest.approx(line["fitted_error"], rel=REFITTED)
+
+
+UNSEEN = {
+    ("gpu", "smollm2-360m"): 0.01,
+    ("gpu", "qwen3-4b"): 0.06,
+    ("gpu", "gemma3-1b"): 0.27,
+    ("gpu", "qwen3-30b-a3b"): 0.07,
+    ("cpu", "smollm2-360m"): 0.04,
+    ("cpu", "qwen3-4b"): 0.02,
+    ("cpu", "gemma3-1b"): 0.28,
+    ("cpu", "qwen3-30b-a3b"): 0.04,
+}
+"""The largest error of the plan on models that no fit has had, as it was measured."""
+
+
+def test_models_that_no_fit_has_seen_are_predicted_so_well():
+    assert not measure_memory.UNSEEN.keys() & measure_memory.MODELS.keys()
+    found: dict[tuple[str, str], float] = {}
+    for row in read("memory_unseen.jsonl"):
+        assert row["model"] in measure_memory.UNSEEN
+        platform = "cpu" if row["target"] == "cpu" else "gpu"
+        plan = estimate(setup_of(row["model"], row["changes"]), platform)
+        xla = fit_memory.xla_bytes(row)
+        assert plan.safe_bytes >= xla
+        off = abs(plan.device_bytes / xla - 1)
+        key = platform, row["model"]
+        found[key] = max(off, found.get(key, 0.0))
+    assert found.keys() == UNSEEN.keys()
+    for key, off in found.items():
+        assert UNSEEN[key] - 0.011 < off <= UNSEEN[key], (key, off)
+
+
+def test_the_readme_says_the_errors_on_models_that_were_left_out():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    results = " ".join((ROOT / "scripts/results/README.md").read_text().split())
+    for typical, largest in LEFT_OUT.values():
+        assert f"{100 * typical:.1f} % ({100 * largest:.0f} % at most)" in text
+        assert (
+            f"{100 * typical:.1f} % typically, {100 * largest:.1f} % at most" in results
+        )
+    kept = f"keeps {MARGIN:.0%} free, {TURNS_MARGIN:.0%} where layers take turns"
+    assert kept.replace("%", " %") in text
 
 
 @pytest.mark.parametrize("place", [0, 1])
@@ -59,7 +202,8 @@ def test_the_record_is_what_this_jax_assigns(place):
         pytest.skip("recorded with jax 0.12; jax 0.10 takes 6 to 26 % more on a CPU")
     # One of plain layers, one of layers in turns.
     models = ("smollm2-135m", "gemma2-2b")
-    row = next(row for row in recorded("cpu") if row["model"] == models[place])
+    rows = fit_memory.recorded("cpu")
+    row = next(row for row in rows if row["model"] == models[place])
     xla = account(compile_step(setup_of(row["model"], row["changes"])))
     assert xla.arguments == row["xla"]["arguments"]
     whole = row["xla"]["arguments"] + row["xla"]["temporaries"]
@@ -83,8 +227,8 @@ def test_a_step_with_int8_tables_needs_less_than_with_dense_ones():
 def test_int8_tables_are_taken_before_4_bit_ones():
     setup = setup_of("llama-8b", {})
     held = [dataclasses.replace(setup, embedding=x, head=x) for x in ("int8", "4bit")]
-    int8, four_bit = (estimate(x).device_bytes for x in held)
-    assert four_bit < int8 < estimate(setup).device_bytes
+    int8, four_bit = (estimate(x).safe_bytes for x in held)
+    assert four_bit < int8 < estimate(setup).safe_bytes
     fixed = ("micro_batch", "checkpoint", "stream", "offload")
     for size, flag in ((int8, "--quant.head int8"), (int8 - 1, "--quant.head 4bit")):
         assert flag in flags_of(plan_memory(setup, size, fixed=fixed).setup)
@@ -133,7 +277,7 @@ def test_more_memory_is_never_slower_and_always_kept_to():
     setup, before = setup_of("llama-8b", {}), float("inf")
     for size in (6, 8, 12, 16, 24, 48, 80):
         plan = plan_memory(setup, size * GIB, rows=16)
-        assert plan.memory.device_bytes <= size * GIB
+        assert plan.memory.safe_bytes <= size * GIB
         assert plan.setup.micro_batch * plan.setup.grad_accum == 16
         assert relative_time(plan.setup) <= before
         before = relative_time(plan.setup)
@@ -158,11 +302,18 @@ def test_only_what_does_not_fit_of_the_optimizer_state_is_paged():
     state = estimate(setup).device["optimizer state"]
     all_here = estimate(setup).device_bytes
     fixed = ("micro_batch", "checkpoint", "stream", "embedding")
-    assert not plan_memory(setup, all_here, fixed=fixed).setup.offload
+
+    def planned(needed: int) -> Plan:
+        budget = math.ceil((1 + estimate(setup).margin) * needed)
+        plan = plan_memory(setup, budget, fixed=fixed)
+        assert plan.memory.safe_bytes <= budget
+        return plan
+
+    assert not planned(all_here).setup.offload
     resident = []
-    for size in (all_here - state, all_here - state // 4, all_here - 1):
-        plan = plan_memory(setup, size, fixed=fixed)
-        assert plan.setup.offload and plan.memory.device_bytes <= size
+    for needed in (all_here - state, all_here - state // 4, all_here - 1):
+        plan = planned(needed)
+        assert plan.setup.offload
         assert sum(plan.memory.host.values()) == state - plan.setup.resident_bytes
         resident.append(plan.setup.resident_bytes)
     assert resident[0] == 0 < resident[1] < resident[2] < state
