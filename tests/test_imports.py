@@ -15,6 +15,7 @@ LAYERS = (
     ("cli",),
     ("train", "generate", "evaluate"),
     ("io", "data"),
+    ("text",),
     ("plan",),
     ("memory",),
     ("adapters", "models", "sharding"),

@@ -23,9 +23,9 @@ from qlora_jax.data.dataset import Row
 from qlora_jax.io.adapter import save_adapter
 from qlora_jax.io.hf import save_model
 from qlora_jax.io.peft import export_peft
-from qlora_jax.io.tokenizer import Tokenizer
 from qlora_jax.models import Decoder, DecoderConfig
 from qlora_jax.nn import FrozenParam, quantize
+from qlora_jax.text.tokenizer import Tokenizer
 
 BOS, EOS, USER, ASSISTANT = 256, 257, 258, 259
 SPECIAL = ("<s>", "</s>", "<user>", "<assistant>")

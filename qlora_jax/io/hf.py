@@ -21,8 +21,6 @@ from qlora_jax.errors import CheckpointError, OutputExistsError, ShapeError, gat
 from qlora_jax.io import bitsandbytes
 from qlora_jax.io.gguf import GGUF, open_gguf
 from qlora_jax.io.safetensors import Checkpoint, Writer
-from qlora_jax.io.tokenizer import FILES as TOKENIZER_FILES
-from qlora_jax.io.tokenizer import Tokenizer, read_json
 from qlora_jax.models import FAMILIES, Decoder, DecoderConfig, llama
 from qlora_jax.nn import (
     Embedding,
@@ -42,6 +40,9 @@ from qlora_jax.quant import (
     quantize_rows,
     quantize_tensor,
 )
+from qlora_jax.text.folder import read_json
+from qlora_jax.text.tokenizer import FILES as TOKENIZER_FILES
+from qlora_jax.text.tokenizer import Tokenizer
 
 COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")

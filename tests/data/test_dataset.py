@@ -191,7 +191,7 @@ def test_messages_need_a_chat_template(tmp_path):
     ids=["raises", "syntax", "rewrites", "type error"],
 )
 def test_a_template_that_cannot_be_used_says_so(tmp_path, template, message):
-    from qlora_jax.io.tokenizer import Tokenizer
+    from qlora_jax.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(tiny.byte_tokenizer(), chat_template=template)
     turns = [{"role": role, "content": "a"} for role in ("user", "assistant") * 2]
