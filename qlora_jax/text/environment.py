@@ -23,7 +23,9 @@ import jinja2.sandbox
 import jinja2.visitor
 
 MAX_STEPS = 2_000_000
-"""Rounds of loops and calls of functions in one rendering."""
+"""Rounds of loops in one rendering; a call of a function counts as CALL of them."""
+
+CALL = 10
 
 MAX_CHARACTERS = 32_000_000
 """Length of one rendering, and of a text that is repeated by `*`."""
@@ -111,7 +113,7 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Calls a function for a template."""
         if (run := CURRENT.get(None)) is not None:
-            run.step()
+            run.step(CALL)
         return super().call(context, obj, *args, **kwargs)
 
     def counted(self, values: Any) -> Any:

@@ -155,20 +155,18 @@ class _Conversation(NamedTuple):
         """
         start = len(os.path.commonprefix([prompt, text]))
         asked = text_of_parts(self.messages[turn - 1].get("content")).strip()
-        plain = self.render(turn)
-        header = prompt[len(os.path.commonprefix([prompt, plain])) :]
         if asked not in prompt[:start] or not start:
-            # The history is another without the prompt: the answer follows its header.
-            last = text.rfind(header)
-            at = text.find(header, max(text.rfind(asked, 0, last + 1), 0))
-            if header and at >= 0:
-                return prompt, text[at + len(header) :]
+            # The history is another there: the answer follows the question's own end.
+            end = prompt[prompt.rfind(asked) :] if asked else ""
+            at = text.rfind(end)
+            if end and at >= 0:
+                return prompt, text[at + len(end) :]
             raise DataError(
                 "the chat template renders earlier turns differently later on, so the "
                 "assistant's part cannot be told apart; use 'input' and 'output' rows"
             )
         content = text_of_parts(self.messages[turn].get("content"))
-        history = len(os.path.commonprefix([plain, text]))
+        history = len(os.path.commonprefix([self.render(turn), text]))
         # What an answer has in common with the prompt's end by chance is the answer's.
         for part in (content.strip(), content.rpartition(_CLOSE)[2].strip()):
             if part and (at := text.find(part, history)) >= 0:
@@ -179,8 +177,10 @@ class _Conversation(NamedTuple):
         start = tag if tag >= 0 and ">" not in text[tag:start] else start
         tail = text[start:]
         if _CLOSE in prompt[start:] and _CLOSE in tail:
-            # The prompt asks for no thought, and the row has one.
-            return text[:start], tail
+            thought, _, rest = tail.partition(_CLOSE)
+            if thought.replace(_OPEN, "").strip():
+                return text[:start], tail  # the prompt has none, and the row has one
+            return prompt, rest
         if _OPEN in prompt[start:] and _CLOSE not in prompt[start:] + tail:
             tail = self._thought(turn, prompt) + tail.lstrip("\n")
         return prompt, tail
