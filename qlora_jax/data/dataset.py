@@ -216,10 +216,9 @@ def _say(
     """Says once what of the rows does not reach the model, and what it will not learn."""
     for name, count in unread.items():
         logger.warning(
-            "%s: %d rows have %r, which the chat template does not read; the model does "
-            "not see it",
+            "%s: %s %r, which the chat template does not read; the model does not see it",
             path,
-            count,
+            "1 row has" if count == 1 else f"{count} rows have",
             name,
         )
     if len(rows) > read:

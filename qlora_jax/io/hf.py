@@ -42,11 +42,11 @@ from qlora_jax.quant import (
 )
 from qlora_jax.text.folder import read_json
 from qlora_jax.text.tokenizer import FILES as TOKENIZER_FILES
-from qlora_jax.text.tokenizer import Tokenizer
+from qlora_jax.text.tokenizer import TEMPLATES, Tokenizer
 
 COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_PATTERNS = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
+_PATTERNS = ["*.safetensors", "*.json", "*.model", "merges.txt", "*.jinja"]
 
 
 def load(
@@ -567,6 +567,11 @@ def save_model(
                 (out / name).exists() and (folder / name).samefile(out / name)
             ):
                 shutil.copyfile(folder / name, out / name)
+        for template in folder.glob(f"{TEMPLATES}/*.jinja"):
+            copy = out / TEMPLATES / template.name
+            if not (copy.exists() and copy.samefile(template)):
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(template, copy)
     out.mkdir(parents=True, exist_ok=True)
     # Linears that stay dense in 4-bit folders: what the source says, and a router, which
     # transformers 4 would take for 4-bit.
