@@ -22,7 +22,7 @@ from qlora_jax.adapters.algebra import cosine_similarity, interpolate
 from qlora_jax.adapters.value import Adapter
 from qlora_jax.data import DataConfig, Dataset, read_dataset
 from qlora_jax.evaluate import row_loss
-from qlora_jax.io.tokenizer import Tokenizer
+from qlora_jax.text.tokenizer import Tokenizer
 
 PIECE = 400
 """Characters of a text that make a row."""

@@ -16,6 +16,7 @@ LAYERS = (
     ("cli",),
     ("train", "generate", "evaluate"),
     ("io", "data"),
+    ("text",),
     ("plan",),
     ("memory",),
     ("adapters", "models"),

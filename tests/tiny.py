@@ -23,9 +23,9 @@ from qlora_jax.data.dataset import Row
 from qlora_jax.io.adapter import save_adapter
 from qlora_jax.io.hf import save_model
 from qlora_jax.io.peft import export_peft
-from qlora_jax.io.tokenizer import Tokenizer
 from qlora_jax.models import Decoder, DecoderConfig
 from qlora_jax.nn import FrozenParam, quantize
+from qlora_jax.text.tokenizer import Tokenizer
 
 BOS, EOS, USER, ASSISTANT = 256, 257, 258, 259
 SPECIAL = ("<s>", "</s>", "<user>", "<assistant>")
@@ -187,8 +187,14 @@ def write_jsonl(path: Path, values: Sequence[Any]) -> Path:
 
 def write_folder(out: Path, model: Decoder | None = None) -> Path:
     """Writes a Hugging Face folder with the tokenizer."""
+    from tokenizers import processors
+
     save_model(decoder() if model is None else model, out)
-    byte_tokenizer().save(str(out / "tokenizer.json"))
+    made = byte_tokenizer()  # which puts BOS before a text, as Llama's
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", BOS)]
+    )
+    made.save(str(out / "tokenizer.json"))
     settings = {
         "bos_token": "<s>",
         "eos_token": {"content": "</s>"},

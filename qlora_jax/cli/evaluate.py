@@ -14,12 +14,12 @@ import tyro
 from qlora_jax.adapters.bank import BASE, AdapterBank
 from qlora_jax.cli import options
 from qlora_jax.cli.options import QuantOptions
-from qlora_jax.data import DataConfig, Dataset, read_dataset
+from qlora_jax.data import DataConfig, Dataset, check_ids, read_dataset
 from qlora_jax.errors import ConfigError, DataError
 from qlora_jax.evaluate import exact_match, perplexity, row_loss, row_losses
 from qlora_jax.evaluate.exact_match import Answer
 from qlora_jax.generate import decoded
-from qlora_jax.io.tokenizer import Tokenizer
+from qlora_jax.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class Args:
     """Text: tokens of a window, BOS not counted; None for what the model was made for."""
 
     bos: bool = True
-    """Text: put BOS in front of each window, where the tokenizer has one."""
+    """Text: put BOS in front of each window, where the tokenizer puts one before a text."""
 
     max_chars: int | None = None
     """Text: use its first characters only."""
@@ -100,13 +100,21 @@ def run(args: Args) -> dict[str, Any]:
         models[None] = decoded(model)
     if tokenizer is None:
         raise DataError(f"{args.model} has no tokenizer.json, so text cannot be read")
+    size = next(iter(models.values())).config.vocab_size
     if text is not None:
         tokens = tokenizer.encode(text)
-        bos = tokenizer.bos_id if args.bos else None
+        bos = tokenizer.before[0] if args.bos and tokenizer.before else None
+        if tokens[:1] == [bos]:  # each window gets its own
+            tokens = tokens[1:]
+        if wrong := sorted({token for token in tokens if token >= size}):
+            raise DataError(
+                f"--data {path} has ids {wrong[:20]}; the model's embedding has {size} rows"
+            )
         each = {n: _text_figures(args, m, tokens, bos) for n, m in models.items()}
     else:
         names = tuple(name for name in models if name is not None)
         rows = read_dataset(path, tokenizer, args.data, adapters=names)
+        check_ids(rows.rows, tokenizer, size)
         said |= {"rows": len(rows), "rows_left_out": rows.dropped}
         if bank is not None and any(row.adapter is not None for row in rows.rows):
             each, answers = _mixed(args, bank, rows, tokenizer)

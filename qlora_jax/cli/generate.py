@@ -12,9 +12,18 @@ from qlora_jax.cli.options import QuantOptions
 from qlora_jax.data.prompts import Prompt, read_prompts
 from qlora_jax.errors import ConfigError, DataError
 from qlora_jax.generate import SampleConfig, decoded, generate
-from qlora_jax.io.tokenizer import Tokenizer
+from qlora_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """How prompts become tokens."""
+
+    chat_template: str | None = None
+    """Template for --chat and for messages: a file in Jinja's language, or the name of one
+    of the model's own; None for the one of the adapter's run, or the model's."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +64,11 @@ class Args:
     chat: bool = False
     """Put each prompt through the chat template as a user's turn."""
 
+    data: PromptOptions = PromptOptions()
+
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer; they and what follows them are left out."""
+
     max_new_tokens: int = 128
     """Most tokens to add."""
 
@@ -87,6 +101,8 @@ class Args:
                 f"--route has {len(self.route)} names for {len(self.prompt)} prompts; "
                 f"give each the name of an adapter, or {BASE}"
             )
+        if "" in self.stop:
+            problems.append("--stop has an empty text")
         if problems:
             raise ConfigError("; ".join(problems))
 
@@ -121,22 +137,46 @@ def run(args: Args) -> dict[str, Any]:
         raise DataError(
             f"{args.model} has no tokenizer.json, so prompts cannot be read"
         )
+    if (template := _template(args)) is not None:
+        tokenizer = tokenizer.with_chat_template(template)
     if args.prompts is not None:
         prompts = read_prompts(args.prompts, tokenizer, chat=args.chat, adapters=names)
         count = _write(args, model, tokenizer, prompts, config)
         return {**said, "out": str(args.out), "rows": len(prompts), "new_tokens": count}
     try:
         rows = [{"prompt": text} for text in args.prompt]
-        tokens = [Prompt.of(row, tokenizer, chat=args.chat).tokens for row in rows]
+        prompts = [Prompt.of(row, tokenizer, chat=args.chat) for row in rows]
     except DataError as error:
         raise DataError(f"--prompt {error}") from None
     if args.adapters:
         model = model.route(args.route)
-    new = generate(model, tokens, config, eos_ids=tokenizer.eos_ids)
-    texts = [tokenizer.decode(ids) for ids in new]
+    ends = _ends(prompts, tokenizer)
+    new = generate(model, [p.tokens for p in prompts], config, eos_ids=ends)
+    texts = [_cut(tokenizer.decode(ids), args.stop) for ids in new]
     for prompt, text in zip(args.prompt, texts, strict=True):
         print(f"{prompt}{text}\n")
     return {**said, "texts": texts, "new_tokens": [len(ids) for ids in new]}
+
+
+def _template(args: Args) -> str | None:
+    """Returns the chat template that was asked for, or that the adapter's run had."""
+    if args.data.chat_template is not None or args.adapter is None:
+        return args.data.chat_template
+    path = Path(args.adapter) / "config.toml"
+    if not path.is_file():
+        return None
+    return options.read_toml(path).get("data", {}).get("chat_template")
+
+
+def _ends(prompts: list[Prompt], tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Returns the ids that end an answer: in a chat, what ends its turns too."""
+    chat = any(prompt.chat for prompt in prompts)
+    return tokenizer.stop_ids if chat else tokenizer.eos_ids
+
+
+def _cut(text: str, stops: tuple[str, ...]) -> str:
+    """Returns a text up to the first of the stops."""
+    return text[: min([at for s in stops if (at := text.find(s)) >= 0] or [len(text)])]
 
 
 def _write(
@@ -148,7 +188,7 @@ def _write(
 ) -> int:
     """Writes each batch's rows as they are done; returns the number of new tokens."""
     assert args.out is not None
-    total, size = 0, args.batch_size
+    total, size, ends = 0, args.batch_size, _ends(prompts, tokenizer)
     model = decoded(model)  # once for all batches
     with args.out.open("x", encoding="utf-8") as stream:
         for start in range(0, len(prompts), size):
@@ -162,10 +202,11 @@ def _write(
                 routed,
                 [prompt.tokens for prompt in full],
                 dataclasses.replace(config, seed=config.seed + start // size),
-                eos_ids=tokenizer.eos_ids,
+                eos_ids=ends,
             )
             for prompt, ids in zip(some, new, strict=False):
-                row = {**prompt.row, "completion": tokenizer.decode(ids)}
+                completion = _cut(tokenizer.decode(ids), args.stop)
+                row = {**prompt.row, "completion": completion}
                 stream.write(json.dumps(row, ensure_ascii=False) + "\n")
                 total += len(ids)
             stream.flush()

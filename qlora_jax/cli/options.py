@@ -27,8 +27,8 @@ from qlora_jax.io.adapter import adapter_tokenizer, changed_base, load_adapter
 from qlora_jax.io.hf import Tables, find, load, outline, read_config, resolve_tables
 from qlora_jax.io.peft import import_peft, is_peft
 from qlora_jax.io.read import read_adapter
-from qlora_jax.io.tokenizer import Tokenizer
 from qlora_jax.quant import QuantConfig, TableFormat
+from qlora_jax.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 

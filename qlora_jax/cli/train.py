@@ -14,7 +14,7 @@ from qlora_jax.adapters.config import LoRAConfig
 from qlora_jax.cli import options, start
 from qlora_jax.cli.options import QuantOptions
 from qlora_jax.cli.progress import TrainProgress
-from qlora_jax.data import DataConfig, Dataset, read_dataset
+from qlora_jax.data import DataConfig, Dataset, check_ids, read_dataset
 from qlora_jax.data.dataset import padded_length
 from qlora_jax.errors import ConfigError, DataError
 from qlora_jax.io.hf import (
@@ -162,6 +162,12 @@ def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
         held = read_dataset(args.eval_file, larger, args.data)
     elif args.data.eval_rows:
         rows, held = rows.split(args.data.eval_rows, args.train.seed)
+    size = read_config(folder)[2].vocab_size
+    if args.add_tokens:  # the embedding grows with them
+        size = max(size, larger.rows)
+    for some in (rows, held):
+        if some is not None:
+            check_ids(some.rows, larger, size)
     args = within_memory(args, folder, quant, rows)
     model, _ = load(
         folder,
@@ -331,8 +337,10 @@ def _stored(args: Args) -> Args:
     def absolute(path: str | None) -> str | None:
         return str(Path(path).resolve()) if path and Path(path).exists() else path
 
+    template = absolute(args.data.chat_template)
     return dataclasses.replace(
         args,
+        data=dataclasses.replace(args.data, chat_template=template),
         model=absolute(args.model),
         data_file=absolute(args.data_file),
         eval_file=absolute(args.eval_file),

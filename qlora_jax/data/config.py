@@ -28,6 +28,10 @@ class DataConfig:
     output_key: str = "output"
     """Name of the answer's field in input/output rows."""
 
+    chat_template: str | None = None
+    """Template for rows with messages: a file in Jinja's language, or the name of one of the
+    model's own, where it has several; None for the model's."""
+
     eval_rows: int = 0
     """Rows held out of the training file for the eval loss (ignored with eval data)."""
 

@@ -3,52 +3,24 @@
 import dataclasses
 import logging
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
 from qlora_jax.data.config import DataConfig
 from qlora_jax.data.formats import Example, format_row
 from qlora_jax.data.jsonl import chosen_adapter, read_jsonl
+from qlora_jax.data.tokenize import Row, tokenize
 from qlora_jax.errors import ConfigError, DataError, gathered
+from qlora_jax.text import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-
-@runtime_checkable
-class TextTokenizer(Protocol):
-    """What a dataset needs of a tokenizer (io.tokenizer.Tokenizer has it)."""
-
-    bos_id: int | None
-    eos_ids: tuple[int, ...]
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Ids of many texts."""
-        ...
-
-    def chat(self, messages: Any, *, add_generation_prompt: bool = False) -> str:
-        """Renders messages."""
-        ...
-
-
-class Row(NamedTuple):
-    """A tokenized row.
-
-    Attributes:
-      tokens: int32 (tokens,).
-      weights: float32 (tokens,), 1 where the loss counts.
-      prompt: Tokens before the first one that trains.
-      answer: Text of the segments that train.
-      adapter: The name in the row's "adapter" field, where the file was read with names.
-    """
-
-    tokens: np.ndarray
-    weights: np.ndarray
-    prompt: int
-    answer: str
-    adapter: str | None = None
+_AT_ONCE = 1000
+"""Rows that are tokenized together."""
 
 
 class Dataset:
@@ -158,7 +130,7 @@ def padded_length(longest: int, max_tokens: int) -> int:
 
 def load_dataset(
     path: str | os.PathLike[str],
-    tokenizer: TextTokenizer,
+    tokenizer: Tokenizer,
     batch_size: int,
     max_tokens: int = 1024,
     *,
@@ -193,7 +165,7 @@ def load_dataset(
 
 def read_dataset(
     path: str | os.PathLike[str],
-    tokenizer: TextTokenizer,
+    tokenizer: Tokenizer,
     config: DataConfig,
     *,
     adapters: Collection[str] = (),
@@ -214,51 +186,97 @@ def read_dataset(
     """
     path = Path(path)
     names = tuple(adapters)
+    if config.chat_template is not None:
+        tokenizer = tokenizer.with_chat_template(config.chat_template)
+    unread: Counter[str] = Counter()
 
-    def parse(row: dict[str, Any]) -> tuple[Example, str | None]:
+    def parse(row: dict[str, Any]) -> tuple[list[Example], str | None]:
         adapter = chosen_adapter(row, names) if names else None
-        return format_row(row, config, tokenizer), adapter
+        return format_row(row, config, tokenizer, unread), adapter
 
-    lines, parsed = zip(*read_jsonl(path, parse), strict=True)
-    examples, chosen = zip(*parsed, strict=True)
-    rows = _tokenize(examples, tokenizer, config)
-    rows = [row._replace(adapter=a) for row, a in zip(rows, chosen, strict=True)]
+    lines, rows = [], []
+    parsed = read_jsonl(path, parse)
+    for start in range(0, len(parsed), _AT_ONCE):
+        flat = [
+            (line, adapter, example)
+            for line, (examples, adapter) in parsed[start : start + _AT_ONCE]
+            for example in examples
+        ]
+        made = tokenize([example for *_, example in flat], tokenizer, config)
+        for (line, adapter, _), row in zip(flat, made, strict=True):
+            lines.append(line)
+            rows.append(row._replace(adapter=adapter))
+    _say(path, rows, tokenizer, unread, len(parsed))
     return _fit(path, rows, lines, config)
 
 
-def _tokenize(
-    examples: Sequence[Example], tokenizer: TextTokenizer, config: DataConfig
-) -> list[Row]:
-    # Each segment by itself, so that the boundary of what trains is a token boundary.
-    texts = [segment.text for example in examples for segment in example.segments]
-    encoded = iter(tokenizer.encode_batch(texts))
-    rows = []
-    for example in examples:
-        tokens: list[int] = []
-        weights: list[float] = []
-        if example.wrap and tokenizer.bos_id is not None:
-            tokens, weights = [tokenizer.bos_id], [0.0]
-        prompt = None
-        for segment in example.segments:
-            ids = next(encoded)
-            if segment.trains and prompt is None:
-                prompt = len(tokens)
-            trains = segment.trains or config.train_on_prompt
-            tokens += ids
-            weights += [float(trains)] * len(ids)
-        if example.wrap and tokenizer.eos_ids:
-            tokens.append(tokenizer.eos_ids[0])
-            weights.append(1.0)
-        answer = "".join(s.text for s in example.segments if s.trains)
-        rows.append(
-            Row(
-                np.array(tokens, np.int32),
-                np.array(weights, np.float32),
-                prompt or 0,
-                answer,
-            )
+def _say(
+    path: Path, rows: list[Row], tokenizer: Tokenizer, unread: Counter[str], read: int
+) -> None:
+    """Says once what of the rows does not reach the model, and what it will not learn."""
+    for name, count in unread.items():
+        logger.warning(
+            "%s: %s %r, which the chat template does not read; the model does not see it",
+            path,
+            "1 row has" if count == 1 else f"{count} rows have",
+            name,
         )
-    return rows
+    if len(rows) > read:
+        logger.info(
+            "%s: %d rows became %d examples, one for each assistant turn, since the chat "
+            "template renders earlier turns otherwise than the last",
+            path,
+            read,
+            len(rows),
+        )
+    ends = set(tokenizer.stop_ids)
+    tails = (row.tokens[-16:][row.weights[-16:] > 0].tolist() for row in rows)
+    endless = [tail for tail in tails if not ends.intersection(tail)]
+    if endless:
+        logger.warning(
+            "%s: %d of %d rows end without an end-of-text token, so the model does not "
+            "learn to stop%s",
+            path,
+            len(endless),
+            len(rows),
+            "" if ends else "; its tokenizer names none (eos_token)",
+        )
+    others = [i for i in tokenizer.chat_ends if i not in tokenizer.eos_ids]
+    if others and any(row.chat for row in rows):
+        logger.warning(
+            "%s: a turn ends in %r, which is none of the model's EOS; generate and evaluate "
+            "stop there, other programs need it as eos_token_id in generation_config.json",
+            path,
+            tokenizer.token_of(others[0]),
+        )
+
+
+def check_ids(rows: Sequence[Row], tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Compares the rows' ids with the rows of an embedding.
+
+    Raises:
+      DataError: ids are not in it; they are named with their number.
+    """
+    largest = [(int(row.tokens.max()), i) for i, row in enumerate(rows)]
+    beyond = [i for token, i in largest if token >= vocab_size]
+    if not beyond:
+        return
+    counts: Counter[int] = Counter()
+    for i in beyond:
+        tokens = rows[i].tokens
+        counts.update(tokens[tokens >= vocab_size].tolist())
+    named = [
+        f"id {token} ({tokenizer.token_of(token)!r}), {count} times"
+        for token, count in counts.most_common()
+    ]
+    raise DataError(
+        gathered(
+            f"{len(beyond)} of {len(rows)} rows have ids that the model's embedding of "
+            f"{vocab_size} rows does not have; the tokenizer is another model's, or "
+            "tokens were added to it alone (--add-tokens adds them to both)",
+            named,
+        )
+    )
 
 
 def _fit(

@@ -1,41 +1,38 @@
-"""Row formats: one JSON object to a list of text segments, trained on or not.
+"""Row formats: one JSON object to texts, and what of them trains.
 
 {"input", "output"}                     BOS input | output EOS        (qlora.py)
 {"instruction", "input", "output"}      Alpaca prompt | output EOS
 {"messages": [{"role", "content"}]}     the chat template; assistant turns train
-{"text"}                                BOS text EOS, all of it trains
+{"text"}                                as the tokenizer has a text, EOS; all of it trains
+
+A row with messages may have `tools`, `documents`, `chat_template_kwargs`, and whatever
+else the chat template takes.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections import Counter
+from typing import Any, Literal, NamedTuple
 
 from qlora_jax.data.config import DataConfig
 from qlora_jax.errors import DataError
+from qlora_jax.text import Tokenizer
+from qlora_jax.text.chat import checked_messages, variables_of
+from qlora_jax.text.turns import Span, examples_of
 
-
-@runtime_checkable
-class ChatTokenizer(Protocol):
-    """What formats need of a tokenizer."""
-
-    def chat(
-        self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False
-    ) -> str:
-        """Renders messages."""
-        ...
-
-
-class Segment(NamedTuple):
-    """A piece of text, and whether its tokens train."""
-
-    text: str
-    trains: bool
+Kind = Literal["pair", "text", "chat"]
 
 
 class Example(NamedTuple):
-    """A row's segments, and whether BOS and EOS go around them (chat has its own)."""
+    """A text, what of it trains, and how it begins and ends.
 
-    segments: list[Segment]
-    wrap: bool
+    Attributes:
+      text: All of it.
+      spans: What trains, in order.
+      kind: pair and text get BOS and EOS around them; a chat has its own.
+    """
+
+    text: str
+    spans: tuple[Span, ...]
+    kind: Kind
 
 
 # The prompts of Stanford Alpaca, which models tuned on its format expect verbatim.
@@ -47,16 +44,25 @@ _ALPACA_MORE = ", paired with an input that provides further context"
 
 
 def format_row(
-    row: dict[str, Any], config: DataConfig, tokenizer: ChatTokenizer
-) -> Example:
-    """Turns a row into segments.
+    row: dict[str, Any],
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    unread: Counter[str] | None = None,
+) -> list[Example]:
+    """Turns a row into examples: one, or one for each assistant turn.
+
+    Args:
+      row: An object.
+      config: Names of its fields.
+      tokenizer: With the chat template.
+      unread: Counts the fields that the template has no name for.
 
     Raises:
       DataError: the row has none of the known sets of keys, or a value of another type.
     """
     prompt_key, answer_key = config.input_key, config.output_key
     if "messages" in row:
-        return Example(_chat(row["messages"], tokenizer), wrap=False)
+        return _chat(row, tokenizer, unread)
     if "instruction" in row and answer_key in row:
         more = text_of(row, prompt_key) if row.get(prompt_key) else ""
         prompt = _ALPACA.format(
@@ -64,13 +70,12 @@ def format_row(
         )
         prompt += f"### Input:\n{more}\n\n" if more else ""
         prompt += "### Response:\n"
-        answer = Segment(text_of(row, answer_key), True)
-        return Example([Segment(prompt, False), answer], wrap=True)
+        return [_pair(prompt, text_of(row, answer_key))]
     if prompt_key in row and answer_key in row:
-        prompt, answer = text_of(row, prompt_key), text_of(row, answer_key)
-        return Example([Segment(prompt, False), Segment(answer, True)], wrap=True)
+        return [_pair(text_of(row, prompt_key), text_of(row, answer_key))]
     if "text" in row:
-        return Example([Segment(text_of(row, "text"), True)], wrap=True)
+        text = text_of(row, "text")
+        return [Example(text, (Span(0, len(text)),), "text")]
     have = ", ".join(map(repr, row)) or "no keys"
     raise DataError(
         f"has {have}; expected {prompt_key!r} and {answer_key!r}, 'instruction' and "
@@ -94,38 +99,23 @@ def text_of(row: dict[str, Any], key: str) -> str:
     return text
 
 
-def checked_messages(messages: Any) -> list[dict[str, Any]]:
-    """Returns a conversation's messages.
-
-    Raises:
-      DataError: it is no list of roles and contents.
-    """
-    if not isinstance(messages, list) or not messages:
-        raise DataError("'messages' is not a list with something in it")
-    for message in messages:
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise DataError("'messages' has an entry without 'role' and 'content'")
-        for key in ("role", "content"):
-            text_of(message, key)
-    return messages
+def _pair(prompt: str, answer: str) -> Example:
+    whole = prompt + answer
+    return Example(whole, (Span(len(prompt), len(whole)),), "pair")
 
 
-def _chat(messages: Any, tokenizer: ChatTokenizer) -> list[Segment]:
-    messages = checked_messages(messages)
-    segments, done = [], ""
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = tokenizer.chat(messages[:i], add_generation_prompt=True)
-        after = tokenizer.chat(messages[: i + 1])
-        if not (before.startswith(done) and after.startswith(before)):
-            raise DataError(
-                "the chat template renders earlier turns differently later on, so the "
-                "assistant's part cannot be told apart; use 'input' and 'output' rows"
-            )
-        segments.append(Segment(before[len(done) :], False))
-        segments.append(Segment(after[len(before) :], True))
-        done = after
-    if not segments:
-        raise DataError("'messages' has no assistant turn to learn from")
-    return segments
+def _chat(
+    row: dict[str, Any], tokenizer: Tokenizer, unread: Counter[str] | None
+) -> list[Example]:
+    messages = checked_messages(row["messages"])
+    template = tokenizer.template(tools=row.get("tools") is not None)
+    variables = variables_of(row, template)
+    examples = examples_of(messages, template, variables)
+    if unread is not None:
+        unread.update(template.unread(messages))
+        unread.update(
+            key
+            for key in ("tools", "documents")
+            if variables.get(key) and key not in template.variables
+        )
+    return [Example(text, spans, "chat") for text, spans in examples]

@@ -1,28 +1,19 @@
 """Prompts to continue, from JSON lines.
 
-{"prompt"} or {"input"}                 BOS prompt; with `chat`, a user's turn
+{"prompt"} or {"input"}                 as the tokenizer has a text; with `chat`, a user's turn
 {"messages": [{"role", "content"}]}     the chat template; a last assistant turn, which a
                                         row to learn from has, is left out
 """
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
-from qlora_jax.data.formats import ChatTokenizer, checked_messages, text_of
+from qlora_jax.data.formats import text_of
 from qlora_jax.data.jsonl import chosen_adapter, read_jsonl
 from qlora_jax.errors import DataError
-
-
-@runtime_checkable
-class PromptTokenizer(ChatTokenizer, Protocol):
-    """What prompts need of a tokenizer."""
-
-    bos_id: int | None
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text."""
-        ...
+from qlora_jax.text import Tokenizer
+from qlora_jax.text.chat import checked_messages, fitted, variables_of
 
 
 class Prompt(NamedTuple):
@@ -32,17 +23,19 @@ class Prompt(NamedTuple):
       row: What it was made of.
       tokens: Ids, at least one.
       adapter: The name in the row's "adapter" field.
+      chat: It went through the chat template.
     """
 
     row: dict[str, Any]
     tokens: list[int]
     adapter: str | None = None
+    chat: bool = False
 
     @classmethod
     def of(
         cls,
         row: dict[str, Any],
-        tokenizer: PromptTokenizer,
+        tokenizer: Tokenizer,
         *,
         chat: bool = False,
         adapters: tuple[str, ...] = (),
@@ -53,32 +46,43 @@ class Prompt(NamedTuple):
           DataError: it has no prompt, one without tokens, or an adapter that is none of
             `adapters` (with none, the field is not looked at).
         """
-        if "messages" in row:
-            messages = checked_messages(row["messages"])
-            if messages[-1]["role"] == "assistant":
-                messages = messages[:-1]
-            if not messages:
-                raise DataError("'messages' has nothing but an answer")
-            text, templated = tokenizer.chat(messages, add_generation_prompt=True), True
+        asked = _asked(row, chat)
+        if isinstance(asked, str):
+            tokens = tokenizer.begun(tokenizer.encode(asked))
         else:
-            key = next((key for key in ("prompt", "input") if key in row), None)
-            if key is None:
-                have = ", ".join(map(repr, row)) or "no keys"
-                raise DataError(f"has {have}; expected 'prompt', 'input' or 'messages'")
-            text, templated = text_of(row, key), chat
-            if chat:
-                turn = [{"role": "user", "content": text}]
-                text = tokenizer.chat(turn, add_generation_prompt=True)
-        bos = [] if templated or tokenizer.bos_id is None else [tokenizer.bos_id]
-        tokens = bos + tokenizer.encode(text)
+            template = tokenizer.template(tools=row.get("tools") is not None)
+            text = template.render(
+                fitted(asked, template),
+                add_generation_prompt=True,
+                **variables_of(row, template),
+            )
+            tokens = tokenizer.encode(text)
         if not tokens:
             raise DataError("has a prompt without tokens; give at least one character")
-        return cls(row, tokens, chosen_adapter(row, adapters) if adapters else None)
+        adapter = chosen_adapter(row, adapters) if adapters else None
+        return cls(row, tokens, adapter, chat=not isinstance(asked, str))
+
+
+def _asked(row: dict[str, Any], chat: bool) -> str | list[dict[str, Any]]:
+    """Returns a row's text, or the messages to answer."""
+    if "messages" in row:
+        messages = checked_messages(row["messages"])
+        if messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        if not messages:
+            raise DataError("'messages' has nothing but an answer")
+        return messages
+    key = next((key for key in ("prompt", "input") if key in row), None)
+    if key is None:
+        have = ", ".join(map(repr, row)) or "no keys"
+        raise DataError(f"has {have}; expected 'prompt', 'input' or 'messages'")
+    text = text_of(row, key)
+    return [{"role": "user", "content": text}] if chat else text
 
 
 def read_prompts(
     path: str | os.PathLike[str],
-    tokenizer: PromptTokenizer,
+    tokenizer: Tokenizer,
     *,
     chat: bool = False,
     adapters: tuple[str, ...] = (),

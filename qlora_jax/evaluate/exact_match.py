@@ -33,7 +33,7 @@ def exact_match(
     Args:
       model: A Decoder, with or without an adapter; or an AdapterBank, of which each row
         takes the adapter that it names.
-      dataset: Rows with one answer; the prompt is what comes before it.
+      dataset: Rows; of a conversation the last answer that trains is asked for.
       tokenizer: From `load`.
       batch_size: Rows at once; they are sorted by length first.
       max_new_tokens: Where a wrong answer is cut off.
@@ -44,6 +44,9 @@ def exact_match(
     config = SampleConfig(max_new_tokens=max_new_tokens)
     model = decoded(model)
     rows = dataset.rows
+    # What ends a turn of the chat template may be none of the model's EOS.
+    chat = any(row.chat for row in rows)
+    ends = tokenizer.stop_ids if chat else tokenizer.eos_ids
     order = sorted(range(len(rows)), key=lambda i: rows[i].prompt)
     answers: dict[int, Answer] = {}
     for start in range(0, len(order), batch_size):
@@ -54,7 +57,7 @@ def exact_match(
         routed = model
         if isinstance(model, AdapterBank):
             routed = model.route([rows[i].adapter for i in full])
-        given = generate(routed, prompts, config, eos_ids=tokenizer.eos_ids)
+        given = generate(routed, prompts, config, eos_ids=ends)
         for i, prompt, ids in zip(picked, prompts, given, strict=False):
             answers[i] = Answer(
                 tokenizer.decode(prompt), rows[i].answer, tokenizer.decode(ids)

@@ -28,11 +28,11 @@ from qlora_jax.errors import (
     gathered,
 )
 from qlora_jax.io.peft import describe_peft, import_peft, is_peft, peft_misfits
-from qlora_jax.io.tokenizer import FILES as TOKENIZER_FILES
-from qlora_jax.io.tokenizer import Tokenizer
 from qlora_jax.models import Decoder
 from qlora_jax.models.vocabulary import resize_tokens
 from qlora_jax.nn import Linear, LoRA
+from qlora_jax.text.tokenizer import FILES as TOKENIZER_FILES
+from qlora_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ import numpy as np
 from qlora_jax.errors import CheckpointError, OutputExistsError, ShapeError, gathered
 from qlora_jax.io import gguf_config, gguf_tokenizer
 from qlora_jax.io.safetensors import Checkpoint, TensorInfo
-from qlora_jax.io.tokenizer import Tokenizer
 from qlora_jax.models import FAMILIES
+from qlora_jax.text.tokenizer import Tokenizer
 
 DTYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
 """What matrices can be written as -> its number in general.file_type."""

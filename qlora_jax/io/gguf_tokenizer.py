@@ -24,7 +24,8 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from qlora_jax.errors import CheckpointError
-from qlora_jax.io.tokenizer import Tokenizer, read_json
+from qlora_jax.text.folder import read_json
+from qlora_jax.text.tokenizer import Tokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -117,12 +118,13 @@ def read(meta: dict[str, Any]) -> Tokenizer:
     except (KeyError, ValueError, IndexError) as error:
         raise CheckpointError(f"its tokenizer is damaged: {error!r}") from None
     adds_bos = kind == "llama" or _PRE[pre].bos
+    adds_bos = meta.get("tokenizer.ggml.add_bos_token", adds_bos)
     ends = (ids[name] for name in ("eos", "eot", "eom"))
+    after = (ids["eos"],) if meta.get("tokenizer.ggml.add_eos_token") else ()
     return Tokenizer(
         made,
-        bos_id=ids["bos"]
-        if meta.get("tokenizer.ggml.add_bos_token", adds_bos)
-        else None,
+        bos_id=ids["bos"] if adds_bos else None,
+        after=[i for i in after if i is not None],
         eos_ids=list(dict.fromkeys(i for i in ends if i is not None)),
         chat_template=meta.get("tokenizer.chat_template"),
         special_tokens=special,

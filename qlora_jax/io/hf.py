@@ -21,8 +21,6 @@ from qlora_jax.errors import CheckpointError, OutputExistsError, ShapeError, gat
 from qlora_jax.io import bitsandbytes
 from qlora_jax.io.gguf import GGUF, open_gguf
 from qlora_jax.io.safetensors import Checkpoint, Writer
-from qlora_jax.io.tokenizer import FILES as TOKENIZER_FILES
-from qlora_jax.io.tokenizer import Tokenizer, read_json
 from qlora_jax.models import FAMILIES, Decoder, DecoderConfig, llama
 from qlora_jax.nn import (
     Embedding,
@@ -42,10 +40,13 @@ from qlora_jax.quant import (
     quantize_rows,
     quantize_tensor,
 )
+from qlora_jax.text.folder import read_json
+from qlora_jax.text.tokenizer import FILES as TOKENIZER_FILES
+from qlora_jax.text.tokenizer import TEMPLATES, Tokenizer
 
 COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_PATTERNS = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
+_PATTERNS = ["*.safetensors", "*.json", "*.model", "merges.txt", "*.jinja"]
 
 
 def load(
@@ -566,6 +567,11 @@ def save_model(
                 (out / name).exists() and (folder / name).samefile(out / name)
             ):
                 shutil.copyfile(folder / name, out / name)
+        for template in folder.glob(f"{TEMPLATES}/*.jinja"):
+            copy = out / TEMPLATES / template.name
+            if not (copy.exists() and copy.samefile(template)):
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(template, copy)
     out.mkdir(parents=True, exist_ok=True)
     # Linears that stay dense in 4-bit folders: what the source says, and a router, which
     # transformers 4 would take for 4-bit.

@@ -8,9 +8,9 @@ the model starts out near what it read until now. They train as part of an adapt
 from collections.abc import Sequence
 
 from qlora_jax.errors import ConfigError
-from qlora_jax.io.tokenizer import Tokenizer
 from qlora_jax.models import Decoder
 from qlora_jax.models.vocabulary import resize_tokens
+from qlora_jax.text.tokenizer import Tokenizer
 
 
 def add_tokens(

@@ -17,8 +17,8 @@ from qlora_jax.adapters.config import LoRAConfig
 from qlora_jax.data import Dataset
 from qlora_jax.errors import OutputExistsError, QLoRAError
 from qlora_jax.io.adapter import save_adapter
-from qlora_jax.io.tokenizer import Tokenizer
 from qlora_jax.models.streaming import stream
+from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train.checkpoints import RunCheckpoints
 from qlora_jax.train.config import TrainConfig, make_optimizer, make_schedule
 from qlora_jax.train.metrics import MetricsLog, device_memory_bytes

@@ -4,13 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import chat_cases
 import numpy as np
 import pytest
 import tiny
+from chat_templates import TEMPLATES
 
-from qlora_jax.data import DataConfig, Dataset, load_dataset, read_dataset
+from qlora_jax.data import DataConfig, Dataset, check_ids, load_dataset, read_dataset
 from qlora_jax.data.dataset import Row, padded_length
 from qlora_jax.errors import ConfigError, DataError
+from qlora_jax.text import Tokenizer
 
 BOS, EOS = tiny.BOS, tiny.EOS
 
@@ -191,7 +194,7 @@ def test_messages_need_a_chat_template(tmp_path):
     ids=["raises", "syntax", "rewrites", "type error"],
 )
 def test_a_template_that_cannot_be_used_says_so(tmp_path, template, message):
-    from qlora_jax.io.tokenizer import Tokenizer
+    from qlora_jax.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(tiny.byte_tokenizer(), chat_template=template)
     turns = [{"role": role, "content": "a"} for role in ("user", "assistant") * 2]
@@ -358,3 +361,138 @@ def test_batch_sizes_below_one_are_refused(tmp_path):
     path = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.sums(7))
     with pytest.raises(ConfigError, match="batch_size is 0"):
         load_dataset(path, tiny.tokenizer(), batch_size=0)
+
+
+# --- whole texts
+
+
+def opened(kind: str, **settings: Any) -> Tokenizer:
+    raw = chat_cases.all_tokenizers()[kind]
+    bos, eos = raw.token_to_id("<s>"), raw.token_to_id("</s>")
+    return Tokenizer(raw, **({"bos_id": bos, "eos_ids": (eos,)} | settings))
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece", "legacy"])
+@pytest.mark.parametrize(
+    ("prompt", "answer"), [("Name a color:", " Blue"), ("Name", " is"), ("(", "Blue)")]
+)
+def test_prompt_and_answer_are_tokenized_together(tmp_path, kind, prompt, answer):
+    tokenizer = opened(kind)
+    row = {"input": prompt, "output": answer}
+    (made,) = read(tmp_path, row, tokenizer=tokenizer).rows
+    whole = [tokenizer.bos_id, *tokenizer.encode(prompt + answer), tokenizer.eos_ids[0]]
+    asked = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    assert made.tokens.tolist() == whole
+    assert whole[: made.prompt] == asked and made.answer == answer
+    assert made.weights.tolist() == [0.0] * len(asked) + [1.0] * (
+        len(whole) - len(asked)
+    )
+
+
+def test_a_space_before_the_answer_goes_with_its_first_word(tmp_path):
+    tokenizer = opened("sentencepiece")
+    row = {"input": "Name: ", "output": "Blue"}
+    (made,) = read(tmp_path, row, tokenizer=tokenizer).rows
+    assert made.tokens.tolist()[1:-1] == tokenizer.encode("Name: Blue")
+    first = tokenizer.token_of(int(made.tokens[made.prompt]))
+    assert first == f"{chat_cases.SPACE}Blue"
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+def test_no_token_holds_letters_of_prompt_and_answer(tmp_path, kind):
+    tokenizer = opened(kind)
+    (made,) = read(
+        tmp_path, {"input": "a Bl", "output": "ue"}, tokenizer=tokenizer
+    ).rows
+    asked = [tokenizer.bos_id, *tokenizer.encode("a Bl")]
+    assert made.tokens[: made.prompt].tolist() == asked
+    assert tokenizer.token_of(int(made.tokens[made.prompt])) == "ue"
+    assert made.weights.sum() == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "wanted"),
+    [
+        ({"text": "ab"}, "ab</s>"),
+        ({"text": "<s>ab</s>"}, "<s>ab</s>"),
+        ({"input": "<s>a", "output": "b</s>"}, "<s>ab</s>"),
+        ({"input": "a", "output": "b"}, "<s>ab</s>"),  # as qlora.py
+    ],
+)
+def test_a_text_gets_bos_where_its_tokenizer_puts_one_and_nothing_twice(
+    tmp_path, row, wanted
+):
+    (made,) = read(tmp_path, row, tokenizer=opened("byte-level", before=())).rows
+    raw = chat_cases.all_tokenizers()["byte-level"]
+    assert raw.decode(made.tokens.tolist(), skip_special_tokens=False) == wanted
+    assert made.weights[-1] == 1
+
+
+def test_what_the_tokenizer_adds_around_a_text_is_added(tmp_path):
+    tokenizer = opened("byte-level", before=(7, 8), after=(9,), eos_ids=())
+    (made,) = read(tmp_path, {"text": "a"}, tokenizer=tokenizer).rows
+    assert made.tokens.tolist() == [7, 8, *tokenizer.encode("a"), 9]
+    assert made.weights.tolist() == [0, 0, 1, 1]
+
+
+def test_rows_that_end_without_eos_are_said_once(tmp_path, caplog):
+    rows = [{"text": "a"}, {"text": "b"}, {"text": "c</s>"}]
+    read(tmp_path, *rows, tokenizer=opened("byte-level", eos_ids=()))
+    assert caplog.text.count("rows end without an end-of-text token") == 1
+    assert "3 of 3 rows" in caplog.text and "names none (eos_token)" in caplog.text
+
+
+def test_a_chat_end_that_is_no_eos_is_said_once(tmp_path, caplog):
+    tokenizer = opened("byte-level", chat_template=TEMPLATES["chatml"])
+    row = {"messages": chat_cases.turns("a", "b")}
+    (first, _) = read(tmp_path, row, row, tokenizer=tokenizer).rows
+    assert first.answer == "b"
+    assert caplog.text.count("ends in '<|im_end|>', which is none of the model's") == 1
+
+
+def test_fields_that_no_template_reads_are_said_once(tmp_path, caplog):
+    tokenizer = opened("byte-level", chat_template=TEMPLATES["chatml"])
+    row = {"messages": chat_cases.turns("a", "b"), "tools": [chat_cases.TOOL]}
+    read(tmp_path, row, row, {**row, "tools": []}, tokenizer=tokenizer)
+    assert caplog.text.count("does not read") == 1
+    assert "2 rows have 'tools', which the chat template does not read" in caplog.text
+
+
+def test_a_conversation_can_become_several_rows(tmp_path):
+    special = {"eos_token": "</s>"}
+    tokenizer = opened(
+        "byte-level", chat_template=TEMPLATES["phi3"], special_tokens=special
+    )
+    row = {"messages": chat_cases.turns("a", "b", "c", "d")}
+    one, other = read(tmp_path, row, tokenizer=tokenizer).rows
+    assert (one.answer, other.answer) == ("b", "d")
+    with pytest.raises(DataError, match=r"1 of 2 rows are longer[\s\S]*:1: "):
+        read(tmp_path, row, tokenizer=tokenizer, max_tokens=len(one.tokens))
+
+
+def test_a_chat_template_can_be_chosen(tmp_path):
+    (tmp_path / "own.jinja").write_text(
+        "{{ messages[0].content }}!" + TEMPLATES["chatml"]
+    )
+    row = {"messages": chat_cases.turns("a", "b")}
+    for choice in (str(tmp_path / "own.jinja"), "short"):
+        tokenizer = opened(
+            "byte-level",
+            chat_template={"default": "x", "short": "a!" + TEMPLATES["chatml"]},
+        )
+        (made,) = read(tmp_path, row, tokenizer=tokenizer, chat_template=choice).rows
+        assert tokenizer.decode(made.tokens.tolist()).startswith("a!user\na\n")
+    with pytest.raises(ConfigError, match="--data.chat-template long is no file"):
+        read(tmp_path, row, tokenizer=tokenizer, chat_template="long")
+
+
+def test_ids_beyond_the_embedding_are_named_with_their_number(tmp_path):
+    tokenizer = opened("byte-level")
+    rows = read(tmp_path, {"text": "ab"}, {"text": "a"}, tokenizer=tokenizer).rows
+    size = tokenizer.rows
+    check_ids(rows, tokenizer, size)
+    with pytest.raises(DataError) as refused:
+        check_ids(rows, tokenizer, 256)
+    message = str(refused.value)
+    assert "2 of 2 rows have ids that the model's embedding of 256 rows" in message
+    assert f"id {tokenizer.eos_ids[0]} ('</s>'), 2 times" in message

@@ -35,10 +35,10 @@ from qlora_jax.io.gguf import GGUF, open_gguf, write_gguf
 from qlora_jax.io.gguf_tokenizer import PROBE
 from qlora_jax.io.hf import hf_names, save_model
 from qlora_jax.io.safetensors import Checkpoint
-from qlora_jax.io.tokenizer import Tokenizer
 from qlora_jax.models import FAMILIES, Decoder
 from qlora_jax.nn import quantize
 from qlora_jax.nn.rope import RopeScaling
+from qlora_jax.text.tokenizer import Tokenizer
 
 gguf = pytest.importorskip("gguf")
 

@@ -1,0 +1,130 @@
+"""Examples to rows: ids, and the weight of each in the loss.
+
+A text is tokenized whole, and a token trains where it overlaps what trains. So the ids are
+those that the text has anywhere else, and the prompt's are their beginning.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from qlora_jax.data.config import DataConfig
+from qlora_jax.data.formats import Example
+from qlora_jax.text import Tokenizer
+from qlora_jax.text.tokenizer import Encoded
+from qlora_jax.text.turns import Span
+
+
+class Row(NamedTuple):
+    """A tokenized row.
+
+    Attributes:
+      tokens: int32 (tokens,).
+      weights: float32 (tokens,), 1 where the loss counts.
+      prompt: Tokens before the answer: what trains, of a chat its last turn that trains.
+      answer: The answer's text, as a model's would be decoded.
+      adapter: The name in the row's "adapter" field, where the file was read with names.
+      chat: It went through the chat template.
+    """
+
+    tokens: np.ndarray
+    weights: np.ndarray
+    prompt: int
+    answer: str
+    adapter: str | None = None
+    chat: bool = False
+
+
+def tokenize(
+    examples: Sequence[Example], tokenizer: Tokenizer, config: DataConfig
+) -> list[Row]:
+    """Makes a row of each example."""
+    encoded = tokenizer.encode_offsets([example.text for example in examples])
+    return [
+        _row(example, one, tokenizer, config)
+        for example, one in zip(examples, encoded, strict=True)
+    ]
+
+
+def _row(
+    example: Example, encoded: Encoded, tokenizer: Tokenizer, config: DataConfig
+) -> Row:
+    if example.kind == "pair":
+        encoded = _cut_between(example, encoded, tokenizer)
+    ids = encoded.ids
+    outside = float(config.train_on_prompt)
+    weights, last = token_weights(encoded.offsets, example.spans, outside)
+    if example.kind == "chat":
+        answer = _answer(ids[last[0] : last[1]], tokenizer)
+        return _made(ids, weights, last[0], answer, chat=True)
+    bos = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
+    begun = tokenizer.begun(ids, tokenizer.before if example.kind == "text" else bos)
+    put = len(begun) - len(ids)
+    weights = [0.0] * put + weights
+    ends = tokenizer.eos_ids[:1] or tokenizer.after
+    if not ids or ids[-1] not in (*tokenizer.eos_ids, *ends):
+        begun, weights = [*begun, *ends], weights + [1.0] * len(ends)
+    start, end, _ = example.spans[-1]
+    return _made(begun, weights, last[0] + put, example.text[start:end])
+
+
+def _made(
+    ids: Sequence[int],
+    weights: Sequence[float],
+    prompt: int,
+    answer: str,
+    *,
+    chat: bool = False,
+) -> Row:
+    tokens = np.array(ids, np.int32)
+    return Row(tokens, np.array(weights, np.float32), prompt, answer, chat=chat)
+
+
+def token_weights(
+    offsets: Sequence[tuple[int, int]], spans: Sequence[Span], outside: float = 0.0
+) -> tuple[list[float], tuple[int, int]]:
+    """Returns the weight of each token, and (first, end) of those of the last span that counts.
+
+    A token has the weight of the span that it overlaps, as in transformers' assistant
+    masks, or else `outside`.
+    """
+    weights = [outside] * len(offsets)
+    last = (len(offsets), len(offsets))
+    which, begun = 0, -1
+    for i, (start, end) in enumerate(offsets):
+        while which < len(spans) and start >= spans[which].end:
+            which += 1
+        if which == len(spans):
+            break
+        if end > spans[which].start:
+            weights[i] = spans[which].weight
+            if weights[i]:
+                last = (last[0] if begun == which else i, i + 1)
+                begun = which
+    return weights, last
+
+
+def _answer(ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """Returns the text of a turn up to what ends it."""
+    ends = tokenizer.stop_ids
+    count = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+    return tokenizer.decode(ids[:count])
+
+
+def _cut_between(example: Example, encoded: Encoded, tokenizer: Tokenizer) -> Encoded:
+    """Keeps prompt and answer apart where one token would hold letters of both.
+
+    A prompt is given without its answer, so the answer could not be asked for. A space
+    that joins the answer's first word stays with it.
+    """
+    text, cut = example.text, example.spans[0].start
+    for start, end in encoded.offsets:
+        if start >= cut:
+            break
+        if end > cut and text[start:cut].strip():
+            prompt = tokenizer.encode_offsets([text[:cut]])[0]
+            ids = tokenizer.encode_after(text[cut:])
+            places = [(cut, len(text))] * len(ids)
+            return Encoded([*prompt.ids, *ids], [*prompt.offsets, *places])
+    return encoded
