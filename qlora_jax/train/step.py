@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from qlora_jax.adapters import join
@@ -137,7 +138,7 @@ def _compiled_once(jitted: Any) -> Any:
 
 
 def _is_concrete(x: Any) -> bool:
-    return isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+    return isinstance(x, jax.Array) and not isinstance(x, Tracer)
 
 
 def _commit(x: Any, devices: set[Any]) -> Any:

@@ -41,7 +41,9 @@ def start(cache: Path, **variables: str) -> subprocess.Popen[str]:
     }
     command = [sys.executable, "-c", PROGRAM]
     pipe = subprocess.PIPE
-    env = {**os.environ, **own, **variables}
+    # Less the cache of the tests' own process, which would be used instead.
+    env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    env |= own | variables
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env)
 
 
@@ -115,7 +117,7 @@ def test_a_cache_that_jax_has_already_is_left_alone(
 
     monkeypatch.setenv(compile_cache.VARIABLE, str(tmp_path / "ours"))
     before = jax.config.jax_compilation_cache_dir
-    assert before  # of tests/cli/conftest.py
+    assert before  # of tests/conftest.py
     assert compile_cache.use_cache() is None
     assert jax.config.jax_compilation_cache_dir == before
     assert not (tmp_path / "ours").exists()
