@@ -230,7 +230,7 @@ def _package() -> ModuleType:
         import gguf.quants
     except ImportError:
         raise CheckpointError(
-            "GGUF files need the package gguf: pip install gguf (or qlora_jax[gguf])"
+            "GGUF files need the package gguf: pip install gguf"
         ) from None
     return gguf
 
