@@ -22,7 +22,7 @@ import pytest
 EXCUSED = (
     "needs the shared folder",
     "needs the golden case",
-    "is no family of ours yet",
+    "needs models that no registry is asked for",
 )
 """How reasons begin for which a test may run nowhere: the project passes without these."""
 

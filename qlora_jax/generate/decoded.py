@@ -24,6 +24,7 @@ from qlora_jax.nn import (
     QuantizedEmbedding,
     QuantizedLinear,
 )
+from qlora_jax.nn.variables import rests_on_host
 
 MOST_OF_AVAILABLE = 0.5
 """Of the memory available: the rest is for the cache of keys, activations and others."""
@@ -47,11 +48,12 @@ def decoded(model: Any) -> Any:
 
     Returns:
       The model with DecodedLinear and DecodedEmbedding in it; or the model itself, on
-      other platforms, where nothing is 4-bit, or where memory does not suffice.
+      other platforms, where nothing is 4-bit, where layers stream from host memory, or
+      where memory does not suffice.
     """
     if isinstance(model, AdapterBank):
         return dataclasses.replace(model, model=decoded(model.model))
-    if current_device().platform != "cpu":
+    if current_device().platform != "cpu" or rests_on_host(nnx.state(model)):
         return model
     dtype = jnp.dtype(getattr(model, "dtype", "float32"))
     count = sum(_elements(node, model) for _, node in nnx.iter_graph(model))
