@@ -240,6 +240,7 @@ def run_tests(tree: Path, tests: list[str]) -> tuple[int, str]:
         "PYTHONPATH": str(tree),
         "PYTHONDONTWRITEBYTECODE": "1",  # a change may keep a file's size and second
         "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # as scripts/test has it
     }
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     done = subprocess.run(

@@ -58,6 +58,14 @@ def test_an_exported_adapter_comes_back_as_it_was(exported: Path):
     np.testing.assert_array_equal(tiny.logits(back, x), tiny.logits(model, x))
 
 
+def test_modules_that_train_in_full_are_named_so_that_peft_finds_them(tmp_path: Path):
+    # PEFT takes modules whose names end so: of every layer, and of no other place.
+    saved = "lm_head,layers.mlp_norm,norm"
+    model = tiny.adapted(tiny.decoder(), targets="v_proj", modules_to_save=saved)
+    said = settings(export_peft(tmp_path / "a", model))["modules_to_save"]
+    assert sorted(said) == ["lm_head", "model.norm", "post_attention_layernorm"]
+
+
 def test_what_was_imported_is_exported_byte_by_byte(golden, tmp_path):
     for name in ("lora_all_r8_on_fp32", "lora_qv_r4_on_fp32", "rslora_r8_on_fp32"):
         source = golden(f"models/adapters/{name}/adapter_config.json").parent

@@ -11,6 +11,7 @@ from qlora_jax.adapters import attach, split
 from qlora_jax.adapters.config import LoRAConfig
 from qlora_jax.adapters.names import flatten
 from qlora_jax.errors import ConfigError
+from qlora_jax.optim.lora_plus import lora_plus
 from qlora_jax.train.config import TrainConfig, make_optimizer
 
 
@@ -42,6 +43,19 @@ def test_lora_b_moves_a_ratio_times_as_far(config):
     assert np.abs(plain[moved]).min() > 0
     for name in plain.keys() - {moved, moved.replace("0", "1", 1)}:
         np.testing.assert_array_equal(faster[name], plain[name])
+
+
+def test_every_lora_b_but_the_embeddings_is_faster():
+    ones = {"lora_a": jnp.ones(2), "lora_b": jnp.ones(2)}
+    updates = {"layers": {"q_proj": ones}, "embed_tokens": ones, "lm_head": ones}
+    faster, _ = lora_plus(16.0).update(updates, optax.EmptyState())
+    moved = jax.tree.map(lambda x: float(x[0]), faster)
+    slow, fast = {"lora_a": 1.0, "lora_b": 1.0}, {"lora_a": 1.0, "lora_b": 16.0}
+    assert moved == {
+        "layers": {"q_proj": fast},
+        "embed_tokens": slow,
+        "lm_head": fast,
+    }
 
 
 def test_a_ratio_of_nothing_is_refused():
