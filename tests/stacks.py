@@ -1,7 +1,8 @@
 """One proof in one place: tests on several stacks, and what came of them all together.
 
     --record FILE       append what came of each test to FILE, a JSON object a line
-    --proved FILE ...   tests that passed by these files are sampled here, others run whole
+    --proved FILE       tests that passed by this file, or by another that is given so, are
+                        sampled here; others run whole
     --sample K          one in K of what is proved, another part of it every day
 
 `python tests/stacks.py FILE ...` adds the records up: how many ran, and what ran nowhere, by
@@ -32,8 +33,8 @@ DAY = int(time.time() // 86400)
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("stacks")
     group.addoption("--record", type=Path, metavar="FILE")
-    group.addoption("--proved", type=Path, nargs="+", default=[], metavar="FILE")
-    group.addoption("--sample", type=int, default=8, metavar="K")
+    group.addoption("--proved", type=Path, action="append", default=[])
+    group.addoption("--sample", type=int, default=4, metavar="K")
     group.addoption("--day", type=int, default=DAY, help="whose part of the sample")
 
 
@@ -67,8 +68,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = [(r.nodeid, _reason(r)) for r in stats.get("skipped", [])]
     for reason, count in Counter(reason for _, reason in skipped).most_common():
         terminalreporter.write_line(f"{count} skipped: {reason}")
-    record = terminalreporter.config.getoption("record")
-    if record is None:
+    config = terminalreporter.config
+    record = config.getoption("record")
+    if record is None or hasattr(
+        config, "workerinput"
+    ):  # xdist's, which report upwards
         return
     lines = [{"test": test, "skipped": reason} for test, reason in skipped]
     for outcome in ("passed", "failed", "error"):
