@@ -29,21 +29,22 @@ from qlora_jax.train.report import write_report
 
 LORA = LoRAConfig(rank=16, alpha=32)
 TRAIN = TrainConfig(
-    max_steps=450,
+    max_steps=400,
     micro_batch=48,
     grad_accum=1,
-    learning_rate=4e-3,
+    learning_rate=2e-3,
+    lora_plus_ratio=4.0,
     schedule="cosine",
     warmup_ratio=0.05,
     max_grad_norm=1.0,
-    beta2=0.99,
     eval_every=100,
     save_every=None,
 )
 DATA = DataConfig(max_tokens=16)
 """Settings that solve the task in about a minute on two CPU cores. A model this small
-wants a far higher learning rate than the defaults, which are those of 7B models; no row is
-longer than 16 tokens, so no batch is padded further."""
+wants a far higher learning rate than the defaults, which are those of 7B models, most of all
+for lora_b; with one rate for both, 4e-3, some seeds end below 90 %. No row is longer than 16
+tokens, so no batch is padded further."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
