@@ -34,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("stacks")
     group.addoption("--record", type=Path, metavar="FILE")
     group.addoption("--proved", type=Path, action="append", default=[])
-    group.addoption("--sample", type=int, default=4, metavar="K")
+    group.addoption("--sample", type=int, default=8, metavar="K")
     group.addoption("--day", type=int, default=DAY, help="whose part of the sample")
 
 
