@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from qlora_jax.adapters.merge_report import merge_report as merge_report
     from qlora_jax.adapters.value import Adapter as Adapter
     from qlora_jax.data.config import DataConfig as DataConfig
-    from qlora_jax.data.dataset import load_dataset as load_dataset
+    from qlora_jax.data.intake import load_dataset as load_dataset
     from qlora_jax.errors import QLoRAError as QLoRAError
     from qlora_jax.evaluate.perplexity import perplexity as perplexity
     from qlora_jax.generate.sample import SampleConfig as SampleConfig
@@ -82,7 +82,7 @@ _HOMES = {
     "qlora_jax.adapters.merge_report": ("merge_report",),
     "qlora_jax.adapters.value": ("Adapter",),
     "qlora_jax.data.config": ("DataConfig",),
-    "qlora_jax.data.dataset": ("load_dataset",),
+    "qlora_jax.data.intake": ("load_dataset",),
     "qlora_jax.errors": ("QLoRAError",),
     "qlora_jax.evaluate.perplexity": ("perplexity",),
     "qlora_jax.generate.sample": ("SampleConfig", "generate"),

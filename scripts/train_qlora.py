@@ -3,7 +3,7 @@
     python scripts/train_qlora.py MODEL train.jsonl OUT [--steps 200] [--batch 8]
 
 MODEL is a Hugging Face folder or hub id; rows are {"input", "output"} or any other form
-of qlora_jax/data/formats.py. Writes OUT/adapter and OUT/loss.jsonl.
+of qlora_jax/data/forms.py. Writes OUT/adapter and OUT/loss.jsonl.
 """
 
 import argparse

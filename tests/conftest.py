@@ -27,6 +27,7 @@ HERE = Path(__file__).parent
 jax.config.update("jax_num_cpu_devices", 4)
 # The command would keep what tests compile in the user's own cache folder.
 os.environ["QLORA_JAX_COMPILE_CACHE"] = "off"
+os.environ["QLORA_JAX_DATA_CACHE"] = "off"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

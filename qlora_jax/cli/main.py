@@ -11,6 +11,7 @@ COMMANDS = {
     "quickstart": "quantize, fine-tune, evaluate and sample the embedded model",
     "quantize": "write a 4-bit copy of a model folder",
     "plan": "what a run needs of memory, and settings that fit",
+    "data": "what a run will see of its rows",
     "train": "fine-tune an adapter",
     "evaluate": "perplexity of a text, or loss and exact match of rows",
     "generate": "continue prompts",

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import logging
 import sys
 import tomllib
 import types
@@ -17,6 +18,7 @@ import tyro
 from qlora_jax.adapters.bank import AdapterBank
 from qlora_jax.adapters.fingerprint import fingerprint
 from qlora_jax.adapters.value import Adapter, other_base
+from qlora_jax.data.cache import cache_folder
 from qlora_jax.errors import (
     AdapterMismatchError,
     ConfigError,
@@ -31,6 +33,8 @@ from qlora_jax.quant import QuantConfig, TableFormat
 from qlora_jax.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -232,6 +236,15 @@ def open_adapters(paths: Sequence[str], model: str | None) -> list[Adapter]:
     ]
 
 
+def rows_folder() -> Path | None:
+    """Returns where tokenized rows are kept; None where they are not."""
+    try:
+        return cache_folder()
+    except RuntimeError as error:
+        logger.warning("tokenized rows are not kept: %s", error)
+        return None
+
+
 def check_file(flag: str, path: Path) -> None:
     """Refuses a file to write that is there, or whose folder is not.
 
@@ -332,6 +345,8 @@ def _build(cls: Any, values: dict[str, Any], prefix: str, problems: list[str]) -
                 kwargs[key] = _build(known[key], value, f"{prefix}{key}.", problems)
             else:
                 problems.append(f"{prefix}{key} is {value!r}, expected a table")
+        elif known[key] == tuple[str, ...] and isinstance(value, str):
+            kwargs[key] = (value,)  # as one was written when there was one
         elif not _fits(value, known[key]):
             problems.append(f"{prefix}{key} is {value!r}, expected {_name(known[key])}")
         else:

@@ -1,4 +1,4 @@
-"""The progress bar of training, on stderr; plain lines where that is no terminal."""
+"""Progress on stderr, of rows and of training; plain lines where that is no terminal."""
 
 import sys
 import time
@@ -16,6 +16,44 @@ from rich.progress import (
 
 LINE_SECONDS = 10.0
 """Between lines where there is no terminal."""
+
+
+class RowsProgress:
+    """Counts rows as they are tokenized; a context manager. Short work shows nothing."""
+
+    def __init__(self):
+        self._console = Console(stderr=True)
+        self._status = None
+        self._began = self._last = time.monotonic()
+        self._name = ""
+
+    def __enter__(self) -> "RowsProgress":
+        """Begins."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Takes the line away."""
+        if self._status is not None:
+            self._status.stop()
+
+    def __call__(self, name: str, done: int) -> None:
+        """Takes how many rows of a source are done."""
+        now = time.monotonic()
+        if name != self._name:
+            self._name, self._began, self._last = name, now, now
+        if sys.stderr.isatty():
+            text = f"{name}: {done:,} rows tokenized"
+            if self._status is None:
+                self._status = self._console.status(text)
+                self._status.start()
+            self._status.update(text)
+        elif now - self._last > LINE_SECONDS:
+            self._last = now
+            rate = done / (now - self._began)
+            self._console.print(
+                f"{name}: {done:,} rows tokenized, {rate:,.0f} a second",
+                highlight=False,
+            )
 
 
 class TrainProgress:

@@ -98,7 +98,7 @@ def run(args: Args) -> dict[str, Any]:
         rows = read_dataset(assets / "train.jsonl", tokenizer, DATA)
         held = read_dataset(assets / "test.jsonl", tokenizer, DATA)
         model = attach(model, LORA, key=jax.random.key(train.seed))
-        progress = TrainProgress(train.steps(len(rows)))
+        progress = TrainProgress(train.steps(rows.epoch_rows))
         trainer = Trainer(
             model, rows, train, out, evaluation=held, lora=LORA, progress=progress
         )
@@ -137,8 +137,8 @@ def _as_of_train(assets: Path, out: Path, train: TrainConfig) -> TrainArgs:
     """Returns the flags of `qlora train` for the same run."""
     return TrainArgs(
         model=str(out / "base-nf4"),
-        data_file=str(assets / "train.jsonl"),
-        eval_file=str(assets / "test.jsonl"),
+        data_file=(str(assets / "train.jsonl"),),
+        eval_file=(str(assets / "test.jsonl"),),
         out=str(out),
         lora=LORA,
         train=train,

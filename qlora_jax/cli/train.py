@@ -13,9 +13,10 @@ from qlora_jax.adapters.attach import attach_zero
 from qlora_jax.adapters.config import LoRAConfig
 from qlora_jax.cli import options, start
 from qlora_jax.cli.options import QuantOptions
-from qlora_jax.cli.progress import TrainProgress
+from qlora_jax.cli.progress import RowsProgress, TrainProgress
 from qlora_jax.data import DataConfig, Dataset, check_ids, read_dataset
 from qlora_jax.data.dataset import padded_length
+from qlora_jax.data.sources import parse_sources
 from qlora_jax.errors import ConfigError, DataError
 from qlora_jax.io.hf import (
     check_output,
@@ -28,6 +29,7 @@ from qlora_jax.io.tokens import add_tokens
 from qlora_jax.memory import Platform, Setup, available_host_bytes, estimate
 from qlora_jax.plan import flags_of, parse_bytes, plan_memory, said
 from qlora_jax.quant import QuantConfig
+from qlora_jax.text import Tokenizer
 from qlora_jax.train.config import TrainConfig
 from qlora_jax.train.loop import Trainer
 from qlora_jax.train.report import write_report
@@ -42,11 +44,14 @@ class Args:
     model: str | None = None
     """Hugging Face folder or hub id."""
 
-    data_file: Annotated[str | None, tyro.conf.arg(name="data")] = None
-    """Rows to train on (.jsonl)."""
+    data_file: Annotated[tuple[str, ...], tyro.conf.arg(name="data")] = ()
+    """Rows to train on: files (JSON lines, JSON, CSV, TSV, Parquet, packed or not), folders
+    or ids of datasets, with a split (owner/name:train) and a weight (b.parquet:0.3 takes
+    other 30 % of its rows in each epoch). `qlora data` shows what a run will see of them."""
 
-    eval_file: Annotated[str | None, tyro.conf.arg(name="eval-data")] = None
-    """Rows for the eval loss; without it, --data.eval-rows of the training rows."""
+    eval_file: Annotated[tuple[str, ...], tyro.conf.arg(name="eval-data")] = ()
+    """Rows for the eval loss, given alike; without them, --data.eval-rows of the training
+    rows."""
 
     out: str | None = None
     """The run folder: config, metrics, checkpoints, adapter, report."""
@@ -129,7 +134,7 @@ def run(args: Args) -> dict[str, Any]:
             options.from_dict(Args, values, str(out / CONFIG)), out, resume=True
         )
     given = {"--model": args.model, "--data": args.data_file, "--out": args.out}
-    if missing := [flag for flag, value in given.items() if value is None]:
+    if missing := [flag for flag, value in given.items() if not value]:
         raise ConfigError(f"{', '.join(missing)} missing; or give --resume RUN")
     out = Path(str(args.out))
     if not (args.overwrite and (out / CONFIG).exists()):
@@ -156,11 +161,8 @@ def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
         raise DataError(f"{folder} has no tokenizer.json, so rows cannot be tokenized")
     # What is wrong with rows or memory is found before the model is loaded.
     larger = tokenizer.with_tokens(args.add_tokens)[0]
-    rows = read_dataset(str(args.data_file), larger, args.data)
-    held = None
-    if args.eval_file is not None:
-        held = read_dataset(args.eval_file, larger, args.data)
-    elif args.data.eval_rows:
+    rows, held = read_rows(args, larger)
+    if held is None and args.data.eval_rows:
         rows, held = rows.split(args.data.eval_rows, args.train.seed)
     size = read_config(folder)[2].vocab_size
     if args.add_tokens:  # the embedding grows with them
@@ -195,7 +197,7 @@ def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
         model, started = start.compensated(
             *(model, original, args.lora, args.train, args.data, rows, key)
         )
-    steps = args.train.steps(len(rows))
+    steps = args.train.steps(rows.epoch_rows)
     with TrainProgress(steps) as progress:
         trainer = Trainer(
             model,
@@ -230,6 +232,30 @@ def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
     figures |= _eval_losses(out)
     write_report(out, figures)
     return figures
+
+
+def read_rows(args: Args, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:
+    """Returns the rows to train on, and those to evaluate on where they are given.
+
+    Raises:
+      DataError: they cannot be used; or those to evaluate on have weights.
+    """
+    given = parse_sources(args.eval_file) if args.eval_file else []
+    if weighted := [source for source in given if source.weight != 1]:
+        raise DataError(
+            f"--eval-data {weighted[0]}: every row is evaluated once; give it without a weight"
+        )
+    keep = options.rows_folder()
+    with RowsProgress() as progress:
+        rows = read_dataset(
+            args.data_file, tokenizer, args.data, keep=keep, progress=progress
+        )
+        if not args.eval_file:
+            return rows, None
+        held = read_dataset(
+            args.eval_file, tokenizer, args.data, keep=keep, progress=progress
+        )
+    return rows, held
 
 
 def within_memory(
@@ -335,15 +361,25 @@ def _stored(args: Args) -> Args:
     """What reproduces the run from any folder, but not how its own came to be."""
 
     def absolute(path: str | None) -> str | None:
-        return str(Path(path).resolve()) if path and Path(path).exists() else path
+        try:
+            there = path is not None and Path(path).exists()
+        except (OSError, ValueError):  # no path, but a template's text
+            there = False
+        return str(Path(str(path)).resolve()) if there else path
 
-    template = absolute(args.data.chat_template)
+    data = dataclasses.replace(
+        args.data,
+        chat_template=absolute(args.data.chat_template),
+        prompt_template=absolute(args.data.prompt_template),
+    )
     return dataclasses.replace(
         args,
-        data=dataclasses.replace(args.data, chat_template=template),
+        data=data,
         model=absolute(args.model),
-        data_file=absolute(args.data_file),
-        eval_file=absolute(args.eval_file),
+        data_file=tuple(map(str, parse_sources(args.data_file))),
+        eval_file=tuple(
+            map(str, parse_sources(args.eval_file) if args.eval_file else ())
+        ),
         original=absolute(args.original),
         config=None,
         overwrite=False,

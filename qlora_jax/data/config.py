@@ -1,6 +1,7 @@
 """DataConfig: how rows become tokens."""
 
 import dataclasses
+import functools
 from typing import Literal
 
 from qlora_jax.errors import ConfigError
@@ -22,18 +23,30 @@ class DataConfig:
     train_on_prompt: bool = False
     """Count the loss on the prompt too, not on the answer alone."""
 
+    columns: tuple[str, ...] = ()
+    """Fields by the names that are known here, for rows that call them otherwise:
+    input=question output=answer. `qlora data` lists the names of each form."""
+
     input_key: str = "input"
-    """Name of the prompt's field in input/output rows."""
+    """Name of the prompt's field; the same as --data.columns input=NAME."""
 
     output_key: str = "output"
-    """Name of the answer's field in input/output rows."""
+    """Name of the answer's field; the same as --data.columns output=NAME."""
+
+    prompt_template: str | None = None
+    """What the prompt of a row is made of, in Jinja's language, or a file with it:
+    'Question: {{ question }} Answer: '. The answer is the field `output`."""
+
+    chat: bool = False
+    """Put rows that have a prompt and an answer through the model's chat template, as a
+    user's turn and the assistant's."""
 
     chat_template: str | None = None
     """Template for rows with messages: a file in Jinja's language, or the name of one of the
     model's own, where it has several; None for the model's."""
 
     eval_rows: int = 0
-    """Rows held out of the training file for the eval loss (ignored with eval data)."""
+    """Rows held out of the training rows for the eval loss (ignored with eval data)."""
 
     def __post_init__(self):
         if self.max_tokens < 2:
@@ -44,3 +57,23 @@ class DataConfig:
             raise ConfigError(
                 f"--data.eval-rows is {self.eval_rows}, expected 0 or more"
             )
+        names = [text.partition("=")[0] for text in self._renamings()]
+        for text in self.columns:
+            name, _, field = text.partition("=")
+            if not (name and field):
+                raise ConfigError(f"--data.columns: {text!r}, expected NAME=FIELD")
+            if names.count(name) > 1:
+                raise ConfigError(f"--data.columns: {name!r} is given twice")
+
+    def _renamings(self) -> list[str]:
+        texts = list(self.columns)
+        for name, key in (("input", self.input_key), ("output", self.output_key)):
+            if key != name:
+                texts.append(f"{name}={key}")
+        return texts
+
+    @functools.cached_property
+    def renamed(self) -> dict[str, str]:
+        """The field that stands for each name, where it has another."""
+        pairs = (text.partition("=") for text in self._renamings())
+        return {name: field for name, _, field in pairs}

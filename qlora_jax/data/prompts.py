@@ -1,4 +1,4 @@
-"""Prompts to continue, from JSON lines.
+"""Prompts to continue, from files of rows.
 
 {"prompt"} or {"input"}                 as the tokenizer has a text; with `chat`, a user's turn
 {"messages": [{"role", "content"}]}     the chat template; a last assistant turn, which a
@@ -9,8 +9,8 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qlora_jax.data.formats import text_of
-from qlora_jax.data.jsonl import chosen_adapter, read_jsonl
+from qlora_jax.data.forms import chosen_adapter, text_of
+from qlora_jax.data.records import read_rows
 from qlora_jax.errors import DataError
 from qlora_jax.text import Tokenizer
 from qlora_jax.text.chat import checked_messages, fitted, variables_of
@@ -87,13 +87,13 @@ def read_prompts(
     chat: bool = False,
     adapters: tuple[str, ...] = (),
 ) -> list[Prompt]:
-    """Reads the prompts of a .jsonl file.
+    """Reads the prompts of a file.
 
     Raises:
-      DataError: as `read_jsonl` and `Prompt.of`.
+      DataError: as `read_rows` and `Prompt.of`.
     """
 
     def parse(row: dict[str, Any]) -> Prompt:
         return Prompt.of(row, tokenizer, chat=chat, adapters=adapters)
 
-    return [prompt for _, prompt in read_jsonl(Path(path), parse)]
+    return read_rows(Path(path), parse)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from qlora_jax.data.config import DataConfig
-from qlora_jax.data.formats import Example
+from qlora_jax.data.forms import Example, Ids
 from qlora_jax.text import Tokenizer
 from qlora_jax.text.tokenizer import Encoded
 from qlora_jax.text.turns import Span
@@ -37,20 +37,36 @@ class Row(NamedTuple):
 
 
 def tokenize(
-    examples: Sequence[Example], tokenizer: Tokenizer, config: DataConfig
+    examples: Sequence[Example | Ids], tokenizer: Tokenizer, config: DataConfig
 ) -> list[Row]:
     """Makes a row of each example."""
-    encoded = tokenizer.encode_offsets([example.text for example in examples])
+    texts = [example.text for example in examples if isinstance(example, Example)]
+    encoded = iter(tokenizer.encode_offsets(texts))
     return [
-        _row(example, one, tokenizer, config)
-        for example, one in zip(examples, encoded, strict=True)
+        _row(example, next(encoded), tokenizer, config)
+        if isinstance(example, Example)
+        else _given(example, tokenizer, config)
+        for example in examples
     ]
+
+
+def _given(example: Ids, tokenizer: Tokenizer, config: DataConfig) -> Row:
+    """Takes ids as they are; the answer is what trains last."""
+    ids, weights = example
+    trained = [i for i, weight in enumerate(weights) if weight]
+    end = trained[-1] + 1 if trained else len(ids)
+    start = end
+    while start and weights[start - 1]:
+        start -= 1
+    if config.train_on_prompt:
+        weights = [weight or 1.0 for weight in weights]
+    return _made(ids, weights, start, _answer(ids[start:end], tokenizer))
 
 
 def _row(
     example: Example, encoded: Encoded, tokenizer: Tokenizer, config: DataConfig
 ) -> Row:
-    if example.kind == "pair":
+    if example.kind != "chat" and example.spans[0].start:
         encoded = _cut_between(example, encoded, tokenizer)
     ids = encoded.ids
     outside = float(config.train_on_prompt)
@@ -59,7 +75,7 @@ def _row(
         answer = _answer(ids[last[0] : last[1]], tokenizer)
         return _made(ids, weights, last[0], answer, chat=True)
     bos = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
-    begun = tokenizer.begun(ids, tokenizer.before if example.kind == "text" else bos)
+    begun = tokenizer.begun(ids, bos if example.kind == "pair" else tokenizer.before)
     put = len(begun) - len(ids)
     weights = [0.0] * put + weights
     ends = tokenizer.eos_ids[:1] or tokenizer.after

@@ -160,8 +160,11 @@ def checked_messages(messages: Any, key: str = "messages") -> list[dict[str, Any
         if not isinstance(message, dict) or "role" not in message:
             raise DataError(f"{key!r} has an entry without 'role' and 'content'")
         _check_text("role", message["role"])
+        _check_weight(message)
         content = message.get("content")
-        if content is None and not message.keys().isdisjoint(_IN_PLACE_OF_CONTENT):
+        # Tables have every key in every message, null where it has none.
+        instead = (message.get(key) is not None for key in _IN_PLACE_OF_CONTENT)
+        if content is None and any(instead):
             continue
         if "content" not in message:
             raise DataError(f"{key!r} has an entry without 'role' and 'content'")
@@ -169,7 +172,6 @@ def checked_messages(messages: Any, key: str = "messages") -> list[dict[str, Any
             _check_parts(content)
         else:
             _check_text("content", content)
-        _check_weight(message)
     return messages
 
 

@@ -1,6 +1,7 @@
 """Text to ids and back, with special tokens and chat templates."""
 
 import functools
+import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -122,6 +123,20 @@ class Tokenizer:
         """Rows that an embedding needs: the largest id and one."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
+    @functools.cached_property
+    def identity(self) -> str:
+        """A digest of all that ids and renderings follow from."""
+        parts = [
+            self._tokenizer.to_str(),
+            self.bos_id,
+            self.eos_ids,
+            self.before,
+            self.after,
+            self.chat_templates,
+            self._special_tokens,
+        ]
+        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
     def id_of(self, text: str) -> int | None:
         """Returns the id of a text that is one token, else None."""
         return self._tokenizer.token_to_id(text)
@@ -212,6 +227,10 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids, special tokens left out."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """Returns the text of ids, special tokens too."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def template(self, *, tools: bool = False) -> ChatTemplate:
         """Returns the chat template for conversations with or without tools.

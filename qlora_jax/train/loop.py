@@ -73,7 +73,7 @@ class Trainer:
         self.train_data, self.eval_data = train, evaluation
         self.lora_config = lora or lora_config(model)
         self._tokenizer = tokenizer
-        self.steps = config.steps(len(train))
+        self.steps = config.steps(train.epoch_rows)
         self.schedule = make_schedule(config, self.steps)
         tx = make_optimizer(config, self.steps)
         self.graphdef, lora_state, self.base = split(model)
@@ -245,11 +245,14 @@ class Trainer:
         }
 
     def _position(self) -> dict[str, Any]:
-        c = self.config
+        c, data = self.config, self.train_data
+        # Runs without shares wrote no more than their number of rows.
+        shares = [[len(one.rows), one.weight] for one in data.shares]
         return {
+            **({"shares": shares} if shares else {}),
             "seed": c.seed,
             "batch": c.micro_batch * c.grad_accum,
-            "rows": len(self.train_data),
+            "rows": len(data),
             "steps": self.steps,
             "compute_dtype": c.compute_dtype,
             "optimizer": c.optimizer,

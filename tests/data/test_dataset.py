@@ -139,17 +139,27 @@ def test_every_bad_line_is_named_with_its_number(tmp_path):
 
 def test_at_most_twenty_bad_lines_are_named(tmp_path):
     with pytest.raises(DataError) as caught:
-        read(tmp_path, *[{"wrong": i} for i in range(25)])
+        read(tmp_path, *[{f"wrong{i}": i} for i in range(25)])
     message = str(caught.value)
     assert "25 problems" in message and message.endswith("... and 5 more")
     assert message.count("rows.jsonl:") == 20
+
+
+def test_problems_of_one_kind_are_one_line(tmp_path):
+    rows = [{"question": "2+2=", "answer": "4", "id": i} for i in range(25)]
+    with pytest.raises(DataError) as caught:
+        read(tmp_path, {"input": "a", "output": "b"}, *rows, {"text": 3}, "no object")
+    message = str(caught.value)
+    assert "(3 problems)" in message and message.count("rows.jsonl:") == 3
+    assert "rows.jsonl:2: has 'question', 'answer', 'id'; expected" in message
+    assert "--data.columns input=question output=answer (25 rows)" in message
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         (r'{"input": "\ud800", "output": "b"}', ":1: 'input' is no Unicode text"),
-        ("[" * 100_000, ":1: is not JSON"),
+        ('{"a": ' + "[" * 100_000, ":1: is not JSON"),
         (
             '{"messages": [{"role": "user", "content": null},'
             ' {"role": "assistant", "content": "b"}]}',
@@ -210,9 +220,9 @@ def test_an_empty_file_is_refused(tmp_path, content):
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
-    for path in (tmp_path / "none.jsonl", tmp_path):
-        with pytest.raises(DataError, match=f"{path} is no file"):
-            read_dataset(path, tiny.tokenizer(), DataConfig())
+    path = tmp_path / "none.jsonl"
+    with pytest.raises(DataError, match=f"{path} is no file"):
+        read_dataset(path, tiny.tokenizer(), DataConfig())
 
 
 LONG = ({"input": "a", "output": "b"}, {"input": "aaaa", "output": "bbbbbb"})
@@ -220,7 +230,9 @@ LONG = ({"input": "a", "output": "b"}, {"input": "aaaa", "output": "bbbbbb"})
 
 
 def test_a_row_too_long_is_an_error_that_counts_and_names(tmp_path):
-    message = r"1 of 2 rows are longer than --data\.max-tokens 11[\s\S]*:2: 12 tokens"
+    message = (
+        r"1 of 2 rows of .* are longer than --data\.max-tokens 11[\s\S]*:2: 12 tokens"
+    )
     with pytest.raises(DataError, match=message):
         read(tmp_path, *LONG, max_tokens=11)
     assert len(read(tmp_path, *LONG, max_tokens=12)) == 2
@@ -466,7 +478,7 @@ def test_a_conversation_can_become_several_rows(tmp_path):
     row = {"messages": chat_cases.turns("a", "b", "c", "d")}
     one, other = read(tmp_path, row, tokenizer=tokenizer).rows
     assert (one.answer, other.answer) == ("b", "d")
-    with pytest.raises(DataError, match=r"1 of 2 rows are longer[\s\S]*:1: "):
+    with pytest.raises(DataError, match=r"1 of 2 rows of .* longer[\s\S]*:1: "):
         read(tmp_path, row, tokenizer=tokenizer, max_tokens=len(one.tokens))
 
 

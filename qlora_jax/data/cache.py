@@ -1,0 +1,215 @@
+"""Tokenized rows kept on disk, so that a run that goes on does not tokenize again.
+
+A file is kept by a digest of all that its rows follow from: the bytes of the data, the
+tokenizer, the chat template, the settings, and the sources of the modules that make them.
+It is one array of ids, one of weights, and what else a row has, with a digest of its own
+content: what is damaged is made again.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qlora_jax.data.config import DataConfig
+from qlora_jax.data.forming import Formed
+from qlora_jax.data.tokenize import Row
+from qlora_jax.text import Tokenizer
+from qlora_jax.text.folder import read_text
+
+logger = logging.getLogger(__name__)
+
+VARIABLE = "QLORA_JAX_DATA_CACHE"
+
+MAX_BYTES = 20 << 30
+"""Of the folder; files used longest ago go first."""
+
+MIN_SECONDS = 2.0
+"""Rows that were made faster are not kept."""
+
+_MAGIC = b"qlora_jax rows 1\n"
+_MAKERS = ("records", "forms", "forming", "tokenize", "cache")
+
+
+def cache_folder() -> Path | None:
+    """Returns the user's folder for rows; None where QLORA_JAX_DATA_CACHE says off.
+
+    Raises:
+      RuntimeError: there is no home folder.
+    """
+    named = os.environ.get(VARIABLE, "")
+    if named:
+        return None if named == "off" else Path(named).expanduser().absolute()
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    # As its specification has it, a relative path there counts as none.
+    base = Path(home) if os.path.isabs(home) else Path.home() / ".cache"
+    return base / "qlora_jax" / "rows"
+
+
+def digest_of(identity: Path | str, tokenizer: Tokenizer, config: DataConfig) -> str:
+    """Returns a name for the rows that these give.
+
+    Args:
+      identity: The file, or what stands for its content.
+      tokenizer: With the chat template that counts.
+      config: Whose settings after tokenizing (length, held-out rows) do not matter here.
+    """
+    parts: dict[str, Any] = {"tokenizer": tokenizer.identity}
+    if isinstance(identity, Path):
+        with identity.open("rb") as stream:
+            parts["data"] = hashlib.file_digest(stream, "blake2b").hexdigest()
+        parts["suffixes"] = identity.suffixes
+    else:
+        parts["data"] = identity
+    settings = dataclasses.asdict(config)
+    for after in ("max_tokens", "too_long", "eval_rows", "chat_template"):
+        del settings[after]
+    template = config.prompt_template
+    with contextlib.suppress(OSError, ValueError):
+        if template is not None and Path(template).expanduser().is_file():
+            settings["prompt_template"] = read_text(Path(template).expanduser())
+    parts["settings"] = settings
+    # Some templates write the date.
+    if any("strftime_now" in text for text in tokenizer.chat_templates.values()):
+        parts["date"] = datetime.date.today().isoformat()
+    parts["versions"] = {
+        name: metadata.version(name) for name in ("tokenizers", "jinja2")
+    }
+    parts["sources"] = _sources()
+    text = json.dumps(parts, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _sources() -> str:
+    digest = hashlib.blake2b()
+    here = Path(__file__).parent
+    files = [here / f"{name}.py" for name in _MAKERS]
+    for file in [*files, *sorted((here.parent / "text").glob("*.py"))]:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def write(folder: Path, name: str, formed: Formed) -> None:
+    """Keeps rows without problems; a folder that cannot be written to is named, no more."""
+    rows = formed.rows
+    answers = [row.answer.encode(errors="surrogatepass") for row in rows]
+    arrays = {
+        "lengths": np.array([len(row.tokens) for row in rows], np.int32),
+        "tokens": np.concatenate([row.tokens for row in rows]),
+        "weights": np.concatenate([row.weights for row in rows]),
+        "prompts": np.array([row.prompt for row in rows], np.int32),
+        "chat": np.array([row.chat for row in rows], np.uint8),
+        "places": np.array(formed.places, np.int64),
+        "answers": np.frombuffer(b"".join(answers), np.uint8),
+        "answer_lengths": np.array([len(answer) for answer in answers], np.int32),
+    }
+    head = {
+        "arrays": {key: [array.dtype.str, array.size] for key, array in arrays.items()},
+        "read": formed.read,
+        "lines": formed.lines,
+        **{key: dict(getattr(formed, key)) for key in ("forms", "unused", "unread")},
+    }
+    parts = [json.dumps(head).encode() + b"\n", *(a.tobytes() for a in arrays.values())]
+    digest = hashlib.blake2b()
+    for part in parts:
+        digest.update(part)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle, beside = tempfile.mkstemp(dir=folder, prefix="writing-")
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.writelines([_MAGIC, digest.digest(), *parts])
+            os.replace(beside, folder / name)
+        except BaseException:
+            os.unlink(beside)
+            raise
+        _make_room(folder, name)
+    except OSError as error:
+        logger.warning(
+            "tokenized rows are not kept, so the next run tokenizes again: %s. Name another "
+            "folder in %s, or let it say off",
+            error,
+            VARIABLE,
+        )
+
+
+def read(folder: Path, name: str) -> Formed | None:
+    """Returns kept rows; None where there are none, or they are damaged."""
+    path = folder / name
+    try:
+        data = path.read_bytes()
+        os.utime(path)
+    except OSError:
+        return None
+    start = len(_MAGIC) + hashlib.blake2b().digest_size
+    digest = hashlib.blake2b(memoryview(data)[start:]).digest()
+    if data[:start] != _MAGIC + digest:
+        logger.warning("%s is damaged; its rows are tokenized again", path)
+        return None
+    end = data.index(b"\n", start) + 1
+    head, at, arrays = json.loads(data[start:end]), end, {}
+    for key, (dtype, size) in head["arrays"].items():
+        arrays[key] = np.frombuffer(data, dtype, size, at)
+        at += arrays[key].nbytes
+    counts = {key: Counter(head[key]) for key in ("forms", "unused", "unread")}
+    return Formed(
+        _rows(arrays),
+        arrays["places"].tolist(),
+        head["read"],
+        **counts,
+        problems=[],
+        lines=head["lines"],
+    )
+
+
+def _rows(arrays: dict[str, np.ndarray]) -> list[Row]:
+    ends, answers = _ends(arrays["lengths"]), arrays["answers"].tobytes()
+    answer_ends = _ends(arrays["answer_lengths"])
+    tokens, weights = arrays["tokens"], arrays["weights"]
+    return [
+        Row(
+            tokens[start:end],
+            weights[start:end],
+            prompt,
+            answers[first:last].decode(errors="surrogatepass"),
+            chat=bool(chat),
+        )
+        for (start, end), prompt, (first, last), chat in zip(
+            ends, arrays["prompts"].tolist(), answer_ends, arrays["chat"], strict=True
+        )
+    ]
+
+
+def _ends(lengths: np.ndarray) -> Sequence[tuple[int, int]]:
+    ends = np.cumsum(lengths, dtype=np.int64)
+    return list(zip((ends - lengths).tolist(), ends.tolist(), strict=True))
+
+
+def _make_room(folder: Path, name: str) -> None:
+    """Removes the files used longest ago, and what was left half written a day ago."""
+    kept, now = [], time.time()
+    for path in folder.iterdir():
+        with contextlib.suppress(OSError):
+            status = path.stat()
+            if re.fullmatch("[0-9a-f]{32}", path.name):
+                kept.append((status.st_mtime, status.st_size, path))
+            elif path.name.startswith("writing-") and now - status.st_mtime > 86400:
+                path.unlink(missing_ok=True)
+    total = sum(size for _, size, _ in kept)
+    for _, size, path in sorted(kept):
+        if total > MAX_BYTES and path.name != name:
+            path.unlink(missing_ok=True)
+            total -= size

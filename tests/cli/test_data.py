@@ -1,0 +1,113 @@
+"""`qlora data`, and rows of several files in `qlora train`."""
+
+import json
+from pathlib import Path
+
+import command
+import pytest
+import tiny
+import tomli_w
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return tiny.write_folder(tmp_path / "base")
+
+
+def test_what_a_run_will_see(tmp_path: Path, base: Path, capsys):
+    rows = [{"input": "a" * i, "output": "b", "id": i} for i in range(1, 21)]
+    rows += [{"prompt": "a", "completion": "a long answer" * 9}]
+    one = tiny.write_jsonl(tmp_path / "one.jsonl", rows)
+    two = tiny.write_jsonl(tmp_path / "two.jsonl", [{"text": "once"}] * 10)
+    figures = command.call(
+        *(capsys, "data", "--model", base, "--data", one, f"{two}:0.5"),
+        *("--data.max-tokens", 24, "--data.too-long", "truncate", "--examples", 31),
+        *("--train.micro-batch", 2, "--train.grad-accum", 3),
+    )
+    table = figures.pop("table")
+    first, second = figures["sources"]
+    assert first["forms"] == {"pair": 20, "completion": 1}
+    assert (first["rows"], first["taken"], first["cut"]) == (21, 21, 1)
+    assert first["unused_fields"] == {"id": 20}
+    assert second["weight"] == 0.5 and "weight 0.5: 5 rows in an epoch" in table
+    lengths = [i + 3 for i in range(1, 21)] + [24] + [6] * 10
+    assert figures["tokens"] == sum(lengths) and figures["longest"] == 24
+    assert figures["tokens_that_train"] == 20 * 2 + 22 + 10 * 5
+    counts = [
+        sum(length <= 16 for length in lengths),
+        sum(length > 16 for length in lengths),
+    ]
+    assert figures["histogram"] == {"width": 16, "counts": counts}
+    assert figures["steps_per_epoch"] == 5 and figures["batch_lengths"] == {"24": 5}
+    assert 0 < figures["padding"] < 1
+    assert "1 of 21 rows over 24 tokens are cut" in table
+    assert table.count("that train are between ⟦ and ⟧") == 31
+    assert "<s>aaa⟦b</s>⟧\n" in table and "<s>⟦once</s>⟧\n" in table
+
+
+def test_what_a_run_would_refuse_is_shown_and_not_refused(tmp_path: Path, base, capsys):
+    rows = [{"input": "a", "output": "b" * 9}, {"input": "a" * 6, "output": "b"}]
+    data = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    given = (capsys, "data", "--model", base, "--data", data, "--data.max-tokens")
+    figures = command.call(*given, 9)
+    assert figures["sources"][0]["refused_for_length"] == 1
+    assert "1 of 2 rows over 9 tokens: a run refuses them" in figures["table"]
+    figures = command.call(*given, 7, "--data.too-long", "truncate")
+    assert figures["sources"][0]["nothing_to_learn"] == 1
+    figures = command.call(*given, 2)
+    assert figures["sources"][0]["taken"] == 0 and "tokens" not in figures
+
+
+def test_long_parts_are_shortened_and_colours_are_kept_from_files(
+    tmp_path: Path, base, capsys, monkeypatch
+):
+    data = tiny.write_jsonl(
+        tmp_path / "rows.jsonl", [{"input": "a" * 990, "output": "b"}]
+    )
+    given = (capsys, "data", "--model", base, "--data", data)
+    table = command.call(*given)["table"]
+    assert "[... 293 characters ...]" in table
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    table = command.call(*given)["table"]
+    assert "\x1b[32mb</s>\x1b[0m" in table and "⟦" not in table
+
+
+def test_rows_that_cannot_be_used_are_refused(tmp_path: Path, base, capsys):
+    data = tiny.write_jsonl(tmp_path / "rows.jsonl", [{"question": "a", "answer": "b"}])
+    given = (capsys, "data", "--model", base, "--data", data)
+    assert "--data.columns input=question output=answer" in command.refused(*given)
+    assert "--examples is -1" in command.refused(*given, "--examples", -1)
+    assert "is no file" in command.refused(
+        capsys, "data", "--model", base, "--data", "no.jsonl"
+    )
+
+
+def test_a_run_on_several_files_resumes_and_old_configs_open(
+    tmp_path: Path, base, capsys
+):
+    one = tiny.write_jsonl(tmp_path / "one.jsonl", tiny.sums(6))
+    two = tmp_path / "two.json"
+    two.write_text(json.dumps([{"q": "1+1=", "a": "2"}] * 4))
+    out = tmp_path / "run"
+    given = ["train", "--model", base, "--out", out, "--train.micro-batch", 2]
+    given += ["--train.grad-accum", 1, "--data", f"{two}:0.5", one]
+    columns = ["--data.columns", "input=q", "output=a"]
+    assert "has 'input', 'output', and not what --data.columns names: input=q" in (
+        command.refused(capsys, *given, *columns)
+    )
+    two.write_text(json.dumps([{"input": "1+1=", "output": "2"}] * 4))
+    weighted = command.refused(capsys, *given, "--eval-data", f"{one}:2")
+    assert "every row is evaluated once" in weighted
+    made = command.call(capsys, *given, "--eval-data", one, "--train.epochs", 1)
+    assert made["steps"] == 4 and made["rows"] == 10  # 2 of 4, and 6
+    stored = (out / "config.toml").read_text()
+    assert f'"{two}:0.5"' in stored and "eval_loss" in made
+    assert command.call(capsys, "train", "--resume", out)["steps"] == 4
+
+
+def test_one_file_as_older_runs_wrote_it(tmp_path: Path):
+    from qlora_jax.cli import options, train
+
+    (tmp_path / "c.toml").write_text(tomli_w.dumps({"data_file": "a.jsonl"}))
+    values = options.read_toml(tmp_path / "c.toml")
+    assert options.from_dict(train.Args, values, "c.toml").data_file == ("a.jsonl",)

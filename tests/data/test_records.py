@@ -1,0 +1,142 @@
+"""Files of rows: what each kind gives, and what is said of those that cannot be read."""
+
+import bz2
+import gzip
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_jax.data.problems import Problems
+from qlora_jax.data.records import kind_of, read_records, read_rows
+from qlora_jax.errors import DataError
+
+ROWS = [{"input": "ä", "output": "1"}, {"input": 'b, "c"\nd', "output": "2"}]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+TABLE = 'input,output\nä,1\n"b, ""c""\nd",2\n'
+
+
+def read(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    problems = Problems(str(path))
+    found = list(read_records(path, problems))
+    if problems:
+        problems.fail()
+    return found
+
+
+def zstd(data: bytes) -> bytes:
+    pyarrow = pytest.importorskip("pyarrow")
+    return pyarrow.compress(data, codec="zstd", asbytes=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind", "places"),
+    [
+        ("a.jsonl", LINES, "lines", [1, 2]),
+        ("a.json", LINES, "lines", [1, 2]),
+        ("a", "\n" + LINES.replace("\n", "\r\n\r\n"), "lines", [2, 4]),
+        ("a.jsonl", "\ufeff" + LINES, "lines", [1, 2]),
+        ("a.json", json.dumps(ROWS), "json", [1, 2]),
+        ("a.jsonl", json.dumps(ROWS, indent=2), "json", [1, 2]),
+        ("a.json", json.dumps({"version": 1, "data": ROWS}), "lines", [1, 2]),
+        ("a.json", json.dumps({"data": ROWS}, indent=1), "json", [1, 2]),
+        ("a.json", "\n".join(json.dumps(row, indent=1) for row in ROWS), "json", [1, 2]),
+        ("a.csv", TABLE, "csv", [2, 3]),
+        ("a.csv", "\ufeff" + TABLE.replace(",1", ";1").replace(",2", ";2")
+         .replace("input,", "input;"), "csv", [2, 3]),
+        ("a.tsv", TABLE.replace(",1", "\t1").replace(",2", "\t2")
+         .replace("input,", "input\t"), "csv", [2, 3]),
+    ],
+)  # fmt: skip
+def test_every_kind_gives_the_same_rows(tmp_path, name, content, kind, places):
+    path = tmp_path / name
+    path.write_bytes(content.encode())
+    assert kind_of(path) == kind
+    assert read(path) == list(zip(places, ROWS, strict=True))
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress, zstd])
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.jsonl", LINES), ("a.csv", TABLE)], ids=["lines", "csv"]
+)
+def test_packed_files_are_known_by_their_content(tmp_path, pack, name, content):
+    path = tmp_path / (name + ".gz")  # whatever the suffix says
+    path.write_bytes(pack(content.encode()))
+    assert [row for _, row in read(path)] == ROWS
+
+
+def test_parquet(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    from pyarrow import Table
+
+    path = tmp_path / "a.parquet"
+    nested = [{**row, "messages": [{"role": "user", "content": "a"}]} for row in ROWS]
+    parquet.write_table(Table.from_pylist(nested), path)
+    assert kind_of(path) == "parquet"
+    assert read(path) == list(enumerate(nested, 1))
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DataError, match="is no Parquet that can be read"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", LINES.encode() + '{"input": "caf\xe9"}'.encode("latin-1"),
+         r"a\.jsonl:3: is not UTF-8: byte 15 of the line is 0xe9; save"),
+        ("a.json", ('[{"input":\n"caf\xe9"}]').encode("latin-1"),
+         r"a\.json:2: is not UTF-8: byte 5 of the line is 0xe9"),
+        ("a.csv", "input,output\na,caf\xe9\n".encode("latin-1"), r"a\.csv:2: is not UTF-8"),
+        ("a.jsonl", LINES.encode("utf-16"), "is UTF-16; save it as UTF-8"),
+        ("a.json", b"[1, {]", r"a\.json has no rows|a\.json:1: is not JSON"),
+        ("a.json", b'[{"a": 1},\n{"b" 2}]', r"a\.json:2: is not JSON: .*\(column 6\)"),
+        ("a.json", b'[{"a": 1}, 3, "x", 4]', r"a\.json, row 2: is int.*\(2 rows\)"),
+        ("a.json", b'{"a": [{}], "b": [{}]}', "one object with several lists"),
+        ("a.txt", b"Once upon a time", "begins with 'Once upon a time', which is no JSON"),
+        ("a.txt", b"[Chapter 1]\n", r"begins with '\[Chapter 1\]"),
+        ("a.txt", b" \n", "has no rows: it is empty"),
+        ("a.csv", b"a,b\n1,2\n1\n1,2,3\n1\n", r"a\.csv:3: has 1 cells, expected 2.*\(2 rows\)"),
+        ("a.csv", b"a,b,a\n1,2,3\n", r"a\.csv:1: has \['a'\] twice"),
+        ("a.csv", b'a,b\n"1" 2,3\n', "is no table of text"),
+        ("a.xlsx", b"PK\x03\x04..", "a zip archive or a spreadsheet"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode() * 50)[:-20], "cannot be unpacked"),
+        ("a.jsonl.gz", b"\x1f\x8b\x08\x00no", "cannot be unpacked"),
+        ("a.jsonl.xz", lzma.compress(LINES.encode())[:-20], "cannot be unpacked"),
+        ("a.jsonl", b'{"a": ' + b"[" * 100_000, "is not JSON: nested too deeply"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_what_cannot_be_read_is_said(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read(path)
+
+
+def test_all_problems_come_at_once_by_kind(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\nno\n3\n{"a": 2}\nno\n{"b": 1}\n')
+
+    def parse(row: dict[str, Any]) -> int:
+        if "a" not in row:
+            raise DataError("has no 'a'")
+        return row["a"]
+
+    with pytest.raises(DataError) as caught:
+        read_rows(path, parse)
+    assert str(caught.value).splitlines()[1:] == [
+        f"  {path}:2: is not JSON: Expecting value (2 rows)",
+        f"  {path}:3: is int, expected an object",
+        f"  {path}:6: has no 'a'",
+    ]
+
+
+def test_packages_that_are_missing_are_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    for content in (b"PAR1....", b"\x28\xb5\x2f\xfd...."):
+        path = tmp_path / "a"
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="needs pyarrow; pip install pyarrow"):
+            read(path)
