@@ -155,6 +155,8 @@ def _lengths(console: Console, rows: list[Row]) -> dict[str, Any]:
     counts = np.bincount((lengths - 1) // width)
     figures["histogram"] = {"width": width, "counts": counts.tolist()}
     for i, count in enumerate(counts.tolist()):
+        if not counts[: i + 1].any():
+            continue
         bar = "█" * round(BAR * count / counts.max())
         console.print(f"  {i * width + 1:>7} to {(i + 1) * width:<7} {count:>8} {bar}")
     return figures

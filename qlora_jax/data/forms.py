@@ -8,12 +8,14 @@ A row's form is found by its keys; the first of this list that it has counts.
 | prompt template | --data.prompt-template, output | BOS, its prompt, bar, output, EOS |
 | messages | messages | the chat template; the assistant's turns |
 | sharegpt | conversations (from and value, or role and content) | the same |
-| preference | chosen, rejected, and prompt if it is apart | refused: no objective for it |
 | completion | prompt, completion (texts) | prompt, bar, completion, EOS |
 | completion | prompt, completion (messages) | the chat template; the completion's turns |
 | alpaca | instruction, input, system; output | BOS, Alpaca's prompt, bar, output, EOS |
 | pair | input, output | BOS, input, bar, output, EOS   (qlora.py) |
 | text | text | as the tokenizer has a text, EOS; all of it trains |
+
+Rows of preferences (`chosen`, `rejected`) and nothing of these are refused: they need another
+objective. The message says how to train on what was chosen.
 
 `context` and `response` stand for Alpaca's `input` and `output`, `conversation` for
 `conversations`. Rows of turns may have `system`, `tools`, `documents`,
@@ -102,6 +104,7 @@ _ANSWERING = (
     "target",
     "targets",
     "label",
+    "canonical_solution",
 )
 
 
@@ -162,8 +165,6 @@ class Former:
                 messages, read = _conversation(row, key)
                 made, used, unread = self._chat(messages, row)
                 return form, made, used | read, unread
-        if "chosen" in row and "rejected" in row:
-            raise DataError(_preference(row))
         if "prompt" in row and "completion" in row:
             return "completion", *self._completion(row)
         answer = _first(row, ("output", "response"))
@@ -445,11 +446,17 @@ def _first(row: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
 
 
 def _preference(row: Mapping[str, Any]) -> str:
-    chosen = row["chosen"]
-    if "prompt" in row:
-        way = "completion=chosen"
+    """Says how to learn the chosen answers of a row that has two."""
+    asked = next(
+        (key for key in ("instruction", "input", *_ASKING) if key in row), None
+    )
+    if asked in ("instruction", "input"):
+        way = "output=chosen"
+    elif asked is not None:
+        prompt = "" if asked == "prompt" else f"prompt={asked} "
+        way = f"{prompt}completion=chosen"
     else:
-        way = "text=chosen" if isinstance(chosen, str) else "messages=chosen"
+        way = "text=chosen" if isinstance(row["chosen"], str) else "messages=chosen"
     return (
         "is a preference row ('chosen' and 'rejected'), which needs another objective than "
         f"to learn texts; to train on what was chosen alone: --data.columns {way}"
@@ -458,6 +465,8 @@ def _preference(row: Mapping[str, Any]) -> str:
 
 def _unknown(row: Mapping[str, Any]) -> str:
     """Says what a row has, and the flag that may make it one of a known form."""
+    if "chosen" in row and "rejected" in row:
+        return _preference(row)
     text = f"has {_keys(row)}; expected {EXPECTED}"
     lower = {str(key).lower(): key for key in row}
     ask = next((lower[key] for key in ("input", *_ASKING) if key in lower), None)
@@ -470,7 +479,7 @@ def _unknown(row: Mapping[str, Any]) -> str:
     near = {
         name: lower[close[0]]
         for name in known
-        if (close := difflib.get_close_matches(name, lower, n=1, cutoff=0.75))
+        if (close := difflib.get_close_matches(name, lower, n=1, cutoff=0.8))
         and lower[close[0]] != name
     }
     if near:

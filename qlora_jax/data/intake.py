@@ -105,6 +105,7 @@ def read_dataset(
     )
     fitted, problems = [], []
     for intake in intakes:
+        logger.info("%s: %s", intake.problems.name, counted(intake.formed))
         try:
             fitted.append(_fit(intake, config))
         except DataError as error:
@@ -207,7 +208,6 @@ def _say(intake: Intake, tokenizer: Tokenizer) -> None:
     """Says once what of the rows does not reach the model, and what it will not learn."""
     name, formed = intake.problems.name, intake.formed
     rows = formed.rows
-    logger.info("%s: %s", name, counted(formed))
     if formed.unused:
         logger.warning(
             "%s: fields that nothing reads, so that the model does not see them: %s",

@@ -202,6 +202,8 @@ def test_settings_say_how_rows_are_read(row, config, wanted):
     [
         ({"input": "a", "output": "b", "id": 3, "note": None}, {}, {"id"}),
         ({"instruction": "a", "output": "b", "text": "ab"}, {}, {"text"}),
+        ({"instruction": "a", "output": "b", "chosen": "b", "rejected": "c"}, {},
+         {"chosen", "rejected"}),
         ({"messages": messages(*TURNS), "prompt": "a", "tags": []}, {}, {"prompt"}),
         ({"input": "a", "output": "b", "system": "s"}, {}, {"system"}),
         (
@@ -241,6 +243,11 @@ def test_fields_that_nothing_reads_are_named(row, config, unused):
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, {},
          "is a preference row.*--data.columns completion=chosen"),
         ({"chosen": "b", "rejected": "c"}, {}, "--data.columns text=chosen"),
+        ({"question": "a", "chosen": "b", "rejected": "c"}, {},
+         "--data.columns prompt=question completion=chosen"),
+        ({"instruction": "a", "chosen": "b", "rejected": "c"}, {}, "output=chosen"),
+        ({"prompt": "a", "canonical_solution": "b", "test": "c"}, {},
+         "--data.columns input=prompt output=canonical_solution"),
         ({"chosen": messages(*TURNS), "rejected": messages(*TURNS)}, {},
          "--data.columns messages=chosen"),
         ({"prompt": "a", "completion": messages(*TURNS)}, {}, "of which one is messages"),
