@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 
 import qlora_jax as qlora
-from qlora_jax.cli.options import QuantOptions, open_model
+from qlora_jax.cli.options import open_model
+from qlora_jax.run import QuantOptions
 
 ROOT = Path(__file__).parents[1]
 PROMPT = (

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 import qlora_jax as qlora
-from qlora_jax.cli.options import QuantOptions, open_model
+from qlora_jax.cli.options import open_model
+from qlora_jax.run import QuantOptions
 
 _TORCH = """
 import sys, numpy as np, torch

@@ -14,6 +14,7 @@ import qlora_jax
 # Each may import what stands below it and its own kind, never what stands above.
 LAYERS = (
     ("cli",),
+    ("run",),
     ("train", "generate", "evaluate"),
     ("io", "data"),
     ("text",),
@@ -22,6 +23,7 @@ LAYERS = (
     ("adapters", "models"),
     ("nn", "optim"),
     ("quant",),
+    ("toml",),
     ("errors",),
     ("pallas_kernels",),
 )

@@ -13,12 +13,12 @@ import tyro
 
 from qlora_jax.adapters.bank import BASE, AdapterBank
 from qlora_jax.cli import options
-from qlora_jax.cli.options import QuantOptions
 from qlora_jax.data import DataConfig, Dataset, check_ids, read_dataset
 from qlora_jax.errors import ConfigError, DataError
 from qlora_jax.evaluate import exact_match, perplexity, row_loss, row_losses
 from qlora_jax.evaluate.exact_match import Answer
 from qlora_jax.generate import decoded
+from qlora_jax.run import QuantOptions
 from qlora_jax.text.tokenizer import Tokenizer
 
 

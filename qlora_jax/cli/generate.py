@@ -8,10 +8,10 @@ from typing import Any
 
 from qlora_jax.adapters.bank import BASE, AdapterBank
 from qlora_jax.cli import options
-from qlora_jax.cli.options import QuantOptions
 from qlora_jax.data.prompts import Prompt, read_prompts
 from qlora_jax.errors import ConfigError, DataError
 from qlora_jax.generate import SampleConfig, decoded, generate
+from qlora_jax.run import QuantOptions, has_run, read_run
 from qlora_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -162,10 +162,8 @@ def _template(args: Args) -> str | None:
     """Returns the chat template that was asked for, or that the adapter's run had."""
     if args.data.chat_template is not None or args.adapter is None:
         return args.data.chat_template
-    path = Path(args.adapter) / "config.toml"
-    if not path.is_file():
-        return None
-    return options.read_toml(path).get("data", {}).get("chat_template")
+    run = Path(args.adapter)
+    return read_run(run).data.chat_template if has_run(run) else None
 
 
 def _ends(prompts: list[Prompt], tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -11,11 +11,11 @@ from flax import nnx
 from qlora_jax.adapters import Adapter, detach, merge, merge_corrected
 from qlora_jax.adapters.merge_report import merge_report
 from qlora_jax.cli import options
-from qlora_jax.cli.options import QuantOptions
 from qlora_jax.errors import ConfigError
 from qlora_jax.io.adapter import adapter_tokenizer, load_adapter, save_adapter
 from qlora_jax.io.hf import check_output, find, load, read_config, save_model
 from qlora_jax.quant import QuantConfig, Quantized
+from qlora_jax.run import QuantOptions
 
 REPORT = "merge_report.json"
 

@@ -1,18 +1,12 @@
-"""What subcommands share: quantization flags, loading a base with its adapter, TOML."""
+"""What subcommands share: parsing flags, loading a base with its adapter, tables."""
 
-import dataclasses
-import difflib
 import json
 import logging
 import sys
-import tomllib
-import types
-import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-import tomli_w
 import tyro
 
 from qlora_jax.adapters.bank import AdapterBank
@@ -26,77 +20,16 @@ from qlora_jax.errors import (
     gathered,
 )
 from qlora_jax.io.adapter import adapter_tokenizer, changed_base, load_adapter
-from qlora_jax.io.hf import Tables, find, load, outline, read_config, resolve_tables
+from qlora_jax.io.hf import find, load, outline, read_config
 from qlora_jax.io.peft import import_peft, is_peft
 from qlora_jax.io.read import read_adapter
-from qlora_jax.quant import QuantConfig, TableFormat
+from qlora_jax.quant import QuantConfig
+from qlora_jax.run import QuantOptions, has_run, read_run
 from qlora_jax.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class QuantOptions:
-    """How the base's weights are held."""
-
-    codebook: Literal["auto", "nf4", "fp4", "int4", "none"] = "auto"
-    """nf4, fp4 or int4 quantize a dense folder while it loads; none keeps it dense; auto
-    takes a 4-bit folder as it is, a dense one as the subcommand says."""
-
-    block_size: int = 64
-    """Elements that share one absmax; a power of two, 32 to 4096."""
-
-    double_quant: bool = True
-    """Keep absmax in 8 bits."""
-
-    embedding: TableFormat = "none"
-    """Of the embedding, and a tied head with it: 4bit is as the linears are held, int8 has
-    one scale a row; none leaves it as the folder has it, dense unless that is int8."""
-
-    head: TableFormat = "none"
-    """The same of an untied head."""
-
-    def tables(self, folder: Path) -> Tables:
-        """Returns how `load` will hold embedding and head.
-
-        Raises:
-          CheckpointError: the folder has them in int8, and they are to be 4-bit.
-        """
-        hf = read_config(folder)[0]
-        return resolve_tables(folder, hf, self.embedding, self.head)
-
-    def resolve(self, folder: Path, *, auto: QuantConfig | None) -> QuantConfig | None:
-        """Returns how to quantize a folder; None to take its weights as they are.
-
-        Args:
-          folder: Of the model.
-          auto: What 'auto' does with a dense folder.
-
-        Raises:
-          ConfigError: 'none' for a folder that is 4-bit.
-        """
-        stored = read_config(folder)[3]
-        if self.codebook == "auto":
-            return None if stored is not None else auto
-        if self.codebook == "none":
-            if stored is not None:
-                raise ConfigError(
-                    f"--quant.codebook none: {folder} holds 4-bit weights; give the "
-                    "original folder for a dense model"
-                )
-            return None
-        return self.config()
-
-    def config(self) -> QuantConfig:
-        """Returns the QuantConfig, of NF4 for 'auto'."""
-        codebook = "nf4" if self.codebook in ("auto", "none") else self.codebook
-        return QuantConfig(
-            codebook=codebook,
-            block_size=self.block_size,
-            double_quant=self.double_quant,
-        )
 
 
 def describe_quant(folder: Path, quant: QuantConfig | None) -> str:
@@ -193,10 +126,8 @@ def _open_base(
     folder = find_base(model, adapters[0] if len(adapters) == 1 else None)
     held: dict[str, QuantOptions] = {}
     for adapter in adapters:
-        path = Path(adapter) / "config.toml"
-        if path.is_file():
-            run = from_dict(QuantOptions, read_toml(path).get("quant", {}), str(path))
-            held[adapter] = run
+        if has_run(Path(adapter)):
+            held[adapter] = read_run(Path(adapter)).quant
     if quant == QuantOptions() and len(set(held.values())) > 1:
         ways = "; ".join(f"{adapter}: {run}" for adapter, run in held.items())
         raise ConfigError(
@@ -283,101 +214,3 @@ def parse(cls: type[T], args: list[str], prog: str, default: T | None = None) ->
     if default is None:
         return tyro.cli(cls, args=args, prog=prog, description=cls.__doc__)
     return tyro.cli(cls, args=args, prog=prog, description=cls.__doc__, default=default)
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """Reads a TOML file.
-
-    Raises:
-      ConfigError: there is no such file, or it is not TOML.
-    """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from None
-
-
-def write_toml(path: Path, config: Any) -> None:
-    """Writes a config dataclass; fields that are None are left out."""
-    path.write_text(tomli_w.dumps(_without_none(dataclasses.asdict(config))))
-
-
-def _without_none(value: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: _without_none(one) if isinstance(one, dict) else one
-        for key, one in value.items()
-        if one is not None
-    }
-
-
-def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
-    """Builds a config dataclass from nested dicts.
-
-    Raises:
-      ConfigError: unknown keys or values of a wrong type; all are named.
-    """
-    problems: list[str] = []
-    built = _build(cls, values, "", problems)
-    if problems:
-        raise ConfigError(gathered(f"{where} cannot be used", problems))
-    return built
-
-
-def _build(cls: Any, values: dict[str, Any], prefix: str, problems: list[str]) -> Any:
-    hints = typing.get_type_hints(cls)
-    known = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-    kwargs = {}
-    for key, value in values.items():
-        if known.get(key) == TableFormat and isinstance(value, bool):
-            value = (
-                "4bit" if value else "none"
-            )  # as runs wrote it before there was int8
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = (
-                f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
-            )
-            problems.append(f"{prefix}{key} is no known key{hint}")
-        elif dataclasses.is_dataclass(known[key]):
-            if isinstance(value, dict):
-                kwargs[key] = _build(known[key], value, f"{prefix}{key}.", problems)
-            else:
-                problems.append(f"{prefix}{key} is {value!r}, expected a table")
-        elif known[key] == tuple[str, ...] and isinstance(value, str):
-            kwargs[key] = (value,)  # as one was written when there was one
-        elif not _fits(value, known[key]):
-            problems.append(f"{prefix}{key} is {value!r}, expected {_name(known[key])}")
-        else:
-            kwargs[key] = tuple(value) if isinstance(value, list) else value
-    if problems:
-        return None
-    try:
-        return cls(**kwargs)
-    except ConfigError as error:
-        problems.append(str(error))
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return any(_fits(value, one) for one in typing.get_args(hint))
-    if typing.get_origin(hint) is Literal:
-        return value in typing.get_args(hint)
-    if typing.get_origin(hint) is tuple:
-        kind = typing.get_args(hint)[0]
-        return isinstance(value, list) and all(_fits(v, kind) for v in value)
-    if typing.get_origin(hint) is dict:
-        kind = typing.get_args(hint)[1]
-        return isinstance(value, dict) and all(_fits(v, kind) for v in value.values())
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _name(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return " or ".join(map(repr, typing.get_args(hint)))
-    return getattr(hint, "__name__", str(hint))

@@ -9,7 +9,6 @@ import tyro
 
 from qlora_jax.adapters.config import LoRAConfig
 from qlora_jax.cli import options
-from qlora_jax.cli.options import QuantOptions
 from qlora_jax.errors import ConfigError
 from qlora_jax.io.hf import find, read_config
 from qlora_jax.memory import Memory, Platform, Setup
@@ -23,6 +22,7 @@ from qlora_jax.plan import (
     said,
 )
 from qlora_jax.quant import QuantConfig
+from qlora_jax.run import QuantOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

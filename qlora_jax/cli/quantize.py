@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax.cli import options
-from qlora_jax.cli.options import QuantOptions
 from qlora_jax.errors import ConfigError
 from qlora_jax.io.hf import check_output, find, load, read_config, save_model
+from qlora_jax.run import QuantOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

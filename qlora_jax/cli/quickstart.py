@@ -14,15 +14,14 @@ import jax
 
 from qlora_jax.adapters import LoRAConfig, attach
 from qlora_jax.cli import options
-from qlora_jax.cli.options import QuantOptions
 from qlora_jax.cli.progress import TrainProgress
-from qlora_jax.cli.train import CONFIG, sizes
-from qlora_jax.cli.train import Args as TrainArgs
+from qlora_jax.cli.train import sizes
 from qlora_jax.data import DataConfig, read_dataset
 from qlora_jax.evaluate import exact_match
 from qlora_jax.evaluate.exact_match import Answer
 from qlora_jax.io.hf import check_output, load, save_model
 from qlora_jax.quant import QuantConfig
+from qlora_jax.run import QuantOptions, RunConfig, has_run, write_run
 from qlora_jax.train.config import TrainConfig
 from qlora_jax.train.loop import Trainer
 from qlora_jax.train.report import write_report
@@ -79,7 +78,7 @@ def run(args: Args) -> dict[str, Any]:
     """Runs; returns the figures."""
     assets = Path(str(importlib.resources.files("qlora_jax") / "assets"))
     out = args.out
-    if args.overwrite and (out / CONFIG).exists():
+    if args.overwrite and has_run(out):
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
     else:
         check_output(out, args.overwrite)
@@ -113,7 +112,7 @@ def run(args: Args) -> dict[str, Any]:
 
     with stage(f"4. Fine-tune the adapter, {train.max_steps} steps"), progress:
         out.mkdir(parents=True, exist_ok=True)
-        options.write_toml(out / CONFIG, _as_of_train(assets, out, train))
+        write_run(out, _as_of_train(assets, out, train))
         fitted = trainer.fit()
 
     with stage("5. Ask again"):
@@ -133,13 +132,12 @@ def run(args: Args) -> dict[str, Any]:
     return figures
 
 
-def _as_of_train(assets: Path, out: Path, train: TrainConfig) -> TrainArgs:
-    """Returns the flags of `qlora train` for the same run."""
-    return TrainArgs(
+def _as_of_train(assets: Path, out: Path, train: TrainConfig) -> RunConfig:
+    """Returns what `qlora train` would call the same run."""
+    return RunConfig(
         model=str(out / "base-nf4"),
         data_file=(str(assets / "train.jsonl"),),
         eval_file=(str(assets / "test.jsonl"),),
-        out=str(out),
         lora=LORA,
         train=train,
         data=DATA,

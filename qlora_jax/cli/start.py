@@ -12,12 +12,11 @@ from qlora_jax.adapters.attach import attach_zero, detach
 from qlora_jax.adapters.compensate import describe, input_moments, overall
 from qlora_jax.adapters.compensate import start as started
 from qlora_jax.adapters.config import LoRAConfig
-from qlora_jax.cli import options
-from qlora_jax.cli.options import QuantOptions
 from qlora_jax.data import DataConfig, Dataset
 from qlora_jax.errors import CheckpointError, ConfigError, OutputExistsError, gathered
 from qlora_jax.io.adapter import BASE
 from qlora_jax.io.hf import original_kernels, read_config, save_model
+from qlora_jax.run import QuantOptions, has_run, read_run
 from qlora_jax.train.config import TrainConfig
 
 CALIBRATION_TOKENS = 16384
@@ -97,10 +96,7 @@ def check_own_base(
 
 def _made_one(out: Path) -> bool:
     """Whether the run in a folder made a base of its own, which a new one replaces."""
-    config = out / "config.toml"
-    if not config.is_file():
-        return False
-    return options.read_toml(config).get("lora", {}).get("init") == "pissa"
+    return has_run(out) and read_run(out).lora.init == "pissa"
 
 
 def save_base(model: Any, out: Path, source: Path) -> None:

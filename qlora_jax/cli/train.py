@@ -4,17 +4,15 @@ import dataclasses
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import tyro
 
 from qlora_jax.adapters.attach import attach_zero
-from qlora_jax.adapters.config import LoRAConfig
 from qlora_jax.cli import options, start
-from qlora_jax.cli.options import QuantOptions
 from qlora_jax.cli.progress import RowsProgress, TrainProgress
-from qlora_jax.data import DataConfig, Dataset, check_ids, read_dataset
+from qlora_jax.data import Dataset, check_ids, read_dataset
 from qlora_jax.data.dataset import padded_length
 from qlora_jax.data.sources import parse_sources
 from qlora_jax.errors import ConfigError, DataError
@@ -29,29 +27,16 @@ from qlora_jax.io.tokens import add_tokens
 from qlora_jax.memory import Platform, Setup, available_host_bytes, estimate
 from qlora_jax.plan import flags_of, parse_bytes, plan_memory, said
 from qlora_jax.quant import QuantConfig
+from qlora_jax.run import RunConfig, has_run, read_run, write_run
 from qlora_jax.text import Tokenizer
-from qlora_jax.train.config import TrainConfig
+from qlora_jax.toml import from_dict, read_toml
 from qlora_jax.train.loop import Trainer
 from qlora_jax.train.report import write_report
 
-CONFIG = "config.toml"
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Args:
+class Args(RunConfig):
     """Fine-tune an adapter on a 4-bit base (a dense folder is quantized as it loads)."""
-
-    model: str | None = None
-    """Hugging Face folder or hub id."""
-
-    data_file: Annotated[tuple[str, ...], tyro.conf.arg(name="data")] = ()
-    """Rows to train on: files (JSON lines, JSON, CSV, TSV, Parquet, packed or not), folders
-    or ids of datasets, with a split (owner/name:train) and a weight (b.parquet:0.3 takes
-    other 30 % of its rows in each epoch). `qlora data` shows what a run will see of them."""
-
-    eval_file: Annotated[tuple[str, ...], tyro.conf.arg(name="eval-data")] = ()
-    """Rows for the eval loss, given alike; without them, --data.eval-rows of the training
-    rows."""
 
     out: str | None = None
     """The run folder: config, metrics, checkpoints, adapter, report."""
@@ -59,32 +44,20 @@ class Args:
     resume: str | None = None
     """Continue this run folder exactly; no other flag goes with it."""
 
-    original: str | None = None
-    """Dense folder behind a 4-bit --model, for another --lora.init than zero."""
-
     config: str | None = None
     """TOML file whose values replace the defaults; flags replace both."""
-
-    memory: str | None = None
-    """Device memory to keep to (24GiB); without it what a GPU reports. A run that needs more
-    is refused, with settings that would fit. --train.micro-batch auto takes the fastest,
-    --train.offload auto keeps on the host what of the optimizer state does not fit."""
 
     auto: tyro.conf.Suppress[tuple[str, ...]] = ()
     """Of --train.micro-batch and --train.offload those that are auto."""
 
-    add_tokens: tuple[str, ...] = ()
-    """Texts that become one token each. Their rows of embedding and head train with the
-    adapter, which keeps them and its tokenizer; --lora.modules-to-save embed_tokens,lm_head
-    trains whole tables instead."""
-
     overwrite: bool = False
     """Start anew in a run folder, replacing that run."""
 
-    lora: LoRAConfig = LoRAConfig()
-    train: TrainConfig = TrainConfig()
-    data: DataConfig = DataConfig()
-    quant: QuantOptions = QuantOptions()
+    @property
+    def run(self) -> RunConfig:
+        """The settings that are the run's, wherever it is called from."""
+        names = [field.name for field in dataclasses.fields(RunConfig)]
+        return RunConfig(**{name: getattr(self, name) for name in names}).anywhere()
 
 
 def parse(args: list[str], prog: str) -> Args:
@@ -97,8 +70,7 @@ def parse(args: list[str], prog: str) -> Args:
             path = arg.partition("=")[2]
         else:
             continue
-        values = options.read_toml(Path(path))
-        default = options.from_dict(Args, values, path)
+        default = from_dict(Args, read_toml(Path(path)), path)
     rest, auto = _without_auto(args)
     parsed = options.parse(Args, rest, prog, default)
     return dataclasses.replace(parsed, auto=auto) if auto else parsed
@@ -129,15 +101,12 @@ def run(args: Args) -> dict[str, Any]:
                 "--resume continues a run with its own config; no other flag goes with it"
             )
         out = Path(args.resume)
-        values = options.read_toml(out / CONFIG)
-        return train(
-            options.from_dict(Args, values, str(out / CONFIG)), out, resume=True
-        )
+        return train(Args(**vars(read_run(out))), out, resume=True)
     given = {"--model": args.model, "--data": args.data_file, "--out": args.out}
     if missing := [flag for flag, value in given.items() if not value]:
         raise ConfigError(f"{', '.join(missing)} missing; or give --resume RUN")
     out = Path(str(args.out))
-    if not (args.overwrite and (out / CONFIG).exists()):
+    if not (args.overwrite and has_run(out)):
         check_output(out, args.overwrite)
     return train(args, out, resume=False)
 
@@ -217,7 +186,7 @@ def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
             out.mkdir(parents=True, exist_ok=True)
             if pissa:
                 start.save_base(model, out, folder)
-            options.write_toml(out / CONFIG, _stored(asked))
+            write_run(out, asked.run)
         figures = trainer.fit(resume=resume)
     figures = {
         "out": str(out),
@@ -355,35 +324,6 @@ def _memory_limit(args: Args) -> int | None:
         return parse_bytes(args.memory)
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("bytes_limit") if jax.default_backend() == "gpu" else None
-
-
-def _stored(args: Args) -> Args:
-    """What reproduces the run from any folder, but not how its own came to be."""
-
-    def absolute(path: str | None) -> str | None:
-        try:
-            there = path is not None and Path(path).exists()
-        except (OSError, ValueError):  # no path, but a template's text
-            there = False
-        return str(Path(str(path)).resolve()) if there else path
-
-    data = dataclasses.replace(
-        args.data,
-        chat_template=absolute(args.data.chat_template),
-        prompt_template=absolute(args.data.prompt_template),
-    )
-    return dataclasses.replace(
-        args,
-        data=data,
-        model=absolute(args.model),
-        data_file=tuple(map(str, parse_sources(args.data_file))),
-        eval_file=tuple(
-            map(str, parse_sources(args.eval_file) if args.eval_file else ())
-        ),
-        original=absolute(args.original),
-        config=None,
-        overwrite=False,
-    )
 
 
 def sizes(trainer: Trainer) -> dict[str, int]:

@@ -63,7 +63,7 @@ def write_report(run: Path, figures: dict[str, Any]) -> Path:
         f"<tr><td>{html.escape(key)}</td><td>{html.escape(json.dumps(value))}</td></tr>"
         for key, value in figures.items()
     )
-    config = html.escape((run / "config.toml").read_text())
+    config = html.escape((run / "config.toml").read_text(encoding="utf-8"))
     page = (
         '<!doctype html><meta charset="utf-8"><title>qlora run</title>'
         "<style>body{font:15px/1.5 system-ui;max-width:52rem;margin:2rem auto;padding:0 1rem}"

@@ -6,7 +6,6 @@ from pathlib import Path
 import command
 import pytest
 import tiny
-import tomli_w
 
 
 @pytest.fixture
@@ -103,11 +102,3 @@ def test_a_run_on_several_files_resumes_and_old_configs_open(
     stored = (out / "config.toml").read_text()
     assert f'"{two}:0.5"' in stored and "eval_loss" in made
     assert command.call(capsys, "train", "--resume", out)["steps"] == 4
-
-
-def test_one_file_as_older_runs_wrote_it(tmp_path: Path):
-    from qlora_jax.cli import options, train
-
-    (tmp_path / "c.toml").write_text(tomli_w.dumps({"data_file": "a.jsonl"}))
-    values = options.read_toml(tmp_path / "c.toml")
-    assert options.from_dict(train.Args, values, "c.toml").data_file == ("a.jsonl",)
