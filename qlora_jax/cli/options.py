@@ -146,6 +146,16 @@ def open_model(
     return base, tokenizer, said
 
 
+def run_template(chosen: str | None, adapter: str | None) -> str | None:
+    """Returns the chat template that was asked for, or that the adapter's run had."""
+    if chosen is not None or adapter is None:
+        return chosen
+    path = Path(adapter) / "config.toml"
+    if not path.is_file():
+        return None
+    return read_toml(path).get("data", {}).get("chat_template")
+
+
 def open_bank(
     model: str, adapters: Sequence[str], quant: QuantOptions, dtype: str
 ) -> tuple[AdapterBank, Tokenizer | None, dict[str, Any]]:
