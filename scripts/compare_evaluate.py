@@ -171,12 +171,11 @@ def compare_choices(mine: dict, theirs: list[list[float]], answers: list[int]) -
         for o, s in zip(theirs, sizes, strict=True)
     ]
     best_norm = [norm.index(max(norm)) for norm in norms]
-    share = lambda found: (
-        sum(  # noqa: E731
-            a == b for a, b in zip(found, answers, strict=True)
-        )
-        / len(answers)
-    )
+
+    def share(found: list[int]) -> float:
+        right = [a == b for a, b in zip(found, answers, strict=True)]
+        return sum(right) / len(right)
+
     chosen = [line["choices"].index(line["chosen"]) for line in lines]
     return {
         "accuracy": mine["figures"]["accuracy"],
@@ -195,9 +194,7 @@ def compare_answers(mine: dict, theirs: list[dict]) -> dict[str, Any]:
     for line, other in zip(mine["lines"], theirs, strict=True):
         a, b = line["given"], other["text"]
         if a != b:
-            at = next(
-                (i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b))
-            )  # noqa: B905
+            at = len(os.path.commonprefix([a, b]))
             step = next((n for n, end in enumerate(other["ends"]) if end > at), -1)
             gaps.append(other["gaps"][step])
     figures = mine["figures"]
