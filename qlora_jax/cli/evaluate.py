@@ -259,7 +259,7 @@ def _by_adapter(
         names = [name or BASE for name in chosen]
         for name in dict.fromkeys(names):
             each[name] = result.figures([i for i, n in enumerate(names) if n == name])
-        pairs = zip(names, result.lines, strict=True)
+        pairs = zip(names, result.lines, strict=False)  # none where only losses are
         return each, [{"adapter": name, **line} for name, line in pairs]
     lines = []
     for name, model in models.items():

@@ -153,7 +153,13 @@ def ask(
         kept.append(i)
         items += made
     if empty:
-        raise DataError(gathered("choices that add no token to their prompt", empty))
+        raise DataError(
+            gathered(
+                "choices that add no token to their prompt cannot be scored; give each a "
+                "text",
+                empty,
+            )
+        )
     if long and (config.too_long == "error" or endless or not kept):
         raise DataError(
             gathered(
