@@ -10,8 +10,8 @@ from qlora_jax.adapters.bank import BASE, AdapterBank
 from qlora_jax.cli import options
 from qlora_jax.data.prompts import Prompt, read_prompts
 from qlora_jax.errors import ConfigError, DataError
-from qlora_jax.generate import SampleConfig, decoded, generate
-from qlora_jax.run import QuantOptions, has_run, read_run
+from qlora_jax.generate import SampleConfig, Stop, decoded, generate
+from qlora_jax.run import QuantOptions
 from qlora_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,8 @@ class Args:
     data: PromptOptions = PromptOptions()
 
     stop: tuple[str, ...] = ()
-    """Texts that end an answer; they and what follows them are left out."""
+    """Texts that end an answer; they and what follows them are left out. Decoding ends as
+    soon as every row of a batch has one, or its EOS."""
 
     max_new_tokens: int = 128
     """Most tokens to add."""
@@ -137,7 +138,8 @@ def run(args: Args) -> dict[str, Any]:
         raise DataError(
             f"{args.model} has no tokenizer.json, so prompts cannot be read"
         )
-    if (template := _template(args)) is not None:
+    template = options.run_template(args.data.chat_template, args.adapter)
+    if template is not None:
         tokenizer = tokenizer.with_chat_template(template)
     if args.prompts is not None:
         prompts = read_prompts(args.prompts, tokenizer, chat=args.chat, adapters=names)
@@ -150,31 +152,18 @@ def run(args: Args) -> dict[str, Any]:
         raise DataError(f"--prompt {error}") from None
     if args.adapters:
         model = model.route(args.route)
-    ends = _ends(prompts, tokenizer)
-    new = generate(model, [p.tokens for p in prompts], config, eos_ids=ends)
-    texts = [_cut(tokenizer.decode(ids), args.stop) for ids in new]
+    stop = _stop(args, prompts, tokenizer)
+    new = generate(model, [p.tokens for p in prompts], config, stop=stop)
+    texts = [stop.cut(tokenizer.decode(ids)) for ids in new]
     for prompt, text in zip(args.prompt, texts, strict=True):
         print(f"{prompt}{text}\n")
     return {**said, "texts": texts, "new_tokens": [len(ids) for ids in new]}
 
 
-def _template(args: Args) -> str | None:
-    """Returns the chat template that was asked for, or that the adapter's run had."""
-    if args.data.chat_template is not None or args.adapter is None:
-        return args.data.chat_template
-    run = Path(args.adapter)
-    return read_run(run).data.chat_template if has_run(run) else None
-
-
-def _ends(prompts: list[Prompt], tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Returns the ids that end an answer: in a chat, what ends its turns too."""
+def _stop(args: Args, prompts: list[Prompt], tokenizer: Tokenizer) -> Stop:
+    """Returns what ends an answer: in a chat, what ends its turns too."""
     chat = any(prompt.chat for prompt in prompts)
-    return tokenizer.stop_ids if chat else tokenizer.eos_ids
-
-
-def _cut(text: str, stops: tuple[str, ...]) -> str:
-    """Returns a text up to the first of the stops."""
-    return text[: min([at for s in stops if (at := text.find(s)) >= 0] or [len(text)])]
+    return Stop.of(tokenizer, args.stop, chat=chat)
 
 
 def _write(
@@ -186,7 +175,7 @@ def _write(
 ) -> int:
     """Writes each batch's rows as they are done; returns the number of new tokens."""
     assert args.out is not None
-    total, size, ends = 0, args.batch_size, _ends(prompts, tokenizer)
+    total, size, stop = 0, args.batch_size, _stop(args, prompts, tokenizer)
     model = decoded(model)  # once for all batches
     with args.out.open("x", encoding="utf-8") as stream:
         for start in range(0, len(prompts), size):
@@ -200,10 +189,10 @@ def _write(
                 routed,
                 [prompt.tokens for prompt in full],
                 dataclasses.replace(config, seed=config.seed + start // size),
-                eos_ids=ends,
+                stop=stop,
             )
             for prompt, ids in zip(some, new, strict=False):
-                completion = _cut(tokenizer.decode(ids), args.stop)
+                completion = stop.cut(tokenizer.decode(ids))
                 row = {**prompt.row, "completion": completion}
                 stream.write(json.dumps(row, ensure_ascii=False) + "\n")
                 total += len(ids)

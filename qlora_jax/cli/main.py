@@ -13,7 +13,7 @@ COMMANDS = {
     "plan": "what a run needs of memory, and settings that fit",
     "data": "what a run will see of its rows",
     "train": "fine-tune an adapter",
-    "evaluate": "perplexity of a text, or loss and exact match of rows",
+    "evaluate": "perplexity of a text; loss, exact match or choices of rows",
     "generate": "continue prompts",
     "merge": "fold an adapter into a dense model folder",
     "combine": "several adapters as one",

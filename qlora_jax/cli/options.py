@@ -83,6 +83,14 @@ def open_model(
     return base, tokenizer, said
 
 
+def run_template(chosen: str | None, adapter: str | None) -> str | None:
+    """Returns the chat template that was asked for, or that the adapter's run had."""
+    if chosen is not None or adapter is None:
+        return chosen
+    run = Path(adapter)
+    return read_run(run).data.chat_template if has_run(run) else None
+
+
 def open_bank(
     model: str, adapters: Sequence[str], quant: QuantOptions, dtype: str
 ) -> tuple[AdapterBank, Tokenizer | None, dict[str, Any]]:

@@ -128,20 +128,10 @@ class Former:
           DataError: it has none of the known forms, or a value that does not fit.
         """
         given = {key for key, value in row.items() if value not in (None, "", [])}
-        row = self._renamed(row)
+        row = renamed(row, self.config)
         form, made, used, unread = self._formed(row)
-        renamed = self.config.renamed
-        used = {renamed.get(key, key) for key in used}
+        used = {self.config.renamed.get(key, key) for key in used}
         return Formed(form, made, frozenset(given - used), frozenset(unread))
-
-    def _renamed(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        renamed = self.config.renamed
-        if absent := [f"{to}={key}" for to, key in renamed.items() if key not in row]:
-            raise DataError(
-                f"has {_keys(row)}, and not what --data.columns names: {', '.join(absent)}"
-            )
-        kept = {k: v for k, v in row.items() if k not in renamed.values()}
-        return {**kept, **{to: row[key] for to, key in renamed.items()}}
 
     def _formed(
         self, row: dict[str, Any]
@@ -313,6 +303,21 @@ class PromptTemplate:
             raise DataError(
                 f"--data.prompt-template refuses the row: {error}"
             ) from None
+
+
+def renamed(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
+    """Returns a row whose fields have the names that are known here (--data.columns).
+
+    Raises:
+      DataError: it lacks one of the fields.
+    """
+    names = config.renamed
+    if absent := [f"{to}={key}" for to, key in names.items() if key not in row]:
+        raise DataError(
+            f"has {_keys(row)}, and not what --data.columns names: {', '.join(absent)}"
+        )
+    kept = {key: value for key, value in row.items() if key not in names.values()}
+    return {**kept, **{to: row[key] for to, key in names.items()}}
 
 
 def text_of(row: Mapping[str, Any], key: str) -> str:

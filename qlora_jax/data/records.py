@@ -90,18 +90,17 @@ def kind_of(path: Path) -> Kind:
             raise DataError(f"{path} is {what}")
     if _suffix(path) in (".csv", ".tsv"):
         return "csv"
+    named = _suffix(path) in (".jsonl", ".ndjson")
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if text.startswith(b"["):
-        # Prose may begin so too: "[Chapter 1]".
-        inner = text[1:].lstrip()[:1]
-        return "json" if inner in (b"{", b"[", b"]", b'"') else "prose"
-    if not text.startswith(b"{"):
-        return "lines" if _suffix(path) in (".jsonl", ".ndjson") else "prose"
+    # Prose may begin so too: "[Enter Hamlet]", "{sic}".
+    if text.startswith(b"[") and text[1:].lstrip()[:1] in (b"{", b"[", b"]", b'"'):
+        return "json"
+    if not (text.startswith(b"{") and text[1:].lstrip()[:1] in (b'"', b"}")):
+        return "lines" if named else "prose"
     line, broken, _ = text.partition(b"\n")
     # An object that goes on below its first line is laid out for people.
-    if broken and not line.rstrip().rstrip(b",").endswith(b"}"):
-        return "lines" if _suffix(path) in (".jsonl", ".ndjson") else "json"
-    return "lines"
+    laid_out = broken and not line.rstrip().rstrip(b",").endswith(b"}")
+    return "json" if laid_out and (not named or line.strip() == b"{") else "lines"
 
 
 def _suffix(path: Path) -> str:

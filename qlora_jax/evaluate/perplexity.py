@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,56 @@ from flax import nnx
 
 from qlora_jax.adapters.bank import BASE, AdapterBank
 from qlora_jax.data import Dataset
+from qlora_jax.data.dataset import Row
 from qlora_jax.errors import ConfigError, DataError
+from qlora_jax.evaluate.statistics import Mean, ratio_of
 from qlora_jax.generate import decoded
+from qlora_jax.generate.context import say_beyond_context
 from qlora_jax.nn.multi_lora import Slots
-from qlora_jax.train.step import next_token_loss, token_loss
+from qlora_jax.train.step import token_loss
+
+
+class Losses(NamedTuple):
+    """The losses of rows or windows.
+
+    Attributes:
+      sums: float64 (rows,), -log p of a row's tokens that count, in nats.
+      counts: float64 (rows,), how many those are.
+    """
+
+    sums: np.ndarray
+    counts: np.ndarray
+
+    @property
+    def loss(self) -> Mean:
+        """Mean loss a token, with its standard error over rows."""
+        return ratio_of(self.sums, self.counts)
+
+    @property
+    def perplexity(self) -> Mean:
+        """Exp of the mean loss; its error is the loss's, to first order."""
+        value, error = self.loss
+        ratio = math.exp(value)
+        return Mean(ratio, None if error is None else ratio * error)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that count."""
+        return int(self.counts.sum())
+
+    def figures(self) -> dict[str, Any]:
+        """Returns what `qlora evaluate` says of them."""
+        return {
+            "loss": self.loss.value,
+            "loss_stderr": self.loss.stderr,
+            "perplexity": self.perplexity.value,
+            "perplexity_stderr": self.perplexity.stderr,
+            "tokens": self.tokens,
+        }
+
+    def of(self, picked: Sequence[int]) -> "Losses":
+        """Returns those of some rows."""
+        return Losses(self.sums[[*picked]], self.counts[[*picked]])
 
 
 def perplexity(
@@ -28,9 +74,26 @@ def perplexity(
 ) -> tuple[float, int]:
     """Returns exp of the mean loss a token, and the tokens it is over.
 
-    The text is cut into windows that do not overlap; each gets a BOS in front, where
-    there is one, and all its own tokens are predicted from it. Without a BOS the first
-    token of each window is only read.
+    As `window_losses`, whose arguments and errors it has.
+    """
+    losses = window_losses(
+        model, tokens, window=window, bos_id=bos_id, batch_size=batch_size
+    )
+    return losses.perplexity.value, losses.tokens
+
+
+def window_losses(
+    model: Any,
+    tokens: Sequence[int],
+    *,
+    window: int,
+    bos_id: int | None = None,
+    batch_size: int = 8,
+) -> Losses:
+    """Returns the loss of each window of a text.
+
+    The windows do not overlap; each gets a BOS in front, where there is one, and all its own
+    tokens are predicted from it. Without a BOS the first token of each window is only read.
 
     Args:
       model: A Decoder, with or without an adapter.
@@ -46,74 +109,60 @@ def perplexity(
     for name, value in (("window", window), ("batch-size", batch_size)):
         if value < 1:
             raise ConfigError(f"--{name} is {value}, expected at least 1")
-    rows = [list(tokens[i : i + window]) for i in range(0, len(tokens), window)]
+    pieces = [list(tokens[i : i + window]) for i in range(0, len(tokens), window)]
     if bos_id is not None:
-        rows = [[bos_id, *row] for row in rows]
-    rows = [row for row in rows if len(row) > 1]
-    if not rows:
+        pieces = [[bos_id, *piece] for piece in pieces]
+    pieces = [piece for piece in pieces if len(piece) > 1]
+    if not pieces:
         raise DataError("the text has no token to predict; it is empty or too short")
-    width = max(map(len, rows))
-    graphdef, state = nnx.split(decoded(model))
-    total, count = 0.0, 0
-    for start in range(0, len(rows), batch_size):
-        batch = {
-            "tokens": np.zeros((batch_size, width), np.int32),
-            "weights": np.zeros((batch_size, width), np.float32),
-        }
-        for i, row in enumerate(rows[start : start + batch_size]):
-            batch["tokens"][i, : len(row)] = row
-            batch["weights"][i, 1 : len(row)] = 1
-        total += float(_loss(graphdef, state, batch))
-        count += int(batch["weights"].sum())
-    return math.exp(total / count), count
+    # All of one length, the last one's too, so that one program does.
+    longest = max(map(len, pieces))
+    rows = []
+    for piece in pieces:
+        ids, weights = np.zeros(longest, np.int32), np.zeros(longest, np.float32)
+        ids[: len(piece)], weights[1 : len(piece)] = piece, 1
+        rows.append(Row(ids, weights, 1, ""))
+    return row_losses(model, Dataset(rows, longest), batch_size)
 
 
 def row_loss(model: Any, dataset: Dataset, batch_size: int = 8) -> tuple[float, int]:
     """Returns the mean loss a trained token over all rows, and how many those are."""
-    graphdef, state = nnx.split(decoded(model))
-    total, count = 0.0, 0
-    for batch in dataset.in_order(batch_size):
-        total += float(_loss(graphdef, state, batch))
-        count += int(batch["weights"][:, 1:].sum())
-    return total / count, count
+    losses = row_losses(model, dataset, batch_size)
+    return losses.loss.value, losses.tokens
 
 
-def row_losses(
-    bank: AdapterBank, dataset: Dataset, batch_size: int = 8
-) -> dict[str, tuple[float, int]]:
-    """Returns the mean loss a trained token of the rows of each adapter.
+def row_losses(model: Any, dataset: Dataset, batch_size: int = 8) -> Losses:
+    """Returns the loss of each row, in the dataset's order.
 
     Args:
-      bank: Of adapters.
-      dataset: Rows, whose `adapter` says which they take (None: the base). A batch mixes
-        them as they come by length.
+      model: A Decoder, with or without an adapter; or an AdapterBank, of which each row
+        takes the adapter that it names (None: the base).
+      dataset: Rows; a batch mixes them as they come by length.
       batch_size: Rows at once.
-
-    Returns:
-      {adapter, or 'base': (mean loss in nats, trained tokens)} of those that have rows.
 
     Raises:
       ConfigError: a row names an adapter that is not in the bank.
     """
-    bank = decoded(bank)
-    sums: dict[str, np.ndarray] = {}
-    for rows in dataset.by_length(batch_size):
-        batch = dataset.pad(rows, batch_size)
-        names = [row.adapter or BASE for row in rows]
-        routed = bank.route(names + [BASE] * (batch_size - len(rows)))
+    model, rows = decoded(model), dataset.rows
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
+    sums, counts = np.zeros(len(rows)), np.zeros(len(rows))
+    longest = len(rows[order[-1]].tokens)
+    one = model.base if isinstance(model, AdapterBank) else model
+    say_beyond_context(one.config, longest, "rows")
+    for start in range(0, len(order), batch_size):
+        picked = order[start : start + batch_size]
+        batch = dataset.pad([rows[i] for i in picked], batch_size)
+        routed = model
+        if isinstance(model, AdapterBank):
+            names = [rows[i].adapter or BASE for i in picked]
+            routed = model.route(names + [BASE] * (batch_size - len(picked)))
         losses = np.asarray(_losses(*nnx.split(routed), batch), np.float64)
-        counts = batch["weights"][:, 1:].sum(axis=1)
-        for name, loss, count in zip(names, losses, counts, strict=False):
-            sums[name] = sums.get(name, np.zeros(2)) + (loss, count)
-    return {name: (loss / count, int(count)) for name, (loss, count) in sums.items()}
+        sums[picked] = losses[: len(picked)]
+        counts[picked] = batch["weights"][: len(picked), 1:].sum(axis=1)
+    return Losses(sums, counts)
 
 
-# Of functions that stay the same, so that models of one structure compile once.
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _loss(graphdef: nnx.GraphDef, state: nnx.State, batch: dict) -> jax.Array:
-    return next_token_loss("none")(nnx.merge(graphdef, state), batch, None)
+# Of a function that stays the same, so that models of one structure compile once.
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -3,3 +3,4 @@
 from qlora_jax.generate.decoded import decoded as decoded
 from qlora_jax.generate.sample import SampleConfig as SampleConfig
 from qlora_jax.generate.sample import generate as generate
+from qlora_jax.generate.stop import Stop as Stop

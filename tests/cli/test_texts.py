@@ -8,6 +8,7 @@ import tiny
 
 from qlora_jax.cli import generate
 from qlora_jax.cli.main import main
+from qlora_jax.cli.options import run_template
 from qlora_jax.data.prompts import Prompt
 
 
@@ -15,9 +16,7 @@ def args(**more: object) -> generate.Args:
     return generate.Args(**({"model": "m", "prompt": ("a",)} | more))
 
 
-def test_an_answer_is_cut_at_the_first_stop():
-    assert generate._cut("ab\nQ: c\n", ("\nQ:", "c")) == "ab"
-    assert generate._cut("ab", ("x",)) == generate._cut("ab", ()) == "ab"
+def test_an_empty_stop_is_refused():
     with pytest.raises(ValueError, match="--stop has an empty text"):
         args(stop=("",))
 
@@ -28,17 +27,17 @@ def test_a_chat_ends_at_what_ends_its_turns():
         tiny.byte_tokenizer(), eos_ids=(tiny.EOS,), chat_template=template
     )
     text, chat = (Prompt.of({"prompt": "a"}, tokenizer, chat=c) for c in (False, True))
-    assert generate._ends([text], tokenizer) == (tiny.EOS,)
-    assert generate._ends([text, chat], tokenizer) == (tiny.EOS, tiny.ASSISTANT)
+    assert generate._stop(args(), [text], tokenizer).ids == (tiny.EOS,)
+    both = generate._stop(args(), [text, chat], tokenizer)
+    assert both.ids == (tiny.EOS, tiny.ASSISTANT)
 
 
 def test_the_template_of_the_adapters_run_is_taken(tmp_path: Path):
     (tmp_path / "config.toml").write_text('[data]\nchat_template = "of the run"\n')
-    assert generate._template(args(adapter=str(tmp_path))) == "of the run"
-    chosen = generate.PromptOptions(chat_template="mine")
-    assert generate._template(args(adapter=str(tmp_path), data=chosen)) == "mine"
-    assert generate._template(args(adapter=str(tmp_path / "none"))) is None
-    assert generate._template(args()) is None
+    assert run_template(None, str(tmp_path)) == "of the run"
+    assert run_template("mine", str(tmp_path)) == "mine"
+    assert run_template(None, str(tmp_path / "none")) is None
+    assert run_template(None, None) is None
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])

@@ -40,6 +40,7 @@ def zstd(data: bytes) -> bytes:
         ("a.jsonl", "\ufeff" + LINES, "lines", [1, 2]),
         ("a.json", json.dumps(ROWS), "json", [1, 2]),
         ("a.jsonl", json.dumps(ROWS, indent=2), "json", [1, 2]),
+        ("a.jsonl", "\n".join(json.dumps(row, indent=1) for row in ROWS), "json", [1, 2]),
         ("a.json", json.dumps({"version": 1, "data": ROWS}), "lines", [1, 2]),
         ("a.json", json.dumps({"data": ROWS}, indent=1), "json", [1, 2]),
         ("a.json", "\n".join(json.dumps(row, indent=1) for row in ROWS), "json", [1, 2]),
@@ -140,3 +141,23 @@ def test_packages_that_are_missing_are_named(tmp_path, monkeypatch):
         path.write_bytes(content)
         with pytest.raises(DataError, match="needs pyarrow; pip install pyarrow"):
             read(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rows"),
+    [
+        ("a.json", '{"input": "a"}\n', True),
+        ("a.txt", '\ufeff\n\n  {"input": "a"}\n', True),
+        ("a.json", '[\n  {\n    "input": "a"}]', True),
+        ("a.json", "{}\n", True),
+        ("a.jsonl", "prose", True),
+        ("a.json", "prose\n{}", False),
+        ("a.txt", "{curly} [1] prose", False),
+        ("a.txt", "[Enter Hamlet]", False),
+        ("a.txt", "", False),
+    ],
+)
+def test_rows_are_told_from_prose_by_their_beginning(tmp_path, name, content, rows):
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8")
+    assert (kind_of(path) != "prose") == rows
