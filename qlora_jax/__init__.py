@@ -25,13 +25,14 @@ if TYPE_CHECKING:
     from qlora_jax.adapters.combine import combine as combine
     from qlora_jax.adapters.compensate import compensate as compensate
     from qlora_jax.adapters.compensate import input_moments as input_moments
-    from qlora_jax.adapters.config import LoRAConfig as LoRAConfig
     from qlora_jax.adapters.merge import merge as merge
     from qlora_jax.adapters.merge import merge_corrected as merge_corrected
     from qlora_jax.adapters.merge import unmerge as unmerge
     from qlora_jax.adapters.merge_report import merge_report as merge_report
     from qlora_jax.adapters.value import Adapter as Adapter
-    from qlora_jax.data.config import DataConfig as DataConfig
+    from qlora_jax.config.data import DataConfig as DataConfig
+    from qlora_jax.config.lora import LoRAConfig as LoRAConfig
+    from qlora_jax.config.train import TrainConfig as TrainConfig
     from qlora_jax.data.intake import load_dataset as load_dataset
     from qlora_jax.errors import QLoRAError as QLoRAError
     from qlora_jax.evaluate.perplexity import perplexity as perplexity
@@ -59,7 +60,6 @@ if TYPE_CHECKING:
     from qlora_jax.quant import QuantizedTensor as QuantizedTensor
     from qlora_jax.quant import dequantize as dequantize
     from qlora_jax.quant import quantize_tensor as quantize_tensor
-    from qlora_jax.train.config import TrainConfig as TrainConfig
     from qlora_jax.train.loop import Trainer as Trainer
     from qlora_jax.train.step import make_train_step as make_train_step
 
@@ -77,11 +77,11 @@ _HOMES = {
     "qlora_jax.adapters.bank": ("AdapterBank",),
     "qlora_jax.adapters.combine": ("combine",),
     "qlora_jax.adapters.compensate": ("compensate", "input_moments"),
-    "qlora_jax.adapters.config": ("LoRAConfig",),
+    "qlora_jax.config.lora": ("LoRAConfig",),
     "qlora_jax.adapters.merge": ("merge", "merge_corrected", "unmerge"),
     "qlora_jax.adapters.merge_report": ("merge_report",),
     "qlora_jax.adapters.value": ("Adapter",),
-    "qlora_jax.data.config": ("DataConfig",),
+    "qlora_jax.config.data": ("DataConfig",),
     "qlora_jax.data.intake": ("load_dataset",),
     "qlora_jax.errors": ("QLoRAError",),
     "qlora_jax.evaluate.perplexity": ("perplexity",),
@@ -105,7 +105,7 @@ _HOMES = {
         "dequantize",
         "quantize_tensor",
     ),
-    "qlora_jax.train.config": ("TrainConfig",),
+    "qlora_jax.config.train": ("TrainConfig",),
     "qlora_jax.train.loop": ("Trainer",),
     "qlora_jax.train.step": ("make_train_step",),
 }

@@ -25,9 +25,9 @@ from flax import nnx
 
 from pallas_kernels.layout import abstract_tensor
 from qlora_jax.adapters.attach import attach_zero, split
-from qlora_jax.adapters.config import LoRAConfig
+from qlora_jax.config.lora import LoRAConfig
+from qlora_jax.config.train import Checkpoint, Optimizer
 from qlora_jax.models import Decoder, DecoderConfig
-from qlora_jax.models.decoder import Checkpoint
 from qlora_jax.models.streaming import copies_ahead
 from qlora_jax.nn import (
     Embedding,
@@ -36,7 +36,7 @@ from qlora_jax.nn import (
     QuantizedEmbedding,
     QuantizedLinear,
 )
-from qlora_jax.optim.adamw import Optimizer, adamw
+from qlora_jax.optim.adamw import adamw
 from qlora_jax.quant import QuantConfig, Quantized, TableFormat, quantize_rows
 
 Platform = Literal["gpu", "cpu"]

@@ -17,7 +17,7 @@ import numpy as np
 
 import qlora_jax as qlora
 from qlora_jax.cli.options import open_model
-from qlora_jax.run import QuantOptions
+from qlora_jax.config.quant import QuantOptions
 
 _TORCH = """
 import sys, numpy as np, torch

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from qlora_jax.adapters.config import LoRAConfig
 from qlora_jax.adapters.names import flatten
 from qlora_jax.adapters.value import Adapter
+from qlora_jax.config.lora import LoRAConfig
 
 LINEARS: dict[str, tuple[int, ...]] = {
     "layers.attn.q_proj": (3, 12, 10),

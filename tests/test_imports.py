@@ -14,7 +14,6 @@ import qlora_jax
 # Each may import what stands below it and its own kind, never what stands above.
 LAYERS = (
     ("cli",),
-    ("run",),
     ("train", "generate", "evaluate"),
     ("io", "data"),
     ("text",),
@@ -22,6 +21,7 @@ LAYERS = (
     ("memory",),
     ("adapters", "models"),
     ("nn", "optim"),
+    ("config",),
     ("quant",),
     ("toml",),
     ("errors",),

@@ -19,7 +19,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from qlora_jax.adapters.config import EMBEDDING
 from qlora_jax.adapters.names import dotted
 from qlora_jax.adapters.updates import (
     Path,
@@ -35,6 +34,7 @@ from qlora_jax.adapters.updates import (
     union,
 )
 from qlora_jax.adapters.value import Adapter
+from qlora_jax.config.lora import EMBEDDING
 from qlora_jax.errors import ConfigError, gathered
 
 dot = functools.partial(jnp.matmul, precision="highest")

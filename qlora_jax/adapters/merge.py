@@ -18,9 +18,9 @@ from jaxtyping import Array, Float
 from qlora_jax.adapters.algebra import scale
 from qlora_jax.adapters.attach import attach_zero
 from qlora_jax.adapters.compensate import compensate
-from qlora_jax.adapters.config import HEAD, LoRAConfig
 from qlora_jax.adapters.names import dotted
 from qlora_jax.adapters.value import Adapter
+from qlora_jax.config.lora import HEAD, LoRAConfig
 from qlora_jax.errors import AdapterMismatchError, ConfigError
 from qlora_jax.models import Decoder
 from qlora_jax.models.vocabulary import untied

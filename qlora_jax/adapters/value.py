@@ -14,9 +14,9 @@ from qlora_jax.adapters.attach import (
     lora_config,
     split,
 )
-from qlora_jax.adapters.config import LoRAConfig
 from qlora_jax.adapters.fingerprint import difference, fingerprint
 from qlora_jax.adapters.names import flatten, unflatten
+from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.errors import AdapterMismatchError
 
 M = TypeVar("M", bound=nnx.Module)

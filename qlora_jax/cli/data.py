@@ -13,6 +13,7 @@ from rich.text import Text
 
 from qlora_jax.cli import options
 from qlora_jax.cli.progress import RowsProgress
+from qlora_jax.config.train import TrainConfig
 from qlora_jax.data import DataConfig, Dataset, check_ids
 from qlora_jax.data.dataset import Share, padded_length
 from qlora_jax.data.intake import Intake, counted, read_intakes, taken
@@ -20,7 +21,6 @@ from qlora_jax.data.tokenize import Row
 from qlora_jax.errors import ConfigError, DataError
 from qlora_jax.io.hf import find, open_tokenizer, read_config
 from qlora_jax.text import Tokenizer
-from qlora_jax.train.config import TrainConfig
 
 SHOWN = 700
 """Characters of one part of an example; longer ones are shortened in the middle."""

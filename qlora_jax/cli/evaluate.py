@@ -15,6 +15,7 @@ import tyro
 
 from qlora_jax.adapters.bank import BASE, AdapterBank
 from qlora_jax.cli import options
+from qlora_jax.config.quant import QuantOptions
 from qlora_jax.data import DataConfig, Dataset, check_ids, read_dataset
 from qlora_jax.data.questions import ChoicesAs, Question, read_questions
 from qlora_jax.data.records import kind_of, open_bytes
@@ -31,7 +32,6 @@ from qlora_jax.evaluate import (
 )
 from qlora_jax.evaluate.choices import Asked
 from qlora_jax.generate import decoded
-from qlora_jax.run import QuantOptions
 from qlora_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qlora_jax.cli import options
+from qlora_jax.config.quant import QuantOptions
 from qlora_jax.errors import ConfigError
 from qlora_jax.io.adapter import load_tokenizer
 from qlora_jax.io.gguf import write_gguf
 from qlora_jax.io.peft import export_peft
-from qlora_jax.run import QuantOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

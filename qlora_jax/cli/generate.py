@@ -8,10 +8,10 @@ from typing import Any
 
 from qlora_jax.adapters.bank import BASE, AdapterBank
 from qlora_jax.cli import options
+from qlora_jax.config.quant import QuantOptions
 from qlora_jax.data.prompts import Prompt, read_prompts
 from qlora_jax.errors import ConfigError, DataError
 from qlora_jax.generate import SampleConfig, Stop, decoded, generate
-from qlora_jax.run import QuantOptions
 from qlora_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)

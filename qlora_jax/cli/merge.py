@@ -11,11 +11,11 @@ from flax import nnx
 from qlora_jax.adapters import Adapter, detach, merge, merge_corrected
 from qlora_jax.adapters.merge_report import merge_report
 from qlora_jax.cli import options
+from qlora_jax.config.quant import QuantOptions
 from qlora_jax.errors import ConfigError
 from qlora_jax.io.adapter import adapter_tokenizer, load_adapter, save_adapter
 from qlora_jax.io.hf import check_output, find, load, read_config, save_model
 from qlora_jax.quant import QuantConfig, Quantized
-from qlora_jax.run import QuantOptions
 
 REPORT = "merge_report.json"
 
@@ -69,9 +69,11 @@ def run(args: Args) -> dict[str, Any]:
     _check(args)
     folder = options.find_base(args.model, args.adapter)
     check_output(args.out, args.overwrite)
-    quant = args.quant.resolve(folder, auto=None)
+    quant = options.held_linears(args.quant, folder, auto=None)
     # Read in float32, so that original weights are not rounded before folding.
-    model, tokenizer = load(folder, quant, "float32", **args.quant.tables(folder))
+    model, tokenizer = load(
+        folder, quant, "float32", **options.held_tables(args.quant, folder)
+    )
     model = load_adapter(args.adapter, model)
     corrected = None
     if args.requantize is None:

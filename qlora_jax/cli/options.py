@@ -12,6 +12,8 @@ import tyro
 from qlora_jax.adapters.bank import AdapterBank
 from qlora_jax.adapters.fingerprint import fingerprint
 from qlora_jax.adapters.value import Adapter, other_base
+from qlora_jax.config.quant import QuantOptions
+from qlora_jax.config.run import has_run, read_run
 from qlora_jax.data.cache import cache_folder
 from qlora_jax.errors import (
     AdapterMismatchError,
@@ -20,16 +22,51 @@ from qlora_jax.errors import (
     gathered,
 )
 from qlora_jax.io.adapter import adapter_tokenizer, changed_base, load_adapter
-from qlora_jax.io.hf import find, load, outline, read_config
+from qlora_jax.io.hf import Tables, find, load, outline, read_config, resolve_tables
 from qlora_jax.io.peft import import_peft, is_peft
 from qlora_jax.io.read import read_adapter
 from qlora_jax.quant import QuantConfig
-from qlora_jax.run import QuantOptions, has_run, read_run
 from qlora_jax.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
+
+
+def held_tables(quant: QuantOptions, folder: Path) -> Tables:
+    """Returns how `load` will hold embedding and head.
+
+    Raises:
+      CheckpointError: the folder has them in int8, and they are to be 4-bit.
+    """
+    hf = read_config(folder)[0]
+    return resolve_tables(folder, hf, quant.embedding, quant.head)
+
+
+def held_linears(
+    quant: QuantOptions, folder: Path, *, auto: QuantConfig | None
+) -> QuantConfig | None:
+    """Returns how to quantize a folder; None to take its weights as they are.
+
+    Args:
+      quant: As asked for.
+      folder: Of the model.
+      auto: What 'auto' does with a dense folder.
+
+    Raises:
+      ConfigError: 'none' for a folder that is 4-bit.
+    """
+    stored = read_config(folder)[3]
+    if quant.codebook == "auto":
+        return None if stored is not None else auto
+    if quant.codebook == "none":
+        if stored is not None:
+            raise ConfigError(
+                f"--quant.codebook none: {folder} holds 4-bit weights; give the "
+                "original folder for a dense model"
+            )
+        return None
+    return quant.config()
 
 
 def describe_quant(folder: Path, quant: QuantConfig | None) -> str:
@@ -147,8 +184,8 @@ def _open_base(
         if run.codebook != "none":
             auto = run.config()
             tables = quant if {quant.embedding, quant.head} != {"none"} else run
-    chosen = quant.resolve(folder, auto=auto)
-    base, tokenizer = load(folder, chosen, dtype, **tables.tables(folder))
+    chosen = held_linears(quant, folder, auto=auto)
+    base, tokenizer = load(folder, chosen, dtype, **held_tables(tables, folder))
     said = {"model": model, "base": describe_quant(folder, chosen)}
     if folder != find(model):
         said["base_folder"] = str(folder)

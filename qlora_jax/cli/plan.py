@@ -7,12 +7,13 @@ from typing import Annotated, Any, Literal
 import jax
 import tyro
 
-from qlora_jax.adapters.config import LoRAConfig
 from qlora_jax.cli import options
+from qlora_jax.config.lora import LoRAConfig
+from qlora_jax.config.quant import QuantOptions
+from qlora_jax.config.train import Optimizer
 from qlora_jax.errors import ConfigError
 from qlora_jax.io.hf import find, read_config
 from qlora_jax.memory import Memory, Platform, Setup
-from qlora_jax.optim.adamw import Optimizer
 from qlora_jax.plan import (
     Plan,
     flags_of,
@@ -22,7 +23,6 @@ from qlora_jax.plan import (
     said,
 )
 from qlora_jax.quant import QuantConfig
-from qlora_jax.run import QuantOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,11 +73,11 @@ def run(args: Args) -> dict[str, Any]:
     """Prints the plan; returns its figures."""
     folder = find(args.model)
     _, _, config, stored = read_config(folder)
-    quant = args.quant.resolve(folder, auto=QuantConfig()) or stored
+    quant = options.held_linears(args.quant, folder, auto=QuantConfig()) or stored
     for name, value in (("--max-tokens", args.max_tokens), ("--rows", args.rows)):
         if value < 1:
             raise ConfigError(f"{name} is {value}, expected at least 1")
-    tables = args.quant.tables(folder)
+    tables = options.held_tables(args.quant, folder)
     setup = Setup(
         config=config,
         quant=quant,

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax.cli import options
+from qlora_jax.config.quant import QuantOptions
 from qlora_jax.errors import ConfigError
 from qlora_jax.io.hf import check_output, find, load, read_config, save_model
-from qlora_jax.run import QuantOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ def run(args: Args) -> dict[str, Any]:
             "--quant.embedding and --quant.head 4bit: no folder holds such tables, they are "
             "made as a model loads; give them to train and evaluate, or int8 here"
         )
-    quant, tables = args.quant.config(), args.quant.tables(folder)
+    quant, tables = args.quant.config(), options.held_tables(args.quant, folder)
     if quant.codebook == "int4":
         print("note: int4 folders open in qlora_jax alone", file=sys.stderr)
     if "int8" in tables.values():

@@ -16,13 +16,14 @@ from qlora_jax.adapters import LoRAConfig, attach
 from qlora_jax.cli import options
 from qlora_jax.cli.progress import TrainProgress
 from qlora_jax.cli.train import sizes
+from qlora_jax.config.quant import QuantOptions
+from qlora_jax.config.run import RunConfig, has_run, write_run
+from qlora_jax.config.train import TrainConfig
 from qlora_jax.data import DataConfig, read_dataset
 from qlora_jax.evaluate import exact_match
 from qlora_jax.evaluate.exact_match import Answer
 from qlora_jax.io.hf import check_output, load, save_model
 from qlora_jax.quant import QuantConfig
-from qlora_jax.run import QuantOptions, RunConfig, has_run, write_run
-from qlora_jax.train.config import TrainConfig
 from qlora_jax.train.loop import Trainer
 from qlora_jax.train.report import write_report
 

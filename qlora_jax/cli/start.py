@@ -11,13 +11,14 @@ import jax
 from qlora_jax.adapters.attach import attach_zero, detach
 from qlora_jax.adapters.compensate import describe, input_moments, overall
 from qlora_jax.adapters.compensate import start as started
-from qlora_jax.adapters.config import LoRAConfig
+from qlora_jax.config.lora import LoRAConfig
+from qlora_jax.config.quant import QuantOptions
+from qlora_jax.config.run import has_run, read_run
+from qlora_jax.config.train import TrainConfig
 from qlora_jax.data import DataConfig, Dataset
 from qlora_jax.errors import CheckpointError, ConfigError, OutputExistsError, gathered
 from qlora_jax.io.adapter import BASE
 from qlora_jax.io.hf import original_kernels, read_config, save_model
-from qlora_jax.run import QuantOptions, has_run, read_run
-from qlora_jax.train.config import TrainConfig
 
 CALIBRATION_TOKENS = 16384
 """Of the training rows, for the moments that --lora.init qera needs."""

@@ -12,6 +12,7 @@ import tyro
 from qlora_jax.adapters.attach import attach_zero
 from qlora_jax.cli import options, start
 from qlora_jax.cli.progress import RowsProgress, TrainProgress
+from qlora_jax.config.run import RunConfig, has_run, read_run, write_run
 from qlora_jax.data import Dataset, check_ids, read_dataset
 from qlora_jax.data.dataset import padded_length
 from qlora_jax.data.sources import parse_sources
@@ -27,7 +28,6 @@ from qlora_jax.io.tokens import add_tokens
 from qlora_jax.memory import Platform, Setup, available_host_bytes, estimate
 from qlora_jax.plan import flags_of, parse_bytes, plan_memory, said
 from qlora_jax.quant import QuantConfig
-from qlora_jax.run import RunConfig, has_run, read_run, write_run
 from qlora_jax.text import Tokenizer
 from qlora_jax.toml import from_dict, read_toml
 from qlora_jax.train.loop import Trainer
@@ -57,7 +57,7 @@ class Args(RunConfig):
     def run(self) -> RunConfig:
         """The settings that are the run's, wherever it is called from."""
         names = [field.name for field in dataclasses.fields(RunConfig)]
-        return RunConfig(**{name: getattr(self, name) for name in names}).anywhere()
+        return _anywhere(RunConfig(**{name: getattr(self, name) for name in names}))
 
 
 def parse(args: list[str], prog: str) -> Args:
@@ -119,7 +119,8 @@ def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
         start.check_own_base(
             folder, out, args.lora, args.quant, args.add_tokens, args.original
         )
-    quant = args.quant.resolve(
+    quant = options.held_linears(
+        args.quant,
         folder,
         auto=QuantConfig(
             block_size=args.quant.block_size, double_quant=args.quant.double_quant
@@ -146,7 +147,7 @@ def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
         args.train.compute_dtype,
         # Measuring what quantization lost runs the base, and compares it, on the device.
         stream=args.train.stream and (resume or args.lora.init == "zero"),
-        **args.quant.tables(folder),
+        **options.held_tables(args.quant, folder),
     )
     asked, added = args, None
     if args.add_tokens:
@@ -315,7 +316,7 @@ def setup_of(
         offload=train.offload,
         resident_bytes=train.resident_bytes,
         stream=train.stream,
-        **args.quant.tables(folder),
+        **options.held_tables(args.quant, folder),
     )
 
 
@@ -324,6 +325,34 @@ def _memory_limit(args: Args) -> int | None:
         return parse_bytes(args.memory)
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("bytes_limit") if jax.default_backend() == "gpu" else None
+
+
+def _anywhere(config: RunConfig) -> RunConfig:
+    """Returns the same run with paths that do not depend on the working folder."""
+
+    def absolute(path: str | None) -> str | None:
+        try:
+            there = path is not None and Path(path).exists()
+        except (OSError, ValueError):  # no path, but a template's text
+            there = False
+        return str(Path(str(path)).resolve()) if there else path
+
+    def sources(texts: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(str, parse_sources(texts))) if texts else ()
+
+    data = dataclasses.replace(
+        config.data,
+        chat_template=absolute(config.data.chat_template),
+        prompt_template=absolute(config.data.prompt_template),
+    )
+    return dataclasses.replace(
+        config,
+        data=data,
+        model=absolute(config.model),
+        original=absolute(config.original),
+        data_file=sources(config.data_file),
+        eval_file=sources(config.eval_file),
+    )
 
 
 def sizes(trainer: Trainer) -> dict[str, int]:

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_jax.data.config import DataConfig
+from qlora_jax.config.data import DataConfig
 from qlora_jax.data.forming import Formed
 from qlora_jax.data.tokenize import Row
 from qlora_jax.text import Tokenizer

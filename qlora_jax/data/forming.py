@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
-from qlora_jax.data.config import DataConfig
+from qlora_jax.config.data import DataConfig
 from qlora_jax.data.forms import Former, chosen_adapter
 from qlora_jax.data.records import Record
 from qlora_jax.data.tokenize import Row, tokenize

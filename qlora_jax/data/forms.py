@@ -31,7 +31,7 @@ from typing import Any, Literal, NamedTuple
 
 import jinja2
 
-from qlora_jax.data.config import DataConfig
+from qlora_jax.config.data import DataConfig
 from qlora_jax.errors import ConfigError, DataError
 from qlora_jax.text import Tokenizer
 from qlora_jax.text.chat import checked_messages, variables_of

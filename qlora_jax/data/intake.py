@@ -11,8 +11,8 @@ from typing import NamedTuple, get_args
 
 import numpy as np
 
+from qlora_jax.config.data import DataConfig, TooLong
 from qlora_jax.data import cache
-from qlora_jax.data.config import DataConfig, TooLong
 from qlora_jax.data.dataset import Dataset, Share
 from qlora_jax.data.forming import Formed, Forming
 from qlora_jax.data.problems import Problems

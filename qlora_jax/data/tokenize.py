@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qlora_jax.data.config import DataConfig
+from qlora_jax.config.data import DataConfig
 from qlora_jax.data.forms import Example, Ids
 from qlora_jax.text import Tokenizer
 from qlora_jax.text.tokenizer import Encoded

@@ -18,9 +18,9 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from qlora_jax.adapters.attach import attach_zero, base_fingerprint, detach
-from qlora_jax.adapters.config import LoRAConfig
 from qlora_jax.adapters.names import flatten, unflatten
 from qlora_jax.adapters.value import other_base
+from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.errors import (
     AdapterMismatchError,
     ConfigError,

@@ -35,8 +35,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax.adapters.attach import attach_zero, lora_config, split
-from qlora_jax.adapters.config import EMBEDDING, HEAD, Bias, LoRAConfig
 from qlora_jax.adapters.names import dotted, flatten, unflatten
+from qlora_jax.config.lora import EMBEDDING, HEAD, Bias, LoRAConfig
 from qlora_jax.errors import (
     AdapterMismatchError,
     ConfigError,

@@ -12,9 +12,9 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jaxtyping import Array
 
-from qlora_jax.adapters.config import EMBEDDING
 from qlora_jax.adapters.names import EXPERTS, STACK, WRAPPED_BIAS
 from qlora_jax.adapters.value import Adapter
+from qlora_jax.config.lora import EMBEDDING
 from qlora_jax.errors import AdapterMismatchError, gathered
 from qlora_jax.io.adapter import ARRAYS, METADATA, find_adapter, read_adapter_config
 from qlora_jax.io.peft import is_peft

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from qlora_jax.config.train import Checkpoint
 from qlora_jax.models.streaming import copies_ahead, scan_ahead
 from qlora_jax.nn.attention import attention, causal_attention
 from qlora_jax.nn.embedding import Embedding
@@ -25,11 +26,6 @@ from qlora_jax.nn.moe import Experts, Router
 from qlora_jax.nn.norm import RMSNorm
 from qlora_jax.nn.rope import RopeScaling, rotate, rotation
 from qlora_jax.nn.variables import arrive, rests_on_host
-
-Checkpoint = Literal["none", "attention", "layer", "host"]
-"""What backward recomputes: 'none' elementwise work only; 'layer' each whole layer, from its
-input; 'attention' all of it but attention's output; 'host' as 'layer', and the layers' inputs
-wait in host memory."""
 
 SAVED = (
     *("q", "k", "v", "mixed", "middle", "gate", "up", "gate_up"),

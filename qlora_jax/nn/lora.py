@@ -5,7 +5,6 @@ lora_A kaiming_uniform with a=sqrt(5), lora_B zero).
 """
 
 import math
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from qlora_jax.config.lora import Init
 from qlora_jax.nn.dora import adapted_norms, row_norms
 from qlora_jax.nn.linear import (
     DecodedLinear,
@@ -22,10 +22,6 @@ from qlora_jax.nn.linear import (
     low_rank,
 )
 from qlora_jax.nn.variables import FrozenParam
-
-Init = Literal["zero", "loftq", "qera-diagonal", "qera", "pissa"]
-"""How an adapter starts: changing nothing, making up for what quantization lost, or as
-the principal part of the weights (adapters/compensate.py)."""
 
 
 class LoRA(nnx.Module):

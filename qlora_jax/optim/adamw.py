@@ -1,13 +1,12 @@
 """AdamW by name, and where its state rests."""
 
-from typing import Any, Literal
+from typing import Any
 
 import optax
 
+from qlora_jax.config.train import Optimizer
 from qlora_jax.optim.eight_bit import adamw_8bit
 from qlora_jax.optim.offload import offload
-
-Optimizer = Literal["adamw", "adamw8bit"]
 
 
 def adamw(name: Optimizer, *args: Any, **kwargs: Any) -> optax.GradientTransformation:

@@ -13,15 +13,16 @@ import numpy as np
 from flax import nnx
 
 from qlora_jax.adapters.attach import join, lora_config, split
-from qlora_jax.adapters.config import LoRAConfig
+from qlora_jax.config.lora import LoRAConfig
+from qlora_jax.config.train import TrainConfig
 from qlora_jax.data import Dataset
 from qlora_jax.errors import OutputExistsError, QLoRAError
 from qlora_jax.io.adapter import save_adapter
 from qlora_jax.models.streaming import stream
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train.checkpoints import RunCheckpoints
-from qlora_jax.train.config import TrainConfig, make_optimizer, make_schedule
 from qlora_jax.train.metrics import MetricsLog, device_memory_bytes
+from qlora_jax.train.optimizer import make_optimizer, make_schedule
 from qlora_jax.train.step import make_eval_step, make_train_step
 
 Progress = Callable[[dict[str, Any]], None]

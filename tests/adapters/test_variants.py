@@ -18,11 +18,12 @@ from qlora_jax.adapters import LoRAConfig, attach, join, split
 from qlora_jax.adapters.attach import lora_config
 from qlora_jax.adapters.compensate import input_moments
 from qlora_jax.adapters.names import flatten
+from qlora_jax.config.train import TrainConfig
 from qlora_jax.errors import ConfigError
 from qlora_jax.models import Decoder
 from qlora_jax.nn import LoRA
 from qlora_jax.nn.dora import adapted_norms, row_norms
-from qlora_jax.train.config import TrainConfig, make_optimizer
+from qlora_jax.train.optimizer import make_optimizer
 from qlora_jax.train.step import make_train_step
 
 KEY = jax.random.key(0)

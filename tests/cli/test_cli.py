@@ -16,10 +16,10 @@ import tiny
 
 from qlora_jax.adapters import merge as merge_adapter
 from qlora_jax.cli.main import main
+from qlora_jax.config.quant import QuantOptions
 from qlora_jax.errors import ConfigError
 from qlora_jax.io.adapter import load_adapter
 from qlora_jax.io.hf import load, save_model
-from qlora_jax.run import QuantOptions
 from qlora_jax.toml import from_dict
 from qlora_jax.train.metrics import read_metrics
 

@@ -7,6 +7,9 @@ import command
 import pytest
 import tiny
 
+from qlora_jax.cli import train
+from qlora_jax.config import DataConfig, RunConfig
+
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
@@ -102,3 +105,23 @@ def test_a_run_on_several_files_resumes_and_old_configs_open(
     stored = (out / "config.toml").read_text()
     assert f'"{two}:0.5"' in stored and "eval_loss" in made
     assert command.call(capsys, "train", "--resume", out)["steps"] == 4
+
+
+def test_paths_are_made_absolute_and_ids_and_templates_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("m", "rows.jsonl", "t.jinja"):
+        (tmp_path / name).touch()
+    data = DataConfig(
+        chat_template="t.jinja", prompt_template="{{ " + "x" * 300 + " }}"
+    )
+    config = train.Args(
+        model="m",
+        original="owner/name",
+        data_file=("rows.jsonl:2", "a/b:train"),
+        data=data,
+    ).run
+    assert isinstance(config, RunConfig) and not isinstance(config, train.Args)
+    assert config.model == str(tmp_path / "m") and config.original == "owner/name"
+    assert config.data_file == (f"{tmp_path}/rows.jsonl:2", "a/b:train")
+    assert config.data.chat_template == str(tmp_path / "t.jinja")
+    assert config.data.prompt_template == data.prompt_template

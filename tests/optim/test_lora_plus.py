@@ -8,11 +8,12 @@ import pytest
 import tiny
 
 from qlora_jax.adapters import attach, split
-from qlora_jax.adapters.config import LoRAConfig
 from qlora_jax.adapters.names import flatten
+from qlora_jax.config.lora import LoRAConfig
+from qlora_jax.config.train import TrainConfig
 from qlora_jax.errors import ConfigError
 from qlora_jax.optim.lora_plus import lora_plus
-from qlora_jax.train.config import TrainConfig, make_optimizer
+from qlora_jax.train.optimizer import make_optimizer
 
 
 def stepped(ratio: float, **config: object) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from chat_templates import TEMPLATES
 
-from qlora_jax.data.config import DataConfig
+from qlora_jax.config.data import DataConfig
 from qlora_jax.data.forms import Example, Former
 from qlora_jax.data.tokenize import Row, tokenize
 from qlora_jax.errors import DataError

@@ -6,9 +6,10 @@ import numpy as np
 import optax
 import pytest
 
+from qlora_jax.config.train import TrainConfig
 from qlora_jax.errors import ConfigError
 from qlora_jax.optim import LossScaleState
-from qlora_jax.train.config import TrainConfig, make_optimizer, make_schedule
+from qlora_jax.train.optimizer import make_optimizer, make_schedule
 
 NAN = float("nan")
 

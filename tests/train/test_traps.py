@@ -14,11 +14,12 @@ import tiny
 from tokenizers import processors
 
 from qlora_jax.cli.main import main
+from qlora_jax.config.train import TrainConfig
 from qlora_jax.data import DataConfig, read_dataset
 from qlora_jax.generate import SampleConfig, generate
 from qlora_jax.io.hf import load
 from qlora_jax.text.tokenizer import Tokenizer
-from qlora_jax.train.config import TrainConfig, make_optimizer
+from qlora_jax.train.optimizer import make_optimizer
 
 BOS, EOS = tiny.BOS, tiny.EOS
 ROWS: tuple[dict[str, Any], ...] = (

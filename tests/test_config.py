@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from qlora_jax.adapters.config import LoRAConfig
+from qlora_jax.config.lora import LoRAConfig
+from qlora_jax.config.quant import QuantOptions
+from qlora_jax.config.run import RunConfig, has_run, read_run, write_run
+from qlora_jax.config.train import TrainConfig
 from qlora_jax.data import DataConfig
 from qlora_jax.errors import ConfigError
-from qlora_jax.run import QuantOptions, RunConfig, has_run, read_run, write_run
 from qlora_jax.toml import from_dict, read_toml, write_toml
-from qlora_jax.train.config import TrainConfig
 
 
 def test_what_is_written_reads_back_equal(tmp_path: Path):
@@ -90,25 +91,6 @@ def test_files_that_cannot_be_used_are_refused(tmp_path: Path, text: str, messag
     (tmp_path / "config.toml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_run(tmp_path)
-
-
-def test_paths_are_made_absolute_and_ids_and_templates_stay(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("m", "rows.jsonl", "t.jinja"):
-        (tmp_path / name).touch()
-    data = DataConfig(
-        chat_template="t.jinja", prompt_template="{{ " + "x" * 300 + " }}"
-    )
-    config = RunConfig(
-        model="m",
-        original="owner/name",
-        data_file=("rows.jsonl:2", "a/b:train"),
-        data=data,
-    ).anywhere()
-    assert config.model == str(tmp_path / "m") and config.original == "owner/name"
-    assert config.data_file == (f"{tmp_path}/rows.jsonl:2", "a/b:train")
-    assert config.data.chat_template == str(tmp_path / "t.jinja")
-    assert config.data.prompt_template == data.prompt_template
 
 
 def test_any_dataclass_can_be_written(tmp_path: Path):

@@ -5,10 +5,13 @@ import re
 from typing import Any, Literal, get_args
 
 from qlora_jax.errors import ConfigError
-from qlora_jax.nn.lora import Init
 
 ALL_LINEAR = "all-linear"
 HEAD, EMBEDDING = "lm_head", "embed_tokens"
+
+Init = Literal["zero", "loftq", "qera-diagonal", "qera", "pissa"]
+"""How an adapter starts: changing nothing, making up for what quantization lost, or as
+the principal part of the weights (adapters/compensate.py)."""
 
 Bias = Literal["none", "all", "lora_only"]
 """Which biases train: none, all, or those of adapted linears."""

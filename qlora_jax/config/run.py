@@ -1,0 +1,85 @@
+"""What a run is: RunConfig, the one shape of its settings, and its file in the run's folder.
+
+The command's flags, --config files, config.toml and resume share it. config.toml is written
+whole, settings that are None too, and reads back equal.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from qlora_jax.config.data import DataConfig
+from qlora_jax.config.lora import LoRAConfig
+from qlora_jax.config.quant import QuantOptions
+from qlora_jax.config.train import TrainConfig
+from qlora_jax.toml import from_dict, read_toml, write_toml
+
+FILE = "config.toml"
+"""Its name in a run's folder."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The settings of a run: with the same machine, they and the data are the run."""
+
+    model: str | None = None
+    """Hugging Face folder or hub id."""
+
+    data_file: Annotated[tuple[str, ...], tyro.conf.arg(name="data")] = ()
+    """Rows to train on: files (JSON lines, JSON, CSV, TSV, Parquet, packed or not), folders
+    or ids of datasets, with a split (owner/name:train) and a weight (b.parquet:0.3 takes
+    other 30 % of its rows in each epoch). `qlora data` shows what a run will see of them."""
+
+    eval_file: Annotated[tuple[str, ...], tyro.conf.arg(name="eval-data")] = ()
+    """Rows for the eval loss, given alike; without them, --data.eval-rows of the training
+    rows."""
+
+    original: str | None = None
+    """Dense folder behind a 4-bit --model, for another --lora.init than zero."""
+
+    memory: str | None = None
+    """Device memory to keep to (24GiB); without it what a GPU reports. A run that needs more
+    is refused, with settings that would fit. --train.micro-batch auto takes the fastest,
+    --train.offload auto keeps on the host what of the optimizer state does not fit."""
+
+    add_tokens: tuple[str, ...] = ()
+    """Texts that become one token each. Their rows of embedding and head train with the
+    adapter, which keeps them and its tokenizer; --lora.modules-to-save embed_tokens,lm_head
+    trains whole tables instead."""
+
+    lora: LoRAConfig = LoRAConfig()
+    train: TrainConfig = TrainConfig()
+    data: DataConfig = DataConfig()
+    quant: QuantOptions = QuantOptions()
+
+
+OF_THE_COMMAND = ("out", "overwrite", "config", "resume", "auto")
+"""Settings of one call of the command, which older runs wrote into their files."""
+
+
+def has_run(folder: Path) -> bool:
+    """Whether a folder is a run's."""
+    return (folder / FILE).is_file()
+
+
+def write_run(folder: Path, config: RunConfig) -> None:
+    """Writes a run's settings into its folder."""
+    write_toml(folder / FILE, config)
+
+
+def read_run(folder: Path) -> RunConfig:
+    """Reads the settings of a run; one that an older version wrote has defaults for the rest.
+
+    Raises:
+      ConfigError: there are none, or they cannot be used; all problems are named.
+    """
+    values = read_toml(folder / FILE)
+    for name in OF_THE_COMMAND:
+        values.pop(name, None)
+    quant = values.get("quant")
+    for name in ("embedding", "head"):  # as runs wrote them before there was int8
+        if isinstance(quant, dict) and isinstance(quant.get(name), bool):
+            quant[name] = "4bit" if quant[name] else "none"
+    return from_dict(RunConfig, values, str(folder / FILE))
