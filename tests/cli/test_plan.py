@@ -86,7 +86,7 @@ def test_the_optimizer_state_leaves_only_where_it_must(
     monkeypatch.setattr(cli_train.jax, "default_backend", lambda: "gpu")
     flags = train(base, tmp_path, "--train.offload", "auto", "--lora.rank", 32)
     args = cli_train.parse([str(flag) for flag in flags[1:]], "qlora train")
-    rows = read_dataset(str(args.data_file), tiny.tokenizer(), args.data)
+    rows = read_dataset(args.data_file, tiny.tokenizer(), args.data)
     setup = cli_train.setup_of(args, base, qlora.QuantConfig(), rows)
     away = dataclasses.replace(setup, offload=True)
 
@@ -110,7 +110,7 @@ def test_a_run_near_the_limit_is_told_that_it_may_run_out(
     monkeypatch.setattr(cli_train.jax, "default_backend", lambda: "gpu")
     flags = train(base, tmp_path, "--train.micro-batch", 1)
     args = cli_train.parse([str(flag) for flag in flags[1:]], "qlora train")
-    rows = read_dataset(str(args.data_file), tiny.tokenizer(), args.data)
+    rows = read_dataset(args.data_file, tiny.tokenizer(), args.data)
     quant = qlora.QuantConfig()
     need = estimate(cli_train.setup_of(args, base, quant, rows))
 
