@@ -23,7 +23,7 @@ LAYERS = (
     ("nn", "optim"),
     ("config",),
     ("quant",),
-    ("toml",),
+    ("toml", "names"),
     ("errors",),
     ("pallas_kernels",),
 )
