@@ -3,8 +3,8 @@
 A **path** names a parameter of a model in memory, whose layers are stacked, such as
 `layers.attn.q_proj.lora_a` and `layers.mlp.experts.up_proj.kernel`. A **numbered name** names
 one layer (and expert) of it, as adapters are stored: `layers.3.attn.q_proj.lora_a`,
-`layers.3.mlp.experts.7.up_proj.kernel`. Only what lies behind `layers` is stacked, and only what
-lies behind `experts` is stacked twice. A **table** maps paths to the names that another format
+`layers.3.mlp.experts.7.up_proj.kernel`. Only what lies behind `layers` is stacked, and only
+what lies behind `experts` is stacked twice. A **table** maps paths to names that another format
 has, with `{}` for the numbers.
 """
 
