@@ -220,9 +220,15 @@ def left_out(
         if not name.endswith(family.IGNORED) and weight != HEAD:
             kinds[_kind(weight, layers)] += 1
     return [
-        f"{kind} ({count} tensor{'s' if count > 1 else ''})"
-        for kind, count in kinds.items()
+        f"{kind} ({kinds[kind]} tensor{'s' if kinds[kind] > 1 else ''})"
+        for kind in sorted(kinds, key=_natural)
     ]
+
+
+def _natural(text: str) -> list[tuple[int, str]]:
+    """Sorts layer 2 before layer 13."""
+    parts = re.split(r"(\d+)", text)
+    return [(int(p), "") if p.isdigit() else (-1, p) for p in parts]
 
 
 def _kind(name: str, layers: int) -> str:

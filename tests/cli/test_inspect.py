@@ -9,6 +9,7 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
+import qlora_jax
 from qlora_jax.adapters import LoRAConfig, attach
 from qlora_jax.adapters.attach import split
 from qlora_jax.cli.main import main
@@ -57,20 +58,21 @@ def test_a_4_bit_folder_says_how_and_how_small(tmp_path: Path, capsys):
     assert 4.1 < bits < 6  # beside the codes: tables and names, which tiny linears feel
 
 
-def test_a_gguf_file_says_how_its_tensors_are_stored(
-    base: Path, tmp_path: Path, capsys
-):
+def test_a_gguf_file_says_how_its_tensors_are_stored(tmp_path: Path, capsys):
     pytest.importorskip("gguf")
+    base = Path(qlora_jax.__file__).parent / "assets" / "base"  # has a real tokenizer
     file = tmp_path / "m.gguf"
     write_gguf(base, file, "q8_0")
     found, folder = inspect(capsys, file), inspect(capsys, base)
     alike = ("family", "parameters", "layers", "vocabulary", "context", "tokenizer")
     assert {k: found[k] for k in alike} == {k: folder[k] for k in alike}
-    assert (found["format"], found["chat_template"]) == ("GGUF", True)
-    assert found["tensors_by_kind"] == {"q8_0": 16, "f32": 5}
-    assert found["quantization"] == "q8_0 (16 tensors), f32 (5 tensors)"
-    matrices = found["parameters"] - found["parameters_by_part"]["norms"]
-    assert found["bytes"] == matrices * 34 // 32 + 4 * 5 * 64
+    assert (found["format"], found["tokens"]) == ("GGUF", folder["tokens"])
+    norms = 2 * found["layers"] + 1
+    matrices = sum(folder["tensors_by_kind"].values()) - norms
+    assert found["tensors_by_kind"] == {"q8_0": matrices, "f32": norms}
+    assert f"q8_0 ({matrices} tensors)" in found["quantization"]
+    small = found["parameters_by_part"]["norms"]  # q8_0: 34 bytes for 32 values
+    assert found["bytes"] == (found["parameters"] - small) * 34 // 32 + 4 * small
     assert inspect(capsys, file) == found  # an opened file is kept
 
 

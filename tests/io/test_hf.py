@@ -276,7 +276,7 @@ def test_quantized_values_beyond_float16_are_never_saved(folder, tmp_path):
     kernel = loaded.layers.attn.o_proj.kernel
     q = kernel.get_value()
     large = dataclasses.replace(
-        q, dtype="float16", absmax=q.absmax.at[0, 0, 0].set(1e5)
+        q, dtype="float16", absmax=q.absmax.at[(0,) * q.absmax.ndim].set(1e5)
     )
     kernel.set_value(large)
     with pytest.raises(CheckpointError, match=r"o_proj.*up to 1e\+05, beyond 65504"):
