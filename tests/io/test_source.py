@@ -13,18 +13,17 @@ import numpy as np
 import oracle
 import pytest
 import tiny
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from qlora_jax.adapters import LoRAConfig
 from qlora_jax.adapters.attach import split
 from qlora_jax.errors import CheckpointError
 from qlora_jax.io.adapter import save_adapter
-from qlora_jax.io.hf import load, outline, save_model
+from qlora_jax.io.hf import load, save_model
 from qlora_jax.io.peft import export_peft
 from qlora_jax.io.safetensors import INDEX, SINGLE
 from qlora_jax.io.source import read_config
 from qlora_jax.models import Decoder, gemma3_text, wrappers
-from qlora_jax.quant import QuantConfig
 
 CONFIG = oracle.hf_config()
 Tensors = dict[str, np.ndarray]
@@ -272,21 +271,18 @@ def test_a_text_model_is_opened_out_of_its_wrapper(plain, tmp_path, caplog, form
     assert not warned(caplog)
 
 
-def test_4_bit_tensors_are_found_in_a_wrapper(plain, tmp_path, caplog):
-    four_bit, _ = load(
-        oracle.write_folder(tmp_path / "p", CONFIG, tensors()), QuantConfig(), "float32"
-    )
-    save_model(four_bit, tmp_path / "q")
-    stored = json.loads((tmp_path / "q/config.json").read_text())
+def test_4_bit_tensors_are_found_in_a_wrapper(golden, tmp_path, caplog):
+    packed = golden("models/llama_bnb_nf4_dq_float32")
+    stored = json.loads((packed / "config.json").read_text())
     quantization = stored.pop("quantization_config")
     skip = ["lm_head", "vision_tower", "language_model.model.layers.0.mlp.up_proj"]
     quantization["llm_int8_skip_modules"] = skip
-    _, checkpoint = outline(tmp_path / "q")
-    folder = wrapped(tmp_path / "w", "old", stored, dict(checkpoint))
+    tensors = load_file(packed / SINGLE)
+    folder = wrapped(tmp_path / "w", "old", stored, tensors)
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = quantization
     (folder / "config.json").write_text(json.dumps(config))
-    same(load(folder, dtype="float32")[0], four_bit)
+    same(load(folder, dtype="float32")[0], load(packed, dtype="float32")[0])
     assert "vision_tower.* (1 tensor)" in warned(caplog)
     assert read_config(folder)[0]["quantization_config"]["llm_int8_skip_modules"] == [
         "lm_head",
