@@ -177,7 +177,7 @@ def _usual(name: str, known: Collection[str], wrapped: bool) -> str:
     return name
 
 
-def _has_own_head(checkpoint: Checkpoint, config: DecoderConfig) -> bool:
+def _has_own_head(checkpoint: Checkpoint | GGUF, config: DecoderConfig) -> bool:
     """Whether the files have a head of their own, though config.json says tied."""
     infos = checkpoint.infos
     if not config.tie_word_embeddings or not (EMBEDDING in infos and HEAD in infos):

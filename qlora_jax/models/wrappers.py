@@ -133,7 +133,8 @@ def unwrap(hf: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         problem = f"text_config of this {kind} has model_type {named!r}; known: {known}"
         return hf, [problem]
     text = TEXTS[named]
-    made = dict(zip(SIZES, text.sizes, strict=True)) | text.defaults | inner
+    made: dict[str, Any] = dict(zip(SIZES, text.sizes, strict=True))
+    made |= text.defaults | inner
     made |= {k: hf[k] for k in _OUTER if hf.get(k) is not None}
     made |= {"model_type": text.family, "architectures": [text.architecture]}
     tied = hf.get("tie_word_embeddings", wrapper.tied_default)
