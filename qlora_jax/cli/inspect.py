@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,18 +12,24 @@ from flax import nnx
 
 from qlora_jax.adapters.algebra import cosine_similarity, update_norms
 from qlora_jax.cli import options
-from qlora_jax.errors import AdapterMismatchError, CheckpointError, ConfigError
+from qlora_jax.errors import (
+    AdapterMismatchError,
+    CheckpointError,
+    ConfigError,
+    QLoRAError,
+)
 from qlora_jax.io import bitsandbytes
 from qlora_jax.io.adapter import describe_adapter, misfits
 from qlora_jax.io.hf import find, hf_names, outline, read_config
+from qlora_jax.io.source import is_gguf, open_tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
-    """Say what a model, run or adapter folder holds, without loading its weights."""
+    """Say what a model, GGUF file, run or adapter holds, without loading its weights."""
 
     folder: Annotated[str | None, tyro.conf.Positional] = None
-    """A model's folder or hub id, a run folder, or an adapter folder."""
+    """A model's folder, GGUF file or hub id, a run folder, or an adapter folder."""
 
     model: str | None = None
     """A base: does the adapter in the folder fit it? (With --compare PEFT folders' base.)"""
@@ -44,7 +51,8 @@ def run(args: Args) -> dict[str, Any]:
         return _compared(args.compare, args.model)
     assert args.folder is not None
     folder = Path(args.folder)
-    if (folder / "config.json").exists() or not folder.exists():
+    is_model = (folder / "config.json").exists() or any(folder.glob("*.gguf"))
+    if is_model or not folder.is_dir():
         if args.model is not None:
             raise AdapterMismatchError(
                 f"{folder} is a model; --model goes with an adapter's folder"
@@ -89,42 +97,80 @@ def _model(name: str) -> dict[str, Any]:
     hf, family, config, stored = read_config(folder)
     model, checkpoint = outline(folder)
     parameters, sizes = Counter(), Counter()
-    dtypes: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()
+    keys = _keys(checkpoint)
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         part = _part(path)
         parameters[part] += int(np.prod(variable.get_value().shape))
         for tensor in hf_names(family.NAMES[".".join(map(str, path))], config)[0]:
-            names = [tensor, *(n for n in checkpoint if _belongs(n, tensor))]
-            for one in names:
-                info = checkpoint.infos[one]
-                sizes[part] += int(np.prod(info.shape)) * info.dtype.itemsize
-            if len(names) == 1:
-                dtypes[checkpoint.infos[tensor].dtype.name] += 1
+            stored_as = [checkpoint.stored(one) for one in keys[tensor]]
+            sizes[part] += sum(size for _, size in stored_as)
+            kinds[_stored_kind(tensor, stored_as, checkpoint)] += 1
     if not sizes:
         raise CheckpointError(f"{folder} has no tensors")
+    dense = Counter({kind: n for kind, n in kinds.items() if kind not in _PACKED})
+    file = is_gguf(folder)
+    common = max(dense or kinds, key=(dense or kinds).__getitem__)
     return {
         "kind": "model",
+        "format": "GGUF" if file else "Hugging Face folder",
         "family": hf["model_type"],
         "parameters": sum(parameters.values()),
         "bytes": sum(sizes.values()),
-        "dtype": max(dtypes, key=dtypes.__getitem__),
-        "quantization": options.describe_quant(folder, stored),
+        "dtype": common,
+        "quantization": (
+            _listed(kinds) if file else options.describe_quant(folder, stored)
+        ),
         "layers": config.num_layers,
         "hidden": config.hidden_size,
         "experts": config.num_experts,
         "vocabulary": config.vocab_size,
         "context": config.max_position_embeddings,
         "tied_embedding": config.tie_word_embeddings,
-        "tokenizer": (folder / "tokenizer.json").exists(),
+        **_tokenizer(folder),
+        "notes": checkpoint.notes,
         "parameters_by_part": dict(parameters),
         "bytes_by_part": dict(sizes),
+        "tensors_by_kind": dict(kinds),
     }
 
 
-def _belongs(name: str, weight: str) -> bool:
-    if name == bitsandbytes.scales_name(weight):
-        return True
-    return name.startswith(f"{weight}.") and bitsandbytes.is_part(name)
+_PACKED = ("4-bit", "int8 rows")
+
+
+def _keys(tensors: Iterable[str]) -> dict[str, list[str]]:
+    """Returns each weight's keys: its own, and those of scales and tables."""
+    keys: dict[str, list[str]] = {}
+    for name in tensors:
+        keys.setdefault(bitsandbytes.weight_of(name), []).append(name)
+    return keys
+
+
+def _stored_kind(
+    name: str, stored: Sequence[tuple[str, int]], tensors: Collection[str]
+) -> str:
+    if len(stored) == 1:
+        return stored[0][0]
+    return "int8 rows" if bitsandbytes.scales_name(name) in tensors else "4-bit"
+
+
+def _listed(kinds: Mapping[str, int]) -> str:
+    return ", ".join(f"{kind} ({n} tensors)" for kind, n in kinds.items())
+
+
+def _tokenizer(folder: Path) -> dict[str, Any]:
+    """Says whether a tokenizer opens, and what it brings."""
+    try:
+        tokenizer = open_tokenizer(folder)
+    except QLoRAError as error:
+        return {"tokenizer": False, "tokenizer_problem": str(error)}
+    if tokenizer is None:
+        return {"tokenizer": False}
+    return {
+        "tokenizer": True,
+        "tokens": tokenizer.vocab_size,
+        "chat_template": tokenizer.chat_template is not None,
+    }
 
 
 def _part(path: tuple) -> str:

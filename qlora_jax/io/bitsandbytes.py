@@ -47,6 +47,24 @@ def is_part(name: str) -> bool:
     return name.endswith(SUFFIXES) or _STATE in name
 
 
+def weight_of(name: str) -> str:
+    """Returns the key of the weight that a key belongs to; of a weight, itself."""
+    if _STATE in name:
+        return name.partition(_STATE)[0]
+    for suffix in SUFFIXES[:-1]:
+        name = name.removesuffix(suffix)
+    stem = name.removesuffix(".SCB")
+    return name if stem == name else f"{stem}.weight"
+
+
+def renamed(name: str, weight: str) -> str:
+    """Returns the key that a part has when its weight is called `weight`."""
+    before = weight_of(name)
+    return (
+        scales_name(weight) if name.endswith(".SCB") else weight + name[len(before) :]
+    )
+
+
 def scales_name(name: str) -> str:
     """Returns the key of an int8 weight's row scales."""
     return name.removesuffix(".weight") + ".SCB"

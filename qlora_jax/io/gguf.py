@@ -54,10 +54,12 @@ class GGUF(Mapping[str, np.ndarray]):
       config: What its config.json would say.
       infos: {name: TensorInfo}; the dtype is what the tensor is read as, float32 where
         it is quantized. A tensor that is none of its architecture keeps its own name.
+      notes: What was left unread.
     """
 
     def __init__(self, path: Path):
         self.path = path
+        self.notes: list[str] = []
         self._meta, tensors = _open(path)
         arch = self._arch = self._meta.get("general.architecture", "")
         dense = ", ".join(gguf_config.ARCHITECTURES)
@@ -133,6 +135,11 @@ class GGUF(Mapping[str, np.ndarray]):
         """Counts the tensors."""
         return len(self._tensors)
 
+    def stored(self, name: str) -> tuple[str, int]:
+        """Returns how a tensor is stored: the name of its kind (q4_k), and its bytes."""
+        tensor = self._tensors[name]
+        return tensor.tensor_type.name.lower(), int(tensor.n_bytes)
+
     def tokenizer(self) -> Tokenizer | None:
         """Returns the file's tokenizer, or one that lies beside it; None without any.
 
@@ -199,6 +206,7 @@ def write_gguf(
             f"{folder}: a {source['model_type']} cannot be written as GGUF; known: {known}"
         )
     checkpoint = hf.outline(folder)[1]
+    hf.say(folder, checkpoint.notes)
     names = {theirs: name for name, theirs in _names(arch, config.num_layers).items()}
     if config.tie_word_embeddings:
         names.pop("lm_head.weight", None)

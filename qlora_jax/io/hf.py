@@ -1,6 +1,5 @@
 """Hugging Face model folders: load one, quantizing as it streams in; save one."""
 
-import dataclasses
 import functools
 import json
 import os
@@ -17,11 +16,23 @@ import numpy as np
 from flax import nnx
 
 from pallas_kernels.layout import QuantizedTensor
+from pallas_kernels.reference import decode_absmax
 from qlora_jax.errors import CheckpointError, OutputExistsError, ShapeError, gathered
 from qlora_jax.io import bitsandbytes
-from qlora_jax.io.gguf import GGUF, open_gguf
+from qlora_jax.io.gguf import GGUF
 from qlora_jax.io.safetensors import Checkpoint, Writer
-from qlora_jax.models import FAMILIES, Decoder, DecoderConfig, llama
+from qlora_jax.io.source import (
+    HEAD,
+    is_gguf,
+    left_out,
+    misnamed,
+    open_tensors,
+    open_tokenizer,
+    say,
+    unlike_layers,
+)
+from qlora_jax.io.source import read_config as read_config
+from qlora_jax.models import Decoder, DecoderConfig, llama
 from qlora_jax.nn import (
     Embedding,
     FrozenParam,
@@ -40,7 +51,6 @@ from qlora_jax.quant import (
     quantize_rows,
     quantize_tensor,
 )
-from qlora_jax.text.folder import read_json
 from qlora_jax.text.tokenizer import FILES as TOKENIZER_FILES
 from qlora_jax.text.tokenizer import TEMPLATES, Tokenizer
 
@@ -64,7 +74,9 @@ def load(
 
     Args:
       path_or_repo: A folder with config.json and safetensors, a hub id, or a GGUF file,
-        whose tensors are dequantized as they are read.
+        whose tensors are dequantized as they are read. Of a multimodal model (gemma3,
+        llava, qwen2_5_vl, ...) the text model alone is opened. What a folder has beyond
+        the model is left out, which one warning says.
       quant: Quantize the linears as they stream in (all but the head); None keeps a
         dense model dense. A folder with bitsandbytes 4-bit weights is read as it is.
       dtype: Of everything that stays dense, and so of the computation: 'bfloat16',
@@ -98,7 +110,7 @@ def load(
         lambda: Decoder(config, key=jax.random.key(0), dtype=dtype)
     )
     wanted = _wanted(skeleton, family, config)
-    _check_names(folder, checkpoint, wanted, family)
+    _check_names(folder, checkpoint, wanted, family, config)
     tables = resolve_tables(folder, hf, embedding, head)
     if set(tables.values()) != {"none"} and (quant or stored) is None:
         raise CheckpointError(
@@ -112,6 +124,7 @@ def load(
         raise CheckpointError(
             gathered(f"{folder} has unusable weights", reader.problems)
         )
+    say(folder, checkpoint.notes)
     return _fill(skeleton, loaded, implementation), open_tokenizer(folder)
 
 
@@ -156,7 +169,7 @@ def outline(
 
     Returns:
       A model whose kernels are shapes alone and whose other parameters are mapped from
-      the files, and the tensors of the folder.
+      the files, and the tensors of the folder; its `notes` name what was left out.
 
     Raises:
       CheckpointError: as `load`.
@@ -166,7 +179,7 @@ def outline(
     checkpoint = open_tensors(folder)
     skeleton = nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0)))
     wanted = _wanted(skeleton, family, config)
-    _check_names(folder, checkpoint, wanted, family)
+    _check_names(folder, checkpoint, wanted, family, config)
 
     def fill(path: tuple, variable: nnx.Variable) -> nnx.Variable:
         names, stack, _ = wanted[".".join(map(str, path))]
@@ -243,71 +256,6 @@ def find(path_or_repo: str | os.PathLike[str], revision: str | None = None) -> P
         ) from None
 
 
-def is_gguf(path: Path) -> bool:
-    """Whether a path is a GGUF file."""
-    return path.suffix == ".gguf" and path.is_file()
-
-
-@functools.lru_cache(maxsize=1)
-def _parsed_gguf(path: Path, size: int, changed: int) -> GGUF:
-    return open_gguf(path)
-
-
-def _gguf(path: Path) -> GGUF:
-    # Its metadata, with the whole vocabulary, takes seconds to parse.
-    return _parsed_gguf(path, path.stat().st_size, path.stat().st_mtime_ns)
-
-
-def open_tensors(path: Path) -> Checkpoint | GGUF:
-    """Opens the tensors of a folder or a GGUF file, by their Hugging Face names."""
-    return _gguf(path) if is_gguf(path) else Checkpoint(path)
-
-
-def open_tokenizer(path: Path) -> Tokenizer | None:
-    """Opens the tokenizer of a folder or a GGUF file; None where it has none."""
-    return _gguf(path).tokenizer() if is_gguf(path) else Tokenizer.open(path)
-
-
-def read_config(
-    folder: Path,
-) -> tuple[dict[str, Any], ModuleType, DecoderConfig, QuantConfig | None]:
-    """Reads config.json, or what it would be of a GGUF file.
-
-    Returns:
-      (its object, family module, decoder config, stored quant).
-
-    Raises:
-      CheckpointError: it is missing, or describes a model we do not know.
-    """
-    if is_gguf(folder):
-        hf = dict(_gguf(folder).config)
-    elif (folder / "config.json").exists():
-        hf = read_json(folder / "config.json")
-    else:
-        raise CheckpointError(
-            f"{folder} has no config.json; expected a Hugging Face model folder"
-        )
-    kind = hf.get("model_type")
-    if kind not in FAMILIES:
-        raise CheckpointError(
-            f"{folder / 'config.json'}: model_type is {kind!r}; known architectures: "
-            f"{', '.join(sorted(FAMILIES))}"
-        )
-    try:
-        config, problems = FAMILIES[kind].read_config(hf)
-    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
-        raise CheckpointError(
-            f"{folder / 'config.json'} has a value of the wrong kind: {error!r}"
-        ) from None
-    stored, more = bitsandbytes.read_quantization_config(hf)
-    if stored is not None and any(folder.glob("*.safetensors")):
-        size = bitsandbytes.stored_block_size(open_tensors(folder))
-        stored = dataclasses.replace(stored, block_size=size)
-    if problems := problems + more:
-        raise CheckpointError(gathered(f"{folder / 'config.json'}", problems))
-    return hf, FAMILIES[kind], config, stored
-
-
 class _Wanted(NamedTuple):
     """A parameter's Hugging Face names, and how they are stacked.
 
@@ -346,26 +294,38 @@ def _check_names(
     checkpoint: Checkpoint | GGUF,
     wanted: dict[str, _Wanted],
     family: ModuleType,
+    config: DecoderConfig,
 ) -> None:
-    problems, known = [], set()
+    """Refuses tensors that do not fit; notes those that the model has no place for."""
+    problems, known, missing = [], set(), []
     for names, _, shape in wanted.values():
         known.update(names)
         for name in names:
             if name not in checkpoint:
+                missing.append(name)
                 problems.append(f"{name} is missing")
             elif f"{name}.absmax" in checkpoint:
                 continue  # packed; its quant_state has the shape
             elif checkpoint.infos[name].shape != shape:
                 have = checkpoint.infos[name].shape
                 problems.append(f"{name} has shape {have}, config.json wants {shape}")
-    for name in checkpoint:
-        ignored = name.endswith(family.IGNORED) or name == "lm_head.weight"
-        if name not in known and not bitsandbytes.is_part(name) and not ignored:
-            problems.append(f"{name} is no tensor of this architecture")
+    if missing == [HEAD]:
+        problems.append(
+            'if the embedding is the head, write "tie_word_embeddings": true into config.json'
+        )
+    elif hint := misnamed(missing, checkpoint.infos):
+        problems.insert(0, hint)
+    stacks = {path: names for path, (names, stack, _) in wanted.items() if stack}
+    problems += unlike_layers(stacks, checkpoint)
     if problems:
         raise CheckpointError(
             gathered(f"{folder} does not fit its config.json", problems)
         )
+    if more := left_out(checkpoint, known, family, config.num_layers):
+        note = f"left out, as a {config.model_type} has no place for them: "
+        note += ", ".join(more)
+        if note not in checkpoint.notes:  # a GGUF file stays open
+            checkpoint.notes.append(note)
 
 
 class _Reader:
@@ -513,7 +473,8 @@ def check_output(out: Path, overwrite: bool) -> None:
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise OutputExistsError(
             f"{out} exists and is not empty; choose another --out, or pass --overwrite to "
-            "write into it (files of the same names are replaced, others are kept)"
+            "write into it (a model there is replaced, and files of the same names; others "
+            "are kept)"
         )
 
 
@@ -535,7 +496,8 @@ def save_model(
       out: The folder.
       source: The model's original folder or file, whose config and tokenizer go along;
         without it the config is written as a Llama's.
-      overwrite: Write into a folder that is not empty.
+      overwrite: Write into a folder that is not empty. The weights of a model there are
+        replaced whole, so that nothing opens the old ones.
       shard_bytes: Largest size of a file.
 
     Returns:
@@ -543,7 +505,8 @@ def save_model(
 
     Raises:
       OutputExistsError: see `check_output`.
-      CheckpointError: the model has adapters attached.
+      CheckpointError: the model has adapters attached, or values that are not finite
+        (as of weights too large for float16); nothing is written then.
     """
     out = Path(out)
     check_output(out, overwrite)
@@ -551,28 +514,13 @@ def save_model(
         raise CheckpointError(
             "the model has adapters attached; merge before save_model"
         )
-    names = llama.NAMES
+    names, folder = llama.NAMES, None
     if source is None:
         hf = llama.write_config(model.config)
     else:
         folder = find(source)
         hf, family, _, _ = read_config(folder)
         names = family.NAMES
-        out.mkdir(parents=True, exist_ok=True)
-        if is_gguf(folder):
-            if (tokenizer := open_tokenizer(folder)) is not None:
-                tokenizer.save(out)
-        for name in TOKENIZER_FILES:
-            if (folder / name).exists() and not (
-                (out / name).exists() and (folder / name).samefile(out / name)
-            ):
-                shutil.copyfile(folder / name, out / name)
-        for template in folder.glob(f"{TEMPLATES}/*.jinja"):
-            copy = out / TEMPLATES / template.name
-            if not (copy.exists() and copy.samefile(template)):
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(template, copy)
-    out.mkdir(parents=True, exist_ok=True)
     # Linears that stay dense in 4-bit folders: what the source says, and a router, which
     # transformers 4 would take for 4-bit.
     before = bitsandbytes.linears_config(hf) or {}
@@ -584,13 +532,37 @@ def save_model(
     hf["torch_dtype"] = model.compute_dtype.name
     hf["vocab_size"] = model.config.vocab_size
     hf["tie_word_embeddings"] = model.lm_head is None
-    writer, in_int8 = Writer(out, shard_bytes), []
+    made = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    writer = Writer(out, shard_bytes)
+    try:
+        quantization = _write_parameters(model, names, writer, skip)
+        size = writer.close()
+    except BaseException:
+        writer.discard()
+        if made:
+            out.rmdir()
+        raise
+    if quantization is not None:
+        hf["quantization_config"] = quantization
+    if folder is not None:
+        _copy_tokenizer(folder, out)
+    (out / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
+    return {"out": str(out), "bytes": size}
+
+
+def _write_parameters(
+    model: Decoder, names: Mapping[str, str], writer: Writer, skip: list[str] | None
+) -> dict[str, Any] | None:
+    """Writes all parameters; returns the quantization_config of what is quantized."""
+    linears, in_int8 = None, []
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         template, value = names[".".join(map(str, path))], variable.get_value()
         table = path[0] in ("embed_tokens", "lm_head")
         if table and isinstance(value, QuantizedTensor):
             value = dequantize(value, model.dtype)
         if isinstance(value, Int8Rows):
+            _check_range(writer, template, value.dtype, value.absmax)
             for key, array in bitsandbytes.write_int8(value, template).items():
                 writer.add(key, array)
             in_int8.append(template.removesuffix(".weight"))
@@ -599,16 +571,38 @@ def save_model(
         for name, index in zip(parts, np.ndindex(*stack), strict=True):
             one = jax.tree.map(lambda leaf, index=index: leaf[index], value)
             if isinstance(one, QuantizedTensor):
+                _check_range(writer, name, one.dtype, decode_absmax(one))
                 for key, array in bitsandbytes.write(one, name).items():
                     writer.add(key, array)
-                hf["quantization_config"] = bitsandbytes.quantization_config(
+                linears = bitsandbytes.quantization_config(
                     one, model.compute_dtype.name, skip
                 )
             else:
                 writer.add(name, np.asarray(one))
-    if in_int8:
-        linears = hf.get("quantization_config")
-        hf["quantization_config"] = bitsandbytes.with_int8_tables(linears, in_int8)
-    size = writer.close()
-    (out / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
-    return {"out": str(out), "bytes": size}
+    return bitsandbytes.with_int8_tables(linears, in_int8) if in_int8 else linears
+
+
+def _check_range(writer: Writer, name: str, dtype: str, absmax: Any) -> None:
+    """Refuses a quantized weight whose largest values its dtype cannot hold."""
+    limit, largest = float(jnp.finfo(dtype).max), float(jnp.max(absmax))
+    if not largest <= limit:
+        writer.problems.append(
+            f"{name}: quantized values up to {largest:.4g}, beyond {limit:.5g}, the largest "
+            f"of {dtype}; save in bfloat16 or float32 (--dtype)"
+        )
+
+
+def _copy_tokenizer(folder: Path, out: Path) -> None:
+    """Copies what belongs to the tokenizer; of a GGUF file, writes it."""
+    if is_gguf(folder) and (tokenizer := open_tokenizer(folder)) is not None:
+        tokenizer.save(out)
+    for name in TOKENIZER_FILES:
+        if (folder / name).exists() and not (
+            (out / name).exists() and (folder / name).samefile(out / name)
+        ):
+            shutil.copyfile(folder / name, out / name)
+    for template in folder.glob(f"{TEMPLATES}/*.jinja"):
+        copy = out / TEMPLATES / template.name
+        if not (copy.exists() and copy.samefile(template)):
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(template, copy)

@@ -8,7 +8,8 @@ checked before anything is read, so that a truncated file is named with its tens
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ _DTYPES = {
 _MAX_HEADER_BYTES = 100_000_000
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 class TensorInfo(NamedTuple):
@@ -49,23 +51,61 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
     Attributes:
       infos: {name: TensorInfo} of every tensor.
+      notes: What was left unread, or read otherwise than a user may think.
     """
 
     def __init__(self, folder: Path):
-        """Opens model.safetensors or the shards of its index.
+        """Opens model.safetensors, or without one the shards of the index.
+
+        Which files, and which of two tensors of one name, is as transformers chooses.
 
         Raises:
           CheckpointError: no file, or files that are missing, truncated or corrupt;
             all of them are named.
         """
         self.infos: dict[str, TensorInfo] = {}
-        problems = []
-        for file in _files(folder):
+        files, self.notes = _files(folder)
+        problems, twice = [], []
+        for file in files:
             infos, problem = _read_header(file)
+            twice += [
+                f"{name} ({self.infos[name].file.name}, {file.name})"
+                for name in infos
+                if name in self.infos
+            ]
             self.infos.update(infos)
             problems += problem
         if problems:
             raise CheckpointError(gathered(f"{folder} cannot be read", problems))
+        if twice:
+            self.notes.append(
+                "tensors that two files have were read from the latter: "
+                + shortened(twice)
+            )
+
+    def rename(self, usual: Callable[[str], str]) -> None:
+        """Gives every tensor the name that `usual` returns for its own.
+
+        Raises:
+          CheckpointError: tensors would have one name.
+        """
+        infos: dict[str, TensorInfo] = {}
+        names: dict[str, str] = {}
+        problems = []
+        for name, info in self.infos.items():
+            new = usual(name)
+            if new in names:
+                problems.append(f"{names[new]} and {name} are both {new}")
+            names[new], infos[new] = name, info
+        if problems:
+            where = next(iter(infos.values())).file.parent
+            raise CheckpointError(gathered(f"{where} has tensors twice", problems))
+        self.infos = infos
+
+    def stored(self, name: str) -> tuple[str, int]:
+        """Returns how a tensor is stored: the name of its dtype, and its bytes."""
+        info = self.infos[name]
+        return info.dtype.name, math.prod(info.shape) * info.dtype.itemsize
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Maps one tensor, read-only."""
@@ -85,26 +125,68 @@ class Checkpoint(Mapping[str, np.ndarray]):
         return len(self.infos)
 
 
-def _files(folder: Path) -> list[Path]:
+def shortened(names: Sequence[str], limit: int = 8) -> str:
+    """Returns names in one line, at most `limit` of them."""
+    more = [f"and {len(names) - limit} more"] if len(names) > limit else []
+    return ", ".join([*names[:limit], *more])
+
+
+def _files(folder: Path) -> tuple[list[Path], list[str]]:
+    """Returns the files to read, and notes on those that are there and are not read."""
     index = folder / INDEX
+    if (folder / SINGLE).exists():
+        beside = (
+            f"{INDEX} is there beside {SINGLE}, which is read whole; it is not used"
+        )
+        return [folder / SINGLE], [beside] if index.exists() else []
     if not index.exists():
-        if not (folder / SINGLE).exists():
-            raise CheckpointError(
-                f"{folder} has no {SINGLE} and no {INDEX}; expected a Hugging Face model "
-                "folder. Weights in .bin files must be converted to safetensors first."
-            )
-        return [folder / SINGLE]
-    try:
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if wrong := [s for s in shards if Path(s).name != s]:
-            raise ValueError(f"{wrong[0]!r} is no file name")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is no safetensors index: {error!r}") from None
+        raise CheckpointError(_no_weights(folder))
+    shards = _shards(index)
     if missing := [s for s in shards if not (folder / s).exists()]:
         raise CheckpointError(
-            gathered(f"{folder} lacks shards that {INDEX} names", missing)
+            gathered(f"{folder} lacks shards that {INDEX} names; fetch them", missing)
         )
-    return [folder / shard for shard in shards]
+    return [folder / shard for shard in shards], []
+
+
+def _shards(index: Path) -> list[str]:
+    """Returns the files that an index names."""
+    try:
+        shards = sorted(
+            set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        )
+        if wrong := [s for s in shards if Path(s).name != s]:
+            raise ValueError(f"{wrong[0]!r} is no file name")
+        if not shards:
+            raise ValueError("its weight_map is empty")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index} is no safetensors index ({error!r}); expected an object with a "
+            "weight_map from tensors to files. Fetch it again."
+        ) from None
+    return shards
+
+
+def _no_weights(folder: Path) -> str:
+    text = f"{folder} has no {SINGLE} and no {INDEX}"
+    others = sorted(
+        path.name
+        for pattern in ("*.bin", "*.pt", "*.pth", "*.safetensors")
+        for path in folder.glob(pattern)
+        if not path.name.startswith("adapter_model")
+    )
+    if any(name.endswith(".safetensors") for name in others):
+        return (
+            f"{text}, but {shortened(others)}; name a single file {SINGLE}, or fetch the "
+            "index of the shards"
+        )
+    if others:
+        return (
+            f"{text}, but PyTorch's {shortened(others)}. Convert them once, where "
+            "transformers is installed: AutoModelForCausalLM.from_pretrained(folder)"
+            ".save_pretrained(folder) writes safetensors"
+        )
+    return f"{text}; expected a Hugging Face model folder"
 
 
 def _parse(name: str, entry: dict[str, Any]) -> tuple[str, str, tuple, int, int]:
@@ -153,17 +235,23 @@ class Writer:
     """Writes tensors as they come, in shards of bounded size.
 
     Shards get their final names at `close`, when their number is known; a single one is
-    model.safetensors.
+    model.safetensors. Values that are not finite are never written.
     """
 
     def __init__(self, folder: Path, shard_bytes: int = 4 << 30):
         self.folder, self.shard_bytes = folder, shard_bytes
+        self.problems: list[str] = []
+        """Of tensors that cannot be written; `close` raises them."""
         self._pending: dict[str, np.ndarray] = {}
         self._shards: list[list[str]] = []
         self._bytes = 0
 
     def add(self, name: str, tensor: np.ndarray) -> None:
         """Adds a tensor; flushes a shard when it is full."""
+        if problem := _not_finite(tensor):
+            self.problems.append(f"{name}: {problem}")
+        if self.problems:  # nothing will be kept: look at the others alone
+            return
         size = sum(t.nbytes for t in self._pending.values())
         if self._pending and size + tensor.nbytes > self.shard_bytes:
             self._flush()
@@ -171,16 +259,28 @@ class Writer:
         self._bytes += tensor.nbytes
 
     def close(self) -> int:
-        """Writes what is left and the index; returns the bytes of all tensors."""
+        """Writes what is left and the index; returns the bytes of all tensors.
+
+        A model that was in the folder is replaced whole: its file, or its index and the
+        shards that this names.
+
+        Raises:
+          CheckpointError: tensors have values that are not finite; all are named, and
+            what was in the folder is still there.
+        """
+        if self.problems:
+            self.discard()
+            raise CheckpointError(
+                gathered(f"nothing was saved in {self.folder}", self.problems)
+            )
         self._flush()
         count = len(self._shards)
         final = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         if count == 1:
             final = [SINGLE]
+        before = self._before()
         for i, name in enumerate(final):
             os.replace(self.folder / _part(i), self.folder / name)
-        if count == 1:  # one of an earlier, sharded save would hide the new file
-            (self.folder / INDEX).unlink(missing_ok=True)
         if count > 1:
             weight_map = {
                 tensor: final[i]
@@ -189,15 +289,48 @@ class Writer:
             }
             index = {"metadata": {"total_size": self._bytes}, "weight_map": weight_map}
             (self.folder / INDEX).write_text(json.dumps(index, indent=2))
+            final.append(INDEX)
+        for name in before - set(final):
+            (self.folder / name).unlink(missing_ok=True)
         return self._bytes
+
+    def discard(self) -> None:
+        """Removes what was written, where `close` has not been reached."""
+        for i in range(len(self._shards)):
+            (self.folder / _part(i)).unlink(missing_ok=True)
+
+    def _before(self) -> set[str]:
+        """Returns the files of a model that another save left in the folder."""
+        files = {SINGLE}
+        if (self.folder / INDEX).exists():
+            files.add(INDEX)
+            try:
+                files.update(filter(_SHARD.fullmatch, _shards(self.folder / INDEX)))
+            except CheckpointError:
+                pass  # of no model that could be opened
+        return files
 
     def _flush(self) -> None:
         if self._pending or not self._shards:
             path = self.folder / _part(len(self._shards))
+            self._shards.append(list(self._pending))
             save_file(self._pending, path, metadata={"format": "pt"})
             path.chmod(0o644)
-            self._shards.append(list(self._pending))
             self._pending = {}
+
+
+def _not_finite(tensor: np.ndarray) -> str | None:
+    """Says why an array cannot be saved; None where all of it is finite."""
+    if tensor.dtype.kind in "biu" or np.isfinite(tensor).all():
+        return None
+    if np.isnan(tensor).any():
+        return "NaN values"
+    if tensor.dtype == np.float16:
+        return (
+            f"values beyond {np.finfo(np.float16).max:.0f}, the largest of float16; save "
+            "in bfloat16 or float32 (--dtype)"
+        )
+    return "Inf values"
 
 
 def _part(i: int) -> str:

@@ -88,6 +88,8 @@ def read_folder(folder: Path) -> Parts | None:
         return None
     settings, added = _settings(folder)
     model = read_json(folder / "config.json")
+    if isinstance(inner := model.get("text_config"), dict):  # of a multimodal model
+        model = inner | model
     if path.exists():
         made = _as_its_class(made, settings, model.get("model_type"))
     special = named | _special_tokens(settings)

@@ -4,13 +4,17 @@ import json
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 import tiny
+from safetensors.numpy import load_file, save_file
 
+import qlora_jax
 from qlora_jax.adapters import LoRAConfig, attach
 from qlora_jax.adapters.attach import split
 from qlora_jax.cli.main import main
 from qlora_jax.io.adapter import save_adapter
+from qlora_jax.io.gguf import write_gguf
 from qlora_jax.io.hf import save_model
 from qlora_jax.models import Decoder, DecoderConfig
 
@@ -52,6 +56,36 @@ def test_a_4_bit_folder_says_how_and_how_small(tmp_path: Path, capsys):
     size = found["bytes_by_part"]["feed-forward"]
     bits = 8 * size / found["parameters_by_part"]["feed-forward"]
     assert 4.1 < bits < 6  # beside the codes: tables and names, which tiny linears feel
+
+
+def test_a_gguf_file_says_how_its_tensors_are_stored(tmp_path: Path, capsys):
+    pytest.importorskip("gguf")
+    base = Path(qlora_jax.__file__).parent / "assets" / "base"  # has a real tokenizer
+    file = tmp_path / "m.gguf"
+    write_gguf(base, file, "q8_0")
+    found, folder = inspect(capsys, file), inspect(capsys, base)
+    alike = ("family", "parameters", "layers", "vocabulary", "context", "tokenizer")
+    assert {k: found[k] for k in alike} == {k: folder[k] for k in alike}
+    assert (found["format"], found["tokens"]) == ("GGUF", folder["tokens"])
+    norms = 2 * found["layers"] + 1
+    matrices = sum(folder["tensors_by_kind"].values()) - norms
+    assert found["tensors_by_kind"] == {"q8_0": matrices, "f32": norms}
+    assert f"q8_0 ({matrices} tensors)" in found["quantization"]
+    small = found["parameters_by_part"]["norms"]  # q8_0: 34 bytes for 32 values
+    assert found["bytes"] == (found["parameters"] - small) * 34 // 32 + 4 * small
+    assert inspect(capsys, file) == found  # an opened file is kept
+
+
+def test_what_is_left_out_is_said(tmp_path: Path, capsys):
+    folder = tiny.write_folder(tmp_path / "base")
+    stored = load_file(folder / "model.safetensors")
+    stored["score.weight"] = np.ones((2, 64), np.float32)
+    save_file(stored, folder / "model.safetensors")
+    (note,) = inspect(capsys, folder)["notes"]
+    assert "score.weight (1 tensor)" in note
+    (folder / "tokenizer.json").write_text("{")
+    found = inspect(capsys, folder)
+    assert not found["tokenizer"] and "is no tokenizer" in found["tokenizer_problem"]
 
 
 def test_an_adapter_is_described_and_held_against_a_base(

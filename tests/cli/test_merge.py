@@ -10,10 +10,12 @@ import tiny
 from command import call
 
 from qlora_jax.adapters import Adapter
+from qlora_jax.adapters.algebra import scale
 from qlora_jax.cli.main import main
 from qlora_jax.errors import AdapterMismatchError
 from qlora_jax.io.adapter import load_adapter, save_adapter
 from qlora_jax.io.hf import load, save_model
+from qlora_jax.io.read import read_adapter
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +39,19 @@ def test_a_dense_merge_states_its_rounding(folders: Path, tmp_path: Path, capsys
     report = json.loads((tmp_path / "m" / "merge_report.json").read_text())
     assert len(report["linears"]) == 4
     assert report["relative_error"] == figures["relative_error"]
+
+
+def test_a_merge_that_float16_cannot_hold_is_refused_by_name(folders, tmp_path, capsys):
+    adapter = read_adapter(folders / "a")
+    far = scale(adapter, 1e7)
+    save_adapter(tmp_path / "far", far.lora, far.config)
+    flags = ["--model", folders / "base", "--adapter", tmp_path / "far"]
+    out = tmp_path / "m"
+    args = map(str, ["merge", *flags, "--out", out, "--dtype", "float16"])
+    assert main(list(args)) == 2
+    said = capsys.readouterr().err
+    assert "layers.0.mlp.down_proj.weight: values beyond 65504" in said
+    assert "bfloat16 or float32" in said and not out.exists()
 
 
 @pytest.mark.slow

@@ -22,17 +22,27 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 
 def opened(job: dict[str, Any], **options: Any) -> Any:
-    """Opens the folder `base` to compute in float32; refuses missing or unknown tensors."""
-    model, said = AutoModelForCausalLM.from_pretrained(
+    """Opens the folder `base` to compute in float32; refuses missing or unknown tensors.
+
+    With `loose` unknown ones may be there, as transformers has it.
+    """
+    model, said = auto(job).from_pretrained(
         job["base"], dtype=torch.float32, output_loading_info=True, **options
     )
     said = {key: sorted(map(str, value)) for key, value in said.items() if value}
+    if job.get("loose"):
+        said.pop("unexpected_keys", None)
     if said:
         raise ValueError(f"{job['base']} did not load cleanly: {said}")
     in_float32(model)
     if "rows" in job:
         model.resize_token_embeddings(job["rows"], mean_resizing=False)
     return model.eval()
+
+
+def auto(job: dict[str, Any]) -> Any:
+    """Returns the class that `auto` names; that of causal models where it is missing."""
+    return getattr(transformers, job.get("auto", "AutoModelForCausalLM"))
 
 
 def in_float32(model: Any) -> None:
@@ -71,7 +81,7 @@ def make(job: dict[str, Any]) -> None:
     """Saves a random model of `config` (a config.json) to `out`."""
     torch.manual_seed(0)
     fields = dict(job["config"])
-    model = AutoModelForCausalLM.from_config(
+    model = auto(job).from_config(
         AutoConfig.for_model(fields.pop("model_type"), **fields)
     )
     with torch.no_grad():
@@ -92,6 +102,13 @@ def quantize(job: dict[str, Any]) -> None:
         quantization_config=config,
     )
     model.save_pretrained(job["out"])
+
+
+def settings(job: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings of the text model of `base`'s config.json, defaults written out."""
+    config = AutoConfig.from_pretrained(job["base"])
+    text = config.get_text_config().to_dict()
+    return text | {"tie_word_embeddings": bool(config.tie_word_embeddings)}
 
 
 def decoded(job: dict[str, Any]) -> None:
@@ -166,7 +183,9 @@ def chat(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-JOBS = {f.__name__: f for f in (make, quantize, decoded, logits, adapter, chat)}
+JOBS = {
+    f.__name__: f for f in (make, quantize, settings, decoded, logits, adapter, chat)
+}
 
 
 def main() -> None:

@@ -116,7 +116,7 @@ def test_nothing_has_its_final_name_before_close(tmp_path):
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=f"no {SINGLE} and no {INDEX}.*converted"):
+    with pytest.raises(CheckpointError, match=f"no {SINGLE} and no {INDEX}; expected"):
         Checkpoint(tmp_path)
 
 

@@ -1,0 +1,288 @@
+"""What a base is read from: its config, and its tensors under their usual names.
+
+A folder or GGUF file is taken as transformers takes it (5.24): tensors whose names lack
+`model.` or have it twice get their usual ones, the language model of a multimodal folder
+is opened alone (models/wrappers.py), and a head that differs from the embedding is used
+though config.json says that they are tied. Tensors that the model has no place for are
+left out, and named once; one that it lacks is an error.
+"""
+
+import dataclasses
+import functools
+import logging
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from qlora_jax.errors import CheckpointError, gathered
+from qlora_jax.io import bitsandbytes
+from qlora_jax.io.gguf import GGUF, open_gguf
+from qlora_jax.io.safetensors import Checkpoint, TensorInfo, shortened
+from qlora_jax.models import FAMILIES, DecoderConfig
+from qlora_jax.models.wrappers import WRAPPERS, unwrap, without_wrapper
+from qlora_jax.quant import QuantConfig
+from qlora_jax.text.folder import read_json
+from qlora_jax.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+Settings = tuple[dict[str, Any], ModuleType, DecoderConfig, QuantConfig | None]
+"""(object of config.json, family module, decoder config, how its linears are stored)"""
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path is a GGUF file."""
+    return path.suffix == ".gguf" and path.is_file()
+
+
+@functools.lru_cache(maxsize=1)
+def _parsed_gguf(path: Path, size: int, changed: int) -> GGUF:
+    return open_gguf(path)
+
+
+def _gguf(path: Path) -> GGUF:
+    # Its metadata, with the whole vocabulary, takes seconds to parse.
+    return _parsed_gguf(path, path.stat().st_size, path.stat().st_mtime_ns)
+
+
+def open_tokenizer(path: Path) -> Tokenizer | None:
+    """Opens the tokenizer of a folder or a GGUF file; None where it has none."""
+    return _gguf(path).tokenizer() if is_gguf(path) else Tokenizer.open(path)
+
+
+def read_config(folder: Path) -> Settings:
+    """Reads config.json, or what it would be of a GGUF file.
+
+    Of a multimodal model it is that of its text model alone. Where the folder has
+    weights, they say whether the embedding is the head, and how 4-bit ones are stored.
+
+    Raises:
+      CheckpointError: it is missing, or describes a model we do not know.
+    """
+    hf, family, config, stored, _ = _settings(folder)
+    asks = stored is not None or config.tie_word_embeddings
+    if is_gguf(folder) or not asks or not any(folder.glob("*.safetensors")):
+        return hf, family, config, stored
+    checkpoint = open_tensors(folder)
+    if stored is not None:
+        size = bitsandbytes.stored_block_size(checkpoint)
+        stored = dataclasses.replace(stored, block_size=size)
+    if _has_own_head(checkpoint, config):
+        hf["tie_word_embeddings"] = False
+        config = dataclasses.replace(config, tie_word_embeddings=False)
+    return hf, family, config, stored
+
+
+def _settings(
+    folder: Path,
+) -> tuple[dict[str, Any], ModuleType, DecoderConfig, QuantConfig | None, str]:
+    """Reads config.json alone; the last value is the model_type that it names."""
+    where = folder / "config.json"
+    if is_gguf(folder):
+        hf = dict(_gguf(folder).config)
+    elif where.exists():
+        hf = read_json(where)
+    else:
+        raise CheckpointError(_no_model(folder))
+    named = hf.get("model_type")
+    if not isinstance(named, str) or named not in FAMILIES.keys() | WRAPPERS.keys():
+        known = sorted(FAMILIES) + [f"{name} (its text)" for name in sorted(WRAPPERS)]
+        raise CheckpointError(
+            f"{where}: model_type is {named!r}; known architectures: {', '.join(known)}"
+        )
+    try:
+        config = None
+        hf, problems = unwrap(hf) if named in WRAPPERS else (hf, [])
+        if not problems:
+            config, problems = FAMILIES[hf["model_type"]].read_config(hf)
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+        raise CheckpointError(
+            f"{where} has a value of the wrong kind: {error!r}"
+        ) from None
+    stored, more = bitsandbytes.read_quantization_config(hf)
+    if problems := problems + more:
+        raise CheckpointError(gathered(f"{where}", problems))
+    assert config is not None
+    return hf, FAMILIES[hf["model_type"]], config, stored, named
+
+
+def _no_model(folder: Path) -> str:
+    """Says what a folder without config.json is, as far as its files tell."""
+    text = f"{folder} has no config.json"
+    if (folder / "adapter_config.json").exists():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        return (
+            f"{text}: it is a PEFT adapter. Give it as --adapter, and its base "
+            f"({base or 'which its adapter_config.json does not name'}) as --model"
+        )
+    if (folder / "adapter").is_dir() or (folder / "adapter.json").exists():
+        return (
+            f"{text}: it is a run's or an adapter's folder. Give it as --adapter, and its "
+            "base as --model"
+        )
+    if files := sorted(path.name for path in folder.glob("*.gguf")):
+        return f"{text}, but GGUF files; give one of them: {shortened(files)}"
+    return f"{text}; expected a Hugging Face model folder"
+
+
+def open_tensors(path: Path) -> Checkpoint | GGUF:
+    """Opens the tensors of a folder or a GGUF file, by their usual names.
+
+    Those that the family does not know keep their own names.
+    """
+    if is_gguf(path):
+        return _gguf(path)
+    _, family, config, _, named = _settings(path)
+    checkpoint = Checkpoint(path)
+    known = frozenset(map(_template, family.NAMES.values()))
+    wrapped = named in WRAPPERS
+    checkpoint.rename(lambda name: _usual(name, known, wrapped))
+    infos = checkpoint.infos
+    if config.tie_word_embeddings and EMBEDDING not in infos and HEAD in infos:
+        infos[EMBEDDING] = infos.pop(HEAD)  # the same table by its other name
+    if wrapped:
+        checkpoint.notes.append(
+            f"it is a {named}: its text model is opened alone, as {config.model_type}"
+        )
+    if _has_own_head(checkpoint, config):
+        checkpoint.notes.append(
+            f"config.json says tie_word_embeddings, but {HEAD} differs from the embedding: "
+            "the head is used, as by transformers 5"
+        )
+    if (path / "adapter_config.json").exists():
+        checkpoint.notes.append(
+            "adapter_config.json is there: its adapter is not applied (--adapter does)"
+        )
+    return checkpoint
+
+
+def _template(name: str) -> str:
+    return re.sub(r"\.(\d+|\{\})(?=\.)", ".{}", name)
+
+
+def _usual(name: str, known: Collection[str], wrapped: bool) -> str:
+    """Returns the usual name of a tensor: its own where none fits."""
+    weight = bitsandbytes.weight_of(name)
+    inner = without_wrapper(weight) if wrapped else weight
+    for one in (inner, f"model.{inner}", inner.removeprefix("model.")):
+        if _template(one) in known:
+            return bitsandbytes.renamed(name, one)
+    return name
+
+
+def _has_own_head(checkpoint: Checkpoint | GGUF, config: DecoderConfig) -> bool:
+    """Whether the files have a head of their own, though config.json says tied."""
+    infos = checkpoint.infos
+    if not config.tie_word_embeddings or not (EMBEDDING in infos and HEAD in infos):
+        return False
+    table, head = infos[EMBEDDING], infos[HEAD]
+    if table.shape != head.shape:
+        return True
+    changed = tuple(info.file.stat().st_mtime_ns for info in (table, head))
+    return not _equal(table, head, changed)
+
+
+@functools.lru_cache(maxsize=4)
+def _equal(a: TensorInfo, b: TensorInfo, changed: tuple[int, int]) -> bool:
+    """Compares two matrices by value, some rows at a time."""
+    x, y = (np.memmap(i.file, i.dtype, "r", i.start, i.shape) for i in (a, b))
+    rows = max(1, (16 << 20) // max(1, x[:1].nbytes))
+    return all(
+        np.array_equal(x[i : i + rows], y[i : i + rows])
+        for i in range(0, x.shape[0], rows)
+    )
+
+
+def left_out(
+    tensors: Iterable[str], wanted: Collection[str], family: ModuleType, layers: int
+) -> list[str]:
+    """Returns what a model has no place for, a line for each kind.
+
+    Args:
+      tensors: Names in the files.
+      wanted: Names that the model is made of.
+      family: Its module; what that ignores is not named.
+      layers: Of the model.
+    """
+    kinds: Counter[str] = Counter()
+    for name in tensors:
+        weight = bitsandbytes.weight_of(name)
+        if name in wanted or (name != weight and weight in wanted):
+            continue
+        # A head that is the embedding once more loses nothing.
+        if not name.endswith(family.IGNORED) and weight != HEAD:
+            kinds[_kind(weight, layers)] += 1
+    return [
+        f"{kind} ({kinds[kind]} tensor{'s' if kinds[kind] > 1 else ''})"
+        for kind in sorted(kinds, key=_natural)
+    ]
+
+
+def _natural(text: str) -> list[tuple[int, str]]:
+    """Sorts layer 2 before layer 13."""
+    parts = re.split(r"(\d+)", text)
+    return [(int(p), "") if p.isdigit() else (-1, p) for p in parts]
+
+
+def _kind(name: str, layers: int) -> str:
+    place = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    if name.startswith("model.layers.") and place and int(place[1]) >= layers:
+        return f"layer {place[1]} of {layers}"
+    parts = name.split(".")
+    if name.startswith("model.layers."):
+        return _template(name).replace("{}", "*")
+    first = 2 if parts[0] == "model" else 1
+    return name if len(parts) <= first + 1 else ".".join(parts[:first]) + ".*"
+
+
+def misnamed(missing: Iterable[str], tensors: Collection[str]) -> str | None:
+    """Says what stands before the names of tensors that seem to be missing."""
+    for name in missing:
+        for found in tensors:
+            if found.endswith(f".{name}"):
+                before = found.removesuffix(name)
+                return (
+                    f"{name} may be {found}: save the model itself, not what it is "
+                    f"wrapped in, so that names do not begin with {before!r}"
+                )
+    return None
+
+
+def say(path: Path, notes: list[str]) -> None:
+    """Logs what a user should know of a source, as one warning."""
+    if notes:
+        logger.warning("%s: %s", path, "; ".join(notes))
+
+
+def unlike_layers(
+    names: Mapping[str, list[str]], tensors: Collection[str]
+) -> list[str]:
+    """Returns linears that are 4-bit in some layers and dense in others.
+
+    Args:
+      names: Our path of a parameter -> its names in the files, a layer each.
+      tensors: Names in the files.
+    """
+    problems = []
+    for path, stack in names.items():
+        packed = [f"{name}.absmax" in tensors for name in stack]
+        if all(packed) or not any(packed):
+            continue
+        dense = [name for name, yes in zip(stack, packed, strict=True) if not yes]
+        problems.append(
+            f"{path}: {sum(packed)} of {len(stack)} are 4-bit, and these are dense: "
+            f"{shortened(dense)}"
+        )
+    if problems:
+        problems.append(
+            "layers must be stored alike: load the original folder and quantize it "
+            "(quant=, --quant.codebook nf4)"
+        )
+    return problems
