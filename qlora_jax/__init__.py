@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from qlora_jax.io.tokens import add_tokens as add_tokens
     from qlora_jax.memory import Setup as Setup
     from qlora_jax.models.streaming import stream as stream
-    from qlora_jax.nn.linear import quantize as quantize
+    from qlora_jax.nn.quantizing import quantize as quantize
     from qlora_jax.optim.eight_bit import adamw_8bit as adamw_8bit
     from qlora_jax.optim.loss_scale import dynamic_loss_scale as dynamic_loss_scale
     from qlora_jax.optim.offload import offload as offload
@@ -95,7 +95,7 @@ _HOMES = {
     "qlora_jax.memory": ("Setup",),
     "qlora_jax.models.streaming": ("stream",),
     "qlora_jax.plan": ("plan_memory",),
-    "qlora_jax.nn.linear": ("quantize",),
+    "qlora_jax.nn.quantizing": ("quantize",),
     "qlora_jax.optim.eight_bit": ("adamw_8bit",),
     "qlora_jax.optim.loss_scale": ("dynamic_loss_scale",),
     "qlora_jax.optim.offload": ("offload",),

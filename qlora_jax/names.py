@@ -36,28 +36,28 @@ class Numbered(NamedTuple):
 
     Attributes:
       path: Without numbers.
-      index: () where nothing is numbered.
+      numbers: () where nothing is numbered.
     """
 
     path: str
-    index: Index = ()
+    numbers: Index = ()
 
     @classmethod
     def parse(cls, name: str) -> "Numbered":
         """Reads a numbered name; numbers stand behind `layers` and `experts` alone."""
-        parts, index = name.split("."), []
+        parts, numbers = name.split("."), []
         if parts[0] == STACK:
             for before in (STACK, EXPERTS):
                 at = parts.index(before) + 1 if before in parts else len(parts)
                 if at == len(parts) or not parts[at].isdigit():
                     break
-                index.append(int(parts.pop(at)))
-        return cls(".".join(parts), tuple(index))
+                numbers.append(int(parts.pop(at)))
+        return cls(".".join(parts), tuple(numbers))
 
     def __str__(self) -> str:
         """Returns the numbered name."""
         parts = self.path.split(".")
-        for before, number in zip((STACK, EXPERTS), self.index, strict=False):
+        for before, number in zip((STACK, EXPERTS), self.numbers, strict=False):
             parts.insert(parts.index(before) + 1, str(number))
         return ".".join(parts)
 

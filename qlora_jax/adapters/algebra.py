@@ -194,7 +194,7 @@ def update_norms(adapter: Adapter) -> Measured:
       AdapterMismatchError: something of the adapter is no low-rank update.
     """
     (updates,) = read([adapter])
-    norms = _by_name(updates, adapter.config.layers, _norm)
+    norms = _by_name(updates, adapter.config.layers_of, _norm)
     return Measured(norms, _root([x**2 for x in norms.values()]))
 
 
@@ -288,12 +288,14 @@ def check_rank(rank: int | None, updates: Updates) -> None:
 
 
 def _by_name(
-    updates: Updates, layers: tuple[int, ...], figure: Callable[..., Array]
+    updates: Updates,
+    layers_of: Callable[[str], tuple[int, ...]],
+    figure: Callable[..., Array],
 ) -> dict[str, Array]:
     found = {}
     for path, update in updates.items():
         values = figure(update.lora_a, update.lora_b) * update.scale
-        for name, index in layer_names(path, update, layers).items():
+        for name, index in layer_names(path, update, layers_of(dotted(path))).items():
             found[name] = values[index]
     return found
 

@@ -30,6 +30,7 @@ from qlora_jax.nn import (
 )
 from qlora_jax.nn.embedding import QuantizedEmbedding, Table
 from qlora_jax.nn.norm import RMSNorm
+from qlora_jax.nn.quantizing import check_module
 from qlora_jax.nn.variables import trained, trains
 from qlora_jax.quant import dequantize_rows
 
@@ -84,6 +85,7 @@ def attach_zero(model: M, config: LoRAConfig, *, key: Array) -> M:
 
     Args, returns and raises as `attach`.
     """
+    check_module(model)
     _check(model, config)
     base = fingerprint(model, scales=config.init != "zero")
     if isinstance(model, Decoder) and (HEAD in config.saved or not config.tied):
@@ -121,7 +123,7 @@ def _lora(
     key: Array,
 ) -> LoRA:
     rank, alpha = config.shape_of(name)
-    layers = config.layers if node.stack else ()
+    layers = config.layers_of(name) if node.stack else ()
     lora = LoRA(
         node,
         rank=rank,
@@ -193,13 +195,22 @@ def _check(model: nnx.Module, config: LoRAConfig) -> None:
         elif isinstance(node, (QuantizedLinear, QuantizedEmbedding)):
             packed.append(name)
     tied = isinstance(model, Decoder) and model.lm_head is None
-    found = any(map(config.matches, linears))
+    # A head that gets its own copy of the table is a linear like others.
+    asked = tied and config.tied and _asks_for_head(config, list(linears))
+    paths = [*linears, *([HEAD] if tied and (asked or not config.tied) else [])]
+    found = any(map(config.matches, paths))
+    if asked:
+        problems.append(
+            f"--lora.targets {config.targets}: {HEAD} is tied to {EMBEDDING} and has no "
+            "weight of its own; --lora.no-tied (LoRAConfig.tied=False) gives it a copy, "
+            "which may have an adapter"
+        )
     if EMBEDDING in (*dense, *packed) and config.targets != ALL_LINEAR:
         found |= config.matches(EMBEDDING)
     alone = config.saved or config.tokens
     if not found and not (config.targets == "" and alone):
         raise ConfigError(_no_match(config.targets, list(linears)))
-    problems += _unmatched(config, [*linears, EMBEDDING])
+    problems += _unmatched(config, [*paths, EMBEDDING])
     for name in config.saved:
         if not any(ends(path, name) for path in (*dense, *([HEAD] if tied else []))):
             quantized = any(ends(path, name) for path in packed)
@@ -209,12 +220,7 @@ def _check(model: nnx.Module, config: LoRAConfig) -> None:
             problems.append(
                 f"--lora.modules-to-save {name} {why}; there are {', '.join(dense)}"
             )
-    stacks = [node.stack for path, node in linears.items() if config.matches(path)]
-    count = max((stack[0] for stack in stacks if stack), default=0)
-    if count and max(config.layers, default=0) >= count:
-        problems.append(
-            f"--lora.layers {list(config.layers)}: the model has {count} layers, from 0"
-        )
+    problems += _beyond(config, linears)
     if config.head_tokens and tied and config.tied and HEAD not in config.saved:
         problems.append(
             "--lora.head-tokens: the head is tied and follows --lora.tokens"
@@ -230,7 +236,7 @@ def _check(model: nnx.Module, config: LoRAConfig) -> None:
             problems.append(
                 f"--lora.tokens and an adapter on {EMBEDDING} exclude each other"
             )
-    if config.token_rows(HEAD) and not tied and config.matches(HEAD):
+    if config.token_rows(HEAD) and not (tied and config.tied) and config.matches(HEAD):
         problems.append(
             f"--lora.tokens and an adapter on {HEAD} exclude each other; "
             "--lora.head-tokens of none leaves the head's rows alone"
@@ -239,6 +245,33 @@ def _check(model: nnx.Module, config: LoRAConfig) -> None:
         problems.append(f"--lora.dora has no form for {EMBEDDING}")
     if problems:
         raise ConfigError(gathered("the adapter does not fit this model", problems))
+
+
+def _asks_for_head(config: LoRAConfig, linears: list[str]) -> bool:
+    """Whether targets name the head, rather than match it among other modules."""
+    named = HEAD in map(str.strip, config.targets.split(","))
+    if named or any(map(config.matches, linears)):
+        return named and not config.saves(HEAD)
+    return config.targets != ALL_LINEAR and config.matches(HEAD)
+
+
+def _beyond(
+    config: LoRAConfig, linears: dict[str, Linear | QuantizedLinear]
+) -> list[str]:
+    """Returns the layers that a config names and the stacks do not have."""
+    problems: dict[tuple[int, ...], str] = {}
+    for path, node in linears.items():
+        layers = config.layers_of(path)
+        if (
+            config.matches(path)
+            and node.stack
+            and max(layers, default=0) >= (count := node.stack[0])
+        ):
+            flag = "layers" if layers == config.layers else f"layers-pattern of {path}"
+            problems[layers] = (
+                f"--lora.{flag} {list(layers)}: the model has {count} layers, from 0"
+            )
+    return list(problems.values())
 
 
 def detach(model: M) -> M:
@@ -283,8 +316,12 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
 
 
 def join(graphdef: nnx.GraphDef, lora: nnx.State, base: nnx.State) -> Any:
-    """Puts a model together from what `split` gave."""
-    return nnx.merge(graphdef, lora, base)
+    """Puts a model together from what `split` gave.
+
+    Its variables are new ones, so that it may be made inside of jax.grad or jax.lax.scan;
+    the arrays are the same.
+    """
+    return nnx.merge(graphdef, lora, base, copy=True)
 
 
 def lora_config(model: nnx.Module) -> LoRAConfig:
@@ -316,6 +353,10 @@ def lora_config(model: nnx.Module) -> LoRAConfig:
         else getattr(plain, field)
         for field in ("rank", "alpha")
     )
+    stacked = {p: _layers(n) for p, n in found.items() if _in_a_stack(n)}
+    layers = Counter(stacked.values()).most_common(1)[0][0] if stacked else ()
+    # In layers without adapter biases train too, which lora_only would not say.
+    beyond = biased - found.keys() or any(stacked.values())
     own_head = getattr(model, HEAD, None) is not None
     untied_head = isinstance(model, Decoder) and (
         model.config.tie_word_embeddings and own_head and HEAD not in saved
@@ -330,8 +371,13 @@ def lora_config(model: nnx.Module) -> LoRAConfig:
         dropout=one.dropout if one else 0.0,
         init=one.init if one else "zero",
         dora=one is not None and one.magnitude is not None,
-        layers=_layers(one) if one else (),
-        bias="none" if not biased else "all" if biased - found.keys() else "lora_only",
+        layers=layers,
+        layers_pattern={
+            path: ",".join(map(str, own)) or "all"
+            for path, own in stacked.items()
+            if own != layers
+        },
+        bias="none" if not biased else "all" if beyond else "lora_only",
         modules_to_save=",".join(sorted(saved)),
         tied=not untied_head,
         tokens=tokens,
@@ -342,7 +388,11 @@ def lora_config(model: nnx.Module) -> LoRAConfig:
     )
 
 
-def _layers(node: LoRA) -> tuple[int, ...]:
+def _in_a_stack(node: LoRA | LoRAEmbedding) -> bool:
+    return node.lora_a[...].ndim > 2
+
+
+def _layers(node: LoRA | LoRAEmbedding) -> tuple[int, ...]:
     return tuple(node.lora_a.get_metadata().get("layers", ()))
 
 
@@ -368,6 +418,7 @@ def _unmatched(config: LoRAConfig, paths: list[str]) -> list[str]:
     for flag, patterns in (
         ("rank-pattern", config.rank_pattern),
         ("alpha-pattern", config.alpha_pattern),
+        ("layers-pattern", config.layers_pattern),
     ):
         for name in patterns:
             if not any(ends(path, name) for path in adapted):

@@ -35,6 +35,7 @@ from qlora_jax.nn import (
 )
 from qlora_jax.nn.embedding import QuantizedEmbedding, Table
 from qlora_jax.nn.norm import RMSNorm
+from qlora_jax.nn.quantizing import adopted
 from qlora_jax.nn.variables import trains
 from qlora_jax.quant import QuantConfig, Quantized, dequantize, quantize_tensor
 
@@ -58,7 +59,8 @@ def merge(
         leaves it.
 
     Returns:
-      A model of the same structure without LoRA modules.
+      A model of the same structure without LoRA modules. What was a flax.nnx.Linear before
+      `quantize` is one again, in `dtype`, so that a stranger's module is what it was.
 
     Raises:
       ConfigError: not exactly one of dtype and requantize is given.
@@ -83,15 +85,20 @@ def merge(
             arrays = (kernel, *factors(node))
             dense_head = isinstance(base, Linear) and path[-1:] == (HEAD,)
             if requantize is None or dense_head:
-                return Linear(_layers(folded, base.stack, plain)(*arrays), bias)
+                return _dense(base, _layers(folded, base.stack, plain)(*arrays), bias)
+            own = kernel.dtype if isinstance(kernel, Quantized) else kernel.dtype.name
             parts = [
-                quantize_tensor(folded(*_layer(arrays, index)), requantize)
+                # Of float32 values, rounded once, that are read in the base's dtype.
+                dataclasses.replace(
+                    quantize_tensor(folded(*_layer(arrays, index)), requantize),
+                    dtype=own,
+                )
                 for index in np.ndindex(*base.stack)
             ]
             kernel = jax.tree.map(
                 lambda *x: jnp.stack(x).reshape(*base.stack, *x[0].shape), *parts
             )
-            return QuantizedLinear(kernel, bias)
+            return QuantizedLinear(kernel, bias, origin=base.origin)
         if isinstance(node, LoRAEmbedding):
             table = _table(node.base)
             update = jnp.matmul(node.lora_a[...], node.lora_b[...], precision="highest")
@@ -102,7 +109,7 @@ def merge(
         # Not the base inside a LoRA: its wrapper is about to replace it.
         if isinstance(node, QuantizedLinear) and path[:-1] not in adapted:
             return (
-                Linear(node.weight(dtype), _bias(node, plain))
+                _dense(node, node.weight(dtype), _bias(node, plain))
                 if requantize is None
                 else _frozen(node, plain)
             )
@@ -187,7 +194,7 @@ def unmerge(model: M, adapter: Adapter, *, dtype: str | None = None) -> M:
       AdapterMismatchError: something of the adapter is no low-rank update (DoRA, biases,
         modules that trained in full), which nothing can take out again.
     """
-    minus = scale(adapter, -1.0).on(model)
+    minus = scale(adapter, -1.0).on(adopted(model))
     return merge(minus, dtype=dtype or str(getattr(model, "dtype", "float32")))
 
 
@@ -197,6 +204,15 @@ def factors(node: LoRA) -> tuple[Array, Array, Array | None, Array | None]:
     magnitude = None if node.magnitude is None else node.magnitude[...]
     active = None if node.active is None else node.active[...][..., 0, 0]
     return a, b, magnitude, active
+
+
+def _dense(
+    base: Linear | QuantizedLinear, kernel: Array, bias: Array | None
+) -> Linear | nnx.Linear:
+    """Returns the dense linear that takes the place of one: a stranger's is its own again."""
+    if base.origin is None:
+        return Linear(kernel, bias)
+    return base.origin.linear(kernel, bias)
 
 
 def _with_rows(node: TrainedRows, dtype: str) -> Any:

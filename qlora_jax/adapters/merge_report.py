@@ -16,6 +16,7 @@ from qlora_jax.adapters.names import EXPERTS, STACK
 from qlora_jax.errors import AdapterMismatchError
 from qlora_jax.nn import Linear, LoRA, LoRAEmbedding, QuantizedLinear
 from qlora_jax.nn.embedding import Table
+from qlora_jax.nn.quantizing import adopted
 from qlora_jax.quant import Quantized, dequantize
 
 LINEARS = (Linear, QuantizedLinear, LoRA)
@@ -68,7 +69,7 @@ def merge_report(model: nnx.Module, merged: nnx.Module) -> MergeReport:
     Raises:
       AdapterMismatchError: a module with an adapter has none of its shape in the other.
     """
-    nodes = {path: node for path, node in nnx.iter_graph(merged)}
+    nodes = {path: node for path, node in nnx.iter_graph(adopted(merged))}
     squares: dict[str, np.ndarray] = {}
     for path, node in nnx.iter_graph(model):
         if not isinstance(node, (LoRA, LoRAEmbedding)):

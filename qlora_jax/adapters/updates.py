@@ -150,6 +150,7 @@ def assemble(
         alpha_pattern={name: float(r) for name, r in others.items()},
         targets=",".join(sorted(ranks)),
         layers=layers,
+        layers_pattern={},
         dora=False,
         bias="none",
         modules_to_save="",
@@ -237,7 +238,8 @@ def _updates(adapter: Adapter, count: int) -> tuple[Updates, list[str]]:
             problems.append(f"{name} has not both of {' and '.join(FACTORS)}")
             continue
         rank, alpha = config.shape_of(name)
-        a, b = (_whole(path, v.get_value(), config.layers, count) for v in pair)
+        layers = config.layers_of(name)
+        a, b = (_whole(path, v.get_value(), layers, count) for v in pair)
         if not a.shape[-1] == b.shape[-2] == rank:
             problems.append(
                 f"{name}: the factors have ranks {a.shape[-1]} and {b.shape[-2]}, the "
@@ -268,21 +270,22 @@ def _stacked(path: Path, factor: Any) -> bool:
     return str(path[0]) == STACK and len(factor.shape) > 2
 
 
-def _stacks(adapter: Adapter) -> list[int]:
-    return [
-        variable.get_value().shape[0]
+def _stacks(adapter: Adapter) -> dict[str, int]:
+    """Returns {path of an adapted linear of a stack: the stack's length}."""
+    return {
+        dotted(path[:-1]): variable.get_value().shape[0]
         for path, variable in nnx.to_flat_state(adapter.lora)
         if path[-1] in FACTORS and _stacked(path, variable.get_value())
-    ]
+    }
 
 
 def _layers(adapter: Adapter) -> int:
-    return max(_stacks(adapter), default=0)
+    return max(_stacks(adapter).values(), default=0)
 
 
 def _union(adapters: Sequence[Adapter]) -> tuple[int, ...]:
-    """Returns the layers that any of some adapters has, () for all."""
-    each = [adapter.config.layers for adapter in adapters if _stacks(adapter)]
+    """Returns the layers that any linear of some adapters has, () for all."""
+    each = [a.config.layers_of(path) for a in adapters for path in _stacks(a)]
     if not all(each):
         return ()
     return tuple(sorted({layer for layers in each for layer in layers}))

@@ -1,6 +1,7 @@
 """`qlora export`: an adapter for PEFT, or a model for llama.cpp."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ from qlora_jax.config.quant import QuantOptions
 from qlora_jax.errors import ConfigError
 from qlora_jax.io.adapter import load_tokenizer
 from qlora_jax.io.gguf import write_gguf
+from qlora_jax.io.hf import find, is_gguf, open_tokenizer
 from qlora_jax.io.peft import export_peft
 
 
@@ -28,6 +30,9 @@ class Args:
     adapter: str | None = None
     """Run folder or adapter folder, for peft."""
 
+    base_name: str | None = None
+    """What the PEFT folder calls its base, a hub id say; --model as it is given unless set."""
+
     dtype: Literal["f16", "q8_0", "bf16", "f32"] = "f16"
     """Of a GGUF file's matrices."""
 
@@ -46,6 +51,10 @@ def parse(args: list[str], prog: str) -> Args:
 def run(args: Args) -> dict[str, Any]:
     """Runs; returns the figures."""
     if args.format == "gguf":
+        if args.base_name is not None:
+            raise ConfigError(
+                "--base-name is of a PEFT folder; a GGUF file has no base"
+            )
         if args.adapter is not None:
             raise ConfigError(
                 "a GGUF file holds one model: fold the adapter in with qlora merge, then "
@@ -57,8 +66,21 @@ def run(args: Args) -> dict[str, Any]:
     model, _, said = options.open_model(
         args.model, args.adapter, args.quant, "bfloat16"
     )
-    base = said.get("base_folder", args.model)
-    out = export_peft(args.out, model, base=base, overwrite=args.overwrite)
-    if (own := load_tokenizer(args.adapter)) is not None:
-        own.save(out)
-    return {**said, "out": str(out), "format": "peft"}
+    base = args.base_name or _as_given(args.model, args.adapter, said)
+    source = find(said.get("base_folder", args.model))
+    tokenizer = load_tokenizer(args.adapter)
+    if tokenizer is None:
+        tokenizer = open_tokenizer(source) if is_gguf(source) else source
+    out = export_peft(
+        args.out, model, base=base, tokenizer=tokenizer, overwrite=args.overwrite
+    )
+    return {**said, "out": str(out), "format": "peft", "base_name": base}
+
+
+def _as_given(model: str, adapter: str, said: dict[str, Any]) -> str:
+    """Returns the base's name: --model, or the run's own base where --adapter says."""
+    own = said.get("base_folder")
+    if own is None:
+        return model
+    given = Path(adapter).expanduser().is_absolute()
+    return own if given else os.path.relpath(own)

@@ -52,7 +52,8 @@ class LoRAConfig:
     (embed_tokens,lm_head,norm). A tied head follows the embedding, see tied."""
 
     tied: bool = True
-    """Whether a tied head follows an embedding that trains; false gives it its own copy."""
+    """Whether a tied head follows an embedding that trains; false gives it its own copy,
+    which may have an adapter."""
 
     tokens: tuple[int, ...] = ()
     """Ids of tokens whose rows of the embedding train."""
@@ -65,6 +66,10 @@ class LoRAConfig:
 
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
     """Other alphas: the end of a linear's path -> its alpha."""
+
+    layers_pattern: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Other layers than those of layers: the end of a linear's path -> their numbers,
+    joined by commas (0,1,5), or all."""
 
     init: Init = "zero"
     """How it starts: zero changes nothing; loftq is the best low-rank copy of what
@@ -92,6 +97,12 @@ class LoRAConfig:
                 problems.append(
                     f"--lora.alpha-pattern {key} is {alpha}, expected above 0"
                 )
+        for key, numbers in self.layers_pattern.items():
+            if _numbers(numbers) is None:
+                problems.append(
+                    f"--lora.layers-pattern {key} is {numbers!r}, expected different "
+                    "numbers from 0, joined by commas, or all"
+                )
         for name in ("layers", "tokens", "head_tokens"):
             if (numbers := getattr(self, name)) is None:
                 continue
@@ -104,8 +115,11 @@ class LoRAConfig:
             problems.append(
                 f"--lora.bias is {self.bias!r}, expected {', '.join(get_args(Bias))}"
             )
-        if self.layers and self.bias == "lora_only":
-            problems.append("--lora.bias lora_only does not go with --lora.layers")
+        if (self.layers or self.layers_pattern) and self.bias == "lora_only":
+            problems.append(
+                "--lora.bias lora_only does not go with --lora.layers or "
+                "--lora.layers-pattern"
+            )
         if EMBEDDING in self.saved and self.tokens:
             problems.append(
                 f"--lora.tokens trains rows of what --lora.modules-to-save {EMBEDDING} "
@@ -123,8 +137,12 @@ class LoRAConfig:
             raise ConfigError("; ".join(problems))
 
     def __hash__(self) -> int:
-        # Of dicts the generated one could not be made; jit hashes static values.
-        return hash(repr(self))
+        # Of dicts the generated one could not be made; jit hashes static values. Equal
+        # configs have equal hashes: 32 and 32.0, and whatever order a dict is in.
+        values = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return hash(
+            tuple(frozenset(v.items()) if isinstance(v, dict) else v for v in values)
+        )
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "LoRAConfig":
@@ -141,6 +159,11 @@ class LoRAConfig:
             _by_end(self.rank_pattern, path, self.rank),
             _by_end(self.alpha_pattern, path, self.alpha),
         )
+
+    def layers_of(self, path: str) -> tuple[int, ...]:
+        """Returns the layers in which the linear of a dotted path is adapted, () for all."""
+        numbers = _by_end(self.layers_pattern, path, None)
+        return self.layers if numbers is None else _numbers(numbers) or ()
 
     @property
     def saved(self) -> tuple[str, ...]:
@@ -178,3 +201,13 @@ def _by_end(patterns: dict[str, Any], path: str, default: Any) -> Any:
         if ends(path, end):
             return value
     return default
+
+
+def _numbers(text: str) -> tuple[int, ...] | None:
+    """Returns the numbers of layers that a text lists, () for all, None of another text."""
+    if text == "all":
+        return ()
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts) or len({*parts}) < len(parts):
+        return None
+    return tuple(sorted(map(int, parts)))

@@ -479,7 +479,7 @@ def check_output(out: Path, overwrite: bool) -> None:
 
 
 def save_model(
-    model: Decoder,
+    model: nnx.Module,
     out: str | os.PathLike[str],
     *,
     source: str | os.PathLike[str] | None = None,
@@ -509,6 +509,12 @@ def save_model(
         (as of weights too large for float16); nothing is written then.
     """
     out = Path(out)
+    if not isinstance(model, Decoder):
+        raise CheckpointError(
+            f"save_model writes Hugging Face folders, whose names only a Decoder has; of "
+            f"{type(model).__name__} save nnx.state(model) with Orbax, or its adapter alone "
+            "with save_adapter"
+        )
     check_output(out, overwrite)
     if nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)):
         raise CheckpointError(

@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from qlora_jax.adapters.names import EXPERTS, STACK, WRAPPED_BIAS
 from qlora_jax.adapters.value import Adapter
-from qlora_jax.config.lora import EMBEDDING
+from qlora_jax.config.lora import EMBEDDING, LoRAConfig
 from qlora_jax.errors import AdapterMismatchError, gathered
 from qlora_jax.io.adapter import ARRAYS, METADATA, find_adapter, read_adapter_config
 from qlora_jax.io.peft import is_peft
@@ -55,11 +55,11 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     with ocp.StandardCheckpointer() as checkpointer:
         flat = checkpointer.restore(folder / ARRAYS, wanted)
     base = None if metadata["base"] is None else json.dumps(metadata["base"])
-    return Adapter(_stacked(flat, config.layers, base, folder), config)
+    return Adapter(_stacked(flat, config, base, folder), config)
 
 
 def _stacked(
-    flat: Mapping[str, Array], layers: tuple[int, ...], base: str | None, folder: Path
+    flat: Mapping[str, Array], config: LoRAConfig, base: str | None, folder: Path
 ) -> nnx.State:
     """Undoes names.flatten."""
     adapted = {name.rpartition(".")[0] for name in flat if name.endswith(".lora_a")}
@@ -73,6 +73,7 @@ def _stacked(
     for path, parts in found.items():
         name, depth = ".".join(map(str, path)), len(next(iter(parts)))
         shapes = {array.shape for array in parts.values()}
+        layers = config.layers_of(".".join(map(str, path[:-1])))
         only = layers if depth and path[-1] in _BY_LAYER else ()
         stack = tuple(np.max(list(parts), axis=0) + 1) if depth else ()
         missing = [

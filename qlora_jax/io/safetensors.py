@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -313,9 +314,8 @@ class Writer:
     def _flush(self) -> None:
         if self._pending or not self._shards:
             path = self.folder / _part(len(self._shards))
+            write_tensors(path, self._pending)
             self._shards.append(list(self._pending))
-            save_file(self._pending, path, metadata={"format": "pt"})
-            path.chmod(0o644)
             self._pending = {}
 
 
@@ -335,3 +335,17 @@ def _not_finite(tensor: np.ndarray) -> str | None:
 
 def _part(i: int) -> str:
     return f"part-{i:05d}.safetensors.partial"
+
+
+def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes a file of tensors in one go, with the mode that the umask gives a new file.
+
+    The library itself writes a temporary file, which others may not read, and renames it.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    partial.touch()
+    mode = stat.S_IMODE(partial.stat().st_mode)
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.chmod(mode)
+    os.replace(partial, path)

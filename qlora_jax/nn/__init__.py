@@ -8,6 +8,6 @@ from qlora_jax.nn.embedding import TrainedRows as TrainedRows
 from qlora_jax.nn.linear import DecodedLinear as DecodedLinear
 from qlora_jax.nn.linear import Linear as Linear
 from qlora_jax.nn.linear import QuantizedLinear as QuantizedLinear
-from qlora_jax.nn.linear import quantize as quantize
 from qlora_jax.nn.lora import LoRA as LoRA
+from qlora_jax.nn.quantizing import quantize as quantize
 from qlora_jax.nn.variables import FrozenParam as FrozenParam

@@ -1,13 +1,11 @@
-"""Frozen linears, dense and quantized, and `quantize`, which turns one into the other.
+"""Frozen linears, dense and quantized.
 
 Kernels are in Hugging Face orientation, (out, in). A linear that stands for a stack of
 layers has them on a leading axis; the model slices before it calls.
 """
 
 import functools
-from typing import TypeVar
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -16,18 +14,14 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.layout import QuantizedTensor
 from pallas_kernels.matmul import nf4_lora_matmul, nf4_matmul
-from qlora_jax.errors import ShapeError
 from qlora_jax.nn.matmul import factor_matmul, frozen_matmul, int8_matmul
+from qlora_jax.nn.origin import Origin
 from qlora_jax.nn.variables import FrozenParam, trains
 from qlora_jax.quant import (
     Int8Rows,
-    QuantConfig,
     Quantized,
     dequantize,
-    quantize_tensor,
 )
-
-M = TypeVar("M", bound=nnx.Module)
 
 
 class Linear(nnx.Module):
@@ -36,11 +30,18 @@ class Linear(nnx.Module):
     Attributes:
       kernel: FrozenParam, (..., out, in).
       bias: FrozenParam, (..., out), or None.
+      origin: What it was in a stranger's module, which says what it computes in; else None.
     """
 
-    def __init__(self, kernel: Array, bias: Array | None = None):
+    def __init__(
+        self,
+        kernel: Array,
+        bias: Array | None = None,
+        origin: Origin | None = None,
+    ):
         self.kernel: nnx.Variable = FrozenParam(kernel)
         self.bias = nnx.data(None if bias is None else FrozenParam(bias))
+        self.origin = origin
 
     @property
     def in_features(self) -> int:
@@ -62,6 +63,11 @@ class Linear(nnx.Module):
         kernel = self.kernel[...]
         return kernel if dtype is None else kernel.astype(dtype)
 
+    def incoming(self, x: Array) -> Array:
+        """Returns an input in the dtype to compute in: its own, but for a stranger's."""
+        origin = self.origin
+        return x if origin is None else origin.incoming(x, self.kernel[...].dtype)
+
     def product(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """Computes x @ kernel.T in x's dtype."""
         flat, kernel = x.reshape(-1, x.shape[-1]), self.kernel[...]
@@ -72,8 +78,8 @@ class Linear(nnx.Module):
         return y.reshape(*x.shape[:-1], -1)
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        """Applies the layer in x's dtype."""
-        return add_bias(self.product(x), self.bias)
+        """Applies the layer in the dtype of `incoming`."""
+        return add_bias(self.product(self.incoming(x)), self.bias)
 
 
 class QuantizedLinear(nnx.Module):
@@ -86,6 +92,7 @@ class QuantizedLinear(nnx.Module):
         Int8Rows.
       bias: FrozenParam, (..., out), or None.
       implementation: Of nf4_matmul; None chooses by device and shape.
+      origin: What it was in a stranger's module, which says what it computes in; else None.
     """
 
     def __init__(
@@ -93,10 +100,12 @@ class QuantizedLinear(nnx.Module):
         kernel: Quantized,
         bias: Array | None = None,
         implementation: str | None = None,
+        origin: Origin | None = None,
     ):
         self.kernel = FrozenParam(kernel)
         self.bias = nnx.data(None if bias is None else FrozenParam(bias))
         self.implementation = implementation
+        self.origin = origin
 
     @property
     def quantized(self) -> Quantized:
@@ -122,6 +131,11 @@ class QuantizedLinear(nnx.Module):
         """Returns the dequantized kernel."""
         return dequantize(self.quantized, dtype)
 
+    def incoming(self, x: Array) -> Array:
+        """Returns an input in the dtype to compute in: its own, but for a stranger's."""
+        origin = self.origin
+        return x if origin is None else origin.incoming(x, self.quantized.dtype)
+
     def product(
         self,
         x: Float[Array, "*batch in"],
@@ -140,8 +154,8 @@ class QuantizedLinear(nnx.Module):
         return nf4_lora_matmul(x, q, *adapter, self.implementation)
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        """Applies the layer in x's dtype."""
-        return add_bias(self.product(x), self.bias)
+        """Applies the layer in the dtype of `incoming`."""
+        return add_bias(self.product(self.incoming(x)), self.bias)
 
 
 class DecodedLinear(Linear):
@@ -176,7 +190,7 @@ class DecodedLinear(Linear):
     @classmethod
     def of(cls, linear: QuantizedLinear, dtype: str) -> "DecodedLinear":
         """Decodes a linear, or a stack of them; its bias stays the same variable."""
-        made = cls(linear.weight(dtype))
+        made = cls(linear.weight(dtype), origin=linear.origin)
         made.bias = linear.bias
         return made
 
@@ -200,46 +214,3 @@ def add_bias(y: Array, bias: nnx.Variable | None) -> Array:
     if trains(bias):
         return (y.astype(jnp.float32) + bias[...]).astype(y.dtype)
     return y + bias[...].astype(y.dtype)
-
-
-def quantize(model: M, config: QuantConfig | None = None, *, head: bool = False) -> M:
-    """Replaces every linear of a model by a 4-bit one.
-
-    Linears are `qlora_jax.nn.Linear` and `flax.nnx.Linear`; an attribute named lm_head
-    stays dense, as bitsandbytes leaves it, and so does everything that is no linear.
-
-    Args:
-      model: Any nnx.Module. It is left as it was.
-      config: How to quantize; the default is NF4, block 64, double quantization.
-      head: Whether lm_head becomes 4-bit too.
-
-    Returns:
-      A model of the same structure with QuantizedLinear in place of linears.
-
-    Raises:
-      ShapeError: a weight has NaN or Inf values, with its path.
-    """
-    config = config or QuantConfig()
-
-    def replace(path, node):
-        if path and path[-1] == "lm_head" and not head:
-            return node
-        if isinstance(node, nnx.Linear):
-            bias = None if node.bias is None else node.bias[...]
-            return QuantizedLinear(_quantize(path, node.kernel[...].T, config), bias)
-        if isinstance(node, Linear):
-            bias = None if node.bias is None else node.bias[...]
-            return QuantizedLinear(_quantize(path, node.kernel[...], config), bias)
-        return node
-
-    return nnx.recursive_map(replace, model)
-
-
-def _quantize(path: tuple, w: Array, config: QuantConfig) -> QuantizedTensor:
-    if w.ndim > 2:
-        parts = [_quantize((*path, i), part, config) for i, part in enumerate(w)]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
-    try:
-        return quantize_tensor(w, config)
-    except ShapeError as error:
-        raise ShapeError(f"{'.'.join(map(str, path))}: {error}") from None

@@ -92,7 +92,8 @@ class LoRA(nnx.Module):
     def __call__(
         self, x: Float[Array, "*batch in"], *, key: Array | None = None
     ) -> Float[Array, "*batch out"]:
-        """Applies base and adapter in x's dtype; dropout only when a key is given."""
+        """Applies base and adapter in the base's dtype; dropout only when a key is given."""
+        x = self.base.incoming(x)
         a, b = self.lora_a[...], self.lora_b[...]
         if self.active is not None:
             b = b * self.active[...]

@@ -96,6 +96,7 @@ class MultiLoRA(nnx.Module):
             raise ShapeError(
                 f"adapters were chosen for {len(slots)} rows, the batch has {x.shape[0]}"
             )
+        x = self.base.incoming(x)
         y = self.base.product(x)
         rows = x.reshape(len(slots), -1, x.shape[-1])
         y = y + self._update(rows, slots).astype(x.dtype).reshape(y.shape)

@@ -17,6 +17,7 @@ tokenization_utils_tokenizers.py (TokenizersBackend.__init__).
 
 import json
 import logging
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,6 +68,19 @@ class Parts(NamedTuple):
     bos_id: int | None
     eos_ids: tuple[int, ...]
     templates: dict[str, str]
+
+
+def copy_tokenizer(folder: Path, out: Path) -> None:
+    """Copies a folder's tokenizer and chat templates as they are; leaves the same files."""
+    names = [name for name in FILES if (folder / name).is_file()]
+    names += [
+        f"{TEMPLATES}/{file.name}" for file in folder.glob(f"{TEMPLATES}/*.jinja")
+    ]
+    for name in names:
+        copy = out / name
+        if not (copy.exists() and copy.samefile(folder / name)):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, copy)
 
 
 def read_folder(folder: Path) -> Parts | None:

@@ -1,6 +1,7 @@
 """The train step: one jitted function from adapter and batch to adapter and metrics."""
 
 import functools
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -12,7 +13,9 @@ from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from qlora_jax.adapters import join
+from qlora_jax.adapters.names import dotted
 from qlora_jax.config.train import Checkpoint
+from qlora_jax.errors import ConfigError
 from qlora_jax.nn.variables import rests_on_host
 from qlora_jax.optim import LossScaleState, offload
 from qlora_jax.train.loss import cross_entropy
@@ -56,7 +59,9 @@ def make_train_step(
       train_step(lora, base, opt_state, batch, key=None) -> (lora, opt_state, metrics).
       `lora` and `opt_state` are donated. `key` switches LoRA dropout on. Metrics are
       float32 scalars: loss (mean a token), grad_norm (before clipping), tokens (sum of
-      weights), and with loss scaling loss_scale and skipped.
+      weights), and with loss scaling loss_scale and skipped. Its first call raises
+      ConfigError of a model whose own variables change as it runs (dropout, statistics of
+      batches).
     """
     default = loss_fn is None
     loss_fn = loss_fn or next_token_loss(checkpoint)
@@ -73,7 +78,10 @@ def make_train_step(
 
         def loss_of(lora, micro, index):
             micro_key = None if key is None else jax.random.fold_in(key, index)
-            return loss_fn(join(graphdef, lora, base), micro, micro_key) * factor
+            model = join(graphdef, lora, base)
+            loss = loss_fn(model, micro, micro_key) * factor
+            _check_unchanged(model, lora, base)
+            return loss
 
         def add(carry, xs):
             loss, grads = jax.value_and_grad(loss_of)(lora, *xs)
@@ -155,10 +163,44 @@ def make_eval_step(
     loss_fn = loss_fn or next_token_loss("none")
 
     def eval_step(lora, base, batch):
-        loss = loss_fn(join(graphdef, lora, base), batch, None)
+        model = join(graphdef, lora, base)
+        loss = loss_fn(model, batch, None)
+        _check_unchanged(model, lora, base)
         return loss, jnp.sum(batch["weights"][:, 1:])
 
     return jax.jit(eval_step)
+
+
+def _check_unchanged(model: Any, *states: nnx.State) -> None:
+    """Refuses a model that has changed variables of its own while it ran.
+
+    A step returns the adapter alone, so that dropout would draw the same at every step, and
+    statistics of batches would be lost.
+
+    Raises:
+      ConfigError: with the modules.
+    """
+    now = dict(nnx.to_flat_state(nnx.state(model)))
+    changed = [
+        path
+        for state in states
+        for path, before in nnx.to_flat_state(state)
+        if any(map(operator.is_not, *map(jax.tree.leaves, (before, now[path]))))
+    ]
+    if not changed:
+        return
+    modules = {
+        p: node for p, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)
+    }
+    names = set()
+    for path in changed:
+        owner = next(path[:i] for i in range(len(path), -1, -1) if path[:i] in modules)
+        names.add(f"{dotted(owner) or 'the model'} ({type(modules[owner]).__name__})")
+    raise ConfigError(
+        f"{', '.join(sorted(names))}: variables of the frozen base change as the model runs, "
+        "and a step returns the adapter alone; call model.eval() before split, which switches "
+        "dropout and the statistics of batches off"
+    )
 
 
 def next_token_loss(checkpoint: Checkpoint) -> LossFn:

@@ -127,7 +127,7 @@ MUTANTS = (
     ),
     Mutant(
         "peft-names",
-        "qlora_jax/io/peft.py",
+        "qlora_jax/io/peft/write.py",
         'return names[path.replace("layers.", "layers.0.", 1)].rpartition(".")[2]',
         'return names[path.replace("layers.", "layers.0.", 1)].rpartition(".")[0]',
         "tests/io/test_peft.py",

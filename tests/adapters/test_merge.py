@@ -121,6 +121,19 @@ def test_requantize_rounds_the_merged_weights_to_4_bits_again():
     assert tiny.logits(merged, tiny.tokens()).shape == (2, 7, 272)
 
 
+@pytest.mark.parametrize("base", [tiny.decoder, tiny.quantized])
+def test_requantize_keeps_the_dtype_of_the_base(base):
+    model = tiny.adapted(base("bfloat16"), targets="q_proj,down_proj")
+    merged = merge(model, requantize=QuantConfig(double_quant=False))
+    for linear in (merged.layers.attn.q_proj, merged.layers.mlp.down_proj):
+        assert linear.quantized.dtype == linear.weight().dtype.name == "bfloat16"
+    # Quantized from float32, not from values that were rounded before.
+    wide = merge(model, dtype="float32").layers.attn.q_proj.kernel[...][1]
+    codes = quantize_tensor(wide, QuantConfig(double_quant=False)).codes
+    found = merged.layers.attn.q_proj.quantized.codes[1]
+    np.testing.assert_array_equal(found, codes)
+
+
 def test_requantize_keeps_a_dense_head_that_is_adapted_dense():
     model = tiny.adapted(tiny.quantized(), targets="q_proj,lm_head")
     merged = merge(model, requantize=QuantConfig())
@@ -172,7 +185,9 @@ def test_a_linear_named_base_is_dequantized_too():
         LoRAConfig(rank=2, targets="other"),
         key=jax.random.key(0),
     )
-    assert kinds(merge(model, dtype="float32")) == {Linear}
+    merged = merge(model, dtype="float32")
+    assert type(merged.base) is type(merged.other) is nnx.Linear
+    assert kinds(merged) == set()
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,39 @@ THEIRS: dict[str, dict[str, Any]] = {
     "dora": {"target_modules": ["o_proj"], "use_dora": True},
     "bias": {"target_modules": ["q_proj"], "bias": "lora_only"},
     "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "ranks and alphas by layer": {
+        "target_modules": ["q_proj", "down_proj"],
+        "lora_alpha": 6,
+        "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 2, "0.mlp.down_proj": 7},
+        "alpha_pattern": {r"model\.layers\.0\.mlp\.down_proj": 3},
+    },
+    "dora, other layers by linear": {
+        "target_modules": r".*\.(0.self_attn.q_proj|1.mlp.(up|gate)_proj|mlp.down_proj)",
+        "rank_pattern": {"1.mlp.down_proj": 2},
+        "use_dora": True,
+    },
+    "alpha below 0": {"target_modules": ["q_proj", "o_proj"], "lora_alpha": -3},
+    "alpha 0": {
+        "target_modules": ["q_proj"],
+        "alpha_pattern": {"0.self_attn.q_proj": 0},
+    },
+    "a norm of one layer": {
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["layers.1.input_layernorm"],
+    },
+    "biases of some layers": {
+        "target_modules": ["q_proj"],
+        "layers_to_transform": [1],
+        "bias": "lora_only",
+    },
+}
+THEIRS_TIED: dict[str, dict[str, Any]] = {
+    "head": {"target_modules": ["lm_head", "q_proj"]},
+    "both": {"target_modules": ["lm_head", "embed_tokens"]},
+    "both, tied": {
+        "target_modules": ["lm_head", "embed_tokens"],
+        "ensure_weight_tying": True,
+    },
 }
 
 
@@ -147,6 +180,18 @@ def test_an_adapter_of_peft_opens_in_ours(
     adapted = qlora.import_peft(out, model)
     close(tiny.logits(adapted, np.load(ids)), np.load(out / "logits.npz")["logits"])
     # And back: what goes out again is taken by PEFT as it was.
+    same_in_peft(side, adapted, base, ids, tmp_path)
+
+
+@pytest.mark.parametrize("kind", THEIRS_TIED)
+def test_an_adapter_of_peft_on_a_tied_head_opens_in_ours(
+    side, bases, ids, tmp_path, kind
+):
+    base, out = bases["qwen2"], tmp_path / "theirs"
+    side("adapter", base=base, config={"r": 4} | THEIRS_TIED[kind], ids=ids, out=out)
+    model, _ = qlora.load(base, dtype="float32")
+    adapted = qlora.import_peft(out, model)
+    close(tiny.logits(adapted, np.load(ids)), np.load(out / "logits.npz")["logits"])
     same_in_peft(side, adapted, base, ids, tmp_path)
 
 

@@ -2,7 +2,7 @@
 gate_up_proj and down_proj, and bitsandbytes quantizes no parameters, linears alone.
 
 PEFT 0.21.2 turns adapters of single experts into its own for such parameters; what it gets
-wrong of them, and how export_peft writes around it, io/peft.py says.
+wrong of them, and how export_peft writes around it, io/peft/write.py says.
 """
 
 from pathlib import Path

@@ -228,7 +228,6 @@ def test_an_adapter_stored_in_16_bits_trains_in_float32(tmp_path, dtype):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        (".weight", ".default.weight"),  # a state_dict, with the adapter's name
         ("base_model.model.", ""),
         ("base_model.model.", "base_model.model.base_model.model."),
         (".lora_A.", ".lora_a."),

@@ -1,0 +1,175 @@
+"""The settings of a PEFT folder: which of them an adapter here can have, what they match."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from qlora_jax.config.lora import EMBEDDING, HEAD
+
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None, "all", "lora_only"),
+    "fan_in_fan_out": (False, None),
+    "use_qalora": (False, None),
+    "target_parameters": (None, []),
+    "layer_replication": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "arrow_config": (None,),
+    "use_bdlora": (None, False),
+    "megatron_config": (None,),
+}
+"""Settings that change what an adapter is -> the values that ours can have."""
+_HELD = (
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "lora_bias"),
+    *("target_modules", "exclude_modules", "modules_to_save", "ensure_weight_tying"),
+    *("rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern"),
+    *("trainable_token_indices", "init_lora_weights"),
+)
+_ASIDE = (
+    *(
+        "base_model_name_or_path",
+        "revision",
+        "task_type",
+        "inference_mode",
+        "auto_mapping",
+    ),
+    *("peft_version", "runtime_config", "megatron_core", "qalora_group_size"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+)
+"""Settings that ours hold, and those that say nothing of a trained adapter."""
+_CHANGED_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+"""init_lora_weights that take a part out of the base's own weights."""
+
+
+def not_held(settings: Mapping[str, Any]) -> list[str]:
+    """Returns what is said of settings that make an adapter another than ours can be."""
+    problems = [
+        f"{key} is {settings[key]!r}, which an adapter here cannot hold"
+        for key, values in _ONLY.items()
+        if settings.get(key, values[0]) not in values
+    ]
+    if settings.get("lora_bias"):
+        problems.append(
+            f"lora_bias is {settings['lora_bias']!r}: lora_B has biases, and an adapter here "
+            "has factors without; train it in PEFT with bias='lora_only' instead, which "
+            "trains the biases that the base has"
+        )
+    problems += _unreadable(settings)
+    known = {*_ONLY, *_HELD, *_ASIDE}
+    problems += [
+        f"{key} is {value!r}, a setting that is not known here"
+        for key, value in settings.items()
+        if value and key not in known
+    ]
+    start = settings.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(_CHANGED_BASE):
+        problems.append(
+            f"init_lora_weights is {start!r}, which changed the base's weights; save it in "
+            "PEFT with path_initial_model_for_weight_conversion"
+        )
+    return problems
+
+
+def _unreadable(settings: Mapping[str, Any]) -> list[str]:
+    """Returns what is said of numbers that are none, and of patterns that do not compile."""
+    problems, patterns = [], []
+    numbers = {key: settings[key] for key in ("r", "lora_alpha") if key in settings}
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns += list(settings.get(key) or ())
+        numbers |= {f"{key} {k}": v for k, v in (settings.get(key) or {}).items()}
+    for key, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            problems.append(f"{key} is {value!r}, expected a number")
+    for key in (
+        "target_modules",
+        "exclude_modules",
+        "modules_to_save",
+        "layers_pattern",
+    ):
+        value = settings.get(key) or ()
+        patterns += [value] if isinstance(value, str) else list(value)
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            problems.append(f"{pattern!r} is no pattern: {error}")
+    return problems
+
+
+def targeted(settings: Mapping[str, Any], module: str) -> bool:
+    """Whether PEFT's settings put an adapter on a module of Hugging Face's name."""
+    targets = settings.get("target_modules")
+    if targets is None or _names(settings.get("exclude_modules"), module):
+        return False
+    saved = settings.get("modules_to_save") or ()
+    if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in saved):
+        return False
+    if targets == "all-linear":
+        return not module.endswith((HEAD, EMBEDDING))
+    if not _names(targets, module):
+        return False
+    return isinstance(targets, str) or _in_layers(settings, module)
+
+
+def _names(wanted: Any, module: str) -> bool:
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, module) is not None
+    return any(module == one or module.endswith(f".{one}") for one in wanted or ())
+
+
+def _in_layers(settings: Mapping[str, Any], module: str) -> bool:
+    """Whether a module is in the layers that layers_to_transform names, if it does."""
+    layers = settings.get("layers_to_transform")
+    if layers is None or layers == []:
+        return True
+    patterns = settings.get("layers_pattern") or (r"[^.]*",)
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
+            return int(found.group(1)) in (
+                (layers,) if isinstance(layers, int) else layers
+            )
+    return False
+
+
+def saved_modules(
+    settings: Mapping[str, Any], modules: Iterable[str]
+) -> dict[str, list[str]]:
+    """Returns {name in modules_to_save: the modules that PEFT finds by it}.
+
+    It compares ends of names, whole parts or not, and what is inside of a module that is
+    found (`mlp`) trains with it.
+    """
+    modules = list(modules)
+    found: dict[str, list[str]] = {}
+    for end in settings.get("modules_to_save") or ():
+        found[end] = [
+            module
+            for module in modules
+            if any(part.endswith(end) for part in _within(module))
+        ]
+    return found
+
+
+def _within(module: str) -> list[str]:
+    """Returns a module's name and those of the modules that it lies in."""
+    parts = module.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def token_indices(
+    settings: Mapping[str, Any],
+) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Returns the trained tokens of the embedding, and of the head if said apart."""
+    indices = settings.get("trainable_token_indices") or ()
+    if not isinstance(indices, dict):
+        return tuple(indices), () if indices else None
+    by_end = {name.rpartition(".")[2]: tuple(ids) for name, ids in indices.items()}
+    return by_end.get(EMBEDDING, ()), by_end.get(HEAD, ())
+
+
+def matched(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """The first pattern that a module's name ends with, as PEFT matches them."""
+    for key, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default

@@ -1,0 +1,222 @@
+"""Writing a PEFT folder from a model with an adapter."""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qlora_jax.adapters.attach import lora_config, split
+from qlora_jax.adapters.names import flatten
+from qlora_jax.config.lora import EMBEDDING, HEAD, LoRAConfig
+from qlora_jax.errors import (
+    AdapterMismatchError,
+    ConfigError,
+    OutputExistsError,
+    gathered,
+)
+from qlora_jax.io.peft.names import (
+    CONFIG,
+    ENDS,
+    PREFIX,
+    TENSORS,
+    is_peft,
+    module_names,
+    unnumbered,
+)
+from qlora_jax.io.safetensors import write_tensors
+from qlora_jax.models import Decoder
+from qlora_jax.nn.lora import adapter_scale
+from qlora_jax.text.folder import copy_tokenizer
+from qlora_jax.text.tokenizer import Tokenizer
+
+
+def export_peft(
+    path: str | os.PathLike[str],
+    model: Decoder,
+    *,
+    base: str | None = None,
+    tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Writes the adapter of a model as a PEFT folder.
+
+    An adapter that began as what quantization lost (LoRAConfig.init) is written as it is;
+    it belongs to the 4-bit base in PEFT too: with init 'pissa' to the base of its own, which
+    must travel with it. Where tokens were added, PEFT's base must be
+    resized before it loads the adapter, as PEFT's own users do.
+
+    Args:
+      path: The folder.
+      model: A Decoder with an adapter.
+      base: base_model_name_or_path, which PEFT loads the base from; needed for 'pissa'. It
+        is written as it is given; None leaves it out.
+      tokenizer: What is put beside the adapter, with its chat templates: a tokenizer, or the
+        folder whose tokenizer files are copied.
+      overwrite: Replace an adapter that is there.
+
+    Raises:
+      OutputExistsError: the folder has an adapter and overwrite is false, or is a file.
+      AdapterMismatchError: an adapter of experts that PEFT cannot hold, see
+        `_for_fused_experts`.
+      ConfigError: one with init 'pissa', and no base is named.
+    """
+    out = Path(path)
+    if out.is_file() or (is_peft(out) and not overwrite):
+        raise OutputExistsError(
+            f"{out} exists; choose another folder, or pass overwrite to replace it"
+        )
+    names, config = module_names(model.config), lora_config(model)
+    if config.init == "pissa" and base is None:
+        raise ConfigError(
+            "this adapter's init is pissa, which changed its base, so PEFT must open that one: "
+            "give base=, the folder of RUN/base or of save_model(detach(model), folder)"
+        )
+    flat = {name: np.asarray(x) for name, x in flatten(split(model)[1]).items()}
+    if any(".experts." in name for name in flat):
+        config, flat = _for_fused_experts(config, flat)
+    adapted = {
+        name.rpartition(".")[0]
+        for name in flat
+        if name.endswith((".lora_a", ".lora_b"))
+    }
+    tensors = {}
+    for name, array in flat.items():
+        module, _, part = name.rpartition(".")
+        end = _end(module, part, module in adapted)
+        array = np.asarray(array, np.float32)
+        array = array.T if part in ("lora_a", "lora_b") else array
+        tensors[f"{PREFIX}{names[module]}{end}"] = np.ascontiguousarray(array)
+    follows = config.tied and model.lm_head is None and EMBEDDING in config.saved
+    if follows:
+        table = tensors[f"{PREFIX}{names[EMBEDDING]}.weight"]
+        tensors[f"{PREFIX}{names[HEAD]}.weight"] = table
+    modules = {names[name] for name in adapted}
+    last = sorted({module.rpartition(".")[2] for module in modules})
+    everywhere = {m for m in names.values() if m.rpartition(".")[2] in last}
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": config.rank,
+        "lora_alpha": _number(config.alpha),
+        "rank_pattern": _patterns(config.rank_pattern, names),
+        "alpha_pattern": {
+            key: _number(value)
+            for key, value in _patterns(config.alpha_pattern, names).items()
+        },
+        "lora_dropout": config.dropout,
+        "use_rslora": config.rslora,
+        "target_modules": last if everywhere == modules else sorted(modules),
+        "bias": config.bias,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": [_saved_name(name, names) for name in config.saved] or None,
+        "ensure_weight_tying": follows,
+        "trainable_token_indices": _token_indices(config, model),
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "use_dora": config.dora,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    if isinstance(tokenizer, Tokenizer):
+        tokenizer.save(out)
+    elif tokenizer is not None:
+        copy_tokenizer(Path(tokenizer), out)
+    write_tensors(out / TENSORS, tensors)
+    text = json.dumps(settings, indent=2) + "\n"
+    (out / CONFIG).write_text(text, encoding="utf-8")
+    return out
+
+
+def _for_fused_experts(
+    config: LoRAConfig, flat: dict[str, np.ndarray]
+) -> tuple[LoRAConfig, dict[str, np.ndarray]]:
+    """Returns an adapter of experts with one rank and alpha for all, which says the same.
+
+    transformers 5 holds a layer's experts as two parameters, and PEFT 0.21 turns adapters of
+    single experts into its own for these, doubling rank and alpha of gate and up: rsLoRA
+    comes out too strong, patterns of experts are ignored, dropout is refused. So scales go
+    into lora_b, smaller ranks are padded with zeros, and dropout, which only training has,
+    is left out.
+
+    Raises:
+      AdapterMismatchError: DoRA, or gate_proj or up_proj of experts alone.
+    """
+    problems = []
+    if config.dora:
+        problems.append("DoRA: PEFT has none for experts")
+    parts = {name.split(".")[-2] for name in flat if ".experts." in name}
+    if len(parts & {"gate_proj", "up_proj"}) == 1:
+        problems.append(
+            f"{', '.join(sorted(parts))} of experts: PEFT needs gate_proj and up_proj together"
+        )
+    if problems:
+        raise AdapterMismatchError(
+            gathered("this adapter of experts has no form in PEFT", problems)
+        )
+    if not (config.rslora or config.rank_pattern or config.alpha_pattern):
+        return dataclasses.replace(config, dropout=0.0), flat
+    rank = max([config.rank, *config.rank_pattern.values()])
+    made = {}
+    for name, array in flat.items():
+        path, _, part = name.rpartition(".")
+        if part in ("lora_a", "lora_b"):
+            own, alpha = config.shape_of(unnumbered(path))
+            spare = (
+                [(0, 0), (0, rank - own)]
+                if part == "lora_a"
+                else [(0, rank - own), (0, 0)]
+            )
+            array = np.pad(array, spare)
+            if part == "lora_b":
+                scale = adapter_scale(own, alpha, config.rslora)
+                array = array * np.float32(scale * rank / config.alpha)
+        made[name] = array
+    plain = {"rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "dropout": 0.0}
+    return dataclasses.replace(config, rank=rank, **plain), made
+
+
+def _end(module: str, part: str, adapted: bool) -> str:
+    """Returns the end of a tensor's name in PEFT, of our name of the parameter."""
+    if part == "bias":
+        return ".base_layer.bias" if adapted else ".bias"
+    if part in ("kernel", "weight"):
+        return ".weight"
+    ends = {ours: end for end, ours in reversed(ENDS)}
+    if module == EMBEDDING:
+        ends |= {"lora_a": ".lora_embedding_A", "lora_b": ".lora_embedding_B"}
+    return ends[part]
+
+
+def _saved_name(path: str, names: dict[str, str]) -> str:
+    """Names a module so that PEFT, which compares ends of names, finds it and no other."""
+    if path.startswith("layers."):
+        return names[path.replace("layers.", "layers.0.", 1)].rpartition(".")[2]
+    return path if path in (EMBEDDING, HEAD) else names[path]
+
+
+def _token_indices(config: LoRAConfig, model: Decoder) -> Any:
+    head = config.tokens if config.head_tokens is None else config.head_tokens
+    if model.lm_head is None or not head:
+        return list(config.tokens) or None
+    return {EMBEDDING: list(config.tokens), HEAD: list(head)}
+
+
+def _number(value: float) -> int | float:
+    return int(value) if float(value).is_integer() else value
+
+
+def _patterns(patterns: Mapping[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """Turns our paths into endings of Hugging Face's names."""
+    found = {}
+    for path, value in patterns.items():
+        ours = path.replace("layers.", "layers.0.", 1).replace("experts.", "experts.0.")
+        module = re.sub(r"^model\.layers\.0\.", "", names[ours])
+        found[re.sub(r"\.experts\.0\.", r".experts.\\d+.", module)] = value
+    return found
