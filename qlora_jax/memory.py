@@ -29,6 +29,7 @@ from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.config.train import Checkpoint, Optimizer
 from qlora_jax.models import Decoder, DecoderConfig
 from qlora_jax.models.streaming import copies_ahead
+from qlora_jax.names import is_stacked
 from qlora_jax.nn import (
     Embedding,
     FrozenParam,
@@ -296,7 +297,7 @@ def _resident(setup: Setup) -> dict[str, int]:
     sizes: dict[str, int] = dict.fromkeys(("layers", "embedding", "head"), 0)
     names = {"embed_tokens": "embedding", "lm_head": "head"}
     for path, variable in nnx.to_flat_state(base):
-        part = "layers" if path[0] == "layers" else names.get(str(path[0]), "head")
+        part = "layers" if is_stacked(path) else names.get(str(path[0]), "head")
         sizes[part] += tree_bytes(variable.get_value())
     sizes["adapter"] = tree_bytes(lora)
     sizes["optimizer"] = tree_bytes(optimizer_state(lora, setup.optimizer))

@@ -54,12 +54,25 @@ class Numbered(NamedTuple):
                 numbers.append(int(parts.pop(at)))
         return cls(".".join(parts), tuple(numbers))
 
+    @classmethod
+    def first(cls, path: str) -> "Numbered":
+        """Returns the first layer (and expert) of a path, numbered where it is stacked."""
+        parts = path.split(".")
+        if parts[0] != STACK:
+            return cls(path)
+        return cls(path, (0, 0) if EXPERTS in parts else (0,))
+
     def __str__(self) -> str:
         """Returns the numbered name."""
         parts = self.path.split(".")
         for before, number in zip((STACK, EXPERTS), self.numbers, strict=False):
             parts.insert(parts.index(before) + 1, str(number))
         return ".".join(parts)
+
+
+def template_of(name: str) -> str:
+    """Returns another format's name with `{}` for its numbers."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "{}", name)
 
 
 class Table:
@@ -96,7 +109,7 @@ class Table:
 
     def find(self, name: str) -> Numbered | None:
         """Returns the parameter that a name stands for; None if it stands for none here."""
-        path = self._paths.get(re.sub(r"(?<=\.)\d+(?=\.)", "{}", name))
+        path = self._paths.get(template_of(name))
         if path is None:
             return None
         index = tuple(int(number) for number in re.findall(r"(?<=\.)\d+(?=\.)", name))

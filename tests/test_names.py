@@ -13,7 +13,7 @@ from qlora_jax.names import Numbered, Table, dotted, is_stacked
         ("layers.3.attn.q_proj.lora_a", "layers.attn.q_proj.lora_a", (3,)),
         (
             "layers.0.mlp.experts.12.up.kernel",
-            "layers.mlp.experts.up_proj.kernel",
+            "layers.mlp.experts.up.kernel",
             (0, 12),
         ),
         ("layers.mlp.experts.up_proj", "layers.mlp.experts.up_proj", ()),

@@ -19,7 +19,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from qlora_jax.adapters.names import dotted
 from qlora_jax.adapters.updates import (
     Path,
     Update,
@@ -34,8 +33,8 @@ from qlora_jax.adapters.updates import (
     union,
 )
 from qlora_jax.adapters.value import Adapter
-from qlora_jax.config.lora import EMBEDDING
 from qlora_jax.errors import ConfigError, gathered
+from qlora_jax.names import EMBEDDING, dotted
 
 dot = functools.partial(jnp.matmul, precision="highest")
 

@@ -15,11 +15,11 @@ from jaxtyping import Array
 
 from qlora_jax.adapters.compensate import Moments, Original, describe, start
 from qlora_jax.adapters.fingerprint import fingerprint
-from qlora_jax.adapters.names import dotted
-from qlora_jax.config.lora import ALL_LINEAR, EMBEDDING, HEAD, LoRAConfig, ends
+from qlora_jax.config.lora import ALL_LINEAR, LoRAConfig, ends
 from qlora_jax.errors import AdapterMismatchError, ConfigError, gathered
 from qlora_jax.models import Decoder
 from qlora_jax.models.vocabulary import untied
+from qlora_jax.names import EMBEDDING, HEAD, dotted
 from qlora_jax.nn import (
     Embedding,
     Linear,

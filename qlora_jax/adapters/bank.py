@@ -21,9 +21,9 @@ from flax import nnx
 from jaxtyping import Array
 
 from qlora_jax.adapters.merge import factors
-from qlora_jax.adapters.names import EXPERTS, dotted
 from qlora_jax.adapters.value import Adapter
 from qlora_jax.errors import AdapterMismatchError, ConfigError, gathered
+from qlora_jax.names import EXPERTS, dotted
 from qlora_jax.nn import Linear, LoRA, QuantizedLinear
 from qlora_jax.nn.dora import row_norms
 from qlora_jax.nn.multi_lora import MultiLoRA, Slots

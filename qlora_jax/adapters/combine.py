@@ -46,7 +46,6 @@ from qlora_jax.adapters.algebra import (
     scale,
     truncated,
 )
-from qlora_jax.adapters.names import dotted
 from qlora_jax.adapters.updates import (
     Update,
     Updates,
@@ -60,6 +59,7 @@ from qlora_jax.adapters.updates import (
 )
 from qlora_jax.adapters.value import Adapter
 from qlora_jax.errors import AdapterMismatchError, ConfigError, gathered
+from qlora_jax.names import dotted
 
 Method = Literal[
     "concat",

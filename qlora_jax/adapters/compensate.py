@@ -25,9 +25,9 @@ from jaxtyping import Array
 from pallas_kernels.layout import QuantizedTensor
 from qlora_jax.adapters import low_rank
 from qlora_jax.adapters.fingerprint import with_scales
-from qlora_jax.adapters.names import dotted
 from qlora_jax.config.lora import Init
 from qlora_jax.errors import AdapterMismatchError, ConfigError
+from qlora_jax.names import dotted
 from qlora_jax.nn import Linear, LoRA, QuantizedLinear
 from qlora_jax.nn.dora import row_norms
 from qlora_jax.quant import Quantized

@@ -18,12 +18,12 @@ from jaxtyping import Array, Float
 from qlora_jax.adapters.algebra import scale
 from qlora_jax.adapters.attach import attach_zero
 from qlora_jax.adapters.compensate import compensate
-from qlora_jax.adapters.names import dotted
 from qlora_jax.adapters.value import Adapter
-from qlora_jax.config.lora import HEAD, LoRAConfig
+from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.errors import AdapterMismatchError, ConfigError
 from qlora_jax.models import Decoder
 from qlora_jax.models.vocabulary import untied
+from qlora_jax.names import HEAD, dotted
 from qlora_jax.nn import (
     Embedding,
     FrozenParam,

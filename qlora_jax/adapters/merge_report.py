@@ -12,8 +12,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from qlora_jax.adapters.merge import factors, fold
-from qlora_jax.adapters.names import EXPERTS, STACK
 from qlora_jax.errors import AdapterMismatchError
+from qlora_jax.names import Numbered, dotted, is_stacked
 from qlora_jax.nn import Linear, LoRA, LoRAEmbedding, QuantizedLinear
 from qlora_jax.nn.embedding import Table
 from qlora_jax.nn.quantizing import adopted
@@ -148,9 +148,6 @@ def _weights(parts: tuple[Any, ...]) -> tuple[Array, Array]:
 
 
 def _name(path: tuple[Any, ...], index: tuple[int, ...]) -> str:
-    parts, numbers = list(map(str, path)), list(map(str, index))
-    if numbers and parts[0] == STACK:
-        for expert in numbers[1:]:
-            parts.insert(parts.index(EXPERTS) + 1, expert)
-        parts.insert(1, numbers[0])
-    return ".".join(parts)
+    if index and not is_stacked(path):  # a stack of a stranger's module
+        return f"{dotted(path)}[{', '.join(map(str, index))}]"
+    return str(Numbered(dotted(path), index))

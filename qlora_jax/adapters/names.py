@@ -14,14 +14,9 @@ from flax import nnx
 from jaxtyping import Array
 
 from qlora_jax.errors import AdapterMismatchError, gathered
+from qlora_jax.names import Numbered, dotted, is_stacked
 
-STACK, EXPERTS = "layers", "experts"
 WRAPPED_BIAS = ("base", "bias")
-
-
-def dotted(path: tuple) -> str:
-    """Returns a path of nnx as a dotted name."""
-    return ".".join(map(str, path))
 
 
 def stacked_names(path: tuple, variable: nnx.Variable) -> dict[str, tuple[int, ...]]:
@@ -36,19 +31,13 @@ def stacked_names(path: tuple, variable: nnx.Variable) -> dict[str, tuple[int, .
     stack = shape[:depth]
     if path[-2:] == WRAPPED_BIAS:
         path = (*path[:-2], path[-1])
-    if str(path[0]) != STACK or not stack:
+    if not is_stacked(path) or not stack:
         return {dotted(path): ()}
-    inner = path.index(EXPERTS) + 1 if len(stack) > 1 else None
-    names = {}
-    for index in np.ndindex(*stack):
-        if only and index[0] not in only:
-            continue
-        parts = list(path)
-        if inner is not None:
-            parts.insert(inner, index[1])
-        parts.insert(1, index[0])
-        names[dotted(tuple(parts))] = index
-    return names
+    return {
+        str(Numbered(dotted(path), index)): index
+        for index in np.ndindex(*stack)
+        if not only or index[0] in only
+    }
 
 
 def flatten(lora: nnx.State) -> dict[str, Array]:

@@ -21,9 +21,10 @@ from jaxtyping import Array, Float
 
 from qlora_jax.adapters.attach import base_fingerprint
 from qlora_jax.adapters.fingerprint import difference
-from qlora_jax.adapters.names import STACK, WRAPPED_BIAS, dotted, stacked_names
+from qlora_jax.adapters.names import WRAPPED_BIAS, stacked_names
 from qlora_jax.adapters.value import Adapter
 from qlora_jax.errors import AdapterMismatchError, ConfigError, gathered
+from qlora_jax.names import dotted, is_stacked
 from qlora_jax.nn.lora import adapter_scale
 
 FACTORS = ("lora_a", "lora_b")
@@ -267,7 +268,7 @@ def _whole(path: Path, x: Array, layers: tuple[int, ...], count: int) -> Array:
 
 
 def _stacked(path: Path, factor: Any) -> bool:
-    return str(path[0]) == STACK and len(factor.shape) > 2
+    return is_stacked(path) and len(factor.shape) > 2
 
 
 def _stacks(adapter: Adapter) -> dict[str, int]:

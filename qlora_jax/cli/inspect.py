@@ -20,8 +20,10 @@ from qlora_jax.errors import (
 )
 from qlora_jax.io import bitsandbytes
 from qlora_jax.io.adapter import describe_adapter, misfits
-from qlora_jax.io.hf import find, hf_names, outline, read_config
+from qlora_jax.io.hf import find, outline, read_config
 from qlora_jax.io.source import is_gguf, open_tokenizer
+from qlora_jax.models import hf_table
+from qlora_jax.names import dotted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +96,8 @@ def _compared(paths: tuple[str, str], model: str | None) -> dict[str, Any]:
 
 def _model(name: str) -> dict[str, Any]:
     folder = find(name)
-    hf, family, config, stored = read_config(folder)
+    hf, _, config, stored = read_config(folder)
+    table = hf_table(config)
     model, checkpoint = outline(folder)
     parameters, sizes = Counter(), Counter()
     kinds: Counter[str] = Counter()
@@ -102,7 +105,7 @@ def _model(name: str) -> dict[str, Any]:
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         part = _part(path)
         parameters[part] += int(np.prod(variable.get_value().shape))
-        for tensor in hf_names(family.NAMES[".".join(map(str, path))], config)[0]:
+        for tensor in table.names(dotted(path)):
             stored_as = [checkpoint.stored(one) for one in keys[tensor]]
             sizes[part] += sum(size for _, size in stored_as)
             kinds[_stored_kind(tensor, stored_as, checkpoint)] += 1

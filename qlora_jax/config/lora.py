@@ -5,9 +5,9 @@ import re
 from typing import Any, Literal, get_args
 
 from qlora_jax.errors import ConfigError
+from qlora_jax.names import EMBEDDING, HEAD
 
 ALL_LINEAR = "all-linear"
-HEAD, EMBEDDING = "lm_head", "embed_tokens"
 
 Init = Literal["zero", "loftq", "qera-diagonal", "qera", "pissa"]
 """How an adapter starts: changing nothing, making up for what quantization lost, or as

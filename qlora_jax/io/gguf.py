@@ -26,6 +26,7 @@ from qlora_jax.errors import CheckpointError, OutputExistsError, ShapeError, gat
 from qlora_jax.io import gguf_config, gguf_tokenizer
 from qlora_jax.io.safetensors import Checkpoint, TensorInfo
 from qlora_jax.models import FAMILIES
+from qlora_jax.names import Table
 from qlora_jax.text.tokenizer import Tokenizer
 
 DTYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
@@ -269,12 +270,10 @@ def _names(arch: str, layers: int) -> dict[str, str]:
     table = gguf.get_tensor_name_map(kinds[arch], layers)
     family = FAMILIES[gguf_config.ARCHITECTURES[arch].model_type]
     names = {}
-    for template in family.NAMES.values():
-        for layer in range(layers if "{}" in template else 1):
-            name = template.format(layer)
-            stem, _, end = name.rpartition(".")
-            if (stored := table.get_name(stem)) is not None:
-                names[f"{stored}.{end}"] = name
+    for _, name in Table(family.NAMES, layers).all():
+        stem, _, end = name.rpartition(".")
+        if (stored := table.get_name(stem)) is not None:
+            names[f"{stored}.{end}"] = name
     return names
 
 

@@ -4,7 +4,6 @@ import functools
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +21,7 @@ from qlora_jax.io import bitsandbytes
 from qlora_jax.io.gguf import GGUF
 from qlora_jax.io.safetensors import Checkpoint, Writer
 from qlora_jax.io.source import (
-    HEAD,
+    HF_HEAD,
     is_gguf,
     left_out,
     misnamed,
@@ -32,7 +31,8 @@ from qlora_jax.io.source import (
     unlike_layers,
 )
 from qlora_jax.io.source import read_config as read_config
-from qlora_jax.models import Decoder, DecoderConfig, llama
+from qlora_jax.models import FAMILIES, Decoder, DecoderConfig, hf_table, llama
+from qlora_jax.names import EMBEDDING, HEAD, Table, dotted
 from qlora_jax.nn import (
     Embedding,
     FrozenParam,
@@ -51,8 +51,8 @@ from qlora_jax.quant import (
     quantize_rows,
     quantize_tensor,
 )
-from qlora_jax.text.tokenizer import FILES as TOKENIZER_FILES
-from qlora_jax.text.tokenizer import TEMPLATES, Tokenizer
+from qlora_jax.text.folder import copy_tokenizer
+from qlora_jax.text.tokenizer import Tokenizer
 
 COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -109,7 +109,7 @@ def load(
     skeleton = nnx.eval_shape(
         lambda: Decoder(config, key=jax.random.key(0), dtype=dtype)
     )
-    wanted = _wanted(skeleton, family, config)
+    wanted = _wanted(skeleton, hf_table(config))
     _check_names(folder, checkpoint, wanted, family, config)
     tables = resolve_tables(folder, hf, embedding, head)
     if set(tables.values()) != {"none"} and (quant or stored) is None:
@@ -178,7 +178,7 @@ def outline(
     _, family, config, _ = read_config(folder)
     checkpoint = open_tensors(folder)
     skeleton = nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0)))
-    wanted = _wanted(skeleton, family, config)
+    wanted = _wanted(skeleton, hf_table(config))
     _check_names(folder, checkpoint, wanted, family, config)
 
     def fill(path: tuple, variable: nnx.Variable) -> nnx.Variable:
@@ -212,16 +212,16 @@ def original_kernels(
       CheckpointError: the folder cannot be read, or is 4-bit itself.
     """
     folder = find(path_or_repo)
-    _, family, _, stored = read_config(folder)
+    _, _, config, stored = read_config(folder)
     if stored is not None:
         raise CheckpointError(
             f"{folder} holds 4-bit weights ({stored.codebook}), not the original ones; "
             "give the dense folder (--original)"
         )
-    checkpoint = open_tensors(folder)
+    checkpoint, table = open_tensors(folder), hf_table(config)
 
     def read(path: str, index: tuple[int, ...]) -> np.ndarray:
-        return checkpoint[family.NAMES[f"{path}.kernel"].format(*index)]
+        return checkpoint[table.name(f"{path}.kernel", index)]
 
     return read
 
@@ -270,23 +270,14 @@ class _Wanted(NamedTuple):
     shape: tuple[int, ...]
 
 
-def _wanted(
-    skeleton: Decoder, family: ModuleType, config: DecoderConfig
-) -> dict[str, _Wanted]:
+def _wanted(skeleton: Decoder, table: Table) -> dict[str, _Wanted]:
     """Returns what each of our paths is made of."""
     wanted = {}
-    for path, variable in nnx.to_flat_state(nnx.state(skeleton)):
-        dotted = ".".join(map(str, path))
-        shape = variable.get_value().shape
-        names, stack = hf_names(family.NAMES[dotted], config)
-        wanted[dotted] = _Wanted(names, stack, shape[len(stack) :])
+    for keys, variable in nnx.to_flat_state(nnx.state(skeleton)):
+        path, shape = dotted(keys), variable.get_value().shape
+        stack = table.stack(path)
+        wanted[path] = _Wanted(table.names(path), stack, shape[len(stack) :])
     return wanted
-
-
-def hf_names(template: str, config: DecoderConfig) -> tuple[list[str], tuple[int, ...]]:
-    """Returns the names that a template stands for, and the stack's shape."""
-    stack = (config.num_layers, config.num_experts)[: template.count("{}")]
-    return [template.format(*index) for index in np.ndindex(*stack)], stack
 
 
 def _check_names(
@@ -309,7 +300,7 @@ def _check_names(
             elif checkpoint.infos[name].shape != shape:
                 have = checkpoint.infos[name].shape
                 problems.append(f"{name} has shape {have}, config.json wants {shape}")
-    if missing == [HEAD]:
+    if missing == [HF_HEAD]:
         problems.append(
             'if the embedding is the head, write "tie_word_embeddings": true into config.json'
         )
@@ -520,7 +511,7 @@ def save_model(
         raise CheckpointError(
             "the model has adapters attached; merge before save_model"
         )
-    names, folder = llama.NAMES, None
+    names, folder = FAMILIES[llama.MODEL_TYPE].NAMES, None
     if source is None:
         hf = llama.write_config(model.config)
     else:
@@ -542,7 +533,8 @@ def save_model(
     out.mkdir(parents=True, exist_ok=True)
     writer = Writer(out, shard_bytes)
     try:
-        quantization = _write_parameters(model, names, writer, skip)
+        table = Table(names, model.config.num_layers, model.config.num_experts)
+        quantization = _write_parameters(model, table, writer, skip)
         size = writer.close()
     except BaseException:
         writer.discard()
@@ -552,29 +544,31 @@ def save_model(
     if quantization is not None:
         hf["quantization_config"] = quantization
     if folder is not None:
-        _copy_tokenizer(folder, out)
+        if is_gguf(folder) and (tokenizer := open_tokenizer(folder)) is not None:
+            tokenizer.save(out)
+        copy_tokenizer(folder, out)
     (out / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
     return {"out": str(out), "bytes": size}
 
 
 def _write_parameters(
-    model: Decoder, names: Mapping[str, str], writer: Writer, skip: list[str] | None
+    model: Decoder, table: Table, writer: Writer, skip: list[str] | None
 ) -> dict[str, Any] | None:
     """Writes all parameters; returns the quantization_config of what is quantized."""
     linears, in_int8 = None, []
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        template, value = names[".".join(map(str, path))], variable.get_value()
-        table = path[0] in ("embed_tokens", "lm_head")
-        if table and isinstance(value, QuantizedTensor):
+    for keys, variable in nnx.to_flat_state(nnx.state(model)):
+        path, value = dotted(keys), variable.get_value()
+        if keys[0] in (EMBEDDING, HEAD) and isinstance(value, QuantizedTensor):
             value = dequantize(value, model.dtype)
         if isinstance(value, Int8Rows):
-            _check_range(writer, template, value.dtype, value.absmax)
-            for key, array in bitsandbytes.write_int8(value, template).items():
+            name = table.name(path)
+            _check_range(writer, name, value.dtype, value.absmax)
+            for key, array in bitsandbytes.write_int8(value, name).items():
                 writer.add(key, array)
-            in_int8.append(template.removesuffix(".weight"))
+            in_int8.append(name.removesuffix(".weight"))
             continue
-        parts, stack = hf_names(template, model.config)
-        for name, index in zip(parts, np.ndindex(*stack), strict=True):
+        stack = np.ndindex(*table.stack(path))
+        for name, index in zip(table.names(path), stack, strict=True):
             one = jax.tree.map(lambda leaf, index=index: leaf[index], value)
             if isinstance(one, QuantizedTensor):
                 _check_range(writer, name, one.dtype, decode_absmax(one))
@@ -596,19 +590,3 @@ def _check_range(writer: Writer, name: str, dtype: str, absmax: Any) -> None:
             f"{name}: quantized values up to {largest:.4g}, beyond {limit:.5g}, the largest "
             f"of {dtype}; save in bfloat16 or float32 (--dtype)"
         )
-
-
-def _copy_tokenizer(folder: Path, out: Path) -> None:
-    """Copies what belongs to the tokenizer; of a GGUF file, writes it."""
-    if is_gguf(folder) and (tokenizer := open_tokenizer(folder)) is not None:
-        tokenizer.save(out)
-    for name in TOKENIZER_FILES:
-        if (folder / name).exists() and not (
-            (out / name).exists() and (folder / name).samefile(out / name)
-        ):
-            shutil.copyfile(folder / name, out / name)
-    for template in folder.glob(f"{TEMPLATES}/*.jinja"):
-        copy = out / TEMPLATES / template.name
-        if not (copy.exists() and copy.samefile(template)):
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(template, copy)

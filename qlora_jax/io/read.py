@@ -12,12 +12,13 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jaxtyping import Array
 
-from qlora_jax.adapters.names import EXPERTS, STACK, WRAPPED_BIAS
+from qlora_jax.adapters.names import WRAPPED_BIAS
 from qlora_jax.adapters.value import Adapter
-from qlora_jax.config.lora import EMBEDDING, LoRAConfig
+from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.errors import AdapterMismatchError, gathered
 from qlora_jax.io.adapter import ARRAYS, METADATA, find_adapter, read_adapter_config
 from qlora_jax.io.peft import is_peft
+from qlora_jax.names import EMBEDDING, Numbered
 
 _BY_LAYER = ("lora_a", "lora_b", "magnitude")
 """Parameters that say which layers have them."""
@@ -104,10 +105,5 @@ def _stacked(
 
 def _place(name: str) -> tuple[tuple[Any, ...], tuple[int, ...]]:
     """Returns the path of a dotted name, and the layer and expert that it numbers."""
-    parts: list[Any] = [int(x) if x.isdigit() else x for x in name.split(".")]
-    if parts[0] != STACK or not isinstance(parts[1], int):
-        return tuple(parts), ()
-    index = [parts.pop(1)]
-    if EXPERTS in parts and isinstance(parts[at := parts.index(EXPERTS) + 1], int):
-        index.append(parts.pop(at))
-    return tuple(parts), tuple(index)
+    path, numbers = Numbered.parse(name)
+    return tuple(int(x) if x.isdigit() else x for x in path.split(".")), numbers

@@ -25,6 +25,7 @@ from qlora_jax.io.gguf import GGUF, open_gguf
 from qlora_jax.io.safetensors import Checkpoint, TensorInfo, shortened
 from qlora_jax.models import FAMILIES, DecoderConfig
 from qlora_jax.models.wrappers import WRAPPERS, unwrap, without_wrapper
+from qlora_jax.names import template_of
 from qlora_jax.quant import QuantConfig
 from qlora_jax.text.folder import read_json
 from qlora_jax.text.tokenizer import Tokenizer
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 Settings = tuple[dict[str, Any], ModuleType, DecoderConfig, QuantConfig | None]
 """(object of config.json, family module, decoder config, how its linears are stored)"""
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+HF_EMBEDDING, HF_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def is_gguf(path: Path) -> bool:
@@ -141,19 +142,19 @@ def open_tensors(path: Path) -> Checkpoint | GGUF:
         return _gguf(path)
     _, family, config, _, named = _settings(path)
     checkpoint = Checkpoint(path)
-    known = frozenset(map(_template, family.NAMES.values()))
+    known = frozenset(family.NAMES.values())
     wrapped = named in WRAPPERS
     checkpoint.rename(lambda name: _usual(name, known, wrapped))
     infos = checkpoint.infos
-    if config.tie_word_embeddings and EMBEDDING not in infos and HEAD in infos:
-        infos[EMBEDDING] = infos.pop(HEAD)  # the same table by its other name
+    if config.tie_word_embeddings and HF_EMBEDDING not in infos and HF_HEAD in infos:
+        infos[HF_EMBEDDING] = infos.pop(HF_HEAD)  # the same table by its other name
     if wrapped:
         checkpoint.notes.append(
             f"it is a {named}: its text model is opened alone, as {config.model_type}"
         )
     if _has_own_head(checkpoint, config):
         checkpoint.notes.append(
-            f"config.json says tie_word_embeddings, but {HEAD} differs from the embedding: "
+            f"config.json says tie_word_embeddings, but {HF_HEAD} differs from the embedding: "
             "the head is used, as by transformers 5"
         )
     if (path / "adapter_config.json").exists():
@@ -163,16 +164,12 @@ def open_tensors(path: Path) -> Checkpoint | GGUF:
     return checkpoint
 
 
-def _template(name: str) -> str:
-    return re.sub(r"\.(\d+|\{\})(?=\.)", ".{}", name)
-
-
 def _usual(name: str, known: Collection[str], wrapped: bool) -> str:
     """Returns the usual name of a tensor: its own where none fits."""
     weight = bitsandbytes.weight_of(name)
     inner = without_wrapper(weight) if wrapped else weight
     for one in (inner, f"model.{inner}", inner.removeprefix("model.")):
-        if _template(one) in known:
+        if template_of(one) in known:
             return bitsandbytes.renamed(name, one)
     return name
 
@@ -180,9 +177,11 @@ def _usual(name: str, known: Collection[str], wrapped: bool) -> str:
 def _has_own_head(checkpoint: Checkpoint | GGUF, config: DecoderConfig) -> bool:
     """Whether the files have a head of their own, though config.json says tied."""
     infos = checkpoint.infos
-    if not config.tie_word_embeddings or not (EMBEDDING in infos and HEAD in infos):
+    if not config.tie_word_embeddings or not (
+        HF_EMBEDDING in infos and HF_HEAD in infos
+    ):
         return False
-    table, head = infos[EMBEDDING], infos[HEAD]
+    table, head = infos[HF_EMBEDDING], infos[HF_HEAD]
     if table.shape != head.shape:
         return True
     changed = tuple(info.file.stat().st_mtime_ns for info in (table, head))
@@ -217,7 +216,7 @@ def left_out(
         if name in wanted or (name != weight and weight in wanted):
             continue
         # A head that is the embedding once more loses nothing.
-        if not name.endswith(family.IGNORED) and weight != HEAD:
+        if not name.endswith(family.IGNORED) and weight != HF_HEAD:
             kinds[_kind(weight, layers)] += 1
     return [
         f"{kind} ({kinds[kind]} tensor{'s' if kinds[kind] > 1 else ''})"
@@ -237,7 +236,7 @@ def _kind(name: str, layers: int) -> str:
         return f"layer {place[1]} of {layers}"
     parts = name.split(".")
     if name.startswith("model.layers."):
-        return _template(name).replace("{}", "*")
+        return template_of(name).replace("{}", "*")
     first = 2 if parts[0] == "model" else 1
     return name if len(parts) <= first + 1 else ".".join(parts[:first]) + ".*"
 

@@ -19,6 +19,7 @@ from qlora_jax.models import (
 )
 from qlora_jax.models.decoder import Decoder as Decoder
 from qlora_jax.models.decoder import DecoderConfig as DecoderConfig
+from qlora_jax.names import Table
 
 FAMILIES: dict[str, ModuleType] = {
     family.MODEL_TYPE: family
@@ -39,3 +40,9 @@ FAMILIES: dict[str, ModuleType] = {
     )
 }
 """Hugging Face model_type -> the module that reads it (read_config, NAMES, IGNORED)."""
+
+
+def hf_table(config: DecoderConfig) -> Table:
+    """Returns what Hugging Face calls each parameter of a model of a family."""
+    names = FAMILIES[config.model_type].NAMES
+    return Table(names, config.num_layers, config.num_experts)

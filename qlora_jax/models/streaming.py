@@ -16,9 +16,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array
 
+from qlora_jax.names import is_stacked
 from qlora_jax.nn.variables import arrive
-
-LAYERS = "layers"
 
 
 def stream(base: nnx.State) -> nnx.State:
@@ -32,7 +31,7 @@ def stream(base: nnx.State) -> nnx.State:
     """
 
     def place(path: tuple, variable: Any) -> Any:
-        if str(path[0]) != LAYERS:
+        if not is_stacked(path):
             return variable
         value = jax.tree.map(_to_host, variable.get_value())
         return variable.replace(value)

@@ -10,7 +10,9 @@ from typing import Any
 import jax
 import optax
 
-EMBEDDING, FASTER = "embed_tokens", "lora_b"
+from qlora_jax.names import EMBEDDING
+
+FASTER = "lora_b"
 
 
 def lora_plus(ratio: float) -> optax.GradientTransformation:

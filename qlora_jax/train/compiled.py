@@ -18,12 +18,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from qlora_jax.errors import ConfigError
 from qlora_jax.memory import Setup, abstract_parts
+from qlora_jax.names import is_stacked
 from qlora_jax.optim.adamw import adamw, placed
 from qlora_jax.optim.offload import paged
 from qlora_jax.train.step import make_train_step
 
 TARGETS = Path(__file__).parent / "targets"
-LAYERS = "layers"
 
 
 class Account(NamedTuple):
@@ -93,7 +93,7 @@ def compile_step(
             )
 
         entries = [
-            (path, put(v, host if setup.stream and path[0] == LAYERS else device))
+            (path, put(v, host if setup.stream and is_stacked(path) else device))
             for path, v in nnx.to_flat_state(base)
         ]
         leaves, structure = jax.tree.flatten(state)

@@ -13,9 +13,9 @@ from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from qlora_jax.adapters import join
-from qlora_jax.adapters.names import dotted
 from qlora_jax.config.train import Checkpoint
 from qlora_jax.errors import ConfigError
+from qlora_jax.names import dotted
 from qlora_jax.nn.variables import rests_on_host
 from qlora_jax.optim import LossScaleState, offload
 from qlora_jax.train.loss import cross_entropy

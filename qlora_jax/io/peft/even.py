@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from qlora_jax.io.peft.names import unnumbered
+from qlora_jax.names import Numbered
 from qlora_jax.nn.lora import adapter_scale
 
 
@@ -32,7 +32,7 @@ def evened(
     padded, scaled, off = [], [], []
     by_path: dict[str, list[str]] = {}
     for name in sorted(shapes):
-        by_path.setdefault(unnumbered(name), []).append(name)
+        by_path.setdefault(Numbered.parse(name).path, []).append(name)
     for path, names in by_path.items():
         own = [shapes[name] for name in names]
         rank, alpha = each[path] = _common(own, rslora)

@@ -29,7 +29,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from qlora_jax.errors import AdapterMismatchError
-from qlora_jax.models import FAMILIES, Decoder, DecoderConfig
+from qlora_jax.models import Decoder, DecoderConfig, hf_table
+from qlora_jax.names import Numbered
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -62,22 +63,8 @@ def is_peft(path: str | os.PathLike[str]) -> bool:
 
 def module_names(config: DecoderConfig) -> dict[str, str]:
     """Returns {our path of a module, layers and experts numbered: Hugging Face's}."""
-    names = {}
-    stack = (config.num_layers, config.num_experts)
-    for path, template in FAMILIES[config.model_type].NAMES.items():
-        ours = path.rpartition(".")[0]
-        if template.count("{}"):
-            ours = ours.replace("layers.", "layers.{}.", 1)
-        if template.count("{}") == 2:
-            ours = ours.replace("experts.", "experts.{}.", 1)
-        for index in np.ndindex(*stack[: template.count("{}")]):
-            names[ours.format(*index)] = template.format(*index).rpartition(".")[0]
-    return names
-
-
-def unnumbered(name: str) -> str:
-    """Returns our path of a module without the numbers of layer and expert."""
-    return ".".join(part for part in name.split(".") if not part.isdigit())
+    modules = hf_table(config).modules()
+    return {str(place): name for place, name in modules.all()}
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -195,8 +182,8 @@ def _place(
     elif part == "copy":
         made.copies[ours[module]] = array
     elif part == "own":
-        known = FAMILIES[model.config.model_type].NAMES
-        kernel = f"{unnumbered(ours[module])}.kernel" in known
+        known = hf_table(model.config).templates
+        kernel = f"{Numbered.parse(ours[module]).path}.kernel" in known
         key = f"{ours[module]}.{'kernel' if kernel else 'weight'}"
         if not np.array_equal(made.flat.setdefault(key, array), array):
             made.problems.append(f"{name} is there twice, with different values")

@@ -12,8 +12,8 @@ import numpy as np
 from flax import nnx
 
 from qlora_jax.adapters.attach import attach_zero
-from qlora_jax.adapters.names import dotted, flatten, unflatten
-from qlora_jax.config.lora import EMBEDDING, HEAD, Bias, LoRAConfig
+from qlora_jax.adapters.names import flatten, unflatten
+from qlora_jax.config.lora import Bias, LoRAConfig
 from qlora_jax.errors import AdapterMismatchError, ConfigError, gathered
 from qlora_jax.io.peft.even import evened
 from qlora_jax.io.peft.names import (
@@ -22,7 +22,6 @@ from qlora_jax.io.peft.names import (
     Tensors,
     named,
     read_folder,
-    unnumbered,
 )
 from qlora_jax.io.peft.settings import (
     matched,
@@ -34,6 +33,7 @@ from qlora_jax.io.peft.settings import (
 from qlora_jax.io.peft.tables import TABLES, follow_the_embedding, not_copies
 from qlora_jax.models import Decoder
 from qlora_jax.models.vocabulary import resize_tokens
+from qlora_jax.names import EMBEDDING, HEAD, Numbered, dotted
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ def _filled(read: _Understood, lora: nnx.State) -> dict[str, Any]:
         if name not in read.flat and name.rpartition(".")[2] in _IN_PLACE
     }
     if missing:
-        paths = sorted({unnumbered(name) for name in missing})
+        paths = sorted({Numbered.parse(name).path for name in missing})
         read.notes.append(
             f"{', '.join(paths)} trained in some layers only; in the others it is the base's, "
             "and trains too from here on"
@@ -195,7 +195,7 @@ def _without_tensors(
     linears = {
         name
         for name in names
-        if name in (EMBEDDING, HEAD) or f"{unnumbered(name)}.kernel" in have
+        if name in (EMBEDDING, HEAD) or f"{Numbered.parse(name).path}.kernel" in have
     }
     theirs = {n.rpartition(".")[0] for n in tensors.flat}
     adapted = {
@@ -239,7 +239,7 @@ def _configure(
     """Finds the config of what is adapted and trained, with one rank a linear."""
     shapes = _shapes(read, settings, names)
     owned = {
-        unnumbered(name.rpartition(".")[0])
+        Numbered.parse(name.rpartition(".")[0]).path
         for name in read.flat
         if name.endswith((".kernel", ".weight"))
     }
@@ -316,10 +316,10 @@ def _layers(
 ) -> tuple[tuple[int, ...], dict[str, str]]:
     """Returns the layers of most linears, () for all, and {linear: other layers}."""
     chosen: dict[str, tuple[int, ...]] = {}
-    for path in sorted({unnumbered(name) for name in adapted}):
+    for path in sorted({Numbered.parse(name).path for name in adapted}):
         if not path.startswith("layers."):
             continue
-        whole = [name for name in names if unnumbered(name) == path]
+        whole = [name for name in names if Numbered.parse(name).path == path]
         found = [name for name in whole if name in adapted]
         layers = {int(name.split(".")[1]) for name in found}
         wanted = [name for name in whole if int(name.split(".")[1]) in layers]

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from qlora_jax.config.lora import EMBEDDING, HEAD
+from qlora_jax.names import EMBEDDING, HEAD
 
 _ONLY: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from qlora_jax.config.lora import EMBEDDING, HEAD
 from qlora_jax.io.peft.names import Tensors
 from qlora_jax.models import Decoder
+from qlora_jax.names import EMBEDDING, HEAD
 from qlora_jax.quant import Quantized
 
 TABLES = (f"{EMBEDDING}.weight", f"{EMBEDDING}.lora_a", f"{HEAD}.kernel")

@@ -12,7 +12,7 @@ import numpy as np
 
 from qlora_jax.adapters.attach import lora_config, split
 from qlora_jax.adapters.names import flatten
-from qlora_jax.config.lora import EMBEDDING, HEAD, LoRAConfig
+from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.errors import (
     AdapterMismatchError,
     ConfigError,
@@ -26,10 +26,10 @@ from qlora_jax.io.peft.names import (
     TENSORS,
     is_peft,
     module_names,
-    unnumbered,
 )
 from qlora_jax.io.safetensors import write_tensors
 from qlora_jax.models import Decoder
+from qlora_jax.names import EMBEDDING, HEAD, Numbered
 from qlora_jax.nn.lora import adapter_scale
 from qlora_jax.text.folder import copy_tokenizer
 from qlora_jax.text.tokenizer import Tokenizer
@@ -167,7 +167,7 @@ def _for_fused_experts(
     for name, array in flat.items():
         path, _, part = name.rpartition(".")
         if part in ("lora_a", "lora_b"):
-            own, alpha = config.shape_of(unnumbered(path))
+            own, alpha = config.shape_of(Numbered.parse(path).path)
             spare = (
                 [(0, 0), (0, rank - own)]
                 if part == "lora_a"
@@ -196,8 +196,9 @@ def _end(module: str, part: str, adapted: bool) -> str:
 
 def _saved_name(path: str, names: dict[str, str]) -> str:
     """Names a module so that PEFT, which compares ends of names, finds it and no other."""
-    if path.startswith("layers."):
-        return names[path.replace("layers.", "layers.0.", 1)].rpartition(".")[2]
+    first = Numbered.first(path)
+    if first.numbers:
+        return names[str(first)].rpartition(".")[2]
     return path if path in (EMBEDDING, HEAD) else names[path]
 
 
@@ -216,7 +217,7 @@ def _patterns(patterns: Mapping[str, Any], names: dict[str, str]) -> dict[str, A
     """Turns our paths into endings of Hugging Face's names."""
     found = {}
     for path, value in patterns.items():
-        ours = path.replace("layers.", "layers.0.", 1).replace("experts.", "experts.0.")
-        module = re.sub(r"^model\.layers\.0\.", "", names[ours])
+        name = names[str(Numbered.first(path))]
+        module = re.sub(r"^model\.layers\.0\.", "", name)
         found[re.sub(r"\.experts\.0\.", r".experts.\\d+.", module)] = value
     return found
