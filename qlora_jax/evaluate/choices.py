@@ -220,7 +220,7 @@ def score_choices(model: Any, asked: Asked, batch_size: int = 8) -> list[Scored]
         items.sort(key=lambda item: len(item.tokens))
         for start in range(0, len(items), batch_size):
             some = items[start : start + batch_size]
-            routed = model
+            routed: Any = model
             if isinstance(model, AdapterBank):
                 names = [asked.questions[i.question].adapter or BASE for i in some]
                 routed = model.route(names + [BASE] * (batch_size - len(some)))
