@@ -8,7 +8,7 @@ by the command and once with transformers and none of our code:
 
     letters   MMLU, " A" to " D" after the prompt
     texts     the same questions, the choices' own texts after "Question: ...\\nAnswer:"
-    gsm8k     greedy answers after two examples, cut at the next question; what follows ####
+    gsm8k     greedy answers after --shots examples, cut at the next question; what follows ####
 
 Prompts and scoring are written down again here. Where greedy texts differ, the gap between
 transformers' two largest logits at the first different token says whether it was a tie.
@@ -25,6 +25,7 @@ from typing import Any
 
 from bench_record import record
 
+TASKS = ("letters", "texts", "gsm8k")
 STOP = "\n\nQuestion:"
 TIE = 1e-3
 """A gap of logits of about 20 that float32 sums in another order may close."""
@@ -39,13 +40,25 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 @torch.no_grad()
+def letters(rows):
+    # " A" is a token, so the logits after the prompt have all of them.
+    found = []
+    for row in rows:
+        ids = tokenizer(row["prompt"]).input_ids
+        whole = [tokenizer(row["prompt"] + " " + c).input_ids for c in row["choices"]]
+        assert all(one[:-1] == ids for one in whole)
+        log = model(torch.tensor([ids]), logits_to_keep=1).logits[0, -1].log_softmax(-1)
+        found.append([float(log[one[-1]]) for one in whole])
+    return found
+
+@torch.no_grad()
 def log_likelihood(prompt, choice):
     first = len(tokenizer(prompt).input_ids)
     ids = torch.tensor([tokenizer(prompt + choice).input_ids])
     log = model(ids).logits[0].log_softmax(-1)
     return sum(float(log[at - 1, ids[0, at]]) for at in range(first, ids.shape[1]))
 
-def choices(rows):
+def texts(rows):
     return [[log_likelihood(row["prompt"], " " + c) for c in row["choices"]] for row in rows]
 
 @torch.no_grad()
@@ -77,11 +90,12 @@ def answer(rows, stop, size):
             found[i] = {"text": text, "correct": right, "ends": ends, "gaps": gap}
     return found
 
-json.dump({
-    "letters": choices(rows["letters"]),
-    "texts": choices(rows["texts"]),
-    "gsm8k": answer(rows["gsm8k"], rows["stop"], int(batch_size)),
-}, open(out, "w"))
+tasks = {
+    "letters": letters,
+    "texts": texts,
+    "gsm8k": lambda some: answer(some, rows["stop"], int(batch_size)),
+}
+json.dump({task: tasks[task](rows[task]) for task in rows["tasks"]}, open(out, "w"))
 """
 
 
@@ -112,7 +126,7 @@ def prepared(args: argparse.Namespace) -> dict[str, Any]:
         )
     shots = "".join(
         f"Question: {row['question']}\nAnswer: {row['answer']}\n\n"
-        for row in read(args.examples)[:2]
+        for row in read(args.examples)[: args.shots]
     )
     gsm8k = [
         {
@@ -121,7 +135,11 @@ def prepared(args: argparse.Namespace) -> dict[str, Any]:
         }
         for row in read(args.gsm8k)[: args.questions]
     ]
-    return {"letters": letters, "texts": texts, "gsm8k": gsm8k, "stop": STOP}
+    found = {"letters": letters, "texts": texts, "gsm8k": gsm8k}
+    return {task: found[task] for task in args.tasks} | {
+        "stop": STOP,
+        "tasks": args.tasks,
+    }
 
 
 def ours(
@@ -138,7 +156,8 @@ def ours(
         ],
     }
     said = {}
-    for task, more in flags.items():
+    for task in args.tasks:
+        more = flags[task]
         data, out = folder / f"{task}.json", folder / f"{task}.jsonl"
         given = rows[task]
         if task == "letters":  # the file's own form
@@ -219,7 +238,9 @@ def main() -> None:
     parser.add_argument("--gsm8k", required=True, help="questions")
     parser.add_argument("--examples", required=True, help="gsm8k rows to show before")
     parser.add_argument("--torch-python", required=True)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS])
     parser.add_argument("--questions", type=int, default=100)
+    parser.add_argument("--shots", type=int, default=2, help="gsm8k examples")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--append", help="a .jsonl file")
@@ -235,16 +256,21 @@ def main() -> None:
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         subprocess.run(command, check=True, env=environment)
         theirs = json.loads((folder / "theirs.json").read_text())
-    answers = [row["answer"] for row in rows["texts"]]
+    compared = {}
+    for task in args.tasks:
+        if task == "gsm8k":
+            compared[task] = compare_answers(mine[task], theirs[task])
+            continue
+        answers = [row["index"] for row in rows[task]]
+        compared[task] = compare_choices(mine[task], theirs[task], answers)
     row = record(
         "compare_evaluate",
         args.append,
         model=Path(args.model).name,
         questions=args.questions,
+        shots=args.shots,
         new_tokens=args.new_tokens,
-        mmlu_letters=compare_choices(mine["letters"], theirs["letters"], answers),
-        mmlu_texts=compare_choices(mine["texts"], theirs["texts"], answers),
-        gsm8k=compare_answers(mine["gsm8k"], theirs["gsm8k"]),
+        **compared,
     )
     print(json.dumps(row))
 
