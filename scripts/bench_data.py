@@ -1,6 +1,7 @@
 """How long rows take to be ready: tokenized by several processes, by one, and kept.
 
-    python scripts/bench_data.py --model DIR --chats FILE [--rows 100000] [--append FILE]
+    python scripts/bench_data.py --model DIR --chats FILE [--rows 100000]
+        [--chat-template FILE] [--append FILE]
 
 --chats has rows with conversations (such as shared/data/fastchat's), of which the first
 three turns of user and assistant are taken, again and again with another first word each,
@@ -61,11 +62,14 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--chats", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--chat-template", help="a file; the model's own without it")
     parser.add_argument("--append", help="a .jsonl file")
     args = parser.parse_args()
     tokenizer = open_tokenizer(args.model)
     assert tokenizer is not None
-    config = DataConfig(max_tokens=4096, too_long="truncate")
+    config = DataConfig(
+        max_tokens=4096, too_long="truncate", chat_template=args.chat_template
+    )
     figures: dict[str, Any] = {"rows": args.rows}
     with tempfile.TemporaryDirectory() as folder:
         path, keep = Path(folder) / "chats.jsonl", Path(folder) / "rows"
