@@ -36,19 +36,14 @@ if TYPE_CHECKING:
     from qlora_jax.data.intake import load_dataset as load_dataset
     from qlora_jax.errors import QLoRAError as QLoRAError
     from qlora_jax.evaluate.perplexity import perplexity as perplexity
+    from qlora_jax.exchange.ours import load_adapter as load_adapter
+    from qlora_jax.exchange.ours import load_tokenizer as load_tokenizer
+    from qlora_jax.exchange.ours import save_adapter as save_adapter
+    from qlora_jax.exchange.peft import export_peft as export_peft
+    from qlora_jax.exchange.peft import import_peft as import_peft
+    from qlora_jax.exchange.read import read_adapter as read_adapter
     from qlora_jax.generate.sample import SampleConfig as SampleConfig
     from qlora_jax.generate.sample import generate as generate
-    from qlora_jax.io.adapter import load_adapter as load_adapter
-    from qlora_jax.io.adapter import load_tokenizer as load_tokenizer
-    from qlora_jax.io.adapter import save_adapter as save_adapter
-    from qlora_jax.io.gguf import write_gguf as write_gguf
-    from qlora_jax.io.hf import load as load
-    from qlora_jax.io.hf import original_kernels as original_kernels
-    from qlora_jax.io.hf import save_model as save_model
-    from qlora_jax.io.peft import export_peft as export_peft
-    from qlora_jax.io.peft import import_peft as import_peft
-    from qlora_jax.io.read import read_adapter as read_adapter
-    from qlora_jax.io.tokens import add_tokens as add_tokens
     from qlora_jax.memory import Setup as Setup
     from qlora_jax.models.streaming import stream as stream
     from qlora_jax.nn.quantizing import quantize as quantize
@@ -60,6 +55,11 @@ if TYPE_CHECKING:
     from qlora_jax.quant import QuantizedTensor as QuantizedTensor
     from qlora_jax.quant import dequantize as dequantize
     from qlora_jax.quant import quantize_tensor as quantize_tensor
+    from qlora_jax.sources.gguf.write import write_gguf as write_gguf
+    from qlora_jax.sources.load import load as load
+    from qlora_jax.sources.load import original_kernels as original_kernels
+    from qlora_jax.sources.save import save_model as save_model
+    from qlora_jax.sources.tokens import add_tokens as add_tokens
     from qlora_jax.train.loop import Trainer as Trainer
     from qlora_jax.train.step import make_train_step as make_train_step
 
@@ -86,12 +86,13 @@ _HOMES = {
     "qlora_jax.errors": ("QLoRAError",),
     "qlora_jax.evaluate.perplexity": ("perplexity",),
     "qlora_jax.generate.sample": ("SampleConfig", "generate"),
-    "qlora_jax.io.adapter": ("load_adapter", "load_tokenizer", "save_adapter"),
-    "qlora_jax.io.hf": ("load", "original_kernels", "save_model"),
-    "qlora_jax.io.gguf": ("write_gguf",),
-    "qlora_jax.io.read": ("read_adapter",),
-    "qlora_jax.io.tokens": ("add_tokens",),
-    "qlora_jax.io.peft": ("export_peft", "import_peft"),
+    "qlora_jax.exchange.ours": ("load_adapter", "load_tokenizer", "save_adapter"),
+    "qlora_jax.sources.load": ("load", "original_kernels"),
+    "qlora_jax.sources.save": ("save_model",),
+    "qlora_jax.sources.gguf.write": ("write_gguf",),
+    "qlora_jax.exchange.read": ("read_adapter",),
+    "qlora_jax.sources.tokens": ("add_tokens",),
+    "qlora_jax.exchange.peft": ("export_peft", "import_peft"),
     "qlora_jax.memory": ("Setup",),
     "qlora_jax.models.streaming": ("stream",),
     "qlora_jax.plan": ("plan_memory",),

@@ -20,7 +20,7 @@ from typing import Any
 from bench_record import record
 
 from qlora_jax.data import DataConfig, forming, read_dataset
-from qlora_jax.io.hf import open_tokenizer
+from qlora_jax.sources.source import open_tokenizer
 
 SPEAKERS = {"human": "user", "gpt": "assistant"}
 

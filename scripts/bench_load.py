@@ -19,7 +19,7 @@ _LOAD = """
 import json, resource, sys, time
 import jax
 import qlora_jax
-from qlora_jax.io.hf import load
+from qlora_jax.sources.load import load
 import jax.numpy as jnp
 jax.block_until_ready(jnp.zeros(8) + 1)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -29,8 +29,8 @@ if sys.argv[1] == "load":
     from flax import nnx
     leaves = jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
     seconds = time.perf_counter() - began
-    from qlora_jax.io.safetensors import Checkpoint
-    from qlora_jax.io.hf import find
+    from qlora_jax.sources.safetensors import Checkpoint
+    from qlora_jax.sources.hub import find
     infos = Checkpoint(find(sys.argv[2])).infos.values()
     import math
     print(json.dumps({

@@ -20,11 +20,11 @@ from flax import nnx
 from qlora_jax.adapters import Adapter, LoRAConfig, attach
 from qlora_jax.data import Dataset
 from qlora_jax.data.dataset import Row
-from qlora_jax.io.adapter import save_adapter
-from qlora_jax.io.hf import save_model
-from qlora_jax.io.peft import export_peft
+from qlora_jax.exchange.ours import save_adapter
+from qlora_jax.exchange.peft import export_peft
 from qlora_jax.models import Decoder, DecoderConfig
 from qlora_jax.nn import FrozenParam, quantize
+from qlora_jax.sources.save import save_model
 from qlora_jax.text.tokenizer import Tokenizer
 
 BOS, EOS, USER, ASSISTANT = 256, 257, 258, 259

@@ -10,7 +10,7 @@ from qlora_jax.adapters.algebra import chain, update_norms
 from qlora_jax.adapters.combine import MajoritySign, Method, combine
 from qlora_jax.cli import options
 from qlora_jax.errors import ConfigError
-from qlora_jax.io.adapter import save_adapter
+from qlora_jax.exchange.ours import save_adapter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

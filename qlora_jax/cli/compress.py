@@ -8,7 +8,7 @@ import jax
 
 from qlora_jax.adapters.algebra import compress, difference, update_norms
 from qlora_jax.cli import options
-from qlora_jax.io.adapter import save_adapter
+from qlora_jax.exchange.ours import save_adapter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,8 @@ from qlora_jax.data.dataset import Share, padded_length
 from qlora_jax.data.intake import Intake, counted, read_intakes, taken
 from qlora_jax.data.tokenize import Row
 from qlora_jax.errors import ConfigError, DataError
-from qlora_jax.io.hf import find, open_tokenizer, read_config
+from qlora_jax.sources.hub import find
+from qlora_jax.sources.source import open_tokenizer, read_config
 from qlora_jax.text import Tokenizer
 
 SHOWN = 700

@@ -8,10 +8,11 @@ from typing import Any, Literal
 from qlora_jax.cli import options
 from qlora_jax.config.quant import QuantOptions
 from qlora_jax.errors import ConfigError
-from qlora_jax.io.adapter import load_tokenizer
-from qlora_jax.io.gguf import write_gguf
-from qlora_jax.io.hf import find, is_gguf, open_tokenizer
-from qlora_jax.io.peft import export_peft
+from qlora_jax.exchange.ours import load_tokenizer
+from qlora_jax.exchange.peft import export_peft
+from qlora_jax.sources.gguf.write import write_gguf
+from qlora_jax.sources.hub import find, is_gguf
+from qlora_jax.sources.source import open_tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

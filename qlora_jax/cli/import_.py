@@ -8,8 +8,8 @@ from qlora_jax.adapters.attach import lora_config, split
 from qlora_jax.cli import options
 from qlora_jax.config.quant import QuantOptions
 from qlora_jax.errors import ConfigError
-from qlora_jax.io.adapter import load_tokenizer, save_adapter
-from qlora_jax.io.peft import is_peft
+from qlora_jax.exchange.ours import load_tokenizer, save_adapter
+from qlora_jax.exchange.peft import is_peft
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

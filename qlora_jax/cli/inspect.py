@@ -18,12 +18,13 @@ from qlora_jax.errors import (
     ConfigError,
     QLoRAError,
 )
-from qlora_jax.io import bitsandbytes
-from qlora_jax.io.adapter import describe_adapter, misfits
-from qlora_jax.io.hf import find, outline, read_config
-from qlora_jax.io.source import is_gguf, open_tokenizer
+from qlora_jax.exchange.ours import describe_adapter, misfits
 from qlora_jax.models import hf_table
 from qlora_jax.names import dotted
+from qlora_jax.sources import bitsandbytes
+from qlora_jax.sources.hub import find, is_gguf
+from qlora_jax.sources.load import outline
+from qlora_jax.sources.source import open_tokenizer, read_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,12 @@ from qlora_jax.adapters.merge_report import merge_report
 from qlora_jax.cli import options
 from qlora_jax.config.quant import QuantOptions
 from qlora_jax.errors import ConfigError
-from qlora_jax.io.adapter import adapter_tokenizer, load_adapter, save_adapter
-from qlora_jax.io.hf import check_output, find, load, read_config, save_model
+from qlora_jax.exchange.ours import adapter_tokenizer, load_adapter, save_adapter
 from qlora_jax.quant import QuantConfig, Quantized
+from qlora_jax.sources.hub import find
+from qlora_jax.sources.load import load
+from qlora_jax.sources.save import check_output, save_model
+from qlora_jax.sources.source import read_config
 
 REPORT = "merge_report.json"
 

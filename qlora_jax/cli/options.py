@@ -21,11 +21,13 @@ from qlora_jax.errors import (
     OutputExistsError,
     gathered,
 )
-from qlora_jax.io.adapter import adapter_tokenizer, changed_base, load_adapter
-from qlora_jax.io.hf import Tables, find, load, outline, read_config, resolve_tables
-from qlora_jax.io.peft import import_peft, is_peft
-from qlora_jax.io.read import read_adapter
+from qlora_jax.exchange.ours import adapter_tokenizer, changed_base, load_adapter
+from qlora_jax.exchange.peft import import_peft, is_peft
+from qlora_jax.exchange.read import read_adapter
 from qlora_jax.quant import QuantConfig
+from qlora_jax.sources.hub import find
+from qlora_jax.sources.load import Tables, load, outline, resolve_tables
+from qlora_jax.sources.source import read_config
 from qlora_jax.text.tokenizer import Tokenizer
 
 T = TypeVar("T")

@@ -12,7 +12,6 @@ from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.config.quant import QuantOptions
 from qlora_jax.config.train import Optimizer
 from qlora_jax.errors import ConfigError
-from qlora_jax.io.hf import find, read_config
 from qlora_jax.memory import Memory, Platform, Setup
 from qlora_jax.plan import (
     Plan,
@@ -23,6 +22,8 @@ from qlora_jax.plan import (
     said,
 )
 from qlora_jax.quant import QuantConfig
+from qlora_jax.sources.hub import find
+from qlora_jax.sources.source import read_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,10 @@ from typing import Any
 from qlora_jax.cli import options
 from qlora_jax.config.quant import QuantOptions
 from qlora_jax.errors import ConfigError
-from qlora_jax.io.hf import check_output, find, load, read_config, save_model
+from qlora_jax.sources.hub import find
+from qlora_jax.sources.load import load
+from qlora_jax.sources.save import check_output, save_model
+from qlora_jax.sources.source import read_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

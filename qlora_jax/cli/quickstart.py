@@ -22,8 +22,9 @@ from qlora_jax.config.train import TrainConfig
 from qlora_jax.data import DataConfig, read_dataset
 from qlora_jax.evaluate import exact_match
 from qlora_jax.evaluate.exact_match import Answer
-from qlora_jax.io.hf import check_output, load, save_model
 from qlora_jax.quant import QuantConfig
+from qlora_jax.sources.load import load
+from qlora_jax.sources.save import check_output, save_model
 from qlora_jax.train.loop import Trainer
 from qlora_jax.train.report import write_report
 

@@ -17,8 +17,10 @@ from qlora_jax.config.run import has_run, read_run
 from qlora_jax.config.train import TrainConfig
 from qlora_jax.data import DataConfig, Dataset
 from qlora_jax.errors import CheckpointError, ConfigError, OutputExistsError, gathered
-from qlora_jax.io.adapter import BASE
-from qlora_jax.io.hf import original_kernels, read_config, save_model
+from qlora_jax.exchange.ours import BASE
+from qlora_jax.sources.load import original_kernels
+from qlora_jax.sources.save import save_model
+from qlora_jax.sources.source import read_config
 
 CALIBRATION_TOKENS = 16384
 """Of the training rows, for the moments that --lora.init qera needs."""

@@ -17,17 +17,14 @@ from qlora_jax.data import Dataset, check_ids, read_dataset
 from qlora_jax.data.dataset import padded_length
 from qlora_jax.data.sources import parse_sources
 from qlora_jax.errors import ConfigError, DataError
-from qlora_jax.io.hf import (
-    check_output,
-    find,
-    load,
-    open_tokenizer,
-    read_config,
-)
-from qlora_jax.io.tokens import add_tokens
 from qlora_jax.memory import Platform, Setup, available_host_bytes, estimate
 from qlora_jax.plan import flags_of, parse_bytes, plan_memory, said
 from qlora_jax.quant import QuantConfig
+from qlora_jax.sources.hub import find
+from qlora_jax.sources.load import load
+from qlora_jax.sources.save import check_output
+from qlora_jax.sources.source import open_tokenizer, read_config
+from qlora_jax.sources.tokens import add_tokens
 from qlora_jax.text import Tokenizer
 from qlora_jax.toml import from_dict, read_toml
 from qlora_jax.train.loop import Trainer

@@ -17,7 +17,7 @@ from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.config.train import TrainConfig
 from qlora_jax.data import Dataset
 from qlora_jax.errors import OutputExistsError, QLoRAError
-from qlora_jax.io.adapter import save_adapter
+from qlora_jax.exchange.ours import save_adapter
 from qlora_jax.models.streaming import stream
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train.checkpoints import RunCheckpoints

@@ -127,10 +127,10 @@ MUTANTS = (
     ),
     Mutant(
         "peft-names",
-        "qlora_jax/io/peft/write.py",
+        "qlora_jax/exchange/peft/write.py",
         'return names[path.replace("layers.", "layers.0.", 1)].rpartition(".")[2]',
         'return names[path.replace("layers.", "layers.0.", 1)].rpartition(".")[0]',
-        "tests/io/test_peft.py",
+        "tests/exchange/test_peft.py",
     ),
     Mutant(
         "lora-scale",
@@ -169,10 +169,10 @@ MUTANTS = (
     ),
     Mutant(
         "gguf-rows",
-        "qlora_jax/io/gguf.py",
+        "qlora_jax/sources/gguf/file.py",
         "halves = (-1, 2) if undo else (2, -1)",
         "halves = (2, -1)",
-        "tests/io/test_gguf.py",
+        "tests/sources/test_gguf.py",
     ),
     Mutant(
         "chat-mask",
@@ -211,9 +211,10 @@ MUTANTS = (
     ),
     Mutant(
         "import-circle",
-        "qlora_jax/io/gguf_config.py",
+        "qlora_jax/sources/gguf/config.py",
         "from qlora_jax.models import FAMILIES, DecoderConfig",
-        "from qlora_jax.io import gguf\nfrom qlora_jax.models import FAMILIES, DecoderConfig",
+        "from qlora_jax.models import FAMILIES, DecoderConfig\n"
+        "from qlora_jax.sources import load",
         "tests/test_imports.py",
     ),
 )

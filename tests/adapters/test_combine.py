@@ -21,8 +21,8 @@ from qlora_jax.adapters.algebra import scale, update_norms
 from qlora_jax.adapters.combine import METHODS, _largest_magnitudes, combine
 from qlora_jax.adapters.value import Adapter
 from qlora_jax.errors import AdapterMismatchError, ConfigError
-from qlora_jax.io.adapter import load_adapter, save_adapter
-from qlora_jax.io.peft import export_peft, import_peft
+from qlora_jax.exchange.ours import load_adapter, save_adapter
+from qlora_jax.exchange.peft import export_peft, import_peft
 from qlora_jax.train.step import make_train_step
 
 EXACT = 1e-6

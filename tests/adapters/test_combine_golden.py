@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 from qlora_jax.adapters.combine import METHODS, combine
 from qlora_jax.adapters.names import flatten
 from qlora_jax.adapters.value import Adapter
-from qlora_jax.io.hf import load
-from qlora_jax.io.peft import import_peft, module_names
+from qlora_jax.exchange.peft import import_peft, module_names
+from qlora_jax.sources.load import load
 
 ORDER = 2e-6
 """Relative to the largest value: float32 products and sums in another order."""

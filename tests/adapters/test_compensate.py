@@ -14,7 +14,7 @@ from qlora_jax.adapters import LoRAConfig, attach
 from qlora_jax.adapters.attach import lora_config, split
 from qlora_jax.adapters.compensate import compensate, input_moments
 from qlora_jax.errors import AdapterMismatchError, ConfigError
-from qlora_jax.io.adapter import load_adapter, save_adapter
+from qlora_jax.exchange.ours import load_adapter, save_adapter
 from qlora_jax.nn import LoRA, QuantizedLinear
 from qlora_jax.nn.linear import Linear
 from qlora_jax.quant import quantize_tensor

@@ -12,8 +12,8 @@ import tiny
 
 from qlora_jax.adapters import join, merge, split
 from qlora_jax.adapters.names import flatten
-from qlora_jax.io.hf import load
-from qlora_jax.io.peft import import_peft
+from qlora_jax.exchange.peft import import_peft
+from qlora_jax.sources.load import load
 from qlora_jax.train.step import next_token_loss
 
 LOGITS = 1e-4

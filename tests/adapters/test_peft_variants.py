@@ -18,10 +18,11 @@ from safetensors.numpy import load_file, save_file
 from qlora_jax.adapters import join, merge, split
 from qlora_jax.adapters.attach import lora_config
 from qlora_jax.adapters.names import flatten
-from qlora_jax.io.adapter import load_adapter, save_adapter
-from qlora_jax.io.hf import load, save_model
-from qlora_jax.io.peft import export_peft, import_peft
+from qlora_jax.exchange.ours import load_adapter, save_adapter
+from qlora_jax.exchange.peft import export_peft, import_peft
 from qlora_jax.nn import FrozenParam, quantize
+from qlora_jax.sources.load import load
+from qlora_jax.sources.save import save_model
 from qlora_jax.train.step import next_token_loss
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "peft"

@@ -18,8 +18,9 @@ from qlora_jax.adapters import merge as merge_adapter
 from qlora_jax.cli.main import main
 from qlora_jax.config.quant import QuantOptions
 from qlora_jax.errors import ConfigError
-from qlora_jax.io.adapter import load_adapter
-from qlora_jax.io.hf import load, save_model
+from qlora_jax.exchange.ours import load_adapter
+from qlora_jax.sources.load import load
+from qlora_jax.sources.save import save_model
 from qlora_jax.toml import from_dict
 from qlora_jax.train.metrics import read_metrics
 

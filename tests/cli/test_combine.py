@@ -8,7 +8,7 @@ import tiny
 from command import call
 
 from qlora_jax.cli.main import main
-from qlora_jax.io.adapter import load_adapter
+from qlora_jax.exchange.ours import load_adapter
 
 
 @pytest.fixture(scope="module")

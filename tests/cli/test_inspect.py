@@ -13,10 +13,10 @@ import qlora_jax
 from qlora_jax.adapters import LoRAConfig, attach
 from qlora_jax.adapters.attach import split
 from qlora_jax.cli.main import main
-from qlora_jax.io.adapter import save_adapter
-from qlora_jax.io.gguf import write_gguf
-from qlora_jax.io.hf import save_model
+from qlora_jax.exchange.ours import save_adapter
 from qlora_jax.models import Decoder, DecoderConfig
+from qlora_jax.sources.gguf.write import write_gguf
+from qlora_jax.sources.save import save_model
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,10 @@ from qlora_jax.adapters import Adapter
 from qlora_jax.adapters.algebra import scale
 from qlora_jax.cli.main import main
 from qlora_jax.errors import AdapterMismatchError
-from qlora_jax.io.adapter import load_adapter, save_adapter
-from qlora_jax.io.hf import load, save_model
-from qlora_jax.io.read import read_adapter
+from qlora_jax.exchange.ours import load_adapter, save_adapter
+from qlora_jax.exchange.read import read_adapter
+from qlora_jax.sources.load import load
+from qlora_jax.sources.save import save_model
 
 
 @pytest.fixture(scope="module")

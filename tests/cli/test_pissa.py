@@ -12,8 +12,9 @@ from command import call, refused
 
 from qlora_jax.adapters import Adapter, LoRAConfig, attach, detach
 from qlora_jax.cli.main import main
-from qlora_jax.io.adapter import load_adapter, save_adapter
-from qlora_jax.io.hf import load, original_kernels, save_model
+from qlora_jax.exchange.ours import load_adapter, save_adapter
+from qlora_jax.sources.load import load, original_kernels
+from qlora_jax.sources.save import save_model
 from qlora_jax.train.metrics import read_metrics
 
 FLAGS = ["--train.micro-batch", "2", "--train.grad-accum", "1", "--lora.rank", "8"]

@@ -14,8 +14,8 @@ from qlora_jax.cli import train as cli_train
 from qlora_jax.cli.main import main
 from qlora_jax.data import read_dataset
 from qlora_jax.errors import ConfigError
-from qlora_jax.io.hf import load
 from qlora_jax.memory import estimate
+from qlora_jax.sources.load import load
 
 
 @pytest.fixture(scope="module")

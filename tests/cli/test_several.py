@@ -8,7 +8,7 @@ import tiny
 from command import call, refused
 
 from qlora_jax.adapters.value import Adapter
-from qlora_jax.io.adapter import save_adapter
+from qlora_jax.exchange.ours import save_adapter
 
 SHORT = ["--max-new-tokens", "3", "--dtype", "float32"]
 

@@ -11,8 +11,8 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 import qlora_jax as qlora
-from qlora_jax.io.source import read_config
 from qlora_jax.models import FAMILIES
+from qlora_jax.sources.source import read_config
 
 pytestmark = pytest.mark.interop
 

@@ -13,9 +13,9 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from qlora_jax.evaluate import perplexity
-from qlora_jax.io.hf import load
 from qlora_jax.models import Decoder
 from qlora_jax.quant import QuantizedTensor
+from qlora_jax.sources.load import load
 
 # Float32 sums in another order; logits are of order 1.
 LOGITS = {"rtol": 0, "atol": 1e-4}

@@ -14,8 +14,8 @@ from safetensors.numpy import load_file
 
 from pallas_kernels import codebook, layout
 from pallas_kernels.layout import QuantizedTensor
-from qlora_jax.io import bitsandbytes
 from qlora_jax.quant import QuantConfig, dequantize, quantize_tensor
+from qlora_jax.sources import bitsandbytes
 
 VECTORS = (
     "normal_64x64",

@@ -18,7 +18,7 @@ from qlora_jax.adapters import LoRAConfig, attach
 from qlora_jax.adapters.names import flatten
 from qlora_jax.config.train import TrainConfig
 from qlora_jax.errors import CheckpointError, OutputExistsError, QLoRAError
-from qlora_jax.io.adapter import load_adapter
+from qlora_jax.exchange.ours import load_adapter
 from qlora_jax.train.loop import DivergedError, Trainer
 from qlora_jax.train.metrics import MetricsLog, read_metrics
 from qlora_jax.train.report import plot_loss, write_report

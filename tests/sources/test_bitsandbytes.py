@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 
 from pallas_kernels.codebook import CODEBOOKS
 from qlora_jax.errors import CheckpointError
-from qlora_jax.io import bitsandbytes
 from qlora_jax.quant import QuantConfig
+from qlora_jax.sources import bitsandbytes
 
 VECTORS = (
     "normal_64x64",

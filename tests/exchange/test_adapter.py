@@ -12,7 +12,7 @@ import tiny
 from qlora_jax.adapters import LoRAConfig, split
 from qlora_jax.adapters.names import flatten
 from qlora_jax.errors import AdapterMismatchError, OutputExistsError
-from qlora_jax.io.adapter import (
+from qlora_jax.exchange.ours import (
     find_adapter,
     load_adapter,
     read_adapter_config,

@@ -18,12 +18,13 @@ from safetensors.numpy import load_file, save_file
 from qlora_jax.adapters import LoRAConfig
 from qlora_jax.adapters.attach import split
 from qlora_jax.errors import CheckpointError
-from qlora_jax.io.adapter import save_adapter
-from qlora_jax.io.hf import load, save_model
-from qlora_jax.io.peft import export_peft
-from qlora_jax.io.safetensors import INDEX, SINGLE
-from qlora_jax.io.source import read_config
+from qlora_jax.exchange.ours import save_adapter
+from qlora_jax.exchange.peft import export_peft
 from qlora_jax.models import Decoder, gemma3_text, wrappers
+from qlora_jax.sources.load import load
+from qlora_jax.sources.safetensors import INDEX, SINGLE
+from qlora_jax.sources.save import save_model
+from qlora_jax.sources.source import read_config
 
 CONFIG = oracle.hf_config()
 Tensors = dict[str, np.ndarray]

@@ -19,7 +19,7 @@ from qlora_jax.errors import (
     OutputExistsError,
     gathered,
 )
-from qlora_jax.io.peft.names import (
+from qlora_jax.exchange.peft.names import (
     CONFIG,
     ENDS,
     PREFIX,
@@ -27,10 +27,10 @@ from qlora_jax.io.peft.names import (
     is_peft,
     module_names,
 )
-from qlora_jax.io.safetensors import write_tensors
 from qlora_jax.models import Decoder
 from qlora_jax.names import EMBEDDING, HEAD, Numbered
 from qlora_jax.nn.lora import adapter_scale
+from qlora_jax.sources.safetensors import write_tensors
 from qlora_jax.text.folder import copy_tokenizer
 from qlora_jax.text.tokenizer import Tokenizer
 

@@ -19,8 +19,8 @@ from qlora_jax.adapters import LoRAConfig
 from qlora_jax.adapters.attach import lora_config, split
 from qlora_jax.cli.main import main
 from qlora_jax.errors import AdapterMismatchError, ConfigError, OutputExistsError
-from qlora_jax.io.adapter import load_adapter, save_adapter
-from qlora_jax.io.peft import export_peft, import_peft
+from qlora_jax.exchange.ours import load_adapter, save_adapter
+from qlora_jax.exchange.peft import export_peft, import_peft
 from qlora_jax.models import Decoder
 
 ALL = {
@@ -70,7 +70,7 @@ def test_what_was_imported_is_exported_byte_by_byte(golden, tmp_path):
     for name in ("lora_all_r8_on_fp32", "lora_qv_r4_on_fp32", "rslora_r8_on_fp32"):
         source = golden(f"models/adapters/{name}/adapter_config.json").parent
         base = golden("models/llama_fp32/config.json").parent
-        from qlora_jax.io.hf import load
+        from qlora_jax.sources.load import load
 
         out = export_peft(tmp_path / name, import_peft(source, load(base)[0]))
         ours, theirs = (

@@ -15,12 +15,13 @@ from safetensors.numpy import load_file
 
 from pallas_kernels.layout import QuantizedTensor
 from qlora_jax.errors import CheckpointError, OutputExistsError, ShapeError
-from qlora_jax.io import hf as module
-from qlora_jax.io.hf import load, save_model
-from qlora_jax.io.safetensors import INDEX, SINGLE
 from qlora_jax.models import Decoder
 from qlora_jax.nn import FrozenParam, Linear, QuantizedLinear, quantize
 from qlora_jax.quant import QuantConfig
+from qlora_jax.sources import hf as module
+from qlora_jax.sources.load import load
+from qlora_jax.sources.safetensors import INDEX, SINGLE
+from qlora_jax.sources.save import save_model
 
 CONFIG = oracle.hf_config()
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"

@@ -15,22 +15,22 @@ from qlora_jax.adapters.attach import attach_zero
 from qlora_jax.adapters.names import flatten, unflatten
 from qlora_jax.config.lora import Bias, LoRAConfig
 from qlora_jax.errors import AdapterMismatchError, ConfigError, gathered
-from qlora_jax.io.peft.even import evened
-from qlora_jax.io.peft.names import (
+from qlora_jax.exchange.peft.even import evened
+from qlora_jax.exchange.peft.names import (
     CONFIG,
     TENSORS,
     Tensors,
     named,
     read_folder,
 )
-from qlora_jax.io.peft.settings import (
+from qlora_jax.exchange.peft.settings import (
     matched,
     not_held,
     saved_modules,
     targeted,
     token_indices,
 )
-from qlora_jax.io.peft.tables import TABLES, follow_the_embedding, not_copies
+from qlora_jax.exchange.peft.tables import TABLES, follow_the_embedding, not_copies
 from qlora_jax.models import Decoder
 from qlora_jax.models.vocabulary import resize_tokens
 from qlora_jax.names import EMBEDDING, HEAD, Numbered, dotted

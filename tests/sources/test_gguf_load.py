@@ -11,12 +11,12 @@ import tiny
 
 import qlora_jax as qlora
 from qlora_jax.cli.main import main
-from qlora_jax.io.hf import original_kernels, outline
+from qlora_jax.sources.load import original_kernels, outline
 
 if importlib.util.find_spec("gguf") is None:
     pytest.skip("needs the package gguf", allow_module_level=True)
 
-from qlora_jax.io.gguf import write_gguf
+from qlora_jax.sources.gguf.write import write_gguf
 
 FOLDER = Path(qlora.__file__).parent / "assets" / "base"  # has a real tokenizer
 

@@ -18,13 +18,14 @@ import qlora_jax as qlora
 from qlora_jax.adapters import LoRAConfig, attach, merge, split
 from qlora_jax.adapters.fingerprint import difference, fingerprint
 from qlora_jax.errors import CheckpointError, ConfigError, ShapeError
-from qlora_jax.io.adapter import misfits
-from qlora_jax.io.hf import outline, save_model
-from qlora_jax.io.safetensors import Checkpoint
+from qlora_jax.exchange.ours import misfits
 from qlora_jax.models import Decoder
 from qlora_jax.models.vocabulary import resize_tokens
 from qlora_jax.nn import Embedding, Linear, QuantizedEmbedding, QuantizedLinear
 from qlora_jax.quant import Int8Rows, dequantize
+from qlora_jax.sources.load import outline
+from qlora_jax.sources.safetensors import Checkpoint
+from qlora_jax.sources.save import save_model
 
 TABLES = {"embedding": "4bit", "head": "4bit"}
 INT8: Any = {"embedding": "int8", "head": "int8"}

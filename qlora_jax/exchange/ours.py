@@ -27,7 +27,7 @@ from qlora_jax.errors import (
     OutputExistsError,
     gathered,
 )
-from qlora_jax.io.peft import describe_peft, import_peft, is_peft, peft_misfits
+from qlora_jax.exchange.peft import describe_peft, import_peft, is_peft, peft_misfits
 from qlora_jax.models import Decoder
 from qlora_jax.models.vocabulary import resize_tokens
 from qlora_jax.nn import Linear, LoRA

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax.errors import CheckpointError
-from qlora_jax.io.safetensors import INDEX, SINGLE, Checkpoint, Writer
+from qlora_jax.sources.safetensors import INDEX, SINGLE, Checkpoint, Writer
 
 DTYPES = (
     np.float64,

@@ -25,9 +25,9 @@ from qlora_jax.adapters import Adapter, LoRAConfig, attach, combine, merge
 from qlora_jax.adapters.attach import join, lora_config, split
 from qlora_jax.cli.main import main
 from qlora_jax.errors import AdapterMismatchError, ConfigError
-from qlora_jax.io.adapter import load_adapter, save_adapter
-from qlora_jax.io.peft import export_peft, import_peft, peft_misfits
-from qlora_jax.io.read import read_adapter
+from qlora_jax.exchange.ours import load_adapter, save_adapter
+from qlora_jax.exchange.peft import export_peft, import_peft, peft_misfits
+from qlora_jax.exchange.read import read_adapter
 from qlora_jax.models import Decoder
 from qlora_jax.nn import LoRA
 from qlora_jax.train.step import next_token_loss

@@ -31,13 +31,15 @@ from tokenizers import (
 )
 
 from qlora_jax.errors import CheckpointError, OutputExistsError, ShapeError
-from qlora_jax.io.gguf import GGUF, open_gguf, write_gguf
-from qlora_jax.io.gguf_tokenizer import PROBE
-from qlora_jax.io.hf import hf_names, save_model
-from qlora_jax.io.safetensors import Checkpoint
 from qlora_jax.models import FAMILIES, Decoder
 from qlora_jax.nn import quantize
 from qlora_jax.nn.rope import RopeScaling
+from qlora_jax.sources.gguf.file import GGUF, open_gguf
+from qlora_jax.sources.gguf.tokenizer import PROBE
+from qlora_jax.sources.gguf.write import write_gguf
+from qlora_jax.sources.load import hf_names
+from qlora_jax.sources.safetensors import Checkpoint
+from qlora_jax.sources.save import save_model
 from qlora_jax.text.tokenizer import Tokenizer
 
 gguf = pytest.importorskip("gguf")

@@ -1,4 +1,4 @@
-"""GGUF files (llama.cpp): read as a model folder is, and written from one.
+"""A GGUF file as a source of tensors.
 
 A GGUF file has named metadata, a tokenizer among them, and tensors that may be quantized
 in blocks. What differs from a Hugging Face folder, and is undone on reading:
@@ -12,7 +12,6 @@ in blocks. What differs from a Hugging Face folder, and is undone on reading:
 Needs the package gguf, which is imported on use.
 """
 
-import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,19 +21,16 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from qlora_jax.errors import CheckpointError, OutputExistsError, ShapeError, gathered
-from qlora_jax.io import gguf_config, gguf_tokenizer
-from qlora_jax.io.safetensors import Checkpoint, TensorInfo
+from qlora_jax.errors import CheckpointError, gathered
 from qlora_jax.models import FAMILIES
 from qlora_jax.names import Table
+from qlora_jax.sources.gguf import config as gguf_config
+from qlora_jax.sources.gguf import tokenizer as gguf_tokenizer
+from qlora_jax.sources.safetensors import TensorInfo
 from qlora_jax.text.tokenizer import Tokenizer
-
-DTYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
-"""What matrices can be written as -> its number in general.file_type."""
 
 _EMBEDDING = "token_embd.weight"
 _STORED = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-_ADD = {str: "add_string", bool: "add_bool", int: "add_uint32", float: "add_float32"}
 
 
 def open_gguf(path: str | os.PathLike[str]) -> "GGUF":
@@ -92,8 +88,8 @@ class GGUF(Mapping[str, np.ndarray]):
                 problems.append(f"its settings are damaged: {error!r}")
         if problems:
             raise CheckpointError(gathered(f"{path} cannot be used", problems))
-        names = _names(arch, self.config["num_hidden_layers"])
-        self._heads = _interleaved(
+        names = names_of(arch, self.config["num_hidden_layers"])
+        self._heads = interleaved(
             arch, self.config["num_attention_heads"], self.config["num_key_value_heads"]
         )
         self._tensors = {names.get(name, name): t for name, t in tensors.items()}
@@ -114,15 +110,15 @@ class GGUF(Mapping[str, np.ndarray]):
           CheckpointError: it has a quantization that the package gguf does not know.
         """
         tensor, info = self._tensors[name], self.infos[name]
-        rows = _permuted(tensor.data, name, self._heads, undo=True)
+        rows = permuted(tensor.data, name, self._heads, undo=True)
         if tensor.tensor_type.name in _STORED:
             w = rows.view(info.dtype).reshape(info.shape)
         else:
             try:
-                w = _package().quants.dequantize(rows, tensor.tensor_type)
+                w = package().quants.dequantize(rows, tensor.tensor_type)
             except NotImplementedError as error:
                 raise CheckpointError(f"{name} in {self.path}: {error}") from None
-        return w - w.dtype.type(1) if _has_one(name, self._arch) else w
+        return w - w.dtype.type(1) if has_one(name, self._arch) else w
 
     def __contains__(self, name: object) -> bool:
         """Whether there is such a tensor, without reading it."""
@@ -161,79 +157,12 @@ class GGUF(Mapping[str, np.ndarray]):
             ) from None
 
 
-def write_gguf(
-    folder: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    dtype: str = "f16",
-    *,
-    overwrite: bool = False,
-) -> dict[str, Any]:
-    """Writes a dense Hugging Face folder as a GGUF file, one tensor at a time.
-
-    Args:
-      folder: With config.json, safetensors and tokenizer.json.
-      out: The file.
-      dtype: Of matrices: 'f16', 'q8_0', 'bf16' or 'f32'. Vectors are float32, and rows
-        that q8_0's blocks of 32 do not divide are float16.
-      overwrite: Replace a file that exists.
-
-    Returns:
-      {"out": path, "bytes": of the file}.
+def package() -> ModuleType:
+    """Returns the package gguf.
 
     Raises:
-      ShapeError: `dtype` is none of these.
-      OutputExistsError: `out` exists.
-      CheckpointError: the folder cannot be read, has 4-bit weights, or is a model or a
-        tokenizer that llama.cpp would run otherwise.
+      CheckpointError: it is not installed.
     """
-    if dtype not in DTYPES:
-        raise ShapeError(f"dtype is {dtype!r}, expected {', '.join(DTYPES)}")
-    from qlora_jax.io import hf  # here, as it reads GGUF files by this module
-
-    gguf, folder, out = _package(), hf.find(folder), Path(out)
-    if out.exists() and (out.is_dir() or not overwrite):
-        raise OutputExistsError(
-            f"{out} exists; choose another file, or pass --overwrite to replace it"
-        )
-    source, _, config, quantized = hf.read_config(folder)
-    if quantized is not None or folder.is_file():
-        raise CheckpointError(
-            f"{folder} has quantized weights; a GGUF file is made from a dense folder"
-        )
-    arch = gguf_config.WRITTEN_AS.get(source["model_type"])
-    if arch is None:
-        known = ", ".join(sorted(gguf_config.WRITTEN_AS))
-        raise CheckpointError(
-            f"{folder}: a {source['model_type']} cannot be written as GGUF; known: {known}"
-        )
-    checkpoint = hf.outline(folder)[1]
-    hf.say(folder, checkpoint.notes)
-    names = {theirs: name for name, theirs in _names(arch, config.num_layers).items()}
-    if config.tie_word_embeddings:
-        names.pop("lm_head.weight", None)
-    stored = [names[name] for name in checkpoint if name in names]
-    meta, factors = gguf_config.write(config, arch)
-    if problems := gguf_config.lost(config, meta, stored, factors):
-        raise CheckpointError(gathered(f"{folder} does not fit a GGUF file", problems))
-    meta |= {
-        "general.type": "model",
-        "general.name": folder.resolve().name,
-        "general.file_type": DTYPES[dtype],
-        "general.quantization_version": gguf.GGML_QUANT_VERSION,
-    }
-    meta |= gguf_tokenizer.write(folder, source, config.vocab_size)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.name}.partial")
-    try:
-        if problems := _write(partial, meta, factors, checkpoint, names, dtype):
-            raise CheckpointError(gathered(f"{folder} does not fit {dtype}", problems))
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
-    return {"out": str(out), "bytes": out.stat().st_size}
-
-
-def _package() -> ModuleType:
     try:
         import gguf
         import gguf.quants
@@ -246,7 +175,7 @@ def _package() -> ModuleType:
 
 def _open(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns a file's metadata and its tensors by name."""
-    gguf = _package()
+    gguf = package()
     if not path.is_file():
         raise CheckpointError(f"{path} is no file; expected a GGUF model")
     try:
@@ -263,9 +192,9 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return meta, {tensor.name: tensor for tensor in reader.tensors}
 
 
-def _names(arch: str, layers: int) -> dict[str, str]:
+def names_of(arch: str, layers: int) -> dict[str, str]:
     """Returns {name in the file: Hugging Face name} of every tensor of a model."""
-    gguf = _package()
+    gguf = package()
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     table = gguf.get_tensor_name_map(kinds[arch], layers)
     family = FAMILIES[gguf_config.ARCHITECTURES[arch].model_type]
@@ -281,16 +210,17 @@ def _shape(tensor: Any) -> tuple[int, ...]:
     return tuple(int(size) for size in reversed(tensor.shape))
 
 
-def _has_one(name: str, arch: str) -> bool:
+def has_one(name: str, arch: str) -> bool:
+    """Whether a tensor has the 1 in it that Hugging Face adds when it runs."""
     return arch.startswith("gemma") and name.endswith("norm.weight")
 
 
-def _interleaved(arch: str, heads: int, kv_heads: int) -> dict[str, int]:
+def interleaved(arch: str, heads: int, kv_heads: int) -> dict[str, int]:
     """Returns {linear: its heads} of those whose rows an architecture interleaves."""
     return {"q_proj": heads, "k_proj": kv_heads} if arch == "llama" else {}
 
 
-def _permuted(
+def permuted(
     rows: np.ndarray, name: str, interleaved: dict[str, int], *, undo: bool
 ) -> np.ndarray:
     """Puts the rows of q and k from Hugging Face's order into llama's, or back.
@@ -303,55 +233,3 @@ def _permuted(
     halves = (-1, 2) if undo else (2, -1)
     apart = rows.reshape(heads, *halves, *rows.shape[1:])
     return np.ascontiguousarray(apart.swapaxes(1, 2)).reshape(rows.shape)
-
-
-def _write(
-    path: Path,
-    meta: dict[str, Any],
-    factors: dict[str, np.ndarray],
-    checkpoint: Checkpoint | GGUF,
-    names: dict[str, str],
-    dtype: str,
-) -> list[str]:
-    """Writes a file; returns the tensors that its dtype cannot hold."""
-    gguf, problems = _package(), []
-    arch = meta["general.architecture"]
-    heads = _interleaved(
-        arch,
-        meta[f"{arch}.attention.head_count"],
-        meta[f"{arch}.attention.head_count_kv"],
-    )
-    writer = gguf.GGUFWriter(path, arch)
-    for key, value in meta.items():
-        if key != "general.architecture":  # the writer's own
-            getattr(writer, _ADD.get(type(value), "add_array"))(key, value)
-    kept = {name: checkpoint.infos[name].shape for name in checkpoint if name in names}
-    kinds = {}
-    for name, shape in ({n: w.shape for n, w in factors.items()} | kept).items():
-        kinds[name] = kind = gguf.GGMLQuantizationType[_kind(shape, dtype)]
-        block, size = gguf.GGML_QUANT_SIZES[kind]
-        size_bytes, float32 = math.prod(shape) // block * size, np.dtype(np.float32)
-        writer.add_tensor_info(names.get(name, name), shape, float32, size_bytes, kind)
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for name, kind in kinds.items():
-            w = np.asarray(factors[name] if name in factors else checkpoint[name])
-            w = _permuted(w.astype(np.float32), name, heads, undo=False)
-            w = w + np.float32(_has_one(name, arch))
-            largest = np.finfo(np.float16 if kind.name == "F16" else np.float32).max
-            if not (np.abs(w) <= largest).all():
-                problems.append(f"{name}: NaN or Inf values (or too large for it)")
-                w = np.zeros_like(w)
-            writer.write_tensor_data(gguf.quants.quantize(w, kind))
-    finally:
-        writer.close()
-    return problems
-
-
-def _kind(shape: tuple[int, ...], dtype: str) -> str:
-    """Returns the type that a tensor is written as."""
-    if len(shape) == 1:
-        return "F32"
-    return "F16" if dtype == "q8_0" and shape[-1] % 32 else dtype.upper()

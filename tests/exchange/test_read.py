@@ -14,9 +14,9 @@ from flax import nnx
 from qlora_jax.adapters.combine import combine
 from qlora_jax.adapters.value import Adapter
 from qlora_jax.errors import AdapterMismatchError
-from qlora_jax.io.adapter import METADATA, save_adapter
-from qlora_jax.io.peft import export_peft
-from qlora_jax.io.read import read_adapter
+from qlora_jax.exchange.ours import METADATA, save_adapter
+from qlora_jax.exchange.peft import export_peft
+from qlora_jax.exchange.read import read_adapter
 
 EVERYTHING: dict[str, Any] = {
     "targets": "q_proj,lm_head",

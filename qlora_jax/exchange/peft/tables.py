@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qlora_jax.io.peft.names import Tensors
+from qlora_jax.exchange.peft.names import Tensors
 from qlora_jax.models import Decoder
 from qlora_jax.names import EMBEDDING, HEAD
 from qlora_jax.quant import Quantized

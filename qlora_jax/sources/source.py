@@ -20,13 +20,14 @@ from typing import Any
 import numpy as np
 
 from qlora_jax.errors import CheckpointError, gathered
-from qlora_jax.io import bitsandbytes
-from qlora_jax.io.gguf import GGUF, open_gguf
-from qlora_jax.io.safetensors import Checkpoint, TensorInfo, shortened
 from qlora_jax.models import FAMILIES, DecoderConfig
 from qlora_jax.models.wrappers import WRAPPERS, unwrap, without_wrapper
 from qlora_jax.names import template_of
 from qlora_jax.quant import QuantConfig
+from qlora_jax.sources import bitsandbytes
+from qlora_jax.sources.gguf.file import GGUF, open_gguf
+from qlora_jax.sources.hub import is_gguf
+from qlora_jax.sources.safetensors import Checkpoint, TensorInfo, shortened
 from qlora_jax.text.folder import read_json
 from qlora_jax.text.tokenizer import Tokenizer
 
@@ -36,11 +37,6 @@ Settings = tuple[dict[str, Any], ModuleType, DecoderConfig, QuantConfig | None]
 """(object of config.json, family module, decoder config, how its linears are stored)"""
 
 HF_EMBEDDING, HF_HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-def is_gguf(path: Path) -> bool:
-    """Whether a path is a GGUF file."""
-    return path.suffix == ".gguf" and path.is_file()
 
 
 @functools.lru_cache(maxsize=1)

@@ -16,8 +16,8 @@ from qlora_jax.adapters.names import WRAPPED_BIAS
 from qlora_jax.adapters.value import Adapter
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.errors import AdapterMismatchError, gathered
-from qlora_jax.io.adapter import ARRAYS, METADATA, find_adapter, read_adapter_config
-from qlora_jax.io.peft import is_peft
+from qlora_jax.exchange.ours import ARRAYS, METADATA, find_adapter, read_adapter_config
+from qlora_jax.exchange.peft import is_peft
 from qlora_jax.names import EMBEDDING, Numbered
 
 _BY_LAYER = ("lora_a", "lora_b", "magnitude")

@@ -26,13 +26,15 @@ from qlora_jax.adapters.attach import lora_config
 from qlora_jax.adapters.names import flatten
 from qlora_jax.cli import inspect
 from qlora_jax.errors import AdapterMismatchError, ConfigError
-from qlora_jax.io import bitsandbytes
-from qlora_jax.io.adapter import load_adapter, save_adapter
-from qlora_jax.io.hf import load, read_config, save_model
-from qlora_jax.io.peft import export_peft, import_peft
-from qlora_jax.io.safetensors import SINGLE
+from qlora_jax.exchange.ours import load_adapter, save_adapter
+from qlora_jax.exchange.peft import export_peft, import_peft
 from qlora_jax.nn import FrozenParam, Linear, QuantizedLinear, quantize
 from qlora_jax.quant import QuantConfig, dequantize, quantize_tensor
+from qlora_jax.sources import bitsandbytes
+from qlora_jax.sources.load import load
+from qlora_jax.sources.safetensors import SINGLE
+from qlora_jax.sources.save import save_model
+from qlora_jax.sources.source import read_config
 
 Find = Callable[[str], Path]
 BNB = "models/llama_bnb_nf4_dq_float32"

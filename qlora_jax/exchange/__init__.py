@@ -1,0 +1,1 @@
+"""Adapters on disk: ours (Orbax), and PEFT's."""

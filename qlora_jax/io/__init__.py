@@ -1,1 +1,0 @@
-"""Reading and writing: safetensors, Hugging Face folders, bitsandbytes, adapters."""

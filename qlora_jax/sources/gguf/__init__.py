@@ -1,0 +1,1 @@
+"""GGUF files (llama.cpp): read as a model folder is, and written from one."""

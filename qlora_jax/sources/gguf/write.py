@@ -1,0 +1,151 @@
+"""Writing a model folder as a GGUF file, one tensor at a time."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qlora_jax.errors import CheckpointError, OutputExistsError, ShapeError, gathered
+from qlora_jax.sources.gguf import config as gguf_config
+from qlora_jax.sources.gguf import tokenizer as gguf_tokenizer
+from qlora_jax.sources.gguf.file import (
+    GGUF,
+    has_one,
+    interleaved,
+    names_of,
+    package,
+    permuted,
+)
+from qlora_jax.sources.hub import find
+from qlora_jax.sources.load import outline
+from qlora_jax.sources.safetensors import Checkpoint
+from qlora_jax.sources.source import read_config, say
+
+DTYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
+"""What matrices can be written as -> its number in general.file_type."""
+
+_ADD = {str: "add_string", bool: "add_bool", int: "add_uint32", float: "add_float32"}
+
+
+def write_gguf(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    dtype: str = "f16",
+    *,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Writes a dense Hugging Face folder as a GGUF file, one tensor at a time.
+
+    Args:
+      folder: With config.json, safetensors and tokenizer.json.
+      out: The file.
+      dtype: Of matrices: 'f16', 'q8_0', 'bf16' or 'f32'. Vectors are float32, and rows
+        that q8_0's blocks of 32 do not divide are float16.
+      overwrite: Replace a file that exists.
+
+    Returns:
+      {"out": path, "bytes": of the file}.
+
+    Raises:
+      ShapeError: `dtype` is none of these.
+      OutputExistsError: `out` exists.
+      CheckpointError: the folder cannot be read, has 4-bit weights, or is a model or a
+        tokenizer that llama.cpp would run otherwise.
+    """
+    if dtype not in DTYPES:
+        raise ShapeError(f"dtype is {dtype!r}, expected {', '.join(DTYPES)}")
+    gguf, folder, out = package(), find(folder), Path(out)
+    if out.exists() and (out.is_dir() or not overwrite):
+        raise OutputExistsError(
+            f"{out} exists; choose another file, or pass --overwrite to replace it"
+        )
+    source, _, config, quantized = read_config(folder)
+    if quantized is not None or folder.is_file():
+        raise CheckpointError(
+            f"{folder} has quantized weights; a GGUF file is made from a dense folder"
+        )
+    arch = gguf_config.WRITTEN_AS.get(source["model_type"])
+    if arch is None:
+        known = ", ".join(sorted(gguf_config.WRITTEN_AS))
+        raise CheckpointError(
+            f"{folder}: a {source['model_type']} cannot be written as GGUF; known: {known}"
+        )
+    checkpoint = outline(folder)[1]
+    say(folder, checkpoint.notes)
+    names = {theirs: name for name, theirs in names_of(arch, config.num_layers).items()}
+    if config.tie_word_embeddings:
+        names.pop("lm_head.weight", None)
+    stored = [names[name] for name in checkpoint if name in names]
+    meta, factors = gguf_config.write(config, arch)
+    if problems := gguf_config.lost(config, meta, stored, factors):
+        raise CheckpointError(gathered(f"{folder} does not fit a GGUF file", problems))
+    meta |= {
+        "general.type": "model",
+        "general.name": folder.resolve().name,
+        "general.file_type": DTYPES[dtype],
+        "general.quantization_version": gguf.GGML_QUANT_VERSION,
+    }
+    meta |= gguf_tokenizer.write(folder, source, config.vocab_size)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f"{out.name}.partial")
+    try:
+        if problems := _write(partial, meta, factors, checkpoint, names, dtype):
+            raise CheckpointError(gathered(f"{folder} does not fit {dtype}", problems))
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+    return {"out": str(out), "bytes": out.stat().st_size}
+
+
+def _write(
+    path: Path,
+    meta: dict[str, Any],
+    factors: dict[str, np.ndarray],
+    checkpoint: Checkpoint | GGUF,
+    names: dict[str, str],
+    dtype: str,
+) -> list[str]:
+    """Writes a file; returns the tensors that its dtype cannot hold."""
+    gguf, problems = package(), []
+    arch = meta["general.architecture"]
+    heads = interleaved(
+        arch,
+        meta[f"{arch}.attention.head_count"],
+        meta[f"{arch}.attention.head_count_kv"],
+    )
+    writer = gguf.GGUFWriter(path, arch)
+    for key, value in meta.items():
+        if key != "general.architecture":  # the writer's own
+            getattr(writer, _ADD.get(type(value), "add_array"))(key, value)
+    kept = {name: checkpoint.infos[name].shape for name in checkpoint if name in names}
+    kinds = {}
+    for name, shape in ({n: w.shape for n, w in factors.items()} | kept).items():
+        kinds[name] = kind = gguf.GGMLQuantizationType[_kind(shape, dtype)]
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        size_bytes, float32 = math.prod(shape) // block * size, np.dtype(np.float32)
+        writer.add_tensor_info(names.get(name, name), shape, float32, size_bytes, kind)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, kind in kinds.items():
+            w = np.asarray(factors[name] if name in factors else checkpoint[name])
+            w = permuted(w.astype(np.float32), name, heads, undo=False)
+            w = w + np.float32(has_one(name, arch))
+            largest = np.finfo(np.float16 if kind.name == "F16" else np.float32).max
+            if not (np.abs(w) <= largest).all():
+                problems.append(f"{name}: NaN or Inf values (or too large for it)")
+                w = np.zeros_like(w)
+            writer.write_tensor_data(gguf.quants.quantize(w, kind))
+    finally:
+        writer.close()
+    return problems
+
+
+def _kind(shape: tuple[int, ...], dtype: str) -> str:
+    """Returns the type that a tensor is written as."""
+    if len(shape) == 1:
+        return "F32"
+    return "F16" if dtype == "q8_0" and shape[-1] % 32 else dtype.upper()

@@ -1,0 +1,168 @@
+"""Saving a model as a Hugging Face folder."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from pallas_kernels.layout import QuantizedTensor
+from pallas_kernels.reference import decode_absmax
+from qlora_jax.errors import CheckpointError, OutputExistsError
+from qlora_jax.models import FAMILIES, Decoder, llama
+from qlora_jax.names import EMBEDDING, HEAD, Table, dotted
+from qlora_jax.quant import (
+    Int8Rows,
+    dequantize,
+)
+from qlora_jax.sources import bitsandbytes
+from qlora_jax.sources.hub import find, is_gguf
+from qlora_jax.sources.safetensors import Writer
+from qlora_jax.sources.source import open_tokenizer
+from qlora_jax.sources.source import read_config as read_config
+from qlora_jax.text.folder import copy_tokenizer
+
+
+def check_output(out: Path, overwrite: bool) -> None:
+    """Refuses an output folder that has something in it.
+
+    Raises:
+      OutputExistsError: `out` is taken and `overwrite` is false, or is a file.
+    """
+    if out.is_file():
+        raise OutputExistsError(
+            f"{out} is a file; give a folder that does not exist yet"
+        )
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise OutputExistsError(
+            f"{out} exists and is not empty; choose another --out, or pass --overwrite to "
+            "write into it (a model there is replaced, and files of the same names; others "
+            "are kept)"
+        )
+
+
+def save_model(
+    model: nnx.Module,
+    out: str | os.PathLike[str],
+    *,
+    source: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    shard_bytes: int = 4 << 30,
+) -> dict[str, Any]:
+    """Saves a Hugging Face folder: 4-bit linears with bitsandbytes' keys, dense as is.
+
+    A 4-bit embedding or head is written dense, as other tools have it; one in int8 as it
+    is, in a folder that opens in qlora_jax alone.
+
+    Args:
+      model: Without adapters (merge first).
+      out: The folder.
+      source: The model's original folder or file, whose config and tokenizer go along;
+        without it the config is written as a Llama's.
+      overwrite: Write into a folder that is not empty. The weights of a model there are
+        replaced whole, so that nothing opens the old ones.
+      shard_bytes: Largest size of a file.
+
+    Returns:
+      {"out": path, "bytes": of all tensors}.
+
+    Raises:
+      OutputExistsError: see `check_output`.
+      CheckpointError: the model has adapters attached, or values that are not finite
+        (as of weights too large for float16); nothing is written then.
+    """
+    out = Path(out)
+    if not isinstance(model, Decoder):
+        raise CheckpointError(
+            f"save_model writes Hugging Face folders, whose names only a Decoder has; of "
+            f"{type(model).__name__} save nnx.state(model) with Orbax, or its adapter alone "
+            "with save_adapter"
+        )
+    check_output(out, overwrite)
+    if nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)):
+        raise CheckpointError(
+            "the model has adapters attached; merge before save_model"
+        )
+    names, folder = FAMILIES[llama.MODEL_TYPE].NAMES, None
+    if source is None:
+        hf = llama.write_config(model.config)
+    else:
+        folder = find(source)
+        hf, family, _, _ = read_config(folder)
+        names = family.NAMES
+    # Linears that stay dense in 4-bit folders: what the source says, and a router, which
+    # transformers 4 would take for 4-bit.
+    before = bitsandbytes.linears_config(hf) or {}
+    hf.pop("quantization_config", None)
+    skip = before.get("llm_int8_skip_modules")
+    if skip is None and model.config.num_experts:
+        skip = ["lm_head", "gate"]
+    hf.pop("dtype", None)
+    hf["torch_dtype"] = model.compute_dtype.name
+    hf["vocab_size"] = model.config.vocab_size
+    hf["tie_word_embeddings"] = model.lm_head is None
+    made = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    writer = Writer(out, shard_bytes)
+    try:
+        table = Table(names, model.config.num_layers, model.config.num_experts)
+        quantization = _write_parameters(model, table, writer, skip)
+        size = writer.close()
+    except BaseException:
+        writer.discard()
+        if made:
+            out.rmdir()
+        raise
+    if quantization is not None:
+        hf["quantization_config"] = quantization
+    if folder is not None:
+        if is_gguf(folder) and (tokenizer := open_tokenizer(folder)) is not None:
+            tokenizer.save(out)
+        copy_tokenizer(folder, out)
+    (out / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
+    return {"out": str(out), "bytes": size}
+
+
+def _write_parameters(
+    model: Decoder, table: Table, writer: Writer, skip: list[str] | None
+) -> dict[str, Any] | None:
+    """Writes all parameters; returns the quantization_config of what is quantized."""
+    linears, in_int8 = None, []
+    for keys, variable in nnx.to_flat_state(nnx.state(model)):
+        path, value = dotted(keys), variable.get_value()
+        if keys[0] in (EMBEDDING, HEAD) and isinstance(value, QuantizedTensor):
+            value = dequantize(value, model.dtype)
+        if isinstance(value, Int8Rows):
+            name = table.name(path)
+            _check_range(writer, name, value.dtype, value.absmax)
+            for key, array in bitsandbytes.write_int8(value, name).items():
+                writer.add(key, array)
+            in_int8.append(name.removesuffix(".weight"))
+            continue
+        stack = np.ndindex(*table.stack(path))
+        for name, index in zip(table.names(path), stack, strict=True):
+            one = jax.tree.map(lambda leaf, index=index: leaf[index], value)
+            if isinstance(one, QuantizedTensor):
+                _check_range(writer, name, one.dtype, decode_absmax(one))
+                for key, array in bitsandbytes.write(one, name).items():
+                    writer.add(key, array)
+                linears = bitsandbytes.quantization_config(
+                    one, model.compute_dtype.name, skip
+                )
+            else:
+                writer.add(name, np.asarray(one))
+    return bitsandbytes.with_int8_tables(linears, in_int8) if in_int8 else linears
+
+
+def _check_range(writer: Writer, name: str, dtype: str, absmax: Any) -> None:
+    """Refuses a quantized weight whose largest values its dtype cannot hold."""
+    limit, largest = float(jnp.finfo(dtype).max), float(jnp.max(absmax))
+    if not largest <= limit:
+        writer.problems.append(
+            f"{name}: quantized values up to {largest:.4g}, beyond {limit:.5g}, the largest "
+            f"of {dtype}; save in bfloat16 or float32 (--dtype)"
+        )
