@@ -20,7 +20,7 @@ from typing import Any
 from bench_record import record
 
 from qlora_jax.data import DataConfig, forming, read_dataset
-from qlora_jax.sources.source import open_tokenizer
+from qlora_jax.sources.source import open_source
 
 SPEAKERS = {"human": "user", "gpt": "assistant"}
 
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--chat-template", help="a file; the model's own without it")
     parser.add_argument("--append", help="a .jsonl file")
     args = parser.parse_args()
-    tokenizer = open_tokenizer(args.model)
+    tokenizer = open_source(args.model).tokenizer
     assert tokenizer is not None
     config = DataConfig(
         max_tokens=4096, too_long="truncate", chat_template=args.chat_template

@@ -19,8 +19,7 @@ from qlora_jax.data.dataset import Share, padded_length
 from qlora_jax.data.intake import Intake, counted, read_intakes, taken
 from qlora_jax.data.tokenize import Row
 from qlora_jax.errors import ConfigError, DataError
-from qlora_jax.sources.hub import find
-from qlora_jax.sources.source import open_tokenizer, read_config
+from qlora_jax.sources.source import open_source
 from qlora_jax.text import Tokenizer
 
 SHOWN = 700
@@ -60,10 +59,10 @@ def run(args: Args) -> dict[str, Any]:
     """Prints what the rows are; returns the figures."""
     if args.examples < 0:
         raise ConfigError(f"--examples is {args.examples}, expected 0 or more")
-    folder = find(args.model)
-    tokenizer = open_tokenizer(folder)
+    source = open_source(args.model)
+    tokenizer = source.tokenizer
     if tokenizer is None:
-        raise DataError(f"{folder} has no tokenizer.json, so rows cannot be tokenized")
+        raise DataError(f"{source} has no tokenizer.json, so rows cannot be tokenized")
     tokenizer = tokenizer.with_tokens(args.add_tokens)[0]
     with RowsProgress() as progress:
         intakes = read_intakes(
@@ -71,7 +70,7 @@ def run(args: Args) -> dict[str, Any]:
             keep=options.rows_folder(),
             progress=progress,
         )
-    size = read_config(folder)[2].vocab_size
+    size = source.config.vocab_size
     if args.add_tokens:
         size = max(size, tokenizer.rows)
     console = Console(highlight=False, soft_wrap=True)

@@ -11,8 +11,7 @@ from qlora_jax.errors import ConfigError
 from qlora_jax.exchange.ours import load_tokenizer
 from qlora_jax.exchange.peft import export_peft
 from qlora_jax.sources.gguf.write import write_gguf
-from qlora_jax.sources.hub import find, is_gguf
-from qlora_jax.sources.source import open_tokenizer
+from qlora_jax.sources.source import open_source
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,10 +67,10 @@ def run(args: Args) -> dict[str, Any]:
         args.model, args.adapter, args.quant, "bfloat16"
     )
     base = args.base_name or _as_given(args.model, args.adapter, said)
-    source = find(said.get("base_folder", args.model))
+    source = open_source(said.get("base_folder", args.model))
     tokenizer = load_tokenizer(args.adapter)
     if tokenizer is None:
-        tokenizer = open_tokenizer(source) if is_gguf(source) else source
+        tokenizer = source.tokenizer if source.is_gguf else source.path
     out = export_peft(
         args.out, model, base=base, tokenizer=tokenizer, overwrite=args.overwrite
     )

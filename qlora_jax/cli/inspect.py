@@ -22,9 +22,8 @@ from qlora_jax.exchange.ours import describe_adapter, misfits
 from qlora_jax.models import hf_table
 from qlora_jax.names import dotted
 from qlora_jax.sources import bitsandbytes
-from qlora_jax.sources.hub import find, is_gguf
 from qlora_jax.sources.load import outline
-from qlora_jax.sources.source import open_tokenizer, read_config
+from qlora_jax.sources.source import Source, open_source
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +63,7 @@ def run(args: Args) -> dict[str, Any]:
     else:
         found = describe_adapter(folder)
         if args.model is not None:
-            problems = misfits(folder, outline(args.model)[0])
+            problems = misfits(folder, outline(args.model).model)
             found |= {"fits": not problems, "misfits": problems}
     for name, value in found.items():
         if isinstance(value, dict):
@@ -96,10 +95,10 @@ def _compared(paths: tuple[str, str], model: str | None) -> dict[str, Any]:
 
 
 def _model(name: str) -> dict[str, Any]:
-    folder = find(name)
-    hf, _, config, stored = read_config(folder)
+    source = open_source(name)
+    config, checkpoint = source.config, source.tensors
     table = hf_table(config)
-    model, checkpoint = outline(folder)
+    model, notes = outline(source)
     parameters, sizes = Counter(), Counter()
     kinds: Counter[str] = Counter()
     keys = _keys(checkpoint)
@@ -111,19 +110,20 @@ def _model(name: str) -> dict[str, Any]:
             sizes[part] += sum(size for _, size in stored_as)
             kinds[_stored_kind(tensor, stored_as, checkpoint)] += 1
     if not sizes:
-        raise CheckpointError(f"{folder} has no tensors")
+        raise CheckpointError(f"{source} has no tensors")
     dense = Counter({kind: n for kind, n in kinds.items() if kind not in _PACKED})
-    file = is_gguf(folder)
     common = max(dense or kinds, key=(dense or kinds).__getitem__)
     return {
         "kind": "model",
-        "format": "GGUF" if file else "Hugging Face folder",
-        "family": hf["model_type"],
+        "format": "GGUF" if source.is_gguf else "Hugging Face folder",
+        "family": config.model_type,
         "parameters": sum(parameters.values()),
         "bytes": sum(sizes.values()),
         "dtype": common,
         "quantization": (
-            _listed(kinds) if file else options.describe_quant(folder, stored)
+            _listed(kinds)
+            if source.is_gguf
+            else options.describe_quant(source, source.stored)
         ),
         "layers": config.num_layers,
         "hidden": config.hidden_size,
@@ -131,8 +131,8 @@ def _model(name: str) -> dict[str, Any]:
         "vocabulary": config.vocab_size,
         "context": config.max_position_embeddings,
         "tied_embedding": config.tie_word_embeddings,
-        **_tokenizer(folder),
-        "notes": checkpoint.notes,
+        **_tokenizer(source),
+        "notes": notes,
         "parameters_by_part": dict(parameters),
         "bytes_by_part": dict(sizes),
         "tensors_by_kind": dict(kinds),
@@ -162,10 +162,10 @@ def _listed(kinds: Mapping[str, int]) -> str:
     return ", ".join(f"{kind} ({n} tensors)" for kind, n in kinds.items())
 
 
-def _tokenizer(folder: Path) -> dict[str, Any]:
+def _tokenizer(source: Source) -> dict[str, Any]:
     """Says whether a tokenizer opens, and what it brings."""
     try:
-        tokenizer = open_tokenizer(folder)
+        tokenizer = source.tokenizer
     except QLoRAError as error:
         return {"tokenizer": False, "tokenizer_problem": str(error)}
     if tokenizer is None:

@@ -18,7 +18,6 @@ from qlora_jax.quant import QuantConfig, Quantized
 from qlora_jax.sources.hub import find
 from qlora_jax.sources.load import load
 from qlora_jax.sources.save import check_output, save_model
-from qlora_jax.sources.source import read_config
 
 REPORT = "merge_report.json"
 
@@ -70,12 +69,12 @@ def parse(args: list[str], prog: str) -> Args:
 def run(args: Args) -> dict[str, Any]:
     """Runs; returns the figures."""
     _check(args)
-    folder = options.find_base(args.model, args.adapter)
+    source = options.open_base(args.model, args.adapter)
     check_output(args.out, args.overwrite)
-    quant = options.held_linears(args.quant, folder, auto=None)
+    quant = options.held_linears(args.quant, source, auto=None)
     # Read in float32, so that original weights are not rounded before folding.
     model, tokenizer = load(
-        folder, quant, "float32", **options.held_tables(args.quant, folder)
+        source, quant, "float32", **options.held_tables(args.quant, source)
     )
     model = load_adapter(args.adapter, model)
     corrected = None
@@ -100,7 +99,7 @@ def run(args: Args) -> dict[str, Any]:
             merged = detach(corrected)
         report = merge_report(model, merged)
     merged = _cast(merged, args.dtype)
-    saved = save_model(merged, args.out, source=folder, overwrite=args.overwrite)
+    saved = save_model(merged, args.out, source=source, overwrite=args.overwrite)
     if (larger := adapter_tokenizer(args.adapter, tokenizer)) is not tokenizer:
         assert larger is not None
         larger.save_vocabulary(args.out)
@@ -115,11 +114,11 @@ def run(args: Args) -> dict[str, Any]:
     (args.out / REPORT).write_text(json.dumps(figures, indent=2) + "\n")
     columns = {"relative error": report.relative, "of the update": report.of_update}
     options.print_figures(columns, dict(zip(columns, report.total, strict=True)))
-    four_bit = quant or read_config(folder)[3]
+    four_bit = quant or source.stored
     if four_bit is None:
         base = f"original weights of {args.model}"
     else:
-        at = args.model if folder == find(args.model) else folder
+        at = args.model if source.path == find(args.model) else source
         base = f"dequantized {four_bit.codebook} weights of {at}"
     return {**saved, "merged_onto": base, "dtype": args.dtype, **said}
 

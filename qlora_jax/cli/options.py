@@ -27,7 +27,7 @@ from qlora_jax.exchange.read import read_adapter
 from qlora_jax.quant import QuantConfig
 from qlora_jax.sources.hub import find
 from qlora_jax.sources.load import Tables, load, outline, resolve_tables
-from qlora_jax.sources.source import read_config
+from qlora_jax.sources.source import Source, open_source
 from qlora_jax.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -35,70 +35,69 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-def held_tables(quant: QuantOptions, folder: Path) -> Tables:
+def held_tables(quant: QuantOptions, source: Source) -> Tables:
     """Returns how `load` will hold embedding and head.
 
     Raises:
       CheckpointError: the folder has them in int8, and they are to be 4-bit.
     """
-    hf = read_config(folder)[0]
-    return resolve_tables(folder, hf, quant.embedding, quant.head)
+    return resolve_tables(source, quant.embedding, quant.head)
 
 
 def held_linears(
-    quant: QuantOptions, folder: Path, *, auto: QuantConfig | None
+    quant: QuantOptions, source: Source, *, auto: QuantConfig | None
 ) -> QuantConfig | None:
-    """Returns how to quantize a folder; None to take its weights as they are.
+    """Returns how to quantize a source; None to take its weights as they are.
 
     Args:
       quant: As asked for.
-      folder: Of the model.
-      auto: What 'auto' does with a dense folder.
+      source: Of the model.
+      auto: What 'auto' does with a dense one.
 
     Raises:
       ConfigError: 'none' for a folder that is 4-bit.
     """
-    stored = read_config(folder)[3]
     if quant.codebook == "auto":
-        return None if stored is not None else auto
+        return None if source.stored is not None else auto
     if quant.codebook == "none":
-        if stored is not None:
+        if source.stored is not None:
             raise ConfigError(
-                f"--quant.codebook none: {folder} holds 4-bit weights; give the "
+                f"--quant.codebook none: {source} holds 4-bit weights; give the "
                 "original folder for a dense model"
             )
         return None
     return quant.config()
 
 
-def describe_quant(folder: Path, quant: QuantConfig | None) -> str:
+def describe_quant(source: Source, quant: QuantConfig | None) -> str:
     """Says in a few words how a base is held, for output."""
-    quant = quant or read_config(folder)[3]
+    quant = quant or source.stored
     if quant is None:
         return "dense"
     double = "double-quantized" if quant.double_quant else "float32"
     return f"{quant.codebook}, block {quant.block_size}, {double} absmax"
 
 
-def find_base(model: str, adapter: str | None) -> Path:
-    """Returns the folder of --model, or of the base that the adapter's run made of it.
+def open_base(model: str, adapter: str | None) -> Source:
+    """Opens --model, or of the base that the adapter's run made of it.
 
     Raises:
       AdapterMismatchError: the run made its base of another model.
     """
-    folder = find(model)
+    source = open_source(model)
     own = None if adapter is None else changed_base(adapter)
-    if own is None or own.samefile(folder):
-        return folder
-    mark = fingerprint(outline(own)[0])
+    if own is None or own.samefile(source.path):
+        return source
+    base = open_source(own)
+    mark = fingerprint(outline(base).model)
     assert mark is not None
-    if problem := other_base(outline(folder)[0], json.loads(mark)):
+    if problem := other_base(outline(source).model, json.loads(mark)):
         raise AdapterMismatchError(
             f"{adapter} goes with the 4-bit base in {own}, which was not made of --model "
             f"{model}: {problem}"
         )
     print(f"the base is {own}, which goes with the adapter", file=sys.stderr)
-    return own
+    return base
 
 
 def open_model(
@@ -170,7 +169,7 @@ def _open_base(
 ) -> tuple[Any, Tokenizer | None, dict[str, Any]]:
     """Loads a base as the runs held it that made the adapters."""
     # Several adapters share --model: one of a base of its own is refused as it loads.
-    folder = find_base(model, adapters[0] if len(adapters) == 1 else None)
+    source = open_base(model, adapters[0] if len(adapters) == 1 else None)
     held: dict[str, QuantOptions] = {}
     for adapter in adapters:
         if has_run(Path(adapter)):
@@ -186,11 +185,11 @@ def _open_base(
         if run.codebook != "none":
             auto = run.config()
             tables = quant if {quant.embedding, quant.head} != {"none"} else run
-    chosen = held_linears(quant, folder, auto=auto)
-    base, tokenizer = load(folder, chosen, dtype, **held_tables(tables, folder))
-    said = {"model": model, "base": describe_quant(folder, chosen)}
-    if folder != find(model):
-        said["base_folder"] = str(folder)
+    chosen = held_linears(quant, source, auto=auto)
+    base, tokenizer = load(source, chosen, dtype, **held_tables(tables, source))
+    said = {"model": model, "base": describe_quant(source, chosen)}
+    if source.path != find(model):
+        said["base_folder"] = str(source)
     return base, tokenizer, said
 
 
@@ -207,7 +206,7 @@ def open_adapters(paths: Sequence[str], model: str | None) -> list[Adapter]:
         )
     if not peft:
         return [read_adapter(path) for path in paths]
-    base, _ = load(find(str(model)), None)
+    base, _ = load(str(model), None)
     return [
         Adapter.of(import_peft(path, base)) if path in peft else read_adapter(path)
         for path in paths

@@ -22,8 +22,7 @@ from qlora_jax.plan import (
     said,
 )
 from qlora_jax.quant import QuantConfig
-from qlora_jax.sources.hub import find
-from qlora_jax.sources.source import read_config
+from qlora_jax.sources.source import open_source
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,16 +71,15 @@ def parse(args: list[str], prog: str) -> Args:
 
 def run(args: Args) -> dict[str, Any]:
     """Prints the plan; returns its figures."""
-    folder = find(args.model)
-    _, _, config, stored = read_config(folder)
-    quant = options.held_linears(args.quant, folder, auto=QuantConfig()) or stored
+    source = open_source(args.model)
+    quant = options.held_linears(args.quant, source, auto=QuantConfig())
     for name, value in (("--max-tokens", args.max_tokens), ("--rows", args.rows)):
         if value < 1:
             raise ConfigError(f"{name} is {value}, expected at least 1")
-    tables = options.held_tables(args.quant, folder)
+    tables = options.held_tables(args.quant, source)
     setup = Setup(
-        config=config,
-        quant=quant,
+        config=source.config,
+        quant=quant or source.stored,
         lora=args.lora,
         dtype=args.dtype,
         max_tokens=args.max_tokens,

@@ -11,10 +11,9 @@ from typing import Any
 from qlora_jax.cli import options
 from qlora_jax.config.quant import QuantOptions
 from qlora_jax.errors import ConfigError
-from qlora_jax.sources.hub import find
 from qlora_jax.sources.load import load
 from qlora_jax.sources.save import check_output, save_model
-from qlora_jax.sources.source import read_config
+from qlora_jax.sources.source import open_source
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,20 +41,20 @@ def parse(args: list[str], prog: str) -> Args:
 
 def run(args: Args) -> dict[str, Any]:
     """Runs; returns the figures."""
-    folder = find(args.model)
+    source = open_source(args.model)
     check_output(args.out, args.overwrite)
-    if read_config(folder)[3] is not None or args.quant.codebook == "none":
-        raise ConfigError(f"{folder} is 4-bit already, or --quant.codebook is none")
+    if source.stored is not None or args.quant.codebook == "none":
+        raise ConfigError(f"{source} is 4-bit already, or --quant.codebook is none")
     if "4bit" in (args.quant.embedding, args.quant.head):
         raise ConfigError(
             "--quant.embedding and --quant.head 4bit: no folder holds such tables, they are "
             "made as a model loads; give them to train and evaluate, or int8 here"
         )
-    quant, tables = args.quant.config(), options.held_tables(args.quant, folder)
+    quant, tables = args.quant.config(), options.held_tables(args.quant, source)
     if quant.codebook == "int4":
         print("note: int4 folders open in qlora_jax alone", file=sys.stderr)
     if "int8" in tables.values():
         print("note: int8 tables open in qlora_jax alone", file=sys.stderr)
-    model, _ = load(folder, quant, args.dtype, **tables)
-    saved = save_model(model, args.out, source=folder, overwrite=args.overwrite)
-    return {**saved, "base": options.describe_quant(folder, quant)}
+    model, _ = load(source, quant, args.dtype, **tables)
+    saved = save_model(model, args.out, source=source, overwrite=args.overwrite)
+    return {**saved, "base": options.describe_quant(source, quant)}

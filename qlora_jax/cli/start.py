@@ -1,6 +1,5 @@
 """How a run's adapter starts, where it starts from more than zero (`--lora.init`)."""
 
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ from qlora_jax.errors import CheckpointError, ConfigError, OutputExistsError, ga
 from qlora_jax.exchange.ours import BASE
 from qlora_jax.sources.load import original_kernels
 from qlora_jax.sources.save import save_model
-from qlora_jax.sources.source import read_config
+from qlora_jax.sources.source import Source
 
 CALIBRATION_TOKENS = 16384
 """Of the training rows, for the moments that --lora.init qera needs."""
@@ -28,7 +27,7 @@ CALIBRATION_TOKENS = 16384
 
 def compensated(
     model: Any,
-    original: str | os.PathLike[str],
+    original: str | Source,
     lora: LoRAConfig,
     train: TrainConfig,
     data: DataConfig,
@@ -56,7 +55,7 @@ def compensated(
 
 
 def check_own_base(
-    folder: Path,
+    source: Source,
     out: Path,
     lora: LoRAConfig,
     quant: QuantOptions,
@@ -83,13 +82,13 @@ def check_own_base(
             problems.append(f"--quant.{name}: that base is saved with it dense")
     if quant.codebook == "none":
         problems.append("--quant.codebook none: there has to be a 4-bit base")
-    if read_config(folder)[3] is not None and original is None:
+    if source.stored is not None and original is None:
         problems.append(
-            f"{folder} is 4-bit already; give its dense folder as --model or --original"
+            f"{source} is 4-bit already; give its dense folder as --model or --original"
         )
     base = out / BASE
-    if base.exists() and base.samefile(folder):
-        problems.append(f"--model {folder}: the run's own base would replace it")
+    if base.exists() and base.samefile(source.path):
+        problems.append(f"--model {source}: the run's own base would replace it")
     if problems:
         what = "--lora.init pissa, which changes the 4-bit base, does not go with"
         raise ConfigError(gathered(what, problems))
@@ -102,7 +101,7 @@ def _made_one(out: Path) -> bool:
     return has_run(out) and read_run(out).lora.init == "pissa"
 
 
-def save_base(model: Any, out: Path, source: Path) -> None:
+def save_base(model: Any, out: Path, source: Source) -> None:
     """Saves the base of a new run, which resume and the other subcommands find there."""
     shutil.rmtree(out / BASE, ignore_errors=True)
     save_model(detach(model), out / BASE, source=source)

@@ -20,10 +20,9 @@ from qlora_jax.errors import ConfigError, DataError
 from qlora_jax.memory import Platform, Setup, available_host_bytes, estimate
 from qlora_jax.plan import flags_of, parse_bytes, plan_memory, said
 from qlora_jax.quant import QuantConfig
-from qlora_jax.sources.hub import find
 from qlora_jax.sources.load import load
 from qlora_jax.sources.save import check_output
-from qlora_jax.sources.source import open_tokenizer, read_config
+from qlora_jax.sources.source import Source, open_source
 from qlora_jax.sources.tokens import add_tokens
 from qlora_jax.text import Tokenizer
 from qlora_jax.toml import from_dict, read_toml
@@ -111,40 +110,41 @@ def run(args: Args) -> dict[str, Any]:
 def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
     """Trains as a resolved config says; writes the run folder."""
     pissa = args.lora.init == "pissa"
-    folder = start.saved_base(out) if pissa and resume else find(str(args.model))
+    at = start.saved_base(out) if pissa and resume else str(args.model)
+    source = open_source(at)
     if pissa and not resume:
         start.check_own_base(
-            folder, out, args.lora, args.quant, args.add_tokens, args.original
+            source, out, args.lora, args.quant, args.add_tokens, args.original
         )
     quant = options.held_linears(
         args.quant,
-        folder,
+        source,
         auto=QuantConfig(
             block_size=args.quant.block_size, double_quant=args.quant.double_quant
         ),
     )
-    tokenizer = open_tokenizer(folder)
+    tokenizer = source.tokenizer
     if tokenizer is None:
-        raise DataError(f"{folder} has no tokenizer.json, so rows cannot be tokenized")
+        raise DataError(f"{source} has no tokenizer.json, so rows cannot be tokenized")
     # What is wrong with rows or memory is found before the model is loaded.
     larger = tokenizer.with_tokens(args.add_tokens)[0]
     rows, held = read_rows(args, larger)
     if held is None and args.data.eval_rows:
         rows, held = rows.split(args.data.eval_rows, args.train.seed)
-    size = read_config(folder)[2].vocab_size
+    size = source.config.vocab_size
     if args.add_tokens:  # the embedding grows with them
         size = max(size, larger.rows)
     for some in (rows, held):
         if some is not None:
             check_ids(some.rows, larger, size)
-    args = within_memory(args, folder, quant, rows)
+    args = within_memory(args, source, quant, rows)
     model, _ = load(
-        folder,
+        source,
         quant,
         args.train.compute_dtype,
         # Measuring what quantization lost runs the base, and compares it, on the device.
         stream=args.train.stream and (resume or args.lora.init == "zero"),
-        **options.held_tables(args.quant, folder),
+        **options.held_tables(args.quant, source),
     )
     asked, added = args, None
     if args.add_tokens:
@@ -160,7 +160,7 @@ def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
         # The factors of a run that goes on come from its checkpoint.
         model = attach_zero(model, args.lora, key=key)
     else:
-        original = args.original or folder
+        original = args.original or source
         model, started = start.compensated(
             *(model, original, args.lora, args.train, args.data, rows, key)
         )
@@ -183,7 +183,7 @@ def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
                 shutil.rmtree(out / "checkpoints", ignore_errors=True)
             out.mkdir(parents=True, exist_ok=True)
             if pissa:
-                start.save_base(model, out, folder)
+                start.save_base(model, out, source)
             write_run(out, asked.run)
         figures = trainer.fit(resume=resume)
     figures = {
@@ -191,7 +191,7 @@ def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
         **figures,
         "rows": len(rows),
         "rows_left_out": rows.dropped,
-        "base": options.describe_quant(folder, quant),
+        "base": options.describe_quant(source, quant),
         **({"base_folder": str(out / start.BASE)} if pissa else {}),
         **started,
         **sizes(trainer),
@@ -226,7 +226,7 @@ def read_rows(args: Args, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None
 
 
 def within_memory(
-    args: Args, folder: Path, quant: QuantConfig | None, rows: Dataset
+    args: Args, source: Source, quant: QuantConfig | None, rows: Dataset
 ) -> Args:
     """Refuses a run that its memory cannot hold; picks settings that are auto.
 
@@ -245,7 +245,7 @@ def within_memory(
                 "--memory, such as --memory 16GiB"
             )
         return args
-    setup, train = setup_of(args, folder, quant, rows), args.train
+    setup, train = setup_of(args, source, quant, rows), args.train
     platform: Platform = "gpu" if jax.default_backend() == "gpu" else "cpu"
     if args.auto:
         given = {"micro_batch", "checkpoint", "offload", "stream", "embedding"}
@@ -294,15 +294,14 @@ def within_memory(
 
 
 def setup_of(
-    args: Args, folder: Path, quant: QuantConfig | None, rows: Dataset
+    args: Args, source: Source, quant: QuantConfig | None, rows: Dataset
 ) -> Setup:
     """Returns what the memory of a run depends on."""
-    _, _, config, stored = read_config(folder)
     longest = max((len(row.tokens) for row in rows.rows), default=1)
     train = args.train
     return Setup(
-        config=config,
-        quant=quant or stored,
+        config=source.config,
+        quant=quant or source.stored,
         lora=args.lora,
         dtype=train.compute_dtype,
         micro_batch=train.micro_batch,
@@ -313,7 +312,7 @@ def setup_of(
         offload=train.offload,
         resident_bytes=train.resident_bytes,
         stream=train.stream,
-        **options.held_tables(args.quant, folder),
+        **options.held_tables(args.quant, source),
     )
 
 

@@ -1,10 +1,8 @@
-"""Hugging Face model folders: load one, quantizing as it streams in; save one."""
+"""Loading a model, one tensor at a time, quantized as it streams in."""
 
 import functools
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple, TypedDict, get_args
 
 import jax
@@ -14,7 +12,7 @@ from flax import nnx
 
 from pallas_kernels.layout import QuantizedTensor
 from qlora_jax.errors import CheckpointError, ShapeError, gathered
-from qlora_jax.models import Decoder, DecoderConfig, hf_table
+from qlora_jax.models import Decoder, hf_table
 from qlora_jax.names import Table, dotted
 from qlora_jax.nn import (
     Embedding,
@@ -34,25 +32,23 @@ from qlora_jax.quant import (
 )
 from qlora_jax.sources import bitsandbytes
 from qlora_jax.sources.gguf.file import GGUF
-from qlora_jax.sources.hub import find
 from qlora_jax.sources.safetensors import Checkpoint
 from qlora_jax.sources.source import (
     HF_HEAD,
+    Source,
     left_out,
     misnamed,
-    open_tensors,
-    open_tokenizer,
+    open_source,
     say,
     unlike_layers,
 )
-from qlora_jax.sources.source import read_config as read_config
 from qlora_jax.text.tokenizer import Tokenizer
 
 COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
 
 
 def load(
-    path_or_repo: str | os.PathLike[str],
+    path_or_repo: str | os.PathLike[str] | Source,
     quant: QuantConfig | None = None,
     dtype: str = "bfloat16",
     *,
@@ -90,34 +86,33 @@ def load(
     """
     if dtype not in COMPUTE_DTYPES:
         raise ShapeError(f"dtype is {dtype!r}, expected {', '.join(COMPUTE_DTYPES)}")
-    folder = find(path_or_repo, revision)
-    hf, family, config, stored = read_config(folder)
+    source = open_source(path_or_repo, revision)
+    config, stored = source.config, source.stored
     if stored is not None and quant is not None and quant != stored:
         raise CheckpointError(
-            f"{folder} is quantized already ({stored}); it cannot become {quant}. Load the "
+            f"{source} is quantized already ({stored}); it cannot become {quant}. Load the "
             "original folder, or leave quant out."
         )
-    checkpoint = open_tensors(folder)
     skeleton = nnx.eval_shape(
         lambda: Decoder(config, key=jax.random.key(0), dtype=dtype)
     )
     wanted = _wanted(skeleton, hf_table(config))
-    _check_names(folder, checkpoint, wanted, family, config)
-    tables = resolve_tables(folder, hf, embedding, head)
+    notes = [*source.notes, *_check_names(source, wanted)]
+    tables = resolve_tables(source, embedding, head)
     if set(tables.values()) != {"none"} and (quant or stored) is None:
         raise CheckpointError(
-            f"{folder} stays dense, so its embedding and head do too; give quant, or leave "
+            f"{source} stays dense, so its embedding and head do too; give quant, or leave "
             "embedding and head out"
         )
     formats = {_TABLES[name]: tables[name] for name in _TABLES}
-    reader = _Reader(checkpoint, quant, dtype, formats, quant or stored, stream)
+    reader = _Reader(source.tensors, quant, dtype, formats, quant or stored, stream)
     loaded = {path: reader.read(path, entry) for path, entry in wanted.items()}
     if reader.problems:
         raise CheckpointError(
-            gathered(f"{folder} has unusable weights", reader.problems)
+            gathered(f"{source} has unusable weights", reader.problems)
         )
-    say(folder, checkpoint.notes)
-    return _fill(skeleton, loaded, implementation), open_tokenizer(folder)
+    say(source.path, notes)
+    return _fill(skeleton, loaded, implementation), source.tokenizer
 
 
 class Tables(TypedDict):
@@ -130,16 +125,14 @@ class Tables(TypedDict):
 _TABLES = {"embedding": "embed_tokens.weight", "head": "lm_head.kernel"}
 
 
-def resolve_tables(
-    folder: Path, hf: dict[str, Any], embedding: TableFormat, head: TableFormat
-) -> Tables:
-    """Returns how embedding and head will be held: as asked for, or as a folder has them.
+def resolve_tables(source: Source, embedding: TableFormat, head: TableFormat) -> Tables:
+    """Returns how embedding and head will be held: as asked for, or as a source has them.
 
     Raises:
       CheckpointError: an unknown format, or another is asked for than the folder has.
     """
     tables, problems = Tables(embedding=embedding, head=head), []
-    stored = [name.rpartition(".")[2] for name in bitsandbytes.int8_tables(hf)]
+    stored = [name.rpartition(".")[2] for name in bitsandbytes.int8_tables(source.hf)]
     for name, module in (("embedding", "embed_tokens"), ("head", "lm_head")):
         asked = tables[name]
         if asked not in get_args(TableFormat):
@@ -150,28 +143,33 @@ def resolve_tables(
         elif module in stored:
             tables[name] = "int8"
     if problems:
-        raise CheckpointError(gathered(f"{folder} cannot be held so", problems))
+        raise CheckpointError(gathered(f"{source} cannot be held so", problems))
     return tables
 
 
-def outline(
-    path_or_repo: str | os.PathLike[str],
-) -> tuple[Decoder, Checkpoint | GGUF]:
-    """Opens a folder without reading its linears.
+class Outline(NamedTuple):
+    """A model whose linears are not read.
 
-    Returns:
-      A model whose kernels are shapes alone and whose other parameters are mapped from
-      the files, and the tensors of the folder; its `notes` name what was left out.
+    Attributes:
+      model: Its kernels are shapes alone, other parameters are mapped from the files.
+      notes: What was left out, or read otherwise.
+    """
+
+    model: Decoder
+    notes: list[str]
+
+
+def outline(path_or_repo: str | os.PathLike[str] | Source) -> Outline:
+    """Opens a model without reading its linears.
 
     Raises:
       CheckpointError: as `load`.
     """
-    folder = find(path_or_repo)
-    _, family, config, _ = read_config(folder)
-    checkpoint = open_tensors(folder)
+    source = open_source(path_or_repo)
+    config, checkpoint = source.config, source.tensors
     skeleton = nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0)))
     wanted = _wanted(skeleton, hf_table(config))
-    _check_names(folder, checkpoint, wanted, family, config)
+    notes = [*source.notes, *_check_names(source, wanted)]
 
     def fill(path: tuple, variable: nnx.Variable) -> nnx.Variable:
         names, stack, _ = wanted[".".join(map(str, path))]
@@ -188,11 +186,11 @@ def outline(
 
     graphdef, state = nnx.split(skeleton)
     flat = [(path, fill(path, v)) for path, v in nnx.to_flat_state(state)]
-    return nnx.merge(graphdef, nnx.from_flat_state(flat)), checkpoint
+    return Outline(nnx.merge(graphdef, nnx.from_flat_state(flat)), notes)
 
 
 def original_kernels(
-    path_or_repo: str | os.PathLike[str],
+    path_or_repo: str | os.PathLike[str] | Source,
 ) -> Callable[[str, tuple[int, ...]], np.ndarray]:
     """Returns a reader of a dense folder's linears, for `attach` and `compensate`.
 
@@ -203,14 +201,13 @@ def original_kernels(
     Raises:
       CheckpointError: the folder cannot be read, or is 4-bit itself.
     """
-    folder = find(path_or_repo)
-    _, _, config, stored = read_config(folder)
-    if stored is not None:
+    source = open_source(path_or_repo)
+    if (stored := source.stored) is not None:
         raise CheckpointError(
-            f"{folder} holds 4-bit weights ({stored.codebook}), not the original ones; "
+            f"{source} holds 4-bit weights ({stored.codebook}), not the original ones; "
             "give the dense folder (--original)"
         )
-    checkpoint, table = open_tensors(folder), hf_table(config)
+    checkpoint, table = source.tensors, hf_table(source.config)
 
     def read(path: str, index: tuple[int, ...]) -> np.ndarray:
         return checkpoint[table.name(f"{path}.kernel", index)]
@@ -242,14 +239,9 @@ def _wanted(skeleton: Decoder, table: Table) -> dict[str, _Wanted]:
     return wanted
 
 
-def _check_names(
-    folder: Path,
-    checkpoint: Checkpoint | GGUF,
-    wanted: dict[str, _Wanted],
-    family: ModuleType,
-    config: DecoderConfig,
-) -> None:
-    """Refuses tensors that do not fit; notes those that the model has no place for."""
+def _check_names(source: Source, wanted: dict[str, _Wanted]) -> list[str]:
+    """Refuses tensors that do not fit; returns what the model has no place for."""
+    checkpoint, config = source.tensors, source.config
     problems, known, missing = [], set(), []
     for names, _, shape in wanted.values():
         known.update(names)
@@ -272,13 +264,11 @@ def _check_names(
     problems += unlike_layers(stacks, checkpoint)
     if problems:
         raise CheckpointError(
-            gathered(f"{folder} does not fit its config.json", problems)
+            gathered(f"{source} does not fit its config.json", problems)
         )
-    if more := left_out(checkpoint, known, family, config.num_layers):
-        note = f"left out, as a {config.model_type} has no place for them: "
-        note += ", ".join(more)
-        if note not in checkpoint.notes:  # a GGUF file stays open
-            checkpoint.notes.append(note)
+    more = left_out(checkpoint, known, source.family, config.num_layers)
+    what = f"left out, as a {config.model_type} has no place for them: "
+    return [what + ", ".join(more)] if more else []
 
 
 class _Reader:

@@ -13,17 +13,15 @@ from flax import nnx
 from pallas_kernels.layout import QuantizedTensor
 from pallas_kernels.reference import decode_absmax
 from qlora_jax.errors import CheckpointError, OutputExistsError
-from qlora_jax.models import FAMILIES, Decoder, llama
+from qlora_jax.models import Decoder, llama
 from qlora_jax.names import EMBEDDING, HEAD, Table, dotted
 from qlora_jax.quant import (
     Int8Rows,
     dequantize,
 )
 from qlora_jax.sources import bitsandbytes
-from qlora_jax.sources.hub import find, is_gguf
 from qlora_jax.sources.safetensors import Writer
-from qlora_jax.sources.source import open_tokenizer
-from qlora_jax.sources.source import read_config as read_config
+from qlora_jax.sources.source import Source, open_source
 from qlora_jax.text.folder import copy_tokenizer
 
 
@@ -49,7 +47,7 @@ def save_model(
     model: nnx.Module,
     out: str | os.PathLike[str],
     *,
-    source: str | os.PathLike[str] | None = None,
+    source: str | os.PathLike[str] | Source | None = None,
     overwrite: bool = False,
     shard_bytes: int = 4 << 30,
 ) -> dict[str, Any]:
@@ -87,13 +85,11 @@ def save_model(
         raise CheckpointError(
             "the model has adapters attached; merge before save_model"
         )
-    names, folder = FAMILIES[llama.MODEL_TYPE].NAMES, None
-    if source is None:
-        hf = llama.write_config(model.config)
+    origin = None if source is None else open_source(source)
+    if origin is None:
+        hf, names = llama.write_config(model.config), llama.NAMES
     else:
-        folder = find(source)
-        hf, family, _, _ = read_config(folder)
-        names = family.NAMES
+        hf, names = origin.hf, origin.family.NAMES
     # Linears that stay dense in 4-bit folders: what the source says, and a router, which
     # transformers 4 would take for 4-bit.
     before = bitsandbytes.linears_config(hf) or {}
@@ -119,10 +115,10 @@ def save_model(
         raise
     if quantization is not None:
         hf["quantization_config"] = quantization
-    if folder is not None:
-        if is_gguf(folder) and (tokenizer := open_tokenizer(folder)) is not None:
-            tokenizer.save(out)
-        copy_tokenizer(folder, out)
+    if origin is not None and not origin.is_gguf:
+        copy_tokenizer(origin.path, out)
+    elif origin is not None and origin.tokenizer is not None:
+        origin.tokenizer.save(out)
     (out / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
     return {"out": str(out), "bytes": size}
 

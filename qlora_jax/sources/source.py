@@ -7,9 +7,11 @@ though config.json says that they are tied. Tensors that the model has no place 
 left out, and named once; one that it lacks is an error.
 """
 
+import copy
 import dataclasses
 import functools
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -26,68 +28,154 @@ from qlora_jax.names import template_of
 from qlora_jax.quant import QuantConfig
 from qlora_jax.sources import bitsandbytes
 from qlora_jax.sources.gguf.file import GGUF, open_gguf
-from qlora_jax.sources.hub import is_gguf
+from qlora_jax.sources.hub import find, is_gguf
 from qlora_jax.sources.safetensors import Checkpoint, TensorInfo, shortened
 from qlora_jax.text.folder import read_json
 from qlora_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-Settings = tuple[dict[str, Any], ModuleType, DecoderConfig, QuantConfig | None]
-"""(object of config.json, family module, decoder config, how its linears are stored)"""
-
 HF_EMBEDDING, HF_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-@functools.lru_cache(maxsize=1)
-def _parsed_gguf(path: Path, size: int, changed: int) -> GGUF:
-    return open_gguf(path)
+class Source:
+    """An opened checkpoint: a folder, or a GGUF file. Whatever is asked of it is read once.
+
+    Attributes:
+      path: Of the folder or file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __str__(self) -> str:
+        """Returns the path."""
+        return str(self.path)
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether it is a GGUF file."""
+        return is_gguf(self.path)
+
+    @property
+    def hf(self) -> dict[str, Any]:
+        """A copy of config.json's object; of a multimodal model its text model's alone."""
+        return copy.deepcopy(self._settings[0])
+
+    @property
+    def family(self) -> ModuleType:
+        """The module that knows the model_type."""
+        return FAMILIES[self.config.model_type]
+
+    @property
+    def config(self) -> DecoderConfig:
+        """The model's shape."""
+        return self._settings[1]
+
+    @property
+    def stored(self) -> QuantConfig | None:
+        """How the linears are quantized; None of a dense model."""
+        return self._settings[2]
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """Its tokenizer; None where it has none."""
+        if self.is_gguf:
+            return self._gguf.tokenizer()
+        return Tokenizer.open(self.path)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of it: what was left out, or read otherwise."""
+        return self.tensors.notes
+
+    @functools.cached_property
+    def tensors(self) -> "Checkpoint | GGUF":
+        """The tensors, by their usual names; those that the family lacks keep their own."""
+        if self.is_gguf:
+            return self._gguf
+        _, config, _, named = self._written
+        checkpoint = Checkpoint(self.path)
+        known = frozenset(FAMILIES[config.model_type].NAMES.values())
+        wrapped = named in WRAPPERS
+        checkpoint.rename(lambda name: _usual(name, known, wrapped))
+        infos = checkpoint.infos
+        if (
+            config.tie_word_embeddings
+            and HF_EMBEDDING not in infos
+            and HF_HEAD in infos
+        ):
+            infos[HF_EMBEDDING] = infos.pop(HF_HEAD)  # the same table by its other name
+        if wrapped:
+            checkpoint.notes.append(
+                f"it is a {named}: its text model is opened alone, as {config.model_type}"
+            )
+        if (self.path / "adapter_config.json").exists():
+            checkpoint.notes.append(
+                "adapter_config.json is there: its adapter is not applied (--adapter does)"
+            )
+        return checkpoint
+
+    @functools.cached_property
+    def _gguf(self) -> GGUF:
+        return open_gguf(self.path)
+
+    @functools.cached_property
+    def _written(
+        self,
+    ) -> tuple[dict[str, Any], DecoderConfig, QuantConfig | None, str]:
+        """What config.json says alone, and the model_type that it names."""
+        where = self.path / "config.json"
+        if self.is_gguf:
+            hf = dict(self._gguf.config)
+        elif where.exists():
+            hf = read_json(where)
+        else:
+            raise CheckpointError(_no_model(self.path))
+        return _parsed(hf, where)
+
+    @functools.cached_property
+    def _settings(self) -> tuple[dict[str, Any], DecoderConfig, QuantConfig | None]:
+        """config.json, and what the weights themselves say where there are any.
+
+        They say whether the embedding is the head, and how 4-bit ones are stored.
+        """
+        hf, config, stored, _ = self._written
+        asks = stored is not None or config.tie_word_embeddings
+        if self.is_gguf or not asks or not any(self.path.glob("*.safetensors")):
+            return hf, config, stored
+        if stored is not None:
+            size = bitsandbytes.stored_block_size(self.tensors)
+            stored = dataclasses.replace(stored, block_size=size)
+        if _has_own_head(self.tensors, config):
+            hf = {**hf, "tie_word_embeddings": False}
+            config = dataclasses.replace(config, tie_word_embeddings=False)
+            self.notes.append(
+                f"config.json says tie_word_embeddings, but {HF_HEAD} differs from the "
+                "embedding: the head is used, as by transformers 5"
+            )
+        return hf, config, stored
 
 
-def _gguf(path: Path) -> GGUF:
-    # Its metadata, with the whole vocabulary, takes seconds to parse.
-    return _parsed_gguf(path, path.stat().st_size, path.stat().st_mtime_ns)
+def open_source(
+    path_or_repo: "str | os.PathLike[str] | Source", revision: str | None = None
+) -> Source:
+    """Opens a folder, a GGUF file or a hub id; one that is open stays so.
 
-
-def open_tokenizer(path: Path) -> Tokenizer | None:
-    """Opens the tokenizer of a folder or a GGUF file; None where it has none."""
-    return _gguf(path).tokenizer() if is_gguf(path) else Tokenizer.open(path)
-
-
-def read_config(folder: Path) -> Settings:
-    """Reads config.json, or what it would be of a GGUF file.
-
-    Of a multimodal model it is that of its text model alone. Where the folder has
-    weights, they say whether the embedding is the head, and how 4-bit ones are stored.
+    What is in it is read when it is asked for, and CheckpointError raised then.
 
     Raises:
-      CheckpointError: it is missing, or describes a model we do not know.
+      CheckpointError: there is none.
     """
-    hf, family, config, stored, _ = _settings(folder)
-    asks = stored is not None or config.tie_word_embeddings
-    if is_gguf(folder) or not asks or not any(folder.glob("*.safetensors")):
-        return hf, family, config, stored
-    checkpoint = open_tensors(folder)
-    if stored is not None:
-        size = bitsandbytes.stored_block_size(checkpoint)
-        stored = dataclasses.replace(stored, block_size=size)
-    if _has_own_head(checkpoint, config):
-        hf["tie_word_embeddings"] = False
-        config = dataclasses.replace(config, tie_word_embeddings=False)
-    return hf, family, config, stored
+    if isinstance(path_or_repo, Source):
+        return path_or_repo
+    return Source(find(path_or_repo, revision))
 
 
-def _settings(
-    folder: Path,
-) -> tuple[dict[str, Any], ModuleType, DecoderConfig, QuantConfig | None, str]:
-    """Reads config.json alone; the last value is the model_type that it names."""
-    where = folder / "config.json"
-    if is_gguf(folder):
-        hf = dict(_gguf(folder).config)
-    elif where.exists():
-        hf = read_json(where)
-    else:
-        raise CheckpointError(_no_model(folder))
+def _parsed(
+    hf: dict[str, Any], where: Path
+) -> tuple[dict[str, Any], DecoderConfig, QuantConfig | None, str]:
+    """Reads the object of a config.json; the last value is the model_type that it names."""
     named = hf.get("model_type")
     if not isinstance(named, str) or named not in FAMILIES.keys() | WRAPPERS.keys():
         known = sorted(FAMILIES) + [f"{name} (its text)" for name in sorted(WRAPPERS)]
@@ -107,7 +195,7 @@ def _settings(
     if problems := problems + more:
         raise CheckpointError(gathered(f"{where}", problems))
     assert config is not None
-    return hf, FAMILIES[hf["model_type"]], config, stored, named
+    return hf, config, stored, named
 
 
 def _no_model(folder: Path) -> str:
@@ -127,37 +215,6 @@ def _no_model(folder: Path) -> str:
     if files := sorted(path.name for path in folder.glob("*.gguf")):
         return f"{text}, but GGUF files; give one of them: {shortened(files)}"
     return f"{text}; expected a Hugging Face model folder"
-
-
-def open_tensors(path: Path) -> Checkpoint | GGUF:
-    """Opens the tensors of a folder or a GGUF file, by their usual names.
-
-    Those that the family does not know keep their own names.
-    """
-    if is_gguf(path):
-        return _gguf(path)
-    _, family, config, _, named = _settings(path)
-    checkpoint = Checkpoint(path)
-    known = frozenset(family.NAMES.values())
-    wrapped = named in WRAPPERS
-    checkpoint.rename(lambda name: _usual(name, known, wrapped))
-    infos = checkpoint.infos
-    if config.tie_word_embeddings and HF_EMBEDDING not in infos and HF_HEAD in infos:
-        infos[HF_EMBEDDING] = infos.pop(HF_HEAD)  # the same table by its other name
-    if wrapped:
-        checkpoint.notes.append(
-            f"it is a {named}: its text model is opened alone, as {config.model_type}"
-        )
-    if _has_own_head(checkpoint, config):
-        checkpoint.notes.append(
-            f"config.json says tie_word_embeddings, but {HF_HEAD} differs from the embedding: "
-            "the head is used, as by transformers 5"
-        )
-    if (path / "adapter_config.json").exists():
-        checkpoint.notes.append(
-            "adapter_config.json is there: its adapter is not applied (--adapter does)"
-        )
-    return checkpoint
 
 
 def _usual(name: str, known: Collection[str], wrapped: bool) -> str:
@@ -180,12 +237,10 @@ def _has_own_head(checkpoint: Checkpoint | GGUF, config: DecoderConfig) -> bool:
     table, head = infos[HF_EMBEDDING], infos[HF_HEAD]
     if table.shape != head.shape:
         return True
-    changed = tuple(info.file.stat().st_mtime_ns for info in (table, head))
-    return not _equal(table, head, changed)
+    return not _equal(table, head)
 
 
-@functools.lru_cache(maxsize=4)
-def _equal(a: TensorInfo, b: TensorInfo, changed: tuple[int, int]) -> bool:
+def _equal(a: TensorInfo, b: TensorInfo) -> bool:
     """Compares two matrices by value, some rows at a time."""
     x, y = (np.memmap(i.file, i.dtype, "r", i.start, i.shape) for i in (a, b))
     rows = max(1, (16 << 20) // max(1, x[:1].nbytes))

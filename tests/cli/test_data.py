@@ -9,6 +9,7 @@ import tiny
 
 from qlora_jax.cli import train
 from qlora_jax.config import DataConfig, RunConfig
+from qlora_jax.sources import source
 
 
 @pytest.fixture
@@ -84,8 +85,8 @@ def test_rows_that_cannot_be_used_are_refused(tmp_path: Path, base, capsys):
     )
 
 
-def test_a_run_on_several_files_resumes_and_old_configs_open(
-    tmp_path: Path, base, capsys
+def test_a_run_on_several_files_opens_its_base_once_and_resumes(
+    tmp_path: Path, base, capsys, monkeypatch
 ):
     one = tiny.write_jsonl(tmp_path / "one.jsonl", tiny.sums(6))
     two = tmp_path / "two.json"
@@ -100,7 +101,14 @@ def test_a_run_on_several_files_resumes_and_old_configs_open(
     two.write_text(json.dumps([{"input": "1+1=", "output": "2"}] * 4))
     weighted = command.refused(capsys, *given, "--eval-data", f"{one}:2")
     assert "every row is evaluated once" in weighted
+    opened = []
+    for name in ("Checkpoint", "read_json"):
+        real = getattr(source, name)
+        monkeypatch.setattr(
+            source, name, lambda path, real=real: opened.append(path) or real(path)
+        )
     made = command.call(capsys, *given, "--eval-data", one, "--train.epochs", 1)
+    assert sorted(opened) == [base, base / "config.json"]
     assert made["steps"] == 4 and made["rows"] == 10  # 2 of 4, and 6
     stored = (out / "config.toml").read_text()
     assert f'"{two}:0.5"' in stored and "eval_loss" in made

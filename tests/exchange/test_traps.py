@@ -34,7 +34,7 @@ from qlora_jax.sources import bitsandbytes
 from qlora_jax.sources.load import load
 from qlora_jax.sources.safetensors import SINGLE
 from qlora_jax.sources.save import save_model
-from qlora_jax.sources.source import read_config
+from qlora_jax.sources.source import open_source
 
 Find = Callable[[str], Path]
 BNB = "models/llama_bnb_nf4_dq_float32"
@@ -373,7 +373,7 @@ def test_a_4_bit_folder_says_its_block_size_and_what_stays_dense(tmp_path: Path)
     quant = QuantConfig(block_size=128)
     save_model(quantize(tiny.decoder(), quant), tmp_path / "a")
     config = json.loads((tmp_path / "a" / "config.json").read_text())
-    assert read_config(tmp_path / "a")[3] == quant
+    assert open_source(tmp_path / "a").stored == quant
     load(tmp_path / "a", quant)
     config["quantization_config"]["llm_int8_skip_modules"] = ["lm_head", "o_proj"]
     (tmp_path / "a" / "config.json").write_text(json.dumps(config))

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import qlora_jax as qlora
 from qlora_jax.models import FAMILIES
-from qlora_jax.sources.source import read_config
+from qlora_jax.sources.source import open_source
 
 pytestmark = pytest.mark.interop
 
@@ -343,7 +343,8 @@ HUB: dict[str, dict[str, Any]] = {  # as folders of the hub have it; vision left
 def test_what_a_wrapper_leaves_out_is_as_transformers_has_it(side, tmp_path, case):
     (tmp_path / "config.json").write_text(json.dumps(HUB[case]))
     theirs = side("settings", base=tmp_path)
-    hf, family, config, _ = read_config(tmp_path)
+    source = open_source(tmp_path)
+    hf, family, config = source.hf, source.family, source.config
     theirs["model_type"] = family.MODEL_TYPE
     wanted, problems = FAMILIES[family.MODEL_TYPE].read_config(theirs)
     assert (config, problems) == (wanted, [])

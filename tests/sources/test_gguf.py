@@ -31,13 +31,13 @@ from tokenizers import (
 )
 
 from qlora_jax.errors import CheckpointError, OutputExistsError, ShapeError
-from qlora_jax.models import FAMILIES, Decoder
+from qlora_jax.models import FAMILIES, Decoder, hf_table
+from qlora_jax.names import dotted
 from qlora_jax.nn import quantize
 from qlora_jax.nn.rope import RopeScaling
 from qlora_jax.sources.gguf.file import GGUF, open_gguf
 from qlora_jax.sources.gguf.tokenizer import PROBE
 from qlora_jax.sources.gguf.write import write_gguf
-from qlora_jax.sources.load import hf_names
 from qlora_jax.sources.safetensors import Checkpoint
 from qlora_jax.sources.save import save_model
 from qlora_jax.text.tokenizer import Tokenizer
@@ -168,9 +168,9 @@ def write_case(folder: Path, case: str, **changes: Any) -> Path:
     skeleton = nnx.eval_shape(lambda: Decoder(decoder, key=jax.random.key(0)))
     tensors = {}
     for path, variable in nnx.to_flat_state(nnx.state(skeleton)):
-        names, stack = hf_names(family.NAMES[".".join(map(str, path))], decoder)
-        shape = variable.get_value().shape[len(stack) :]
-        tensors |= {name: cases.weight(case, name, shape) for name in names}
+        name, table = dotted(path), hf_table(decoder)
+        shape = variable.get_value().shape[len(table.stack(name)) :]
+        tensors |= {n: cases.weight(case, n, shape) for n in table.names(name)}
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))

@@ -11,7 +11,8 @@ import tiny
 
 import qlora_jax as qlora
 from qlora_jax.cli.main import main
-from qlora_jax.sources.load import original_kernels, outline
+from qlora_jax.sources.load import original_kernels
+from qlora_jax.sources.source import open_source
 
 if importlib.util.find_spec("gguf") is None:
     pytest.skip("needs the package gguf", allow_module_level=True)
@@ -47,8 +48,7 @@ def test_it_loads_as_the_folder_does(folder: Path, file: Path):
 
 
 def test_its_linears_are_read_one_by_one(folder: Path, file: Path):
-    model, tensors = outline(file)
-    assert "model.layers.0.self_attn.q_proj.weight" in tensors
+    assert "model.layers.0.self_attn.q_proj.weight" in open_source(file).tensors
     np.testing.assert_array_equal(
         original_kernels(file)("layers.attn.q_proj", (1,)),
         original_kernels(folder)("layers.attn.q_proj", (1,)),

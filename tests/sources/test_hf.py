@@ -18,10 +18,11 @@ from qlora_jax.errors import CheckpointError, OutputExistsError, ShapeError
 from qlora_jax.models import Decoder
 from qlora_jax.nn import FrozenParam, Linear, QuantizedLinear, quantize
 from qlora_jax.quant import QuantConfig
-from qlora_jax.sources import hf as module
+from qlora_jax.sources import hub
 from qlora_jax.sources.load import load
 from qlora_jax.sources.safetensors import INDEX, SINGLE
 from qlora_jax.sources.save import save_model
+from qlora_jax.sources.source import open_source
 
 CONFIG = oracle.hf_config()
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -450,7 +451,7 @@ def test_a_hub_id_is_fetched(folder, monkeypatch):
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert module.find("owner/name-1.5B", revision="main") == folder
+    assert hub.find("owner/name-1.5B", revision="main") == folder
     assert asked == [("owner/name-1.5B", "main")]
 
 
@@ -462,14 +463,15 @@ def test_a_hub_that_does_not_answer_says_so(monkeypatch):
     with pytest.raises(
         CheckpointError, match="owner/name is no local folder.*no route"
     ):
-        module.find("owner/name")
+        hub.find("owner/name")
 
 
 @pytest.mark.slow
 def test_every_model_in_the_shared_folder_can_be_opened(shared):
     for name in ("stories260k", "stories15m"):
-        folder = module.find(shared / "models" / name)
-        _, family, config, stored = module.read_config(folder)
+        source = open_source(shared / "models" / name)
+        config = source.config
+        family, stored = source.family, source.stored
         assert family.MODEL_TYPE == "llama" and stored is None
         assert config.tie_word_embeddings
     loaded, tokenizer = load(shared / "models/stories260k", QuantConfig())

@@ -24,7 +24,7 @@ from qlora_jax.models import Decoder, gemma3_text, wrappers
 from qlora_jax.sources.load import load
 from qlora_jax.sources.safetensors import INDEX, SINGLE
 from qlora_jax.sources.save import save_model
-from qlora_jax.sources.source import read_config
+from qlora_jax.sources.source import open_source
 
 CONFIG = oracle.hf_config()
 Tensors = dict[str, np.ndarray]
@@ -137,7 +137,7 @@ def test_a_head_that_differs_is_used_though_config_says_tied(plain, tmp_path, ca
     model, _ = load(tmp_path / "own", dtype="float32")
     same(model, plain)
     assert "lm_head.weight differs from the embedding" in warned(caplog)
-    assert not read_config(tmp_path / "own")[0]["tie_word_embeddings"]
+    assert not open_source(tmp_path / "own").hf["tie_word_embeddings"]
     save_model(model, tmp_path / "saved", source=tmp_path / "own")
     saved = json.loads((tmp_path / "saved/config.json").read_text())
     assert saved["tie_word_embeddings"] is False
@@ -285,7 +285,7 @@ def test_4_bit_tensors_are_found_in_a_wrapper(golden, tmp_path, caplog):
     (folder / "config.json").write_text(json.dumps(config))
     same(load(folder, dtype="float32")[0], load(packed, dtype="float32")[0])
     assert "vision_tower.* (1 tensor)" in warned(caplog)
-    assert read_config(folder)[0]["quantization_config"]["llm_int8_skip_modules"] == [
+    assert open_source(folder).hf["quantization_config"]["llm_int8_skip_modules"] == [
         "lm_head",
         "model.layers.0.mlp.up_proj",
     ]

@@ -200,7 +200,7 @@ def test_int8_tables_come_back_bit_for_bit(folder: Path, stored: Path, tmp_path:
 def misfits_of(folder: Path, model: Decoder, tmp_path: Path) -> list[str]:
     lora = split(tiny.adapted(model))[1]
     qlora.save_adapter(tmp_path / "a", lora, LoRAConfig(rank=4, alpha=8.0))
-    return misfits(tmp_path / "a", outline(folder)[0])
+    return misfits(tmp_path / "a", outline(folder).model)
 
 
 def test_int8_tables_mean_what_bitsandbytes_int8_rows_do(folder: Path, stored: Path):

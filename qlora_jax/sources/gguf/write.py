@@ -18,10 +18,9 @@ from qlora_jax.sources.gguf.file import (
     package,
     permuted,
 )
-from qlora_jax.sources.hub import find
 from qlora_jax.sources.load import outline
 from qlora_jax.sources.safetensors import Checkpoint
-from qlora_jax.sources.source import read_config, say
+from qlora_jax.sources.source import Source, open_source, say
 
 DTYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
 """What matrices can be written as -> its number in general.file_type."""
@@ -30,7 +29,7 @@ _ADD = {str: "add_string", bool: "add_bool", int: "add_uint32", float: "add_floa
 
 
 def write_gguf(
-    folder: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | Source,
     out: str | os.PathLike[str],
     dtype: str = "f16",
     *,
@@ -56,43 +55,43 @@ def write_gguf(
     """
     if dtype not in DTYPES:
         raise ShapeError(f"dtype is {dtype!r}, expected {', '.join(DTYPES)}")
-    gguf, folder, out = package(), find(folder), Path(out)
+    gguf, source, out = package(), open_source(folder), Path(out)
     if out.exists() and (out.is_dir() or not overwrite):
         raise OutputExistsError(
             f"{out} exists; choose another file, or pass --overwrite to replace it"
         )
-    source, _, config, quantized = read_config(folder)
-    if quantized is not None or folder.is_file():
+    config, kind = source.config, source.hf["model_type"]
+    if source.stored is not None or source.is_gguf:
         raise CheckpointError(
-            f"{folder} has quantized weights; a GGUF file is made from a dense folder"
+            f"{source} has quantized weights; a GGUF file is made from a dense folder"
         )
-    arch = gguf_config.WRITTEN_AS.get(source["model_type"])
+    arch = gguf_config.WRITTEN_AS.get(kind)
     if arch is None:
         known = ", ".join(sorted(gguf_config.WRITTEN_AS))
         raise CheckpointError(
-            f"{folder}: a {source['model_type']} cannot be written as GGUF; known: {known}"
+            f"{source}: a {kind} cannot be written as GGUF; known: {known}"
         )
-    checkpoint = outline(folder)[1]
-    say(folder, checkpoint.notes)
+    say(source.path, outline(source).notes)
+    checkpoint = source.tensors
     names = {theirs: name for name, theirs in names_of(arch, config.num_layers).items()}
     if config.tie_word_embeddings:
         names.pop("lm_head.weight", None)
     stored = [names[name] for name in checkpoint if name in names]
     meta, factors = gguf_config.write(config, arch)
     if problems := gguf_config.lost(config, meta, stored, factors):
-        raise CheckpointError(gathered(f"{folder} does not fit a GGUF file", problems))
+        raise CheckpointError(gathered(f"{source} does not fit a GGUF file", problems))
     meta |= {
         "general.type": "model",
-        "general.name": folder.resolve().name,
+        "general.name": source.path.resolve().name,
         "general.file_type": DTYPES[dtype],
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
     }
-    meta |= gguf_tokenizer.write(folder, source, config.vocab_size)
+    meta |= gguf_tokenizer.write(source.path, source.hf, config.vocab_size)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.partial")
     try:
         if problems := _write(partial, meta, factors, checkpoint, names, dtype):
-            raise CheckpointError(gathered(f"{folder} does not fit {dtype}", problems))
+            raise CheckpointError(gathered(f"{source} does not fit {dtype}", problems))
         os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)
