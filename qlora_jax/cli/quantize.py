@@ -11,8 +11,8 @@ from typing import Any
 from qlora_jax.cli import options
 from qlora_jax.config.quant import QuantOptions
 from qlora_jax.errors import ConfigError
-from qlora_jax.sources.load import load
-from qlora_jax.sources.save import check_output, save_model
+from qlora_jax.sources.quantize import quantize_folder
+from qlora_jax.sources.save import check_output
 from qlora_jax.sources.source import open_source
 
 
@@ -55,6 +55,7 @@ def run(args: Args) -> dict[str, Any]:
         print("note: int4 folders open in qlora_jax alone", file=sys.stderr)
     if "int8" in tables.values():
         print("note: int8 tables open in qlora_jax alone", file=sys.stderr)
-    model, _ = load(source, quant, args.dtype, **tables)
-    saved = save_model(model, args.out, source=source, overwrite=args.overwrite)
+    saved = quantize_folder(
+        source, args.out, quant, args.dtype, overwrite=args.overwrite, **tables
+    )
     return {**saved, "base": options.describe_quant(source, quant)}

@@ -84,9 +84,36 @@ def load(
       CheckpointError: no such folder, an unknown architecture, or tensors that are
         missing, misshapen, corrupt or not finite; all problems in one message.
     """
+    source = open_source(path_or_repo, revision)
+    reader, wanted, skeleton = reading(source, quant, dtype, embedding, head, stream)
+    loaded = {path: reader.read(path, entry) for path, entry in wanted.items()}
+    reader.check(source)
+    return _fill(skeleton, loaded, implementation), source.tokenizer
+
+
+def reading(
+    source: Source,
+    quant: QuantConfig | None,
+    dtype: str,
+    embedding: TableFormat,
+    head: TableFormat,
+    stream: bool = False,
+) -> "tuple[Reader, dict[str, Wanted], Decoder]":
+    """Prepares to read a source, and says what of it will be left out.
+
+    Args:
+      source: To read.
+      quant, dtype, embedding, head, stream: As `load` has them.
+
+    Returns:
+      (reader, what it is to read, a model of shapes).
+
+    Raises:
+      ShapeError: an unknown dtype.
+      CheckpointError: tensors are missing or misshapen, or cannot be held so.
+    """
     if dtype not in COMPUTE_DTYPES:
         raise ShapeError(f"dtype is {dtype!r}, expected {', '.join(COMPUTE_DTYPES)}")
-    source = open_source(path_or_repo, revision)
     config, stored = source.config, source.stored
     if stored is not None and quant is not None and quant != stored:
         raise CheckpointError(
@@ -104,15 +131,10 @@ def load(
             f"{source} stays dense, so its embedding and head do too; give quant, or leave "
             "embedding and head out"
         )
-    formats = {_TABLES[name]: tables[name] for name in _TABLES}
-    reader = _Reader(source.tensors, quant, dtype, formats, quant or stored, stream)
-    loaded = {path: reader.read(path, entry) for path, entry in wanted.items()}
-    if reader.problems:
-        raise CheckpointError(
-            gathered(f"{source} has unusable weights", reader.problems)
-        )
     say(source.path, notes)
-    return _fill(skeleton, loaded, implementation), source.tokenizer
+    formats = {_TABLES[name]: tables[name] for name in _TABLES}
+    reader = Reader(source.tensors, quant, dtype, formats, quant or stored, stream)
+    return reader, wanted, skeleton
 
 
 class Tables(TypedDict):
@@ -215,7 +237,7 @@ def original_kernels(
     return read
 
 
-class _Wanted(NamedTuple):
+class Wanted(NamedTuple):
     """A parameter's Hugging Face names, and how they are stacked.
 
     Attributes:
@@ -229,17 +251,17 @@ class _Wanted(NamedTuple):
     shape: tuple[int, ...]
 
 
-def _wanted(skeleton: Decoder, table: Table) -> dict[str, _Wanted]:
+def _wanted(skeleton: Decoder, table: Table) -> dict[str, Wanted]:
     """Returns what each of our paths is made of."""
     wanted = {}
     for keys, variable in nnx.to_flat_state(nnx.state(skeleton)):
         path, shape = dotted(keys), variable.get_value().shape
         stack = table.stack(path)
-        wanted[path] = _Wanted(table.names(path), stack, shape[len(stack) :])
+        wanted[path] = Wanted(table.names(path), stack, shape[len(stack) :])
     return wanted
 
 
-def _check_names(source: Source, wanted: dict[str, _Wanted]) -> list[str]:
+def _check_names(source: Source, wanted: dict[str, Wanted]) -> list[str]:
     """Refuses tensors that do not fit; returns what the model has no place for."""
     checkpoint, config = source.tensors, source.config
     problems, known, missing = [], set(), []
@@ -271,7 +293,7 @@ def _check_names(source: Source, wanted: dict[str, _Wanted]) -> list[str]:
     return [what + ", ".join(more)] if more else []
 
 
-class _Reader:
+class Reader:
     """Reads parameters, stacking layers in place and gathering problems."""
 
     def __init__(
@@ -287,14 +309,21 @@ class _Reader:
         self.tables, self.table_quant, self.stream = tables, table_quant, stream
         self.problems: list[str] = []
 
-    def read(self, path: str, wanted: _Wanted) -> Any:
+    def check(self, source: Source) -> None:
+        """Raises CheckpointError with everything that could not be used."""
+        if self.problems:
+            raise CheckpointError(
+                gathered(f"{source} has unusable weights", self.problems)
+            )
+
+    def read(self, path: str, wanted: Wanted) -> Any:
         """Returns one parameter: an array, a QuantizedTensor, or a stack of either."""
         names, lead, shape = wanted
         if not lead:
-            return self._one(path, names[0], shape)
+            return self.one(path, names[0], shape)
         stack = None
         for name, index in zip(names, np.ndindex(*lead), strict=True):
-            value = self._one(path, name, shape)
+            value = self.one(path, name, shape)
             if value is None:
                 continue
             if self.stream:
@@ -323,7 +352,8 @@ class _Reader:
             stack = jax.device_put(stack, here)
         return stack
 
-    def _one(self, path: str, name: str, shape: tuple[int, ...]) -> Any:
+    def one(self, path: str, name: str, shape: tuple[int, ...]) -> Any:
+        """Returns one layer of a parameter; None if it is unusable, which `problems` says."""
         try:
             if f"{name}.absmax" in self.checkpoint:
                 return self._stored(name, shape)

@@ -1,7 +1,9 @@
-"""Saving a model as a Hugging Face folder."""
+"""Saving a model as a Hugging Face folder, from a model or parameter by parameter."""
 
+import dataclasses
 import json
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from flax import nnx
 from pallas_kernels.layout import QuantizedTensor
 from pallas_kernels.reference import decode_absmax
 from qlora_jax.errors import CheckpointError, OutputExistsError
-from qlora_jax.models import Decoder, llama
+from qlora_jax.models import Decoder, DecoderConfig, llama
 from qlora_jax.names import EMBEDDING, HEAD, Table, dotted
 from qlora_jax.quant import (
     Int8Rows,
@@ -90,23 +92,75 @@ def save_model(
         hf, names = llama.write_config(model.config), llama.NAMES
     else:
         hf, names = origin.hf, origin.family.NAMES
+    config = dataclasses.replace(
+        model.config, tie_word_embeddings=model.lm_head is None
+    )
+    table = Table(names, config.num_layers, config.num_experts)
+    return write_folder(
+        *(_parameters(model, table), config, model.compute_dtype.name, hf, out),
+        origin=origin,
+        shard_bytes=shard_bytes,
+    )
+
+
+def _parameters(model: Decoder, table: Table) -> Iterator[tuple[str, Any]]:
+    """Yields every parameter by its name, one layer (and expert) at a time."""
+    for keys, variable in nnx.to_flat_state(nnx.state(model)):
+        path, value = dotted(keys), variable.get_value()
+        if keys[0] in (EMBEDDING, HEAD) and isinstance(value, QuantizedTensor):
+            value = dequantize(value, model.dtype)
+        stack = np.ndindex(*table.stack(path))
+        for name, index in zip(table.names(path), stack, strict=True):
+            if isinstance(value, Int8Rows):
+                yield name, value
+            else:
+                yield name, jax.tree.map(lambda leaf, i=index: leaf[i], value)
+
+
+def write_folder(
+    parameters: Iterable[tuple[str, Any]],
+    config: DecoderConfig,
+    dtype: str,
+    hf: dict[str, Any],
+    out: Path,
+    *,
+    origin: Source | None,
+    shard_bytes: int = 4 << 30,
+) -> dict[str, Any]:
+    """Writes a model's folder from its parameters, which need never be there at once.
+
+    Args:
+      parameters: Names and values, in order: arrays, QuantizedTensors, Int8Rows.
+      config: Of the model.
+      dtype: That it computes in.
+      hf: A config.json, whose quantization, dtype and vocabulary are replaced.
+      out: The folder; what is there is replaced when all was written.
+      origin: Whose tokenizer goes along.
+      shard_bytes: Largest size of a file; so much waits in memory.
+
+    Returns:
+      {"out": path, "bytes": of all tensors}.
+
+    Raises:
+      CheckpointError: values that are not finite, or whatever `parameters` raises; nothing
+        is written then.
+    """
     # Linears that stay dense in 4-bit folders: what the source says, and a router, which
     # transformers 4 would take for 4-bit.
     before = bitsandbytes.linears_config(hf) or {}
     hf.pop("quantization_config", None)
     skip = before.get("llm_int8_skip_modules")
-    if skip is None and model.config.num_experts:
+    if skip is None and config.num_experts:
         skip = ["lm_head", "gate"]
     hf.pop("dtype", None)
-    hf["torch_dtype"] = model.compute_dtype.name
-    hf["vocab_size"] = model.config.vocab_size
-    hf["tie_word_embeddings"] = model.lm_head is None
+    hf["torch_dtype"] = dtype
+    hf["vocab_size"] = config.vocab_size
+    hf["tie_word_embeddings"] = config.tie_word_embeddings
     made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     writer = Writer(out, shard_bytes)
     try:
-        table = Table(names, model.config.num_layers, model.config.num_experts)
-        quantization = _write_parameters(model, table, writer, skip)
+        quantization = _write(parameters, writer, dtype, skip)
         size = writer.close()
     except BaseException:
         writer.discard()
@@ -123,34 +177,27 @@ def save_model(
     return {"out": str(out), "bytes": size}
 
 
-def _write_parameters(
-    model: Decoder, table: Table, writer: Writer, skip: list[str] | None
+def _write(
+    parameters: Iterable[tuple[str, Any]],
+    writer: Writer,
+    dtype: str,
+    skip: list[str] | None,
 ) -> dict[str, Any] | None:
     """Writes all parameters; returns the quantization_config of what is quantized."""
     linears, in_int8 = None, []
-    for keys, variable in nnx.to_flat_state(nnx.state(model)):
-        path, value = dotted(keys), variable.get_value()
-        if keys[0] in (EMBEDDING, HEAD) and isinstance(value, QuantizedTensor):
-            value = dequantize(value, model.dtype)
+    for name, value in parameters:
         if isinstance(value, Int8Rows):
-            name = table.name(path)
             _check_range(writer, name, value.dtype, value.absmax)
             for key, array in bitsandbytes.write_int8(value, name).items():
                 writer.add(key, array)
             in_int8.append(name.removesuffix(".weight"))
-            continue
-        stack = np.ndindex(*table.stack(path))
-        for name, index in zip(table.names(path), stack, strict=True):
-            one = jax.tree.map(lambda leaf, index=index: leaf[index], value)
-            if isinstance(one, QuantizedTensor):
-                _check_range(writer, name, one.dtype, decode_absmax(one))
-                for key, array in bitsandbytes.write(one, name).items():
-                    writer.add(key, array)
-                linears = bitsandbytes.quantization_config(
-                    one, model.compute_dtype.name, skip
-                )
-            else:
-                writer.add(name, np.asarray(one))
+        elif isinstance(value, QuantizedTensor):
+            _check_range(writer, name, value.dtype, decode_absmax(value))
+            for key, array in bitsandbytes.write(value, name).items():
+                writer.add(key, array)
+            linears = bitsandbytes.quantization_config(value, dtype, skip)
+        else:
+            writer.add(name, np.asarray(value))
     return bitsandbytes.with_int8_tables(linears, in_int8) if in_int8 else linears
 
 

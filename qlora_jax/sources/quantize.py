@@ -1,0 +1,62 @@
+"""A 4-bit copy of a model's folder, made one tensor at a time."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qlora_jax.quant import QuantConfig, TableFormat
+from qlora_jax.sources.load import Reader, Wanted, reading
+from qlora_jax.sources.save import check_output, write_folder
+from qlora_jax.sources.source import Source
+
+
+def quantize_folder(
+    source: Source,
+    out: Path,
+    quant: QuantConfig,
+    dtype: str = "bfloat16",
+    *,
+    embedding: TableFormat = "none",
+    head: TableFormat = "none",
+    overwrite: bool = False,
+    shard_bytes: int = 4 << 30,
+) -> dict[str, Any]:
+    """Writes what `save_model(load(source, quant, ...), out)` would, without the model.
+
+    Memory holds one tensor, and the file that is being filled.
+
+    Args:
+      source: Dense.
+      out: The folder.
+      quant: Of the linears.
+      dtype: Of what stays dense.
+      embedding: 'int8', or 'none' for dense.
+      head: The same of an untied head.
+      overwrite: Write into a folder that is not empty.
+      shard_bytes: Largest size of a file.
+
+    Returns:
+      {"out": path, "bytes": of all tensors}.
+
+    Raises:
+      OutputExistsError: see `check_output`.
+      CheckpointError: as `load`; nothing is written then.
+    """
+    check_output(out, overwrite)
+    reader, wanted, _ = reading(source, quant, dtype, embedding, head)
+    return write_folder(
+        *(_parameters(reader, wanted, source), source.config, dtype, source.hf, out),
+        origin=source,
+        shard_bytes=shard_bytes,
+    )
+
+
+def _parameters(
+    reader: Reader, wanted: dict[str, Wanted], source: Source
+) -> Iterator[tuple[str, Any]]:
+    for path, (names, _, shape) in wanted.items():
+        for name in names:
+            value = reader.one(path, name, shape)
+            if value is not None:
+                yield name, value
+    reader.check(source)
