@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from jax.test_util import check_grads
 
-from pallas_kernels import matmul, reference, tuning
-from pallas_kernels.matmul import choose, nf4_lora_matmul
-from pallas_kernels.tuning import Device, Problem
+from pallas_kernels import reference, tuning
+from pallas_kernels.device import Device
+from pallas_kernels.packed_matmul import choose, decode, hopper, nf4_lora_matmul
+from pallas_kernels.packed_matmul.mosaic import MOSAIC_JAX
+from pallas_kernels.tuning import Problem
 
 H200 = Device("gpu", "NVIDIA H200", (9, 0), 132)
 A100 = Device("gpu", "NVIDIA A100-SXM4-80GB", (8, 0), 108)
@@ -22,7 +23,7 @@ CPU = Device("cpu")
 BF16 = jnp.dtype(jnp.bfloat16)
 
 needs_mosaic = pytest.mark.skipif(
-    jax.__version_info__ < matmul.MOSAIC_JAX, reason="needs jax >= 0.11.2"
+    jax.__version_info__ < MOSAIC_JAX, reason="needs jax >= 0.11.2"
 )
 
 
@@ -95,14 +96,12 @@ def table_file():
 
 @needs_mosaic
 def test_every_entry_of_the_table_can_run():
-    from pallas_kernels import decode, hopper
-
     for key, entry in json.loads(table_file().read_text())["entries"].items():
         direction, m, n, k, dtype = key.split()
         problem = Problem(direction, int(m[3:]), int(n[2:]), int(k[2:]), dtype)
         assert problem.key == key
         module = {"hopper": hopper, "decode": decode}[entry["implementation"]]
-        config = module.Config(**entry["config"])
+        config = module.config.Config(**entry["config"])
         steps = problem.k // 256 if direction == "forward" else problem.n // 64
         if entry["implementation"] == "hopper":
             assert steps % config.split_k == 0
@@ -131,11 +130,11 @@ def test_a_users_folder_comes_first(llama, tmp_path, monkeypatch):
 @pytest.mark.parametrize("exact", [False, True])
 def test_a_miss_is_answered_by_the_model(direction, m, n, k, exact):
     problem = Problem(direction, m, n, k, "bfloat16")
-    for fields in tuning.hopper_candidates(problem, exact):
+    for fields in hopper.config.fitting(problem, exact):
         steps = k // 256 if direction == "forward" else n // 64
         assert steps % fields["split_k"] == 0
-        assert tuning.cost(problem, 132, fields) > 0
-    best = tuning.hopper_config(problem, 132, exact)
+        assert hopper.config.cost(problem, 132, fields) > 0
+    best = hopper.config.configure(problem, H200, exact)
     assert best["decoder"] == ("table_exact" if exact else "table")
     # A tile of far more tokens than there are is waste.
     assert best["block_m"] < 2 * max(m, 64)
@@ -144,7 +143,7 @@ def test_a_miss_is_answered_by_the_model(direction, m, n, k, exact):
 @pytest.mark.parametrize("m", [1, 8, 9, 16, 17, 32])
 @pytest.mark.parametrize(("n", "k"), [(14336, 4096), (28672, 8192), (1024, 4096)])
 def test_decode_by_name_fits_shared_memory(m, n, k):
-    fields = tuning.decode_config(Problem("forward", m, n, k, "bfloat16"), 132)
+    fields = decode.config.configure(Problem("forward", m, n, k, "bfloat16"), H200)
     team, batch = fields.get("team", 4), fields["batch"]
     table, sums = 256 * 64 * 4, batch * team * -(-m // 8) * 64 * 8 * 4
     assert batch >= 1 and table + sums + 1024 <= 227 << 10
@@ -153,9 +152,10 @@ def test_decode_by_name_fits_shared_memory(m, n, k):
 
 
 def test_many_tokens_get_large_tiles_and_few_tiles_are_split():
-    wide = tuning.hopper_config(Problem("forward", 8192, 14336, 4096, "bfloat16"), 132)
+    configure = hopper.config.configure
+    wide = configure(Problem("forward", 8192, 14336, 4096, "bfloat16"), H200)
     assert (wide["block_m"], wide["split_k"]) == (256, 1)
-    few = tuning.hopper_config(Problem("forward", 16, 1024, 8192, "bfloat16"), 132)
+    few = configure(Problem("forward", 16, 1024, 8192, "bfloat16"), H200)
     assert few["split_k"] > 1
 
 
@@ -208,7 +208,7 @@ def test_exact_weights_pass_over_the_decode_kernel(llama):
         choose("forward", 1, llama, BF16, device=H200, name="decode", exact=True)
 
 
-@pytest.mark.skipif(jax.__version_info__ >= matmul.MOSAIC_JAX, reason="for older jax")
+@pytest.mark.skipif(jax.__version_info__ >= MOSAIC_JAX, reason="for older jax")
 def test_older_jax_is_named(llama):
     with pytest.raises(ValueError, match=r"needs jax >= 0\.11\.2, this is 0\."):
         choose("forward", 64, llama, BF16, device=H200, name="hopper")
@@ -218,16 +218,6 @@ def test_older_jax_is_named(llama):
 def test_where_nothing_is_fused_xla_runs(llama):
     assert choose("forward", 64, llama, BF16, device=CPU).implementation == "xla"
     assert choose("backward", 64, llama, BF16, device=A100).implementation == "two_pass"
-
-
-@needs_mosaic
-def test_the_device_of_an_abstract_mesh_counts(llama):
-    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
-    mesh = AbstractMesh((1,), ("d",), abstract_device=device)
-    with use_abstract_mesh(mesh):
-        assert tuning.current_device() == H200
-        assert choose("forward", 64, llama, BF16).implementation == "hopper"
-    assert tuning.current_device().platform == "cpu"
 
 
 # --- nf4_lora_matmul ----------------------------------------------------------------------
