@@ -58,7 +58,8 @@ def choose(
       ValueError: `name` is unknown or cannot run, with the reason (contract C7).
     """
     device = device or current_device()
-    problem = Problem(direction, m, *w.shape, jnp.dtype(dtype).name)
+    n, k = w.shape
+    problem = Problem(direction, m, n, k, jnp.dtype(dtype).name)
     tuned = None if exact else tuning.look_up(problem, device)
     if name is None:
         return _best(problem, w, device, exact, tuned)

@@ -52,7 +52,7 @@ MUTANTS = (
         "pallas_kernels/packed_matmul/registers.py",
         "words = bits[low] | bits[high] << 16",
         "words = bits[high] | bits[low] << 16",
-        "tests/pallas_kernels/test_registers.py",
+        "tests/pallas_kernels/packed_matmul/test_registers.py",
     ),
     Mutant(
         "codes-layout",
@@ -73,7 +73,7 @@ MUTANTS = (
         "pallas_kernels/packed_matmul/api.py",
         "db = dot(hidden, dy, 0, 0).astype(b.dtype)",
         "db = dot(hidden, dy * jnp.float32(scale).astype(dy.dtype), 0, 0).astype(b.dtype)",
-        "tests/pallas_kernels/test_tuning.py",
+        "tests/pallas_kernels/packed_matmul/test_lora.py",
     ),
     Mutant(
         "double-quant",

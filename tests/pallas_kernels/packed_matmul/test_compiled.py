@@ -347,6 +347,7 @@ AMPERE_BUDGET = {"forward": 6.9, "backward": 7.4}
 def compiled(target: str) -> list[dict[str, Any]]:
     """What came of the cases, in a process of its own: one knows one architecture."""
     here = os.path.dirname(__file__)
+    tests = os.path.dirname(os.path.dirname(here))
     code = "import sys; sys.path[:0] = sys.argv[1:3]\nimport test_compiled as t\n"
     done = subprocess.run(
         [
@@ -354,7 +355,7 @@ def compiled(target: str) -> list[dict[str, Any]]:
             "-c",
             f"{code}t.report({target!r})",
             here,
-            os.path.dirname(here),
+            tests,
         ],
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,

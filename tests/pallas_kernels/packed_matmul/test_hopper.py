@@ -119,8 +119,9 @@ def test_four_warpgroups_in_the_interpreter():
         "assert t.check(case) < t.tolerance(case)\n"
     )
     here = os.path.dirname(__file__)
+    tests = os.path.dirname(os.path.dirname(here))
     done = subprocess.run(
-        [sys.executable, "-c", code, here, os.path.dirname(here)],
+        [sys.executable, "-c", code, here, tests],
         env=os.environ | {"NPROC": "8", "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,

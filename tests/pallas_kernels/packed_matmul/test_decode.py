@@ -103,8 +103,9 @@ def test_teams_in_a_cluster_without_races():
         "t.interpret(t.Case(3, 96, 4096, t.Config(teams=2, team=2, splits=2, hold_x=True)))\n"
     )
     here = os.path.dirname(__file__)
+    tests = os.path.dirname(os.path.dirname(here))
     done = subprocess.run(
-        [sys.executable, "-c", code, here, os.path.dirname(here)],
+        [sys.executable, "-c", code, here, tests],
         env=os.environ | {"NPROC": "12", "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
