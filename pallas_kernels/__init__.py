@@ -5,4 +5,6 @@ Needs jax and numpy alone. Knows no model and no adapter: everything above works
 """
 
 from pallas_kernels.layout import QuantizedTensor as QuantizedTensor
-from pallas_kernels.matmul import nf4_matmul as nf4_matmul
+from pallas_kernels.packed_matmul import choose as choose
+from pallas_kernels.packed_matmul import nf4_lora_matmul as nf4_lora_matmul
+from pallas_kernels.packed_matmul import nf4_matmul as nf4_matmul

@@ -1,30 +1,18 @@
-"""Every op in plain jax.numpy: the definition, the oracle and the 'xla' implementation.
+"""Quantizing and decoding in plain jax.numpy: the definition of a weight's values.
 
 Decoding picks a code's value by a tree of selects, bit by bit: on CPU a table gather
 does not vectorize and a one-hot product is 65 times slower. Planar layouts decode one
-nibble plane at a time, each a contiguous elementwise loop. Large products go plane by
-plane and tile by tile, so that the decoded weight is never interleaved nor whole.
+nibble plane at a time, each a contiguous elementwise loop.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels import codebook as cb
 from pallas_kernels.annotations import Array, Float, Int, Shaped, UInt8
 from pallas_kernels.layout import QuantizedTensor, plane_width
-from pallas_kernels.tuning import current_device
-
-TILE_BYTES = {"cpu": 4 << 20}
-"""Decoded weight alive at once in a tiled matmul. On CPU a tile stays in cache: at
-4 MiB 512 x 4096 x 11008 takes half of what it takes untiled."""
-WHOLE_BYTES = {"cpu": 8 << 20}
-"""Decoded weight up to which nothing is tiled: one product of the whole is faster than
-four of planes while it is small."""
-_DEFAULT_BYTES = 128 << 20  # elsewhere: few large launches
 
 
 def encode(
@@ -122,8 +110,8 @@ def dequantize(
         flat = scaled.reshape(-1)[: math.prod(w.shape)].astype(dtype)
         return flat.reshape(w.shape)
     rows = w.codes.shape[0]
-    scales = _plane_scales(w, absmax.reshape(rows, -1))
-    planes = _decode_planes(w.codes, scales, w, dtype)
+    scales = plane_scales(w, absmax.reshape(rows, -1))
+    planes = decode_planes(w.codes, scales, w, dtype)
     width = plane_width(w.layout)
     grouped = [p.reshape(rows, -1, width) for p in planes]
     return jnp.stack(grouped, axis=2).reshape(w.shape)
@@ -142,8 +130,8 @@ def dequantize_rows(
         return (decode_codes(words, w.codebook) * absmax).astype(dtype)
     blocks = k // w.block_size
     block = rows[:, None] * blocks + jnp.arange(blocks, dtype=jnp.int32)
-    scales = _plane_scales(w, _absmax_of(w, block))
-    planes = _decode_planes(w.codes[rows], scales, w, jnp.dtype(dtype))
+    scales = plane_scales(w, _absmax_of(w, block))
+    planes = decode_planes(w.codes[rows], scales, w, jnp.dtype(dtype))
     grouped = [p.reshape(rows.shape[0], -1, plane_width(w.layout)) for p in planes]
     return jnp.stack(grouped, axis=2).reshape(rows.shape[0], k)
 
@@ -160,70 +148,7 @@ def _absmax_of(w: QuantizedTensor, block: Int[Array, "..."]) -> Float[Array, "..
     return _spread_absmax(part, 1).reshape(block.shape)
 
 
-def matmul(x: Float[Array, "m k"], w: QuantizedTensor) -> Float[Array, "m n"]:
-    """Computes x @ w.T with the weight decoded tile by tile over n.
-
-    Products accumulate in float32 and are rounded once to x's dtype.
-    """
-    n, k = w.shape
-    if w.layout == "flat" or n * k * x.dtype.itemsize <= _limit(WHOLE_BYTES):
-        return _dot(x, dequantize(w, x.dtype), 1).astype(x.dtype)
-    absmax = decode_absmax(w).reshape(n, -1)
-    x_planes = _split_planes(x, w)
-
-    def tile(start: Array, size: int) -> Array:
-        codes = lax.dynamic_slice_in_dim(w.codes, start, size, 0)
-        scales = _plane_scales(w, lax.dynamic_slice_in_dim(absmax, start, size, 0))
-        planes = _decode_planes(codes, scales, w, x.dtype)
-        parts = [_dot(a, b, 1) for a, b in zip(x_planes, planes, strict=True)]
-        return sum(parts[1:], parts[0]).astype(x.dtype)
-
-    return _map_tiles(tile, n, k * x.dtype.itemsize)
-
-
-def matmul_dx(dy: Float[Array, "m n"], w: QuantizedTensor) -> Float[Array, "m k"]:
-    """Computes dy @ w, the gradient of `matmul` to x, tile by tile over k.
-
-    Tiling over k needs no accumulator: each tile of dx is finished when it is made.
-    """
-    n, k = w.shape
-    if w.layout == "flat" or n * k * dy.dtype.itemsize <= _limit(WHOLE_BYTES):
-        return _dot(dy, dequantize(w, dy.dtype), 0).astype(dy.dtype)
-    width = plane_width(w.layout)
-    # A unit of tiling must hold whole groups and whole blocks.
-    unit = math.lcm(4 * width, w.block_size)
-    absmax = decode_absmax(w).reshape(n, -1)
-
-    def tile(start: Array, size: int) -> Array:
-        columns, blocks = size * unit // 4, size * (unit // w.block_size)
-        codes = lax.dynamic_slice_in_dim(w.codes, start * (unit // 4), columns, 1)
-        first = start * (unit // w.block_size)
-        scales = _plane_scales(w, lax.dynamic_slice_in_dim(absmax, first, blocks, 1))
-        planes = _decode_planes(codes, scales, w, dy.dtype)
-        parts = [_dot(dy, p, 0).astype(dy.dtype) for p in planes]
-        grouped = [p.reshape(dy.shape[0], -1, width) for p in parts]
-        return jnp.stack(grouped, axis=2).reshape(dy.shape[0], size * unit)
-
-    return _map_tiles(tile, k // unit, n * unit * dy.dtype.itemsize)
-
-
-def _dot(x: Array, w: Array, contract: int) -> Array:
-    # A float32 result even of bf16 operands: it is what the hardware accumulates in,
-    # and four times faster on CPU than a bf16 result before jax 0.11.
-    dims = (((1,), (contract,)), ((), ()))
-    return lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
-
-
-def _limit(by_platform: dict[str, int]) -> int:
-    return by_platform.get(current_device().platform, _DEFAULT_BYTES)
-
-
-def _split_planes(x: Array, w: QuantizedTensor) -> list[Array]:
-    groups = x.reshape(x.shape[0], -1, 4, plane_width(w.layout))
-    return [groups[:, :, f].reshape(x.shape[0], -1) for f in range(4)]
-
-
-def _plane_scales(w: QuantizedTensor, absmax: Array) -> Array:
+def plane_scales(w: QuantizedTensor, absmax: Array) -> Array:
     """Spreads absmax, (rows, blocks a row), to (rows, groups, 4 planes or 1)."""
     fine = jnp.repeat(absmax, w.block_size // 64, axis=1)  # one for each 64 elements
     if w.layout == "planar64":  # a group of 64 lies inside one block
@@ -231,7 +156,7 @@ def _plane_scales(w: QuantizedTensor, absmax: Array) -> Array:
     return fine.reshape(fine.shape[0], -1, 4)
 
 
-def _decode_planes(
+def decode_planes(
     codes: Array, scales: Array, w: QuantizedTensor, dtype: jnp.dtype
 ) -> list[Array]:
     """Decodes (rows, columns) words to four (rows, columns) planes of `dtype`."""
@@ -243,20 +168,3 @@ def _decode_planes(
         scale = scales[:, :, min(f, scales.shape[2] - 1), None]
         planes.append((values * scale).astype(dtype).reshape(rows, -1))
     return planes
-
-
-def _map_tiles(
-    tile: Callable[[Array, int], Array], count: int, unit_bytes: int
-) -> Float[Array, "m count"]:
-    """Concatenates tile(start, size) over [0, count) along the last axis."""
-    tiles = max(1, -(-count * unit_bytes // _limit(TILE_BYTES)))
-    size = -(-count // tiles)
-    whole = count // size
-    if whole <= 1 and count == size:
-        return tile(jnp.int32(0), count)
-    starts = jnp.arange(whole, dtype=jnp.int32) * size
-    parts = lax.map(lambda start: tile(start, size), starts)  # (whole, m, width)
-    y = parts.transpose(1, 0, 2).reshape(parts.shape[1], -1)
-    if rest := count - whole * size:
-        y = jnp.concatenate([y, tile(jnp.int32(whole * size), rest)], axis=1)
-    return y

@@ -23,6 +23,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.device import (
+    LOGITS_BYTES,
+    TWO_PASS_WHOLE_BYTES,
+    XLA_TILE_BYTES,
+    XLA_WHOLE_BYTES,
+)
 from pallas_kernels.layout import abstract_tensor
 from qlora_jax.adapters.attach import attach_zero, split
 from qlora_jax.config.lora import LoRAConfig
@@ -382,16 +388,18 @@ def features(
     decoded = 0
     if setup.quant is not None and platform == "cpu":
         whole = c.hidden_size * c.intermediate_size
-        decoded = 4 * whole if whole * item <= _WHOLE_BYTES else _TILE_BYTES
+        decoded = XLA_TILE_BYTES["cpu"]
+        if whole * item <= XLA_WHOLE_BYTES["cpu"]:
+            decoded = 4 * whole
     together = _together(setup)
     more = (together - 1) * tokens
-    chunk = min(_LOGITS_BYTES[platform], 4 * setup.tokens * c.vocab_size)
+    chunk = min(LOGITS_BYTES[platform], 4 * setup.tokens * c.vocab_size)
     biased = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
     head = setup.embedding if c.tie_word_embeddings else setup.head
     pieces = (
         head == "4bit"
         and c.hidden_size % 256
-        and c.hidden_size * c.vocab_size > _PIECES
+        and 2 * c.hidden_size * c.vocab_size > TWO_PASS_WHOLE_BYTES["gpu"]
     )
     ahead = setup.stream and copies_ahead(
         c.num_layers, c.period, together, setup.checkpoint
@@ -415,10 +423,3 @@ def features(
         ("loss", "int8"): (head == "int8") * chunk * item / 4,
         ("loss", "workspace"): 1.0,
     }
-
-
-_LOGITS_BYTES = {"gpu": 256 << 20, "cpu": 32 << 20}  # train/loss.py
-_WHOLE_BYTES, _TILE_BYTES = 8 << 20, 4 << 20  # pallas_kernels/reference.py, on a CPU
-_PIECES = (
-    64 << 20
-)  # weights; pallas_kernels/two_pass.py, for heads that no kernel takes

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from bench_record import record
 
-from pallas_kernels.matmul import choose, nf4_matmul
+from pallas_kernels.packed_matmul import choose, nf4_matmul
 from pallas_kernels.shapes import SHAPES
 from qlora_jax.nn.matmul import frozen_matmul
 from qlora_jax.quant import QuantConfig, quantize_tensor

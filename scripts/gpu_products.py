@@ -7,8 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import layout, matmul, tuning
-from pallas_kernels.matmul import nf4_lora_matmul, nf4_matmul
+from pallas_kernels import layout
+from pallas_kernels.device import current_device
+from pallas_kernels.packed_matmul import (
+    IMPLEMENTATIONS,
+    choose,
+    nf4_lora_matmul,
+    nf4_matmul,
+)
 from pallas_kernels.tuning import Choice
 
 REPEATS = 2
@@ -96,9 +102,9 @@ def _adapted(name: str | None) -> Callable:
 
 def _candidate(task: dict[str, Any], x: Any, w: Any) -> Built:
     """A product with the config that the task names, whatever the table says."""
-    device = tuning.current_device()
+    device = current_device()
     choice = Choice(task["what"], tuple(sorted(task["config"].items())))
-    one = matmul.IMPLEMENTATIONS[task["what"]]
+    one = IMPLEMENTATIONS[task["what"]]
     run = getattr(one, task["direction"])
     width = w.shape[0] if task["direction"] == "forward" else w.shape[1]
     rank = task["rank"]
@@ -188,11 +194,11 @@ def statistic(repeats: list[list[float]]) -> dict[str, Any]:
 def chosen(task: dict[str, Any]) -> dict[str, Any]:
     """Returns a sweep task's config and whether it is what a free choice takes."""
     w = layout.abstract_tensor((task["n"], task["k"]))
-    if task["what"] not in matmul.IMPLEMENTATIONS:
+    if task["what"] not in IMPLEMENTATIONS:
         return {}
     args = (task["direction"], task["m"], w, jnp.dtype(jnp.bfloat16))
-    free = matmul.choose(*args)
-    named = matmul.choose(*args, name=task["what"])
+    free = choose(*args)
+    named = choose(*args, name=task["what"])
     return {
         "chosen": free.implementation == task["what"],
         "config": dict(named.config),

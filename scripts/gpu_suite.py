@@ -79,17 +79,17 @@ def handle(task: dict[str, Any], turn: Callable[[], Any]) -> dict[str, Any]:
 
 
 def device_facts() -> dict[str, Any]:
-    """Returns the fields of tuning.Device and the driver's version."""
+    """Returns the fields of Device and the driver's version."""
     import dataclasses
 
-    from pallas_kernels import tuning
+    from pallas_kernels.device import current_device
 
     asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         answer = subprocess.run(asked, capture_output=True, text=True).stdout.split()
     except OSError:
         answer = []
-    device = dataclasses.asdict(tuning.current_device())
+    device = dataclasses.asdict(current_device())
     return {"device": device, "driver": answer[0] if answer else None}
 
 
@@ -192,7 +192,8 @@ def main(arguments: list[str] | None = None, command: list[str] = WORKER) -> int
     facts = ask_device(command)
     import gpu_tasks
 
-    from pallas_kernels.tuning import Device, table_name
+    from pallas_kernels.device import Device
+    from pallas_kernels.tuning import table_name
 
     fields = facts["device"] | {"capability": tuple(facts["device"]["capability"])}
     device = Device(**fields)

@@ -7,9 +7,10 @@ from typing import Any
 import gpu_memory
 import jax.numpy as jnp
 
-from pallas_kernels import layout, matmul, tuning
+from pallas_kernels import layout, tuning
+from pallas_kernels.device import Device
+from pallas_kernels.packed_matmul import IMPLEMENTATIONS, choose
 from pallas_kernels.shapes import SHAPES
-from pallas_kernels.tuning import Device
 
 Task = dict[str, Any]
 
@@ -82,7 +83,7 @@ def sweep(device: Device, bitsandbytes: bool) -> list[Task]:
         for m in TOKENS:
             for direction in DIRECTIONS:
                 whats = [
-                    *(i for i in matmul.IMPLEMENTATIONS if can(i, direction, m, n, k, device)),
+                    *(i for i in IMPLEMENTATIONS if can(i, direction, m, n, k, device)),
                     "dense",
                     *(["bitsandbytes"] if bitsandbytes else []),
                 ]  # fmt: skip
@@ -127,9 +128,7 @@ def can(
     """Returns whether an implementation can run a product, by its own word."""
     w = layout.abstract_tensor((n, k))
     try:
-        matmul.choose(
-            direction, m, w, jnp.dtype(dtype), device=device, name=name, exact=exact
-        )
+        choose(direction, m, w, jnp.dtype(dtype), device=device, name=name, exact=exact)
     except ValueError:
         return False
     return True
@@ -147,7 +146,7 @@ def numerics(device: Device) -> list[Task]:
         if runs and task not in found:
             found.append(task)
 
-    for what in matmul.IMPLEMENTATIONS:
+    for what in IMPLEMENTATIONS:
         for direction in DIRECTIONS:
             for m, n, k in ODD:
                 add(what, direction, m, n, k)

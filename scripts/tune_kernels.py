@@ -31,8 +31,10 @@ import gpu_tasks  # noqa: E402
 import gpu_workers  # noqa: E402
 
 from pallas_kernels import tuning  # noqa: E402
+from pallas_kernels.device import Device  # noqa: E402
+from pallas_kernels.packed_matmul import IMPLEMENTATIONS  # noqa: E402
 from pallas_kernels.shapes import SHAPES  # noqa: E402
-from pallas_kernels.tuning import Choice, Device, Problem  # noqa: E402
+from pallas_kernels.tuning import Choice, Problem  # noqa: E402
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 RANK = 16
@@ -42,71 +44,17 @@ NOTE = (
     "is h200_kernels.jsonl. An entry whose m is not its key's was not measured at its own "
     "tokens."
 )
-HOPPER_TRIED = 6  # of the model's order
 
 
 def candidates(problem: Problem, device: Device) -> list[Choice]:
-    """Returns what may run a product, the model's favourites first."""
-    configs: dict[str, list[dict[str, Any]]] = {
-        "decode": decode_candidates(problem, device),
-        "hopper": sorted(
-            tuning.hopper_candidates(problem),
-            key=lambda c: tuning.cost(problem, device.cores, c),
-        )[:HOPPER_TRIED],
-        "ampere": ampere_candidates(problem, device),
-        "two_pass": [{}],
-    }
+    """Returns what may run a product, each implementation's favourites first."""
     at = (problem.direction, problem.m, problem.n, problem.k, device, problem.dtype)
     return [
         Choice(name, tuple(sorted(fields.items())))
-        for name, found in configs.items()
+        for name, one in IMPLEMENTATIONS.items()
         if gpu_tasks.can(name, *at)
-        for fields in found
+        for fields in one.candidates(problem, device)
     ]
-
-
-def decode_candidates(problem: Problem, device: Device) -> list[dict[str, Any]]:
-    """Returns decode.Config fields: the default's neighbours, those that can cut k alone."""
-    groups = -(-problem.k // 256)
-    base = tuning.decode_config(problem, device.cores)
-    found = [base]
-    for change in (
-        {"batch": max(1, base["batch"] // 2)},
-        {"team": 2},
-        {"rows": 32, "batch": max(1, base["batch"] // 2)},
-        {"hold_x": False},
-        {"hold_x": False, "ahead": 2},
-        {"hold_x": False, "team": 2, "splits": 2, "batch": 1},
-        {"hold_x": False, "teams": 4, "team": 1, "splits": 2, "batch": 1},
-    ):
-        fields = base | change
-        fits = problem.n % fields.get("rows", 16) == 0 and groups >= 8
-        if fits and fields not in found:
-            found.append(fields)
-    return found
-
-
-def ampere_candidates(problem: Problem, device: Device) -> list[dict[str, Any]]:
-    """Returns ampere.Config fields: tiles no larger than the tokens, k cut where few."""
-    forward = problem.direction == "forward"
-    found = []
-    for block_m in (16, 32, 64, 128):
-        if block_m > 16 and block_m >= 2 * problem.m:
-            continue
-        for rows in (64, 128) if forward else (128, 256):
-            if block_m == 128 and rows == (128 if forward else 256):
-                continue  # spills
-            tiles = (
-                -(-problem.m // block_m) * (problem.n if forward else problem.k) // rows
-            )
-            steps = problem.k // 256 if forward else problem.n // 64
-            for split in (1, 4):
-                if split > 1 and (tiles > 512 or steps % split or steps == split):
-                    continue
-                base = tuning.ampere_config(problem, device.capability)
-                fields = base | {"block_m": block_m, "rows": rows}
-                found.append(fields | ({"split_k": split} if split > 1 else {}))
-    return found
 
 
 def tasks(problems: list[Problem], device: Device) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
-"""Runs the register code of decode.py in numpy: what it builds is what is computed.
+"""Runs the register code of 'decode' in numpy: what it builds is what is computed.
 
-The functions below stand in for the MLIR builders that decode.py calls; a value is a
+The functions below stand in for the MLIR builders that decode/warp.py calls; a value is a
 numpy array with one element a thread (vectors: one row a thread). One bytearray is all
 memory, so pointers are numbers. Inline PTX is emulated by its text.
 """
@@ -212,7 +212,7 @@ def install(monkeypatch, module, memory: Memory) -> None:
 
 
 def registers(values: list) -> SimpleNamespace:
-    """An array in registers, as decode.py reads it."""
+    """An array in registers, as decode/warp.py reads it."""
     out = np.empty(len(values), object)
     for i, value in enumerate(values):
         out[i] = value

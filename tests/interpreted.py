@@ -6,8 +6,8 @@ shared table where the kernel has one; test_registers.py and test_decode.py run 
 itself. It knows neither mma.sync nor cp.async: Ampere's have stand-ins, too.
 """
 
+import dataclasses
 import functools
-from types import SimpleNamespace
 from typing import Any
 
 import jax.experimental.pallas as pl
@@ -17,44 +17,51 @@ import numpy as np
 import pytest
 from jax import lax
 
-from pallas_kernels import ampere, decode, hopper, matmul, registers, tuning
-from pallas_kernels.tuning import Device
+from pallas_kernels.device import Device
+from pallas_kernels.packed_matmul import IMPLEMENTATIONS, choice, registers
+from pallas_kernels.packed_matmul.ampere import backward as ampere_backward
+from pallas_kernels.packed_matmul.ampere import forward as ampere_forward
+from pallas_kernels.packed_matmul.ampere import pipeline
+from pallas_kernels.packed_matmul.decode import forward as decode_forward
+from pallas_kernels.packed_matmul.hopper import backward as hopper_backward
+from pallas_kernels.packed_matmul.hopper import forward as hopper_forward
+from pallas_kernels.packed_matmul.mosaic import decodes_exactly
 
 # A few cores, so that each walks over some tiles.
 _H200 = Device("gpu", "NVIDIA H200", (9, 0), 3)
 _A100 = Device("gpu", "NVIDIA A100-SXM4-80GB", (8, 0), 3)
-KERNELS = {"hopper": (hopper, _H200), "decode": (decode, _H200)}
-KERNELS["ampere"] = (ampere, _A100)
+_KERNELS = (
+    (hopper_forward, "forward"),
+    (hopper_backward, "backward"),
+    (decode_forward, "forward"),
+    (ampere_forward, "forward"),
+    (ampere_backward, "backward"),
+)
 
 
 def install(
     monkeypatch: pytest.MonkeyPatch, name: str, detect_races: bool, **fields: Any
 ) -> None:
     """Makes nf4_matmul run the kernels of a card here, some fields of one changed."""
-    device = KERNELS[name][1]
+    device = _A100 if name == "ampere" else _H200
     params = plgpu.InterpretGPUParams(
         detect_races=detect_races, uninitialized_memory="nan"
     )
-
-    def stand_in(asked: str) -> SimpleNamespace:
-        module, changed = KERNELS[asked][0], fields if asked == name else {}
-        products = {
-            direction: functools.partial(getattr(module, direction), interpret=params)
-            for direction in ("forward", "backward")
-            if hasattr(module, direction)
-        }
-        return SimpleNamespace(
-            Config=lambda **chosen: module.Config(**chosen | changed), **products
-        )
-
-    monkeypatch.setattr(matmul, "_mosaic", stand_in)
-    monkeypatch.setattr(tuning, "current_device", lambda: device)
+    for module, product in _KERNELS:
+        interpreted = functools.partial(getattr(module, product), interpret=params)
+        monkeypatch.setattr(module, product, interpreted)
+    one = IMPLEMENTATIONS[name]
+    changed = dataclasses.replace(
+        one, configure=lambda *args: one.configure(*args) | fields
+    )
+    monkeypatch.setitem(IMPLEMENTATIONS, name, changed)
+    monkeypatch.setattr(choice, "current_device", lambda: device)
     monkeypatch.setattr(registers, "fill_table", _fill_table)
     monkeypatch.setattr(registers, "decode_pair", _decode_pair)
     monkeypatch.setattr(registers, "decode_one", _decode_one)
     if name == "ampere":
-        monkeypatch.setattr(ampere, "_copy", _copy)
-        monkeypatch.setattr(ampere, "_wait", lambda left=0: None)
+        monkeypatch.setattr(pipeline, "copy", _copy)
+        monkeypatch.setattr(pipeline, "wait", lambda left=0: None)
         monkeypatch.setattr(plgpu, "mma", _mma)
 
 
@@ -79,7 +86,7 @@ def _decode_pair(
             _looked_up(words, np.uint16(4 * p), decoder, dtype, table) for p in planes
         ]
     values = [registers.select_plane(words, p, codebook) for p in planes]
-    exact = registers.decodes_exactly(decoder)
+    exact = decodes_exactly(decoder)
     return values if exact else [v.astype(dtype) for v in values]
 
 
@@ -92,7 +99,7 @@ def _looked_up(words, shift, decoder, dtype, table):
     """Values of a plane by the table's rows of a code and code 0."""
     code = (words >> shift & np.uint16(15)).astype(jnp.int32)
     found = jnp.take(table[:, 0], code)
-    if registers.decodes_exactly(decoder):
+    if decodes_exactly(decoder):
         return lax.bitcast_convert_type(found, jnp.float32)
     return lax.bitcast_convert_type(found.astype(jnp.uint16), dtype)
 

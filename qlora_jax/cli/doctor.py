@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.layout import QuantizedTensor
-from pallas_kernels.matmul import IMPLEMENTATIONS, choose
+from pallas_kernels.packed_matmul import IMPLEMENTATIONS, choose
 from qlora_jax.cli import options
 from qlora_jax.nn.attention import choose_attention
 from qlora_jax.quant import QuantConfig, quantize_tensor

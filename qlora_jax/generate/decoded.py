@@ -14,8 +14,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.device import current_device
 from pallas_kernels.layout import QuantizedTensor
-from pallas_kernels.tuning import current_device
 from qlora_jax.adapters.bank import AdapterBank
 from qlora_jax.memory import available_host_bytes
 from qlora_jax.nn import (

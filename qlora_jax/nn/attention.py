@@ -15,17 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.tuning import current_device
+from pallas_kernels.device import SCORE_BYTES, current_device, limit
+from pallas_kernels.products import dot
 from qlora_jax.errors import ConfigError
 
 logger = logging.getLogger(__name__)
-
-SCORE_BYTES = 16 << 20
-"""Float32 scores alive at once; what sets the query block."""
-
-GPU_SCORE_BYTES = 64 << 20
-"""On a GPU, where small blocks are all launches; the most that does not raise the peak of
-an 8B-shaped step of 2048 tokens (XLA's memory analysis for an H200)."""
 
 Implementation = Literal["xla", "cudnn"]
 VARIABLE = "QLORA_JAX_ATTENTION"
@@ -179,12 +173,10 @@ def attention(
         y = y.reshape(batch, kv_heads, group, -1, head_dim).transpose(0, 3, 1, 2, 4)
         return y.reshape(batch, -1, heads, head_dim)
 
-    gpu = current_device().platform == "gpu"
-    limit = GPU_SCORE_BYTES if gpu else SCORE_BYTES
-    limit = max(16, limit // (4 * batch * heads * keys))
-    if seq <= limit:
+    most = max(16, limit(SCORE_BYTES) // (4 * batch * heads * keys))
+    if seq <= most:
         return block(q, q_positions)
-    blocks = -(-seq // limit)
+    blocks = -(-seq // most)
     size = -(-seq // blocks)
 
     def split(x: Array) -> Array:
@@ -214,7 +206,7 @@ def _attend(
 ) -> Float[Array, "b h gq d"]:
     """Attention of one query block; rows are the queries of each head of a group."""
     weights = _weights(q, k, seen, scale, softcap)[0].astype(q.dtype)
-    return _dot(weights, v, 3, 2).astype(q.dtype)
+    return dot(weights, v, 3, 2, batch=2).astype(q.dtype)
 
 
 def _attend_fwd(q, k, v, seen, scale, softcap):
@@ -229,11 +221,12 @@ def _attend_bwd(scale, softcap, residuals, dy):
     # and transposes are made once rather than inside a product.
     weights, slope = _weights(q, k, seen, scale, softcap)
     weights = lax.optimization_barrier(weights)
-    dv = _dot(_transpose(weights.astype(q.dtype)), dy, 3, 2)
-    d_weights = _dot(dy, v, 3, 3)
+    dv = dot(_transpose(weights.astype(q.dtype)), dy, 3, 2, batch=2)
+    d_weights = dot(dy, v, 3, 3, batch=2)
     centre = jnp.sum(d_weights * weights, axis=-1, keepdims=True)
     d_scores = (weights * (d_weights - centre) * slope).astype(q.dtype)
-    dq, dk = _dot(d_scores, k, 3, 2), _dot(_transpose(d_scores), q, 3, 2)
+    dq = dot(d_scores, k, 3, 2, batch=2)
+    dk = dot(_transpose(d_scores), q, 3, 2, batch=2)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
@@ -248,7 +241,7 @@ def _weights(
     q: Array, k: Array, seen: Array, scale: float, softcap: float | None
 ) -> tuple[Float[Array, "b h gq k"], Array | float]:
     """Returns the softmax, and what a score's derivative is multiplied by."""
-    scores = _dot(q, k, 3, 3) * scale
+    scores = dot(q, k, 3, 3, batch=2) * scale
     slope = scale
     if softcap is not None:
         capped = jnp.tanh(scores / softcap)
@@ -257,10 +250,3 @@ def _weights(
     scores = scores.reshape(b, h, -1, seen.shape[3], keys)
     weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1)
     return weights.reshape(b, h, rows, keys), slope
-
-
-def _dot(
-    a: Array, b: Array, contract_a: int, contract_b: int
-) -> Float[Array, "b h ..."]:
-    dims = (((contract_a,), (contract_b,)), ((0, 1), (0, 1)))
-    return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)

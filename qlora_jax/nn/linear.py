@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from pallas_kernels.layout import QuantizedTensor
-from pallas_kernels.matmul import nf4_lora_matmul, nf4_matmul
+from pallas_kernels.packed_matmul import nf4_lora_matmul, nf4_matmul
 from qlora_jax.nn.matmul import factor_matmul, frozen_matmul, int8_matmul
 from qlora_jax.nn.origin import Origin
 from qlora_jax.nn.variables import FrozenParam, trains
@@ -163,7 +163,7 @@ class DecodedLinear(Linear):
 
     Its products round where QuantizedLinear's do: they are equal bit for bit where that
     decodes a weight whole, and differ by the order of a float32 sum where it goes tile by
-    tile (pallas_kernels/reference.py).
+    tile (pallas_kernels/packed_matmul/xla.py).
 
     Attributes:
       kernel: FrozenParam, (..., out, in), in the compute dtype.

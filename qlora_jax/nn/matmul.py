@@ -11,17 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int8
 
-from pallas_kernels.tuning import current_device
+from pallas_kernels.device import INT8_PIECE_BYTES, limit
+from pallas_kernels.products import dot, fold_rows
 from qlora_jax.quant.int8 import scales
-
-PIECE_BYTES = {"cpu": 4 << 20, "gpu": 32 << 20}
-"""Of an int8 table's rows in the compute dtype, and of their float32 product, alive at once;
-as 4-bit weights have it."""
-
-
-def _dot(a: Array, b: Array, contract_a: int, contract_b: int) -> Array:
-    dims = (((contract_a,), (contract_b,)), ((), ()))
-    return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 
 @jax.custom_vjp
@@ -29,7 +21,7 @@ def frozen_matmul(
     x: Float[Array, "m k"], w: Float[Array, "n k"]
 ) -> Float[Array, "m n"]:
     """Computes x @ w.T in x's dtype; differentiable to x only."""
-    return _dot(x, w.astype(x.dtype), 1, 1).astype(x.dtype)
+    return dot(x, w.astype(x.dtype), 1, 1).astype(x.dtype)
 
 
 def _frozen_fwd(x, w):
@@ -37,7 +29,7 @@ def _frozen_fwd(x, w):
 
 
 def _frozen_bwd(w, dy):
-    return _dot(dy, w.astype(dy.dtype), 1, 0).astype(dy.dtype), None
+    return dot(dy, w.astype(dy.dtype), 1, 0).astype(dy.dtype), None
 
 
 frozen_matmul.defvjp(_frozen_fwd, _frozen_bwd)
@@ -52,7 +44,7 @@ def factor_matmul(
     The factor's gradient is accumulated and kept in the factor's own dtype (float32),
     never rounded to the compute dtype.
     """
-    return _dot(x, factor.astype(x.dtype), 1, 0).astype(x.dtype)
+    return dot(x, factor.astype(x.dtype), 1, 0).astype(x.dtype)
 
 
 def _factor_fwd(x, factor):
@@ -61,8 +53,8 @@ def _factor_fwd(x, factor):
 
 def _factor_bwd(residuals, dy):
     x, factor = residuals
-    dx = _dot(dy, factor.astype(dy.dtype), 1, 1).astype(x.dtype)
-    return dx, _dot(x, dy, 0, 0).astype(factor.dtype)
+    dx = dot(dy, factor.astype(dy.dtype), 1, 1).astype(x.dtype)
+    return dx, dot(x, dy, 0, 0).astype(factor.dtype)
 
 
 factor_matmul.defvjp(_factor_fwd, _factor_bwd)
@@ -81,11 +73,11 @@ def int8_matmul(
     """
 
     def add(y: Array, codes: Array, absmax: Array, start: Array) -> Array:
-        part = _dot(x, codes.astype(x.dtype), 1, 1) * scales(absmax).T
+        part = dot(x, codes.astype(x.dtype), 1, 1) * scales(absmax).T
         return lax.dynamic_update_slice_in_dim(y, part.astype(x.dtype), start, 1)
 
     y = jnp.zeros((x.shape[0], codes.shape[0]), x.dtype)
-    return _by_rows(add, y, codes, absmax, x.dtype.itemsize)
+    return _fold(add, y, codes, absmax, x.dtype.itemsize)
 
 
 def _int8_fwd(x, codes, absmax):
@@ -96,18 +88,18 @@ def _int8_bwd(residuals, dy):
     def add(dx: Array, codes: Array, absmax: Array, start: Array) -> Array:
         rows = (codes.astype(jnp.float32) * scales(absmax)).astype(dy.dtype)
         part = lax.dynamic_slice_in_dim(dy, start, rows.shape[0], 1)
-        return dx + _dot(part, rows, 1, 0)
+        return dx + dot(part, rows, 1, 0)
 
     codes, absmax = residuals
     dx = jnp.zeros((dy.shape[0], codes.shape[1]), jnp.float32)
-    dx = _by_rows(add, dx, codes, absmax, dy.dtype.itemsize)
+    dx = _fold(add, dx, codes, absmax, dy.dtype.itemsize)
     return dx.astype(dy.dtype), None, None
 
 
 int8_matmul.defvjp(_int8_fwd, _int8_bwd)
 
 
-def _by_rows(
+def _fold(
     add: Callable[[Array, Array, Array, Array], Array],
     total: Array,
     codes: Array,
@@ -117,15 +109,6 @@ def _by_rows(
     """Folds add(total, codes, absmax, first row) over pieces of a table's rows, of values of
     `item` bytes."""
     n, k = codes.shape
-    limit = PIECE_BYTES.get(current_device().platform, PIECE_BYTES["gpu"])
-    size = min(n, max(1, limit // max(k * item, 4 * total.shape[0])))
-
-    def piece(start: Array, size: int, total: Array) -> Array:
-        rows, largest = (
-            lax.dynamic_slice_in_dim(x, start, size, 0) for x in (codes, absmax)
-        )
-        return add(total, rows, largest, start)
-
-    total = lax.fori_loop(0, n // size, lambda i, y: piece(i * size, size, y), total)
-    rest = n % size
-    return piece(jnp.int32(n - rest), rest, total) if rest else total
+    row = max(k * item, 4 * total.shape[0])
+    size = min(n, max(1, limit(INT8_PIECE_BYTES) // row))
+    return fold_rows(add, total, (codes, absmax), size)

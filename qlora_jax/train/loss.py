@@ -14,15 +14,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.tuning import current_device
-
-CHUNK_BYTES = 32 << 20
-"""Float32 logits alive at once; what sets the chunk."""
-
-GPU_CHUNK_BYTES = 256 << 20
-"""On a GPU, where each chunk reads the whole head twice: 500 tokens of a vocabulary of
-128,256, so that the products are bound by arithmetic. An 8B-shaped step of 2048 tokens or
-more peaks elsewhere (XLA's memory analysis for an H200)."""
+from pallas_kernels.device import LOGITS_BYTES, limit
 
 
 def cross_entropy(
@@ -45,8 +37,7 @@ def cross_entropy(
     """
     graphdef, lora, base = nnx.split(head, nnx.LoRAParam, ...)
     count = labels.size
-    limit = GPU_CHUNK_BYTES if current_device().platform == "gpu" else CHUNK_BYTES
-    chunks = max(1, -(-count * head.out_features * 4 // limit))
+    chunks = max(1, -(-count * head.out_features * 4 // limit(LOGITS_BYTES)))
     size = -(-count // chunks)
 
     def split(x: Array, *shape: int) -> Array:

@@ -49,10 +49,10 @@ class Mutant:
 MUTANTS = (
     Mutant(
         "kernel-decode",
-        "pallas_kernels/registers.py",
+        "pallas_kernels/packed_matmul/registers.py",
         "words = bits[low] | bits[high] << 16",
         "words = bits[high] | bits[low] << 16",
-        "tests/pallas_kernels/test_registers.py",
+        "tests/pallas_kernels/packed_matmul/test_registers.py",
     ),
     Mutant(
         "codes-layout",
@@ -70,10 +70,10 @@ MUTANTS = (
     ),
     Mutant(
         "lora-gradient",
-        "pallas_kernels/matmul.py",
-        "db = _dot(hidden, dy, 0, 0).astype(b.dtype)",
-        "db = _dot(hidden, dy * jnp.float32(scale).astype(dy.dtype), 0, 0).astype(b.dtype)",
-        "tests/pallas_kernels/test_tuning.py",
+        "pallas_kernels/packed_matmul/api.py",
+        "db = dot(hidden, dy, 0, 0).astype(b.dtype)",
+        "db = dot(hidden, dy * jnp.float32(scale).astype(dy.dtype), 0, 0).astype(b.dtype)",
+        "tests/pallas_kernels/packed_matmul/test_lora.py",
     ),
     Mutant(
         "double-quant",

@@ -9,6 +9,7 @@ import numpy as np
 import oracle
 import pytest
 
+from pallas_kernels.device import SCORE_BYTES
 from qlora_jax.errors import ConfigError
 from qlora_jax.nn import attention as module
 from qlora_jax.nn.attention import attention, causal_attention, choose_attention
@@ -32,7 +33,7 @@ def positions(padding: int = 0) -> jax.Array:
 def blocks(request, monkeypatch):
     """Queries in one block, or in blocks of 13 of which the last is partial."""
     if request.param:
-        monkeypatch.setattr(module, "SCORE_BYTES", request.param)
+        monkeypatch.setitem(SCORE_BYTES, "cpu", request.param)
 
 
 @pytest.mark.parametrize(("window", "padding"), [(None, 0), (5, 0), (None, 6), (4, 3)])
@@ -92,7 +93,7 @@ def test_queries_may_be_fewer_than_keys():
 
 
 def test_nothing_of_all_scores_is_kept_or_made(monkeypatch):
-    monkeypatch.setattr(module, "SCORE_BYTES", 1)
+    monkeypatch.setitem(SCORE_BYTES, "cpu", 1)
     seq = 256
     arrays = inputs(seq)
     at = jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32), (BATCH, seq))

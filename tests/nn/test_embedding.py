@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
+from pallas_kernels.device import INT8_PIECE_BYTES
 from pallas_kernels.reference import dequantize_rows
 from qlora_jax.nn import (
     Embedding,
@@ -14,7 +15,6 @@ from qlora_jax.nn import (
     QuantizedEmbedding,
     QuantizedLinear,
     TrainedRows,
-    matmul,
 )
 from qlora_jax.quant import QuantConfig, dequantize, quantize_rows, quantize_tensor
 
@@ -96,7 +96,7 @@ def test_an_int8_head_and_its_gradient_are_the_decoded_ones(
 ):
     # Whole, in pieces with a rest, and with a rest of one row.
     item = jnp.dtype(dtype).itemsize
-    monkeypatch.setitem(matmul.PIECE_BYTES, "cpu", piece_rows * 24 * item)
+    monkeypatch.setitem(INT8_PIECE_BYTES, "cpu", piece_rows * 24 * item)
     table, exact = int8_table()
     x = jax.random.normal(jax.random.key(1), (2, 3, 24)).astype(dtype)
     dy = jax.random.normal(jax.random.key(2), (2, 3, 50)).astype(dtype)

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from gpu_cases import case
 
-from pallas_kernels import layout, matmul, reference
+from pallas_kernels import layout, reference
+from pallas_kernels.packed_matmul import IMPLEMENTATIONS
+from pallas_kernels.packed_matmul.implementation import Implementation
 
 
 @pytest.mark.slow
@@ -29,10 +31,10 @@ def test_what_is_right_passes(what, direction, fields):
     assert row["passed"], row
 
 
-def wrong_by(change) -> matmul.Implementation:
+def wrong_by(change) -> Implementation:
     """The 'xla' implementation with a changed result."""
-    one = matmul.IMPLEMENTATIONS["xla"]
-    return matmul.Implementation(
+    one = IMPLEMENTATIONS["xla"]
+    return Implementation(
         forward=lambda *args: change(one.forward(*args)),
         backward=lambda *args: change(one.backward(*args)),
         refuses=one.refuses,
@@ -55,7 +57,7 @@ def unwritten(y):
 @pytest.mark.parametrize("change", [lost_block, scaled, unwritten])
 def test_what_is_wrong_fails(monkeypatch, direction, change):
     monkeypatch.setitem(gpu_numerics.ROUNDINGS, "wrong", 2)
-    monkeypatch.setitem(matmul.IMPLEMENTATIONS, "wrong", wrong_by(change))
+    monkeypatch.setitem(IMPLEMENTATIONS, "wrong", wrong_by(change))
     row = gpu_numerics.here(case("wrong", direction, m=200))
     assert row["passed"] is False, row
 
@@ -65,10 +67,8 @@ def test_weights_that_are_near_are_not_exact(monkeypatch):
         w = reference.dequantize(w, "float16").astype(x.dtype)
         return jnp.dot(x, w.T, preferred_element_type=jnp.float32).astype(x.dtype)
 
-    one = matmul.Implementation(
-        forward=twice_rounded, backward=None, refuses=lambda *_: None
-    )
-    monkeypatch.setitem(matmul.IMPLEMENTATIONS, "near", one)
+    one = Implementation(forward=twice_rounded, backward=None, refuses=lambda *_: None)
+    monkeypatch.setitem(IMPLEMENTATIONS, "near", one)
     row = gpu_numerics.here(case("near", m=512, n=512, exact=True, check="bits"))
     assert row["passed"] is False and 0 < row["wrong"] < 512 * 512 // 10
 

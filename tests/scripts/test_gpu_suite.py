@@ -61,10 +61,10 @@ import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "scripts")!r}]
 import dataclasses, os
 import gpu_suite, gpu_workers
-from pallas_kernels import matmul
+from pallas_kernels.packed_matmul import IMPLEMENTATIONS
 if os.environ.get("SPOIL"):
-    one = matmul.IMPLEMENTATIONS["xla"]
-    matmul.IMPLEMENTATIONS["xla"] = dataclasses.replace(
+    one = IMPLEMENTATIONS["xla"]
+    IMPLEMENTATIONS["xla"] = dataclasses.replace(
         one, backward=lambda *args: one.backward(*args) * 1.02
     )
 gpu_workers.serve(gpu_suite.handle)

@@ -6,16 +6,16 @@ import gpu_workers
 import jax
 import pytest
 
-from pallas_kernels import matmul
+from pallas_kernels.device import Device
+from pallas_kernels.packed_matmul.mosaic import MOSAIC_JAX
 from pallas_kernels.shapes import SHAPES
-from pallas_kernels.tuning import Device
 
 H200 = Device("gpu", "NVIDIA H200", (9, 0), 132)
 A100 = Device("gpu", "NVIDIA A100-SXM4-80GB", (8, 0), 108)
 CPU = Device("cpu")
 
 needs_mosaic = pytest.mark.skipif(
-    jax.__version_info__ < matmul.MOSAIC_JAX, reason="needs jax >= 0.11.2"
+    jax.__version_info__ < MOSAIC_JAX, reason="needs jax >= 0.11.2"
 )
 
 

@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 import tune_kernels
 
-from pallas_kernels import layout, matmul, reference, tuning
-from pallas_kernels.tuning import Device, Problem
+from pallas_kernels import layout, reference, tuning
+from pallas_kernels.device import Device
+from pallas_kernels.packed_matmul import IMPLEMENTATIONS, ampere, choose
+from pallas_kernels.packed_matmul.mosaic import MOSAIC_JAX
+from pallas_kernels.tuning import Problem
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,7 +30,7 @@ BF16 = jnp.dtype(jnp.bfloat16)
 DIRECTIONS = ("forward", "backward")
 
 needs_mosaic = pytest.mark.skipif(
-    jax.__version_info__ < matmul.MOSAIC_JAX, reason="needs jax >= 0.11.2"
+    jax.__version_info__ < MOSAIC_JAX, reason="needs jax >= 0.11.2"
 )
 
 
@@ -43,7 +46,7 @@ def test_an_h200_tries_decode_up_to_32_tokens(direction, m):
     assert len(set(found)) == len(found)
     if decodes:
         assert names.count("decode") >= 5
-    free = matmul.IMPLEMENTATIONS["hopper"].configure(problem, H200, False)
+    free = IMPLEMENTATIONS["hopper"].configure(problem, H200, False)
     assert free in [dict(c.config) for c in found if c.implementation == "hopper"]
 
 
@@ -51,16 +54,14 @@ def test_an_h200_tries_decode_up_to_32_tokens(direction, m):
 @pytest.mark.parametrize("device", CARDS, ids=lambda device: device.kind)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_ampere_and_ada_cards_try_ampere(device, direction):
-    from pallas_kernels import ampere
-
     problem = Problem(direction, 64, 4096, 4096, "float16")
     found = tune_kernels.candidates(problem, device)
     assert {choice.implementation for choice in found} == {"ampere", "two_pass"}
     configs = [dict(c.config) for c in found if c.implementation == "ampere"]
-    assert tuning.ampere_config(problem, device.capability) in configs
+    assert ampere.config.configure(problem, device) in configs
     assert {c["block_m"] for c in configs} == {16, 32, 64}
     contraction = problem.k // 256 if direction == "forward" else problem.n // 64
-    for config in map(lambda fields: ampere.Config(**fields), configs):
+    for config in map(lambda fields: ampere.config.Config(**fields), configs):
         assert contraction % config.split_k == 0
         if direction == "backward":
             assert config.x_stages == config.weight_stages
@@ -158,7 +159,7 @@ def test_the_library_takes_what_was_tuned(tune):
     w = layout.abstract_tensor((4096, 8192))
 
     def taken(direction, m):
-        return matmul.choose(direction, m, w, BF16, device=H200)
+        return choose(direction, m, w, BF16, device=H200)
 
     before = taken("forward", 7)
     assert "measured" not in before.why

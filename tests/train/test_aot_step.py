@@ -11,8 +11,8 @@ import optax
 import pytest
 
 import qlora_jax as qlora
-from pallas_kernels import matmul
 from pallas_kernels.layout import abstract_tensor
+from pallas_kernels.packed_matmul import choose
 from qlora_jax.memory import Setup
 from qlora_jax.models import Decoder, DecoderConfig
 from qlora_jax.models.decoder import LayerKind
@@ -154,7 +154,7 @@ def test_a_models_shapes_go_by_the_tuned_table():
     with absent_gpu("h200"):  # what the step is traced for
         for shape, direction in itertools.product(shapes, ("forward", "backward")):
             w = abstract_tensor(shape)
-            choice = matmul.choose(direction, BATCH * SEQ, w, jnp.dtype(jnp.bfloat16))
+            choice = choose(direction, BATCH * SEQ, w, jnp.dtype(jnp.bfloat16))
             assert choice.implementation == "hopper"
             assert choice.why.startswith("measured on NVIDIA H200"), choice
     lora = qlora.LoRAConfig(rank=16, targets="all-linear")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pallas_kernels.device import LOGITS_BYTES
 from qlora_jax.nn import Linear, LoRA
-from qlora_jax.train import loss
 from qlora_jax.train.loss import cross_entropy
 
 BATCH, SEQ, HIDDEN, VOCAB = 3, 7, 32, 50
@@ -54,7 +54,7 @@ def value_and_grads(function, head, hidden, labels, weights):
 def chunks(request, monkeypatch) -> int:
     # Tokens (21) do not divide evenly into 2 or 5 chunks: the last is padded.
     size = -(-BATCH * SEQ // request.param)
-    monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * VOCAB * size)
+    monkeypatch.setitem(LOGITS_BYTES, "cpu", 4 * VOCAB * size)
     return request.param
 
 
@@ -72,7 +72,7 @@ def test_value_and_gradients_are_those_of_log_softmax(chunks, lora):
 
 
 def test_the_logits_of_one_chunk_are_all_that_is_alive(monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * VOCAB * 5)
+    monkeypatch.setitem(LOGITS_BYTES, "cpu", 4 * VOCAB * 5)
     head, hidden, labels, weights = problem()
     jaxpr = str(
         jax.make_jaxpr(jax.grad(cross_entropy, argnums=1))(

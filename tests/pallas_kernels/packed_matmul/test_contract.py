@@ -15,9 +15,10 @@ import numpy as np
 import oracle
 import pytest
 
-from pallas_kernels import matmul, nf4_matmul, reference, two_pass
+from pallas_kernels import device, nf4_matmul
 from pallas_kernels.layout import QuantizedTensor
-from pallas_kernels.matmul import IMPLEMENTATIONS
+from pallas_kernels.packed_matmul import IMPLEMENTATIONS, choice, choose, two_pass, xla
+from pallas_kernels.packed_matmul.mosaic import MOSAIC_JAX
 from pallas_kernels.shapes import SHAPES as MODEL_SHAPES
 
 EVERYWHERE = ("two_pass", "xla")
@@ -57,9 +58,7 @@ def chosen(direction: str, rows: int, w: QuantizedTensor, dtype, name, exact) ->
     """The implementation that runs a direction when `name` is asked for."""
     if direction == "backward" and IMPLEMENTATIONS[name].backward is None:
         name = None
-    return matmul.choose(
-        direction, rows, w, dtype, name=name, exact=exact
-    ).implementation
+    return choose(direction, rows, w, dtype, name=name, exact=exact).implementation
 
 
 def weight(name: str, w: QuantizedTensor, dtype, exact: bool) -> np.ndarray:
@@ -101,7 +100,7 @@ def check_contract(
     u = activations(rows, rank, dtype)
     for direction, a, dense in (("forward", x, forward.T), ("backward", dy, backward)):
         v = activations(dense.shape[1], rank, dtype)
-        run = functools.partial(matmul._run, direction, name=name, exact=exact)
+        run = functools.partial(choice.run, direction, name=name, exact=exact)
         y = jax.jit(lambda *args, run=run: run(*args))(a, w, (u, v))
         a, dense = (np.asarray(array, np.float64) for array in (a, dense))
         low_rank = np.asarray(u, np.float64), np.asarray(v, np.float64).T
@@ -233,9 +232,7 @@ RAGGED = [
 ]
 
 
-@pytest.mark.skipif(
-    jax.__version_info__ < matmul.MOSAIC_JAX, reason="needs jax >= 0.11.2"
-)
+@pytest.mark.skipif(jax.__version_info__ < MOSAIC_JAX, reason="needs jax >= 0.11.2")
 @pytest.mark.parametrize("case", INTERPRETED)
 def test_fused_kernels_keep_the_contract(case: Fused, monkeypatch, capfd):
     case.check(monkeypatch)
@@ -243,9 +240,7 @@ def test_fused_kernels_keep_the_contract(case: Fused, monkeypatch, capfd):
     assert "RACE" not in said.out + said.err
 
 
-@pytest.mark.skipif(
-    jax.__version_info__ < matmul.MOSAIC_JAX, reason="needs jax >= 0.11.2"
-)
+@pytest.mark.skipif(jax.__version_info__ < MOSAIC_JAX, reason="needs jax >= 0.11.2")
 @pytest.mark.parametrize("case", RAGGED, ids=str)
 def test_rows_that_no_tile_divides_are_computed_twice(case: Fused, monkeypatch):
     # Two tiles write the same values to the same rows of the result, which is a race to
@@ -268,7 +263,7 @@ def test_weights_of_the_fast_decoders_are_off_by_three_roundings(codebook, dtype
 def tiles(monkeypatch):
     """Makes the 'xla' implementation tile small weights; gives the sizes it used."""
     sizes = []
-    whole = reference._map_tiles
+    whole = xla._map_tiles
 
     def seen(tile, count, unit_bytes):
         def recorded(start, size):
@@ -277,8 +272,8 @@ def tiles(monkeypatch):
 
         return whole(recorded, count, unit_bytes)
 
-    monkeypatch.setattr(reference, "_map_tiles", seen)
-    monkeypatch.setitem(reference.WHOLE_BYTES, "cpu", 0)
+    monkeypatch.setattr(xla, "_map_tiles", seen)
+    monkeypatch.setitem(device.XLA_WHOLE_BYTES, "cpu", 0)
     return sizes
 
 
@@ -307,14 +302,14 @@ def test_tiles_with_a_remainder_make_the_whole_product(
     tiles, monkeypatch, shape, block_size
 ):
     # 5 rows of w fill a forward tile. In backward a tile is one unit of columns.
-    monkeypatch.setitem(reference.TILE_BYTES, "cpu", 5 * shape[1] * 4)
+    monkeypatch.setitem(device.XLA_TILE_BYTES, "cpu", 5 * shape[1] * 4)
     check_contract("xla", oracle.quantized(shape, block_size=block_size))
     assert {5, 2, 1} <= set(tiles)
 
 
 def test_columns_are_tiled_with_a_remainder(tiles, monkeypatch):
     # 11 units of 256 columns: tiles of 3, 3, 3 and a rest of 2.
-    monkeypatch.setitem(reference.TILE_BYTES, "cpu", 3 * 256 * 4 * 4)
+    monkeypatch.setitem(device.XLA_TILE_BYTES, "cpu", 3 * 256 * 4 * 4)
     check_contract("xla", oracle.quantized((4, 11 * 256)))
     assert {3, 2} <= set(tiles)
 
@@ -322,8 +317,8 @@ def test_columns_are_tiled_with_a_remainder(tiles, monkeypatch):
 @pytest.mark.parametrize("shape", [(96, 256), (100, 192)], ids=["even", "with a rest"])
 def test_two_pass_takes_a_large_weight_in_pieces(shape, monkeypatch):
     n, k = shape
-    monkeypatch.setattr(two_pass, "WHOLE_BYTES", 1024)
-    monkeypatch.setattr(two_pass, "PIECE_BYTES", 32 * k * 4)
+    monkeypatch.setitem(device.TWO_PASS_WHOLE_BYTES, "cpu", 1024)
+    monkeypatch.setitem(device.TWO_PASS_PIECE_BYTES, "cpu", 32 * k * 4)
     w = oracle.quantized(shape)
     check_contract("two_pass", w)
     check_contract("two_pass", w, "bfloat16")
@@ -410,7 +405,7 @@ def refusing(monkeypatch):
     """Puts an implementation that cannot run here in front."""
     xla = IMPLEMENTATIONS["xla"]
     picky = dataclasses.replace(xla, refuses=lambda *args: "needs 17 GPUs")
-    monkeypatch.setattr(matmul, "IMPLEMENTATIONS", {"picky": picky, "xla": xla})
+    monkeypatch.setattr(choice, "IMPLEMENTATIONS", {"picky": picky, "xla": xla})
 
 
 def test_a_named_implementation_that_cannot_run_raises_with_the_reason(refusing):
@@ -419,12 +414,12 @@ def test_a_named_implementation_that_cannot_run_raises_with_the_reason(refusing)
 
 
 def test_the_free_choice_passes_over_it_and_says_so_once(refusing, caplog):
-    matmul._log_choice.cache_clear()
+    choice._log_choice.cache_clear()
     w = oracle.quantized((24, 192))
-    with caplog.at_level(logging.INFO, matmul.logger.name):
+    with caplog.at_level(logging.INFO, choice.logger.name):
         for _ in range(2):
-            choice = matmul.choose("forward", M, w, jnp.dtype("float32"))
-            assert choice.implementation == "xla"
-    said = [r.message for r in caplog.records if r.name == matmul.logger.name]
+            taken = choose("forward", M, w, jnp.dtype("float32"))
+            assert taken.implementation == "xla"
+    said = [r.message for r in caplog.records if r.name == choice.logger.name]
     assert len(said) == 1
     assert "'xla'" in said[0] and "picky: needs 17 GPUs" in said[0]

@@ -1,6 +1,6 @@
-"""The NF4 product for few tokens (generation): bound by reading the weight once.
+"""The kernel of 'decode': y = x @ W.T for few tokens, bound by reading the weight once.
 
-y = x @ W.T for m <= 32, in one launch. As many blocks as SMs walk over tiles of 16 or
+It takes m <= 32, in one launch. As many blocks as SMs walk over tiles of 16 or
 more rows of W. A team of warpgroups works on a tile, its warps splitting k: a tile is
 small, and all SMs get the same share. Words go from memory to registers, a tile or more
 ahead; absmax is decoded from its 8 bits on the way. x is in registers, each warp having
@@ -8,13 +8,12 @@ what it needs of it (m <= 8: shared memory is then left to the decoding), or in 
 memory; for x too large for that the blocks of a cluster split k once more. The sums of a
 tile's warps meet in shared memory, those of a cluster in that of its first block.
 
-This file has the way through the tiles; what is done with one is in decode_steps.py.
+This file has the way through the tiles; what is done with one is in steps.py.
 
 Measured on an H200: the kernel is bound by shared memory and L1, where each pair of weights
 costs a look-up, not by HBM; so it pays to keep x, and barriers, out of the main loop.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -24,36 +23,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import codebook as cb
-from pallas_kernels import decode_steps, reference
+from pallas_kernels import reference
 from pallas_kernels.annotations import Array, Float
-from pallas_kernels.decode_steps import GROUPS
 from pallas_kernels.layout import QuantizedTensor
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """How the kernel is cut; all of it static.
-
-    Attributes:
-      teams: Tiles that a block has in work at a time.
-      team: Warpgroups that share a tile; its 4 * team warps split k. A power of two.
-      splits: Blocks of a cluster, which split k (and so x) once more.
-      batch: Tiles whose sums a team keeps in shared memory until it adds them up; 1 with
-        splits.
-      rows: Rows of W in a tile, a multiple of 16.
-      ahead: Tiles that a warpgroup loads ahead of the one that it multiplies.
-      hold_x: Whether a warp keeps its part of x in registers, 32 for 8 tokens, rather
-        than in shared memory. Where a team takes several steps along k, it takes each
-        for all tiles of a batch; ahead must be 1 then.
-    """
-
-    teams: int = 1
-    team: int = 4
-    splits: int = 1
-    batch: int = 1
-    rows: int = 16
-    ahead: int = 1
-    hold_x: bool = False
+from pallas_kernels.packed_matmul.decode.config import Config
+from pallas_kernels.packed_matmul.decode.steps import GROUPS, SUMS, Steps, table_rows
 
 
 def forward(
@@ -107,7 +81,7 @@ def _absmax_operands(w: QuantizedTensor) -> list[Array]:
     return [stored.reshape(n, -1), w.absmax_scale, w.absmax_offset.reshape(1)]
 
 
-class _Kernel(decode_steps.Steps):
+class _Kernel(Steps):
     """The kernel for one product's shapes."""
 
     def __init__(self, x, n, w, config, double_quant, num_sms, interpret):
@@ -186,7 +160,7 @@ class _Kernel(decode_steps.Steps):
         )(
             x,
             codes,
-            jnp.asarray(decode_steps.table_rows(self.codebook, self.dtype)),
+            jnp.asarray(table_rows(self.codebook, self.dtype)),
             *absmax,
         )
         return result[0] if isinstance(result, (tuple, list)) else result
@@ -218,7 +192,7 @@ class _Warpgroup:
         self.stride = stride = kernel.clusters * teams
         self.tiles = lax.div(kernel.tiles - self.first + stride - 1, jnp.int32(stride))
         self.group_0 = self.split * kernel.groups
-        zero = plgpu.layout_cast(jnp.zeros((64, 8), jnp.float32), decode_steps.SUMS)
+        zero = plgpu.layout_cast(jnp.zeros((64, 8), jnp.float32), SUMS)
         self.zeros = (zero,) * (kernel.row_tiles * kernel.token_blocks)
 
     def run(self):

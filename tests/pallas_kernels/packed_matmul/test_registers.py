@@ -12,7 +12,7 @@ pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 if jax.__version_info__ < (0, 11, 2):
     pytest.skip("Mosaic GPU kernels need jax >= 0.11.2", allow_module_level=True)
 
-from pallas_kernels import registers  # noqa: E402
+from pallas_kernels.packed_matmul import registers  # noqa: E402
 
 DTYPES = [np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)]
 

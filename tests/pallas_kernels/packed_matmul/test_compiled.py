@@ -6,11 +6,13 @@ same program but for a count of turns, one is compiled.
 
 import dataclasses
 import functools
+import importlib
 import itertools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import aot
@@ -18,10 +20,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import layout, matmul, tuning
+from pallas_kernels import layout, tuning
+from pallas_kernels.device import Device
 from pallas_kernels.layout import QuantizedTensor, abstract_tensor
+from pallas_kernels.packed_matmul import ampere, choose, decode, hopper
 from pallas_kernels.shapes import SHAPES
-from pallas_kernels.tuning import Device, Problem
+from pallas_kernels.tuning import Problem
 
 # The kernels cannot even be imported there: their dialect is newer. The oldest stack of
 # .ci/run is such a one; both others, 0.11.2 and the newest, run this file.
@@ -32,11 +36,13 @@ if jax.__version_info__ < (0, 11, 2):
 if reason := aot.available():
     pytest.skip(f"NOT COMPILED FOR A GPU: {reason}", allow_module_level=True)
 
-from pallas_kernels import ampere, decode, hopper  # noqa: E402
-
 pytestmark = pytest.mark.aot
 
-MODULES = {"hopper": hopper, "decode": decode, "ampere": ampere}
+CONFIGS = {
+    "hopper": hopper.config.Config,
+    "decode": decode.config.Config,
+    "ampere": ampere.config.Config,
+}
 H200 = Device("gpu", "NVIDIA H200", (9, 0), 132)
 RANK = 64
 RESERVED = 1024  # bytes of shared memory that CUDA takes of every block
@@ -48,6 +54,11 @@ ONE_PLANE = 2.0  # more, when a warpgroup decodes one plane of a word
 # By tokens: products, sums and loads for them come on top of decoding.
 DECODE_BUDGET = {8: 2.7, 16: 3.7, 32: 4.2}
 CLUSTER_STEP = 0.6  # more, when all of a tile is one step and its sums go to a cluster
+
+
+def kernel_of(implementation: str, direction: str) -> Callable[..., jax.Array]:
+    package = f"pallas_kernels.packed_matmul.{implementation}"
+    return getattr(importlib.import_module(f"{package}.{direction}"), direction)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +104,8 @@ class Case:
 
     def compile(self, target: str, num_sms: int) -> aot.Kernel:
         m, n, k, config = self.m, self.n, self.k, self.config
-        module, dtype = MODULES[self.implementation], jnp.dtype(self.dtype)
+        dtype = jnp.dtype(self.dtype)
+        kernel = kernel_of(self.implementation, self.direction)
         spec = jax.ShapeDtypeStruct
         if self.implementation == "decode":
             entries = layout.array_shapes((n, k), 64, "planar256", True)
@@ -101,13 +113,13 @@ class Case:
             def product(x, *arrays):
                 arrays = dict(zip(entries, arrays, strict=True))
                 w = QuantizedTensor(**arrays, shape=(n, k), layout="planar256")
-                return decode.forward(x, w, config=config, num_sms=num_sms)
+                return kernel(x, w, config=config, num_sms=num_sms)
 
             specs = [spec(s, d) for s, d in entries.values()]
             return aot.mosaic_kernel(target, product, spec((m, k), dtype), *specs)
 
         def product(x, codes, scales, *addend):
-            return getattr(module, self.direction)(
+            return kernel(
                 x,
                 codes,
                 scales,
@@ -117,7 +129,7 @@ class Case:
                 num_sms=num_sms,
             )
 
-        m += -m % config.block_m  # as matmul.py pads it
+        m += -m % config.block_m  # as mosaic.tiled pads it
         width, other = (k, n) if self.direction == "forward" else (n, k)
         specs = [
             spec((m, width), dtype),
@@ -141,15 +153,13 @@ def chosen() -> list[Case]:
                 for m in (1 << e for e in range(15)):
                     bf16 = jnp.dtype(jnp.bfloat16)
                     try:
-                        choice = matmul.choose(
+                        choice = choose(
                             direction, m, w, bf16, device=H200, name=name, exact=exact
                         )
                     except ValueError:
                         assert name == "decode"  # in forward of few tokens only
                         continue
-                    config = MODULES[choice.implementation].Config(
-                        **dict(choice.config)
-                    )
+                    config = CONFIGS[choice.implementation](**dict(choice.config))
                     case = Case(
                         choice.implementation,
                         direction,
@@ -182,7 +192,7 @@ def samples() -> list[Case]:
     ]
 
 
-PERMUTE = hopper.Config(decoder="permute", x_stages=6, weight_stages=2)
+PERMUTE = hopper.config.Config(decoder="permute", x_stages=6, weight_stages=2)
 BY_HAND = [  # what is not chosen, and kept for other cards and codebooks
     Case("hopper", "forward", 1024, 14336, 4096, PERMUTE, why="permute"),
     Case(
@@ -200,7 +210,7 @@ BY_HAND = [  # what is not chosen, and kept for other cards and codebooks
         32,
         14336,
         4096,
-        hopper.Config(
+        hopper.config.Config(
             decoder="table",
             block_m=32,
             x_depth=256,
@@ -217,7 +227,7 @@ BY_HAND = [  # what is not chosen, and kept for other cards and codebooks
         16,
         4096,
         4096,
-        decode.Config(teams=2, team=2, splits=2),
+        decode.config.Config(teams=2, team=2, splits=2),
         why="cluster",
     ),
     Case(
@@ -226,7 +236,7 @@ BY_HAND = [  # what is not chosen, and kept for other cards and codebooks
         32,
         4096,
         4096,
-        decode.Config(teams=2, team=1, splits=4, rows=32),
+        decode.config.Config(teams=2, team=1, splits=4, rows=32),
         why="cluster",
     ),
 ]
@@ -239,8 +249,8 @@ def ragged() -> list[Case]:
         ("forward", "backward"), (16, 512), (1000, 32064)
     ):
         w, bf16 = abstract_tensor((n, 4096)), jnp.dtype(jnp.bfloat16)
-        choice = matmul.choose(direction, m, w, bf16, device=H200, name="hopper")
-        config = hopper.Config(**dict(choice.config))
+        choice = choose(direction, m, w, bf16, device=H200, name="hopper")
+        config = hopper.config.Config(**dict(choice.config))
         case = Case("hopper", direction, m, n, 4096, config, rank=RANK, why="ragged")
         found.append(case)
     return found
@@ -261,7 +271,7 @@ def test_every_entry_of_the_table_is_among_the_cases():
     programs = {case.program() for case in CHOSEN}
     for key, entry in entries.items():
         direction, m, n, k, dtype = key.split()
-        config = MODULES[entry["implementation"]].Config(**entry["config"])
+        config = CONFIGS[entry["implementation"]](**entry["config"])
         case = Case(
             entry["implementation"],
             direction,
@@ -337,6 +347,7 @@ AMPERE_BUDGET = {"forward": 6.9, "backward": 7.4}
 def compiled(target: str) -> list[dict[str, Any]]:
     """What came of the cases, in a process of its own: one knows one architecture."""
     here = os.path.dirname(__file__)
+    tests = os.path.dirname(os.path.dirname(here))
     code = "import sys; sys.path[:0] = sys.argv[1:3]\nimport test_compiled as t\n"
     done = subprocess.run(
         [
@@ -344,7 +355,7 @@ def compiled(target: str) -> list[dict[str, Any]]:
             "-c",
             f"{code}t.report({target!r})",
             here,
-            os.path.dirname(here),
+            tests,
         ],
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
@@ -361,8 +372,8 @@ def report(target: str) -> None:
     for direction, dtype, rank in AMPERE:
         _, n, k = SHAPES["llama3_8b_gate_up"]
         problem = Problem(direction, 512, n, k, dtype)
-        fields = tuning.ampere_config(problem, CARDS[target])
-        config = ampere.Config(**fields)
+        device = Device("gpu", capability=CARDS[target])
+        config = ampere.config.Config(**ampere.config.configure(problem, device))
         case = Case("ampere", direction, 512, n, k, config, dtype, rank)
         kernel = case.compile(target, aot.limit(target, "core_count"))
         loop = kernel.loop("HMMA")

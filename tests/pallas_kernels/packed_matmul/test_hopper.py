@@ -22,15 +22,14 @@ if jax.__version_info__ < (0, 11, 2):
 
 import jax.experimental.pallas.mosaic_gpu as plgpu  # noqa: E402
 
-from pallas_kernels import hopper  # noqa: E402
+from pallas_kernels.packed_matmul.hopper import backward, forward  # noqa: E402
+from pallas_kernels.packed_matmul.hopper.config import Config  # noqa: E402
 
 # Exact decoders round a weight once, as the oracle does; what is left is the rounding of
 # the result (2^-9 at most, 2^-10.3 in the mean) and of the float32 sums.
 EXACT_BFLOAT16 = 2.5e-3
 EXACT_FLOAT16 = 4e-4
 EXACT_FLOAT32_PARTS = 1e-6  # split_k gives unrounded sums
-
-Config = hopper.Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +78,7 @@ def check(case: Case) -> float:
         v = jnp.asarray(rng.standard_normal((right.shape[1], case.rank)), case.dtype)
         addend = (u, v)
         want = want + np.asarray(u, np.float64) @ np.asarray(v, np.float64).T
-    y = (hopper.backward if case.backward else hopper.forward)(
+    y = (backward.backward if case.backward else forward.forward)(
         x,
         w.codes,
         reference.decode_absmax(w).reshape(case.n, -1).T,
@@ -120,8 +119,9 @@ def test_four_warpgroups_in_the_interpreter():
         "assert t.check(case) < t.tolerance(case)\n"
     )
     here = os.path.dirname(__file__)
+    tests = os.path.dirname(os.path.dirname(here))
     done = subprocess.run(
-        [sys.executable, "-c", code, here, os.path.dirname(here)],
+        [sys.executable, "-c", code, here, tests],
         env=os.environ | {"NPROC": "8", "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,

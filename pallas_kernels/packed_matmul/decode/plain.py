@@ -1,4 +1,4 @@
-"""What decode_registers.py does, in plain jax.numpy: what the interpreter runs.
+"""What warp.py does, in plain jax.numpy: what the interpreter runs.
 
 The interpreter has no inline code, and gives a warpgroup's arrays whole: a tile of words
 is (rows, 256), 64 words for each of four warps.
@@ -9,7 +9,7 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import registers
+from pallas_kernels.packed_matmul import registers
 
 WARPS = 4
 

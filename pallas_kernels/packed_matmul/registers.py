@@ -15,7 +15,7 @@ take. Three ways, by what a weight costs and how exact it is:
            16 bits as 'permute', or in float32, which is exact.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -26,15 +26,10 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels import codebook as cb
+from pallas_kernels.packed_matmul.mosaic import Decoder
 
-Decoder = Literal["select", "permute", "table", "table_exact"]
 TABLE_SHAPE = (256, 64)
 """Words of the shared table: 256 pairs of codes, 64 words of 32 bits each (64 KiB)."""
-
-
-def decodes_exactly(decoder: Decoder) -> bool:
-    """Whether weights are float32 codebook times float32 scale, rounded once."""
-    return decoder in ("select", "table_exact")
 
 
 def plane_pair(decoder: Decoder, half: int) -> tuple[int, int]:

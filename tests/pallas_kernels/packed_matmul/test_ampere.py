@@ -18,7 +18,8 @@ if jax.__version_info__ < (0, 11, 2):
 
 import jax.experimental.pallas.mosaic_gpu as plgpu  # noqa: E402
 
-from pallas_kernels import ampere  # noqa: E402
+from pallas_kernels.packed_matmul.ampere import backward, forward, pipeline  # noqa: E402
+from pallas_kernels.packed_matmul.ampere.config import Config  # noqa: E402
 
 EXACT_BFLOAT16 = 2.5e-3
 EXACT_FLOAT32_PARTS = 1e-6
@@ -44,8 +45,8 @@ def test_products_with_stand_ins(case, monkeypatch: pytest.MonkeyPatch):
     def mma(sums, a, b):
         return sums + jnp.dot(a, b, preferred_element_type=jnp.float32)
 
-    monkeypatch.setattr(ampere, "_copy", copy)
-    monkeypatch.setattr(ampere, "_wait", lambda left=0: None)
+    monkeypatch.setattr(pipeline, "copy", copy)
+    monkeypatch.setattr(pipeline, "wait", lambda left=0: None)
     monkeypatch.setattr(plgpu, "mma", mma)
     rng = np.random.default_rng()
     w = quantize_tensor(jnp.asarray(rng.standard_normal((n, k)) * 0.02, jnp.float32))
@@ -58,12 +59,13 @@ def test_products_with_stand_ins(case, monkeypatch: pytest.MonkeyPatch):
         v = jnp.asarray(rng.standard_normal((right.shape[1], rank)), jnp.bfloat16)
         addend = (u, v)
         want += np.asarray(u, np.float64) @ np.asarray(v, np.float64).T
-    got = getattr(ampere, direction)(
+    product = forward.forward if direction == "forward" else backward.backward
+    got = product(
         x,
         w.codes,
         reference.decode_absmax(w).reshape(n, -1).T,
         addend,
-        config=ampere.Config(decoder="select", **fields),
+        config=Config(decoder="select", **fields),
         codebook="nf4",
         num_sms=2,
         interpret=plgpu.InterpretGPUParams(uninitialized_memory="nan"),

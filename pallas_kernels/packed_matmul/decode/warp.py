@@ -11,7 +11,7 @@ copies, one a lane, so that no two lanes meet in a bank; then, for row r, 32 cop
 value r of the dynamic map, by which absmax is decoded. With rows of 256 bytes the byte
 of codes, put in byte 1, is the offset: one byte permute and one load give two weights.
 
-The functions take `kernel`, a decode._Kernel, for its shapes; fragments of mma are those
+The functions take `kernel`, a forward._Kernel, for its shapes; fragments of mma are those
 of the PTX ISA, lane 4g+t having rows g and g+8.
 """
 

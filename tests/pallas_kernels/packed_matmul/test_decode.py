@@ -27,9 +27,8 @@ if jax.__version_info__ < (0, 11, 2):
 
 import jax.experimental.pallas.mosaic_gpu as plgpu  # noqa: E402
 
-from pallas_kernels import decode, decode_registers, decode_steps  # noqa: E402
-
-Config = decode.Config
+from pallas_kernels.packed_matmul.decode import forward, steps, warp  # noqa: E402
+from pallas_kernels.packed_matmul.decode.config import Config  # noqa: E402
 
 # The result is rounded once (2^-9 or 2^-12 at most, of an element), the codebook's values
 # once (as much, but random signs average over k); sums are float32.
@@ -86,7 +85,7 @@ def interpret(case: Case) -> None:
     """Runs a case in the interpreter and checks it."""
     params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
     w, config = case.weight(), case.config
-    case.check(decode.forward(case.x(), w, config=config, num_sms=4, interpret=params))
+    case.check(forward.forward(case.x(), w, config=config, num_sms=4, interpret=params))
 
 
 @pytest.mark.parametrize("case", INTERPRETED, ids=str)
@@ -104,8 +103,9 @@ def test_teams_in_a_cluster_without_races():
         "t.interpret(t.Case(3, 96, 4096, t.Config(teams=2, team=2, splits=2, hold_x=True)))\n"
     )
     here = os.path.dirname(__file__)
+    tests = os.path.dirname(os.path.dirname(here))
     done = subprocess.run(
-        [sys.executable, "-c", code, here, os.path.dirname(here)],
+        [sys.executable, "-c", code, here, tests],
         env=os.environ | {"NPROC": "12", "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
@@ -131,16 +131,16 @@ class Emulated:
         w = case.weight()
         config, double_quant = case.config, case.double_quant
         self.case = case
-        self.kernel = decode._Kernel(
+        self.kernel = forward._Kernel(
             case.x(), case.n, w, config, double_quant, 4, False
         )
         self.memory = memory = emulation.Memory()
-        emulation.install(monkeypatch, decode_registers, memory)
+        emulation.install(monkeypatch, warp, memory)
         dtype = self.kernel.dtype
-        absmax = [np.asarray(a) for a in decode._absmax_operands(w)]
+        absmax = [np.asarray(a) for a in forward._absmax_operands(w)]
         self.offset = absmax[2][0] if double_quant else np.float32(0)
         self.tile_refs = [memory.put(a) for a in (np.asarray(w.codes), *absmax[:2])]
-        self.rows = memory.put(decode_steps.table_rows(case.codebook, dtype))
+        self.rows = memory.put(steps.table_rows(case.codebook, dtype))
         self.table = memory.put(np.zeros((256, 64), np.uint32))
         self.x_global = memory.put(np.asarray(case.x()))
         self.x_shared = []
@@ -151,9 +151,7 @@ class Emulated:
             self.x_shared.append(memory.put(padded))
         self.out = memory.put(np.full((case.m, case.n), np.nan, dtype))
         for wg in range(config.team):
-            decode_registers.fill_table(
-                self.rows, self.table, emulation.splat(wg), config.team
-            )
+            warp.fill_table(self.rows, self.table, emulation.splat(wg), config.team)
 
     def warpgroup(self, row: int, split: int, member: int) -> np.ndarray:
         """Sums of one warpgroup, (row tiles, token blocks, 64, 8)."""
@@ -161,18 +159,16 @@ class Emulated:
         blocks = kernel.row_tiles * kernel.token_blocks
         sums = [[np.zeros((128, 2), np.float32)] * 2 for _ in range(blocks)]
         for step in range(kernel.steps):
-            group = (step * kernel.config.team + member) * decode_steps.GROUPS
-            inside = min(group, kernel.groups - decode_steps.GROUPS)
+            group = (step * kernel.config.team + member) * steps.GROUPS
+            inside = min(group, kernel.groups - steps.GROUPS)
             skip = emulation.splat(group - inside)
             start = emulation.splat(split * kernel.groups + inside)
-            tile = decode_registers.load_tile(
-                kernel, self.tile_refs, emulation.splat(row), start
-            )
+            tile = warp.load_tile(kernel, self.tile_refs, emulation.splat(row), start)
             x = self.x_shared[split]
             if kernel.config.hold_x:
-                x = registers(decode_registers.load_x(kernel, self.x_global, start))
+                x = registers(warp.load_x(kernel, self.x_global, start))
             offset = [emulation.splat(self.offset)]
-            sums = decode_registers.Product(
+            sums = warp.Product(
                 kernel,
                 *(registers(values) for values in tile[:2]),
                 x,
@@ -185,9 +181,9 @@ class Emulated:
         fragments = [registers(of_block) for of_block in sums]
         for add in (0, 1):
             flag = registers([emulation.splat(add)])
-            decode_registers.keep(target, fragments, flag)
+            warp.keep(target, fragments, flag)
         twice = self.memory.read(target).copy()
-        decode_registers.keep(target, fragments)
+        warp.keep(target, fragments)
         once = self.memory.read(target)
         np.testing.assert_array_equal(twice, 2 * once)
         return once
@@ -201,13 +197,13 @@ class Emulated:
                 sums = np.stack(
                     [self.warpgroup(row, split, i) for i in range(config.team)]
                 )
-                totals = decode_registers.totals(sums.shape, memory.put(sums))
+                totals = warp.totals(sums.shape, memory.put(sums))
                 if config.splits > 1:
                     part = int(np.prod(tile)) * 4 * split
-                    decode_registers.send(totals, emulation.behind(gathered, part))
+                    warp.send(totals, emulation.behind(gathered, part))
             if config.splits > 1:
-                totals = decode_registers.totals(gathered.shape, gathered)
-            decode_registers.write(kernel, totals, self.out, emulation.splat(row))
+                totals = warp.totals(gathered.shape, gathered)
+            warp.write(kernel, totals, self.out, emulation.splat(row))
         return memory.read(self.out)
 
 
@@ -239,7 +235,7 @@ def test_every_word_is_decoded(codebook: cb.Codebook, dtype: str, monkeypatch):
         (words, *rest) = (emulation.registers([np.zeros((128, 8), np.uint16)] * 4),) * 3
         del rest
         nothing = [emulation.splat(0)]
-        product = decode_registers.Product(
+        product = warp.Product(
             emulated.kernel,
             words,
             words,
@@ -273,7 +269,7 @@ def test_lookups_and_x_meet_in_no_bank():
     """32 lanes with any 32 codes hit 32 banks; 8 lanes of a 16-byte load of x, too."""
     codes = np.random.default_rng(1).integers(0, 256, 32)
     assert len(set((codes * 256 + np.arange(32) * 4) // 4 % 32)) == 32
-    kernel = decode._Kernel(
+    kernel = forward._Kernel(
         jnp.zeros((8, 4096)),
         64,
         oracle.quantized((64, 4096)),

@@ -1,7 +1,7 @@
 """The steps of the decode kernel: what a warpgroup loads, multiplies, adds up and stores.
 
-Each is inline code (decode_registers.py) or, in the interpreter, the same in plain
-jax.numpy (decode_plain.py).
+Each is inline code (warp.py) or, in the interpreter, the same in plain
+jax.numpy (plain.py).
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 
 from pallas_kernels import codebook as cb
-from pallas_kernels import decode_plain, decode_registers
+from pallas_kernels.packed_matmul.decode import plain, warp
 
 GROUPS = 4
 """Word groups (of 64 words, 256 weights) that a warpgroup takes at once, one a warp."""
@@ -36,12 +36,12 @@ _SPLAT = plgpu.Layout.WG_SPLAT(())
 
 
 class Steps:
-    """The steps for one product, whose shapes decode._Kernel sets.
+    """The steps for one product, whose shapes forward._Kernel sets.
 
     Attributes:
       m, n, k: Of the product.
       dtype: Of x.
-      config: A decode.Config.
+      config: A config.Config.
       interpret: Whether the interpreter runs it.
       double_quant: Whether absmax comes in 8 bits.
       groups: Word groups (of 256 weights along k) that a block sees.
@@ -66,30 +66,30 @@ class Steps:
     def add_up(self, source, out_g, row):
         """Adds up sums of several parts and writes them to columns of out."""
         if self.interpret:
-            decode_plain.write(self, decode_plain.totals(source[...]), out_g, row)
+            plain.write(self, plain.totals(source[...]), out_g, row)
             return
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), _SPLAT))
         def run(ctx, *args):
             del ctx
             sums, out, row = args
-            totals = decode_registers.totals(source.shape, sums)
-            decode_registers.write(self, totals, out, row.registers.item())
+            totals = warp.totals(source.shape, sums)
+            warp.write(self, totals, out, row.registers.item())
 
         run(source, out_g, row)
 
     def send(self, source, target):
         """Adds up sums of a team into `target` (row tiles, token blocks, 16, 8)."""
         if self.interpret:
-            target[...] = decode_plain.totals(source[...])
+            target[...] = plain.totals(source[...])
             return
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
         def run(ctx, *args):
             del ctx
             sums, target = args
-            totals = decode_registers.totals(source.shape, sums)
-            decode_registers.send(totals, target)
+            totals = warp.totals(source.shape, sums)
+            warp.send(totals, target)
 
         run(source, target)
 
@@ -97,7 +97,7 @@ class Steps:
         """Starts the loads of a tile: words, absmax (codes), and absmax_scale if any."""
         absmax_g = absmax_g[:2]  # the third is the offset
         if self.interpret:
-            return decode_plain.load_tile(self, (w_g, *absmax_g), row, group)
+            return plain.load_tile(self, (w_g, *absmax_g), row, group)
         layouts = (_WORDS, _ABSMAX, _FACTOR)
         types = [
             plgpu.ShapeDtypeStruct(
@@ -113,7 +113,7 @@ class Steps:
         def run(ctx, *args):
             del ctx
             *refs, row, group = args
-            loaded = decode_registers.load_tile(
+            loaded = warp.load_tile(
                 self, refs, row.registers.item(), group.registers.item()
             )
             return tuple(
@@ -143,7 +143,7 @@ class Steps:
         def run(ctx, *args):
             del ctx
             source, target, wg = args
-            decode_registers.fill_table(source, target, wg.registers.item(), wgs)
+            warp.fill_table(source, target, wg.registers.item(), wgs)
 
         run(table_g, table_s, wg)
 
@@ -182,7 +182,7 @@ class Steps:
         Tokens behind the last are copies of it; what is computed for them is not stored.
         """
         if self.interpret:
-            return decode_plain.load_x(self, x_g, group * 256)
+            return plain.load_x(self, x_g, group * 256)
         shape = (self.tokens, 256 * GROUPS)
 
         @plgpu.inline_mgpu(
@@ -192,7 +192,7 @@ class Steps:
         def run(ctx, *args):
             del ctx
             x, group = args
-            values = decode_registers.load_x(self, x, group.registers.item())
+            values = warp.load_x(self, x, group.registers.item())
             return _array(values, _X.to_mgpu(), shape)
 
         return run(x_g, group)
@@ -215,7 +215,7 @@ class Steps:
             del ctx
             target, *fragments = args
             fragments, add = fragments[: len(sums)], fragments[len(sums) :]
-            decode_registers.keep(target, fragments, *add)
+            warp.keep(target, fragments, *add)
 
         run(target, *sums, *flag)
 
@@ -228,8 +228,8 @@ class Steps:
         held, x_s, group = x
         if self.interpret:
             if held is None:
-                held = decode_plain.load_x(self, x_s, group * 256)
-            return decode_plain.multiply(self, tile, held, table, skip, offset, sums)
+                held = plain.load_x(self, x_s, group * 256)
+            return plain.multiply(self, tile, held, table, skip, offset, sums)
         words, absmax, *factor = tile
         x, x_type = (x_s, plgpu.RefType()) if held is None else (held, _X)
         args = [words, absmax, x, table, group, skip, offset, *sums]
@@ -242,7 +242,7 @@ class Steps:
         )
         def run(ctx, *args):
             del ctx
-            product = decode_registers.Product(self, *args)
+            product = warp.Product(self, *args)
             return tuple(_array(v, SUMS.to_mgpu(), (64, 8)) for v in product())
 
         return run(*args, *factor)

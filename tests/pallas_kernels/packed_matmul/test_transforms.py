@@ -10,7 +10,7 @@ import oracle
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.matmul import nf4_matmul
+from pallas_kernels.packed_matmul import nf4_matmul
 
 PARTS = 4
 N, K, M = 512, 1024, 40

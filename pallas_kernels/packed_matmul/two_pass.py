@@ -16,12 +16,10 @@ from jax import lax
 from pallas_kernels import codebook as cb
 from pallas_kernels import reference
 from pallas_kernels.annotations import Array, Float
+from pallas_kernels.device import TWO_PASS_PIECE_BYTES, TWO_PASS_WHOLE_BYTES, limit
 from pallas_kernels.layout import QuantizedTensor, plane_width
-
-WHOLE_BYTES = 128 << 20
-"""Decoded weight up to which it goes through whole."""
-PIECE_BYTES = 32 << 20
-"""Of a larger one alive at once; a product with so much of it is bound by arithmetic."""
+from pallas_kernels.packed_matmul.implementation import Implementation, plain
+from pallas_kernels.products import dot, fold_rows
 
 
 def dequantize(w: QuantizedTensor, dtype: jnp.dtype) -> Float[Array, "n k"]:
@@ -62,7 +60,7 @@ def matmul(x: Float[Array, "m k"], w: QuantizedTensor) -> Float[Array, "m n"]:
         part = _dot(x, rows, 1).astype(x.dtype)
         return lax.dynamic_update_slice_in_dim(y, part, start, 1)
 
-    return _by_rows(add, jnp.zeros((x.shape[0], w.shape[0]), x.dtype), w, x.dtype)
+    return _fold(add, jnp.zeros((x.shape[0], w.shape[0]), x.dtype), w, x.dtype)
 
 
 def matmul_dx(dy: Float[Array, "m n"], w: QuantizedTensor) -> Float[Array, "m k"]:
@@ -75,15 +73,16 @@ def matmul_dx(dy: Float[Array, "m n"], w: QuantizedTensor) -> Float[Array, "m k"
         return dx + _dot(part, rows, 0)
 
     dx = jnp.zeros((dy.shape[0], w.shape[1]), jnp.float32)
-    return _by_rows(add, dx, w, dy.dtype).astype(dy.dtype)
+    return _fold(add, dx, w, dy.dtype).astype(dy.dtype)
 
 
 def _fits(w: QuantizedTensor, dtype: jnp.dtype) -> bool:
     n, k = w.shape
-    return w.layout == "flat" or n * k * jnp.dtype(dtype).itemsize <= WHOLE_BYTES
+    size = n * k * jnp.dtype(dtype).itemsize
+    return w.layout == "flat" or size <= limit(TWO_PASS_WHOLE_BYTES)
 
 
-def _by_rows(
+def _fold(
     add: Callable[[Array, Array, Array], Array],
     total: Array,
     w: QuantizedTensor,
@@ -91,26 +90,24 @@ def _by_rows(
 ) -> Array:
     """Folds add(total, decoded rows, first of them) over all of a weight's rows."""
     n, k = w.shape
-    pieces = -(-n * k * jnp.dtype(dtype).itemsize // PIECE_BYTES)
-    size = -(-n // pieces)
+    pieces = -(-n * k * jnp.dtype(dtype).itemsize // limit(TWO_PASS_PIECE_BYTES))
     absmax = reference.decode_absmax(w).reshape(n, -1)
 
-    def piece(start: Array, size: int, total: Array) -> Array:
-        codes, scales = (
-            lax.dynamic_slice_in_dim(x, start, size, 0) for x in (w.codes, absmax)
-        )
-        return add(total, _decode(w, codes, scales, dtype), start)
+    def decoded(total: Array, codes: Array, absmax: Array, start: Array) -> Array:
+        return add(total, _decode(w, codes, absmax, dtype), start)
 
-    def step(i: Array, total: Array) -> Array:
-        return piece(i * size, size, total)
-
-    total = lax.fori_loop(0, n // size, step, total)
-    rest = n % size
-    return piece(jnp.int32(n - rest), rest, total) if rest else total
+    return fold_rows(decoded, total, (w.codes, absmax), -(-n // pieces))
 
 
 def _dot(x: Array, dense: Array, contract: int) -> Float[Array, "m out"]:
     # Behind the barrier, so that decoding is not fused into the product's operand.
-    dense = lax.optimization_barrier(dense)
-    dims = (((1,), (contract,)), ((), ()))
-    return lax.dot_general(x, dense, dims, preferred_element_type=jnp.float32)
+    return dot(x, lax.optimization_barrier(dense), 1, contract)
+
+
+IMPLEMENTATION = Implementation(
+    forward=plain(matmul),
+    backward=plain(matmul_dx),
+    refuses=lambda problem, w, device, exact: None,
+    suits=lambda problem, device: device.platform == "gpu",
+    candidates=lambda problem, device: [{}],
+)
