@@ -16,6 +16,7 @@ from qlora_jax.data import read_dataset
 from qlora_jax.errors import ConfigError
 from qlora_jax.memory import estimate
 from qlora_jax.sources.load import load
+from qlora_jax.sources.source import open_source
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +88,14 @@ def test_the_optimizer_state_leaves_only_where_it_must(
     flags = train(base, tmp_path, "--train.offload", "auto", "--lora.rank", 32)
     args = cli_train.parse([str(flag) for flag in flags[1:]], "qlora train")
     rows = read_dataset(args.data_file, tiny.tokenizer(), args.data)
-    setup = cli_train.setup_of(args, base, qlora.QuantConfig(), rows)
+    setup = cli_train.setup_of(args, open_source(base), qlora.QuantConfig(), rows)
     away = dataclasses.replace(setup, offload=True)
 
     def fitted(memory: int) -> bool:
         limited = dataclasses.replace(args, memory=str(memory))
-        known = cli_train.within_memory(limited, base, qlora.QuantConfig(), rows)
+        known = cli_train.within_memory(
+            limited, open_source(base), qlora.QuantConfig(), rows
+        )
         return known.train.offload
 
     assert not fitted(estimate(setup).safe_bytes)
@@ -112,11 +115,13 @@ def test_a_run_near_the_limit_is_told_that_it_may_run_out(
     args = cli_train.parse([str(flag) for flag in flags[1:]], "qlora train")
     rows = read_dataset(args.data_file, tiny.tokenizer(), args.data)
     quant = qlora.QuantConfig()
-    need = estimate(cli_train.setup_of(args, base, quant, rows))
+    need = estimate(cli_train.setup_of(args, open_source(base), quant, rows))
 
     def told(memory: int) -> str:
         limited = dataclasses.replace(args, memory=str(memory))
-        assert cli_train.within_memory(limited, base, quant, rows) == limited
+        assert (
+            cli_train.within_memory(limited, open_source(base), quant, rows) == limited
+        )
         return capsys.readouterr().err
 
     assert told(need.safe_bytes) == ""
