@@ -119,11 +119,12 @@ def prepared(args: argparse.Namespace) -> dict[str, Any]:
             part, rest = rest.split(f"\n{letter}. ", 1)
             parts.append(part)
         listed = {"question": question, "choices": [*parts, rest]}
-        letters.append(row | {"prompt": row["input"], "choices": [*"ABCD"]})
-        prompt = f"Question: {question}\nAnswer:"
-        texts.append(
-            {**listed, "prompt": prompt, "answer": "ABCD".index(row["output"])}
+        right = "ABCD".index(row["output"])
+        letters.append(
+            row | {"prompt": row["input"], "choices": [*"ABCD"], "answer": right}
         )
+        prompt = f"Question: {question}\nAnswer:"
+        texts.append({**listed, "prompt": prompt, "answer": right})
     shots = "".join(
         f"Question: {row['question']}\nAnswer: {row['answer']}\n\n"
         for row in read(args.examples)[: args.shots]
@@ -261,7 +262,7 @@ def main() -> None:
         if task == "gsm8k":
             compared[task] = compare_answers(mine[task], theirs[task])
             continue
-        answers = [row["index"] for row in rows[task]]
+        answers = [row["answer"] for row in rows[task]]
         compared[task] = compare_choices(mine[task], theirs[task], answers)
     row = record(
         "compare_evaluate",
