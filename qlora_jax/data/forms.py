@@ -130,6 +130,9 @@ class Former:
         given = {key for key, value in row.items() if value not in (None, "", [])}
         row = renamed(row, self.config)
         form, made, used, unread = self._formed(row)
+        for example in made:
+            if isinstance(example, Example):
+                check_unicode(example.text)
         used = {self.config.renamed.get(key, key) for key in used}
         return Formed(form, made, frozenset(given - used), frozenset(unread))
 
@@ -320,6 +323,14 @@ def renamed(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
     return {**kept, **{to: row[key] for to, key in names.items()}}
 
 
+def check_unicode(text: str) -> None:
+    """Raises DataError for half a surrogate pair, as a field that a template writes may be."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"makes a text that is no Unicode: {error}") from None
+
+
 def text_of(row: Mapping[str, Any], key: str) -> str:
     """Returns a row's string, which Unicode can encode.
 
@@ -379,6 +390,8 @@ def _conversation(
 def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
     """Returns ShareGPT's form of a turn as a message."""
     name, rest = turn["from"], {k: v for k, v in turn.items() if k != "from"}
+    if not isinstance(name, str):
+        raise DataError(f"'from' is {type(name).__name__}, expected a string")
     if "value" not in rest:
         raise DataError("has a turn with 'from' and without 'value'")
     said = rest.pop("value")

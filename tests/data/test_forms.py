@@ -255,6 +255,7 @@ def test_fields_that_nothing_reads_are_named(row, config, unused):
          "a completion without an assistant turn"),
         ({"conversations": share_gpt(("elf", "b"))}, {}, "turn from 'elf', expected one of"),
         ({"conversations": [{"from": "human"}]}, {}, "'from' and without 'value'"),
+        ({"conversations": [{"from": [], "value": "a"}]}, {}, "'from' is list, expected"),
         ({"conversations": share_gpt(("function_call", "no"))}, {}, "is no JSON"),
         ({"conversations": "a text"}, {}, "'conversations' is not a list"),
         ({"input_ids": []}, {}, "'input_ids' is empty"),
@@ -271,6 +272,7 @@ def test_fields_that_nothing_reads_are_named(row, config, unused):
         ({"question": None, "output": "b"}, {"prompt_template": "{{ question }}"},
          "'question' is undefined"),
         ({"n": 1, "output": "b"}, {"prompt_template": "{{ n + 'a' }}"}, "refuses the row"),
+        ({"n": "\ud800", "output": "b"}, {"prompt_template": "{{ n }}"}, "is no Unicode"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_refused(row, config, message):
