@@ -107,9 +107,9 @@ def _listed(row: dict[str, Any], subject: str | None) -> Question:
         )
     about = "" if subject is None else f" about {subject.replace('_', ' ')}"
     header = f"The following are multiple choice questions (with answers){about}.\n\n"
-    texts = tuple(choice.strip() for choice in choices)
+    texts = tuple(choices)  # as they are: spaces are tokens too
     answer = _index(row["answer"], texts)
-    return Question(text_of(row, "question").strip(), texts, answer, header=header)
+    return Question(text_of(row, "question"), texts, answer, header=header)
 
 
 def _index(answer: Any, choices: tuple[str, ...]) -> int:
@@ -120,7 +120,7 @@ def _index(answer: Any, choices: tuple[str, ...]) -> int:
         found = [answer] if 0 <= answer < len(choices) else []
     elif isinstance(answer, str):
         text = answer.strip()
-        same = [i for i, choice in enumerate(choices) if choice == text]
+        same = [i for i, choice in enumerate(choices) if choice.strip() == text]
         letter = [letters.index(text)] if len(text) == 1 and text in letters else []
         found = list(dict.fromkeys(same + letter))
     if len(found) == 1:
