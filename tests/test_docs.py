@@ -14,7 +14,7 @@ import pytest
 
 import qlora_jax as qlora
 from qlora_jax.cli.main import COMMANDS
-from qlora_jax.config import RunConfig
+from qlora_jax.config.run import RunConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -89,3 +89,10 @@ def test_every_python_name_and_link_exists(page: Path):
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         if not link.startswith("http"):
             assert (page.parent / link).exists(), link
+
+
+def test_the_api_page_has_every_public_name():
+    text = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([A-Za-z_0-9]+)`", text))
+    assert {name for name in dir(qlora) if name[0] != "_"} - named <= {"nnx"}
+    assert all(hasattr(qlora, n) for n in named if n not in ("graphdef", "nnx", "NAME"))

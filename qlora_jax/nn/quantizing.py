@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from pallas_kernels.layout import QuantizedTensor
 from qlora_jax.errors import ConfigError, ShapeError
+from qlora_jax.names import HEAD
 from qlora_jax.nn.linear import Linear, QuantizedLinear
 from qlora_jax.nn.origin import Origin, is_plain
 from qlora_jax.quant import QuantConfig, quantize_tensor
@@ -18,7 +19,6 @@ M = TypeVar("M", bound=nnx.Module)
 
 logger = logging.getLogger(__name__)
 
-HEAD = "lm_head"
 _TO_NNX = (
     "write its Dense layers as flax.nnx.Linear, whose kernel has the same shape, and copy the "
     "parameters over"

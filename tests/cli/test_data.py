@@ -8,7 +8,8 @@ import pytest
 import tiny
 
 from qlora_jax.cli import train
-from qlora_jax.config import DataConfig, RunConfig
+from qlora_jax.config import DataConfig
+from qlora_jax.config.run import RunConfig
 from qlora_jax.sources import source
 
 
