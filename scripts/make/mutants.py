@@ -128,8 +128,8 @@ MUTANTS = (
     Mutant(
         "peft-names",
         "qlora_jax/exchange/peft/write.py",
-        'return names[path.replace("layers.", "layers.0.", 1)].rpartition(".")[2]',
-        'return names[path.replace("layers.", "layers.0.", 1)].rpartition(".")[0]',
+        'return names[str(first)].rpartition(".")[2]',
+        'return names[str(first)].rpartition(".")[0]',
         "tests/exchange/test_peft.py",
     ),
     Mutant(
