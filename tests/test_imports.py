@@ -23,7 +23,7 @@ LAYERS = (
     ("nn", "optim"),
     ("config",),
     ("quant",),
-    ("toml", "names"),
+    ("toml", "names", "user_folder"),
     ("errors",),
     ("pallas_kernels",),
 )

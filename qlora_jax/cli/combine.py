@@ -33,19 +33,22 @@ class Args:
     """One an adapter, which may be negative; without them all are 1."""
 
     method: Method | Literal["chain"] = "concat"
-    """How."""
+    """This is how they become one: concat is the exact sum, svd its best approximation of a
+    rank; the others are PEFT's; chain is for an adapter that was trained upon another."""
 
     rank: int | None = None
-    """Of the result, for svd and methods with _svd; without it the largest of all."""
+    """The result has this rank with svd and methods that end in _svd; None for the largest of
+    those given."""
 
     density: float = 1.0
     """Part of the entries that ties, dare and magnitude_prune keep."""
 
     majority_sign: MajoritySign = "total"
-    """What elects a sign in ties: the sum of values, or how many have it."""
+    """ties takes the sign of the values' sum (total), or the sign that more of them have
+    (frequency)."""
 
     seed: int = 0
-    """Of what dare draws."""
+    """The values that dare drops are drawn from this number."""
 
     model: str | None = None
     """The base, which PEFT folders need."""

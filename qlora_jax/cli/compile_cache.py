@@ -21,6 +21,8 @@ import filelock
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from qlora_jax.user_folder import cache_folder
+
 VARIABLE = "QLORA_JAX_COMPILE_CACHE"
 FLAG = "--no-compile-cache"
 
@@ -54,7 +56,7 @@ def use_cache(*, off: bool = False) -> Path | None:
     if off or jax.config.jax_compilation_cache_dir:  # pyright: ignore
         return None
     try:
-        root = cache_root()
+        root = cache_folder(VARIABLE, "compiled")
         if root is None:
             return None
         folder = root / machine_digest()
@@ -81,21 +83,6 @@ def use_cache(*, off: bool = False) -> Path | None:
         )
     _configure(folder)
     return folder
-
-
-def cache_root() -> Path | None:
-    """Returns the folder that the user's environment names; None where it says off.
-
-    Raises:
-      RuntimeError: there is no home folder.
-    """
-    named = os.environ.get(VARIABLE, "")
-    if named:
-        return None if named == "off" else Path(named).expanduser().absolute()
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    # As its specification has it, a relative path there counts as none.
-    base = Path(home) if os.path.isabs(home) else Path.home() / ".cache"
-    return base / "qlora_jax" / "compiled"
 
 
 def machine_digest(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

@@ -22,7 +22,7 @@ class Args:
     """Adapter folder to write."""
 
     rank: int | None = None
-    """Of every linear; this or --tolerance."""
+    """Every linear gets this rank; give it or --tolerance."""
 
     tolerance: float | None = None
     """Largest relative error of a linear's update; each gets the rank that it needs."""

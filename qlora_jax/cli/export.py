@@ -34,10 +34,11 @@ class Args:
     """What the PEFT folder calls its base, a hub id say; --model as it is given unless set."""
 
     dtype: Literal["f16", "q8_0", "bf16", "f32"] = "f16"
-    """Of a GGUF file's matrices."""
+    """A GGUF file's matrices are written in this format; q8_0 takes about half of f16's
+    bytes."""
 
     quant: QuantOptions = QuantOptions()
-    """How the base is held, which its adapter must fit."""
+    """These say how the base is held while its adapter is read; auto does as its run did."""
 
     overwrite: bool = False
     """Replace what is there."""

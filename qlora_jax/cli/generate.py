@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptOptions:
-    """How prompts become tokens."""
+    """These settings say how prompts become tokens."""
 
     chat_template: str | None = None
     """Template for --chat and for messages: a file in Jinja's language, or the name of one
@@ -83,7 +83,7 @@ class Args:
     """Sample among the fewest tokens whose probabilities sum to p."""
 
     seed: int = 0
-    """Of the sampling."""
+    """Tokens are drawn from this number; the same one gives the same texts."""
 
     def __post_init__(self):
         problems = []

@@ -26,7 +26,7 @@ class Args:
     """Folder to write."""
 
     quant: QuantOptions = QuantOptions()
-    """How the base is held; an adapter fits it dense and 4-bit alike."""
+    """These say how the base is held meanwhile; an adapter fits it dense and 4-bit alike."""
 
     overwrite: bool = False
     """Replace an adapter that is there."""

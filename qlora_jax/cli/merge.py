@@ -41,7 +41,7 @@ class Args:
     """Folder to write."""
 
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Of the merged weights. Folding is in float32; this rounds once."""
+    """The merged weights have this dtype. They are folded in float32 and rounded once."""
 
     requantize: Literal["nf4", "fp4", "int4"] | None = None
     """Save merged linears in 4 bits instead, which loses a part of the adapter."""

@@ -14,7 +14,7 @@ from qlora_jax.adapters.fingerprint import fingerprint
 from qlora_jax.adapters.value import Adapter, other_base
 from qlora_jax.config.quant import QuantOptions
 from qlora_jax.config.run import has_run, read_run
-from qlora_jax.data.cache import cache_folder
+from qlora_jax.data import cache
 from qlora_jax.errors import (
     AdapterMismatchError,
     ConfigError,
@@ -29,6 +29,7 @@ from qlora_jax.sources.hub import find
 from qlora_jax.sources.load import Tables, load, outline, resolve_tables
 from qlora_jax.sources.source import Source, open_source
 from qlora_jax.text.tokenizer import Tokenizer
+from qlora_jax.user_folder import cache_folder
 
 T = TypeVar("T")
 
@@ -216,7 +217,7 @@ def open_adapters(paths: Sequence[str], model: str | None) -> list[Adapter]:
 def rows_folder() -> Path | None:
     """Returns where tokenized rows are kept; None where they are not."""
     try:
-        return cache_folder()
+        return cache_folder(cache.VARIABLE, "rows")
     except RuntimeError as error:
         logger.warning("tokenized rows are not kept: %s", error)
         return None

@@ -48,7 +48,7 @@ class Args:
     """Rows of a step; micro-batch and accumulation divide them."""
 
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Of the computation."""
+    """Activations, and what stays dense of the base, have this dtype."""
 
     optimizer: Optimizer = "adamw"
     """adamw, or adamw8bit."""

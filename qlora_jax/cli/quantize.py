@@ -28,7 +28,7 @@ class Args:
 
     quant: QuantOptions = QuantOptions()
     dtype: str = "bfloat16"
-    """Of what stays dense: bfloat16, float16 or float32."""
+    """What stays dense is written in this dtype: bfloat16, float16 or float32."""
 
     overwrite: bool = False
     """Write into a folder that is not empty."""

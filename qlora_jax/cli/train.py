@@ -44,7 +44,7 @@ class Args(RunConfig):
     """TOML file whose values replace the defaults; flags replace both."""
 
     auto: tyro.conf.Suppress[tuple[str, ...]] = ()
-    """Of --train.micro-batch and --train.offload those that are auto."""
+    """Names of the settings that were given as auto: micro_batch, offload."""
 
     overwrite: bool = False
     """Start anew in a run folder, replacing that run."""

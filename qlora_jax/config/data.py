@@ -11,7 +11,7 @@ TooLong = Literal["error", "drop", "truncate"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """How rows become tokens and weights."""
+    """These settings say how rows are read, tokenized and weighted in the loss."""
 
     max_tokens: int = 1024
     """Longest row, in tokens, prompt and answer together."""

@@ -10,8 +10,8 @@ from qlora_jax.names import EMBEDDING, HEAD
 ALL_LINEAR = "all-linear"
 
 Init = Literal["zero", "loftq", "qera-diagonal", "qera", "pissa"]
-"""How an adapter starts: changing nothing, making up for what quantization lost, or as
-the principal part of the weights (adapters/compensate.py)."""
+"""The ways that an adapter can start: changing nothing, making up for what quantization
+lost, or as the principal part of the weights (adapters/compensate.py)."""
 
 Bias = Literal["none", "all", "lora_only"]
 """Which biases train: none, all, or those of adapted linears."""
@@ -59,7 +59,7 @@ class LoRAConfig:
     """Ids of tokens whose rows of the embedding train."""
 
     head_tokens: tuple[int, ...] | None = None
-    """The same of a head that is not tied; those of tokens unless given."""
+    """Ids of tokens whose rows of an untied head train; None for those in `tokens`."""
 
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
     """Other ranks: the end of a linear's path -> its rank."""
@@ -72,8 +72,8 @@ class LoRAConfig:
     joined by commas (0,1,5), or all."""
 
     init: Init = "zero"
-    """How it starts: zero changes nothing; loftq is the best low-rank copy of what
-    quantization lost of the weights, qera of what it lost of the outputs, given the second
+    """This is how the adapter starts: zero changes nothing; loftq is the best low-rank copy
+    of what quantization lost of the weights, qera of what it lost of the outputs, given the second
     moments of the inputs (qera-diagonal: their diagonal, for less memory); pissa is the
     principal part of the weights, and the base becomes what that leaves, in 4 bits: a base
     of its own, which the run saves. All but zero need the original weights, and the adapter

@@ -8,7 +8,7 @@ from qlora_jax.quant import QuantConfig, TableFormat
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantOptions:
-    """How the base's weights are held."""
+    """These settings say in how many bits a run holds the frozen weights of its base."""
 
     codebook: Literal["auto", "nf4", "fp4", "int4", "none"] = "auto"
     """nf4, fp4 or int4 quantize a dense folder while it loads; none keeps it dense; auto
@@ -18,14 +18,15 @@ class QuantOptions:
     """Elements that share one absmax; a power of two, 32 to 4096."""
 
     double_quant: bool = True
-    """Keep absmax in 8 bits."""
+    """Whether absmax is kept in 8 bits (4.127 bits a weight), or in float32 (4.5)."""
 
     embedding: TableFormat = "none"
-    """Of the embedding, and a tied head with it: 4bit is as the linears are held, int8 has
-    one scale a row; none leaves it as the folder has it, dense unless that is int8."""
+    """This is how the embedding is held, and a tied head with it: 4bit as the linears are,
+    int8 with one scale a row; none leaves it as the folder has it, dense unless that is
+    int8. Change it where the vocabulary takes much of the memory: int8 halves its bytes."""
 
     head: TableFormat = "none"
-    """The same of an untied head."""
+    """This is how a head that is not tied to the embedding is held, in the same terms."""
 
     def config(self) -> QuantConfig:
         """Returns the QuantConfig, of NF4 for 'auto'."""

@@ -18,7 +18,8 @@ ComputeDtype = Literal["bfloat16", "float32", "float16"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How to train. Learning rate, betas, clipping follow the QLoRA paper (7B, 13B)."""
+    """These settings say how an adapter trains. The defaults of learning rate, betas and
+    clipping are those of the QLoRA paper for 7B and 13B."""
 
     max_steps: int | None = None
     """Optimizer steps; None for as many as `epochs` takes."""
@@ -39,7 +40,7 @@ class TrainConfig:
     """Peak of the schedule."""
 
     lora_plus_ratio: float = 1.0
-    """Of lora_b's learning rate to lora_a's (LoRA+; 16 in its paper)."""
+    """lora_b learns this many times as fast as lora_a (LoRA+, whose paper takes 16)."""
 
     schedule: Schedule = "constant"
     """After the warm-up: constant, or linear or cosine down to 0."""
@@ -60,10 +61,11 @@ class TrainConfig:
     """AdamW's decay of the second moment."""
 
     seed: int = 0
-    """Of the data order, lora_a and dropout."""
+    """The order of the rows, lora_a and dropout are drawn from this number."""
 
     compute_dtype: ComputeDtype = "bfloat16"
-    """Of activations and matmuls. float16 trains with dynamic loss scaling."""
+    """Activations and products have this dtype. float16, for GPUs without bfloat16, trains
+    with dynamic loss scaling."""
 
     checkpoint: Checkpoint = "none"
     """What backward recomputes, for memory: none (elementwise work alone), attention (all of
@@ -75,7 +77,8 @@ class TrainConfig:
     add up to between them."""
 
     resident_bytes: int = 0
-    """Of that state what stays on the device all the same; --train.offload auto finds it."""
+    """With offload, so many bytes of that state stay on the device all the same;
+    --train.offload auto finds the number."""
 
     stream: bool = False
     """Keep the layers' weights in host memory; each comes to the device when it is due."""

@@ -35,28 +35,12 @@ logger = logging.getLogger(__name__)
 VARIABLE = "QLORA_JAX_DATA_CACHE"
 
 MAX_BYTES = 20 << 30
-"""Of the folder; files used longest ago go first."""
+"""The folder holds at most so many bytes; files that were used longest ago go first."""
 
 MIN_SECONDS = 2.0
-"""Rows that were made faster are not kept."""
+"""Rows that took fewer seconds to make are not kept."""
 
 _MAGIC = b"qlora_jax rows 1\n"
-_MAKERS = ("records", "forms", "forming", "tokenize", "cache")
-
-
-def cache_folder() -> Path | None:
-    """Returns the user's folder for rows; None where QLORA_JAX_DATA_CACHE says off.
-
-    Raises:
-      RuntimeError: there is no home folder.
-    """
-    named = os.environ.get(VARIABLE, "")
-    if named:
-        return None if named == "off" else Path(named).expanduser().absolute()
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    # As its specification has it, a relative path there counts as none.
-    base = Path(home) if os.path.isabs(home) else Path.home() / ".cache"
-    return base / "qlora_jax" / "rows"
 
 
 def digest_of(identity: Path | str, tokenizer: Tokenizer, config: DataConfig) -> str:
@@ -96,8 +80,10 @@ def digest_of(identity: Path | str, tokenizer: Tokenizer, config: DataConfig) ->
 def _sources() -> str:
     digest = hashlib.blake2b()
     here = Path(__file__).parent
-    files = [here / f"{name}.py" for name in _MAKERS]
-    for file in [*files, *sorted((here.parent / "text").glob("*.py"))]:
+    for file in [
+        *sorted(here.glob("*.py")),
+        *sorted((here.parent / "text").glob("*.py")),
+    ]:
         digest.update(file.read_bytes())
     return digest.hexdigest()
 

@@ -17,7 +17,8 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from qlora_jax.config.data import DataConfig
-from qlora_jax.data.forms import Former, chosen_adapter
+from qlora_jax.data.fields import chosen_adapter
+from qlora_jax.data.forms import Former
 from qlora_jax.data.records import Record
 from qlora_jax.data.tokenize import Row, tokenize
 from qlora_jax.errors import DataError
@@ -71,7 +72,13 @@ def join(parts: Iterable[Formed]) -> Formed:
 
 
 class Forming(NamedTuple):
-    """How records become rows; goes to other processes as it is."""
+    """All that making rows of records depends on; it is pickled for the worker processes.
+
+    Attributes:
+      tokenizer: With the chat template that counts.
+      config: How rows are read.
+      adapters: Names that a row's "adapter" field may have; () where it is not read.
+    """
 
     tokenizer: Tokenizer
     config: DataConfig

@@ -9,11 +9,11 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qlora_jax.data.forms import check_unicode, chosen_adapter, text_of
+from qlora_jax.data.fields import chosen_adapter, text_of
 from qlora_jax.data.records import read_rows
 from qlora_jax.errors import DataError
 from qlora_jax.text import Tokenizer
-from qlora_jax.text.chat import checked_messages, fitted, variables_of
+from qlora_jax.text.chat import check_text, checked_messages, fitted, variables_of
 
 
 class Prompt(NamedTuple):
@@ -56,7 +56,7 @@ class Prompt(NamedTuple):
                 add_generation_prompt=True,
                 **variables_of(row, template),
             )
-            check_unicode(text)
+            check_text("the prompt that the row makes", text)
             tokens = tokenizer.encode(text)
         if not tokens:
             raise DataError("has a prompt without tokens; give at least one character")

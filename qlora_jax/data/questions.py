@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from qlora_jax.config.data import DataConfig
-from qlora_jax.data.forms import chosen_adapter, renamed, text_of
+from qlora_jax.data.fields import chosen_adapter, renamed, text_of
 from qlora_jax.data.records import read_rows
 from qlora_jax.errors import ConfigError, DataError, gathered
 

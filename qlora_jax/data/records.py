@@ -28,6 +28,9 @@ Kind = Literal["lines", "json", "csv", "parquet", "prose"]
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _BZIP2, _XZ = b"BZh", b"\xfd7zXZ\x00"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
+ROWS = "rows (.jsonl, .json, .csv, .tsv, .parquet; also as .gz, .zst, .bz2 or .xz)"
+"""What a file of rows may be, for messages."""
+
 _PACKED = (".gz", ".zst", ".bz2", ".xz")
 _OTHERS = {
     b"PK\x03\x04": "a zip archive or a spreadsheet; unpack it, or save it as CSV",
@@ -45,8 +48,7 @@ def open_bytes(path: Path) -> Any:
     """
     if not path.is_file():
         raise DataError(
-            f"{path} is no file; expected rows (.jsonl, .json, .csv, .tsv, .parquet; also "
-            "as .gz, .zst, .bz2 or .xz), or a dataset id such as owner/name"
+            f"{path} is no file; expected {ROWS}, or a dataset id such as owner/name"
         )
     with path.open("rb") as stream:
         magic = stream.read(6)
@@ -88,9 +90,9 @@ def kind_of(path: Path) -> Kind:
     for magic, what in _OTHERS.items():
         if head.startswith(magic):
             raise DataError(f"{path} is {what}")
-    if _suffix(path) in (".csv", ".tsv"):
+    if suffix_of(path) in (".csv", ".tsv"):
         return "csv"
-    named = _suffix(path) in (".jsonl", ".ndjson")
+    named = suffix_of(path) in (".jsonl", ".ndjson")
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     # Prose may begin so too: "[Enter Hamlet]", "{sic}".
     if text.startswith(b"[") and text[1:].lstrip()[:1] in (b"{", b"[", b"]", b'"'):
@@ -103,7 +105,8 @@ def kind_of(path: Path) -> Kind:
     return "json" if laid_out and (not named or line.strip() == b"{") else "lines"
 
 
-def _suffix(path: Path) -> str:
+def suffix_of(path: Path) -> str:
+    """Returns what a file's name ends in, beside how it is packed."""
     name = path.name.lower()
     for packed in _PACKED:
         name = name.removesuffix(packed)
@@ -146,7 +149,7 @@ def read_records(path: Path, problems: Problems) -> Iterator[Record]:
     kind = kind_of(path)
     if kind == "prose":
         with _unpacking(path), open_bytes(path) as stream:
-            begins = stream.read(40).decode(errors="replace")
+            begins = stream.read(40).decode(errors="backslashreplace")
         what = f"begins with {begins!r}" if begins.strip() else "is empty"
         raise DataError(
             f"{path} has no rows: it {what}, which is no JSON; expected JSON lines, a JSON "
@@ -282,7 +285,7 @@ def _csv(path: Path, problems: Problems) -> Iterator[Record]:
         )
     first = text.readline()
     text.seek(0)
-    delimiter = "\t" if _suffix(path) == ".tsv" else ","
+    delimiter = "\t" if suffix_of(path) == ".tsv" else ","
     if delimiter not in first:  # spreadsheets write ';' where ',' is the decimal sign
         delimiter = next((mark for mark in ";\t" if mark in first), delimiter)
     limit = csv.field_size_limit(1 << 30)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax.data.problems import Problems
-from qlora_jax.data.records import Record, read_records
+from qlora_jax.data.records import ROWS, Record, read_records, suffix_of
 from qlora_jax.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,6 @@ _ID = re.compile(
 )
 _SPLIT = re.compile(r":(?P<split>[A-Za-z_][\w.+-]*(\[[^\]]*\])?)$")
 _FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
-_PACKED = (".gz", ".zst", ".bz2", ".xz")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,15 +78,11 @@ class Source:
             if split is not None and path.is_file():
                 raise DataError(f"{text}: {rest} is a file, which has no splits")
             return cls(str(path), True, split=split, weight=weight)
-        plain = rest.lower()
-        for packed in _PACKED:
-            plain = plain.removesuffix(packed)
-        found = None if plain.endswith(_FILES) else _ID.fullmatch(rest)
+        found = None if suffix_of(path) in _FILES else _ID.fullmatch(rest)
         if found is None:
             raise DataError(
-                f"{rest} is no file; expected rows (.jsonl, .json, .csv, .tsv, .parquet; "
-                "also as .gz, .zst, .bz2 or .xz), a folder with a dataset, or an id of the "
-                "hub (owner/name, owner/name/configuration:split)"
+                f"{rest} is no file; expected {ROWS}, a folder with a dataset, or an id of "
+                "the hub (owner/name, owner/name/configuration:split)"
             )
         config, revision = found["config"], found["revision"]
         return cls(found["name"], False, config, revision, split, weight)

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from qlora_jax.config.data import DataConfig
-from qlora_jax.data.forms import Example, Ids
+from qlora_jax.data.forms import Example
+from qlora_jax.data.given_ids import Ids
 from qlora_jax.text import Tokenizer
 from qlora_jax.text.tokenizer import Encoded
 from qlora_jax.text.turns import Span

@@ -27,7 +27,8 @@ from qlora_jax.nn import (
 from qlora_jax.nn.variables import rests_on_host
 
 MOST_OF_AVAILABLE = 0.5
-"""Of the memory available: the rest is for the cache of keys, activations and others."""
+"""Decoded weights may take this part of the memory available; the rest is for the cache of
+keys and values, activations and other programs."""
 
 logger = logging.getLogger(__name__)
 _SAID: set[str] = set()

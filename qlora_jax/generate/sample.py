@@ -28,7 +28,7 @@ vain; each look waits for the device."""
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """How the next token is chosen."""
+    """These settings say how each next token is chosen."""
 
     max_new_tokens: int = 128
     """Most tokens to add."""
@@ -43,7 +43,7 @@ class SampleConfig:
     """Sample among the fewest tokens whose probabilities sum to p."""
 
     seed: int = 0
-    """Of the sampling."""
+    """Tokens are drawn from this number; the same one gives the same tokens."""
 
     def __post_init__(self):
         problems = []

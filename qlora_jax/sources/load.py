@@ -138,7 +138,7 @@ def reading(
 
 
 class Tables(TypedDict):
-    """How embedding and head are held; keywords of `load`."""
+    """The formats of embedding and head, as `load` takes them by keyword."""
 
     embedding: TableFormat
     head: TableFormat

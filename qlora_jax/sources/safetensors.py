@@ -242,7 +242,7 @@ class Writer:
     def __init__(self, folder: Path, shard_bytes: int = 4 << 30):
         self.folder, self.shard_bytes = folder, shard_bytes
         self.problems: list[str] = []
-        """Of tensors that cannot be written; `close` raises them."""
+        """Why tensors cannot be written, a sentence each; `close` raises them."""
         self._pending: dict[str, np.ndarray] = {}
         self._shards: list[list[str]] = []
         self._bytes = 0

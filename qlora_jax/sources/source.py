@@ -74,7 +74,7 @@ class Source:
 
     @property
     def stored(self) -> QuantConfig | None:
-        """How the linears are quantized; None of a dense model."""
+        """The settings that the stored linears were quantized with; None for a dense model."""
         return self._settings[2]
 
     @functools.cached_property
@@ -86,7 +86,7 @@ class Source:
 
     @property
     def notes(self) -> list[str]:
-        """What a user should know of it: what was left out, or read otherwise."""
+        """Sentences for the user on what was left out, or read otherwise than it is written."""
         return self.tensors.notes
 
     @functools.cached_property
@@ -124,7 +124,7 @@ class Source:
     def _written(
         self,
     ) -> tuple[dict[str, Any], DecoderConfig, QuantConfig | None, str]:
-        """What config.json says alone, and the model_type that it names."""
+        """Reads config.json alone; the last value is the model_type that it names."""
         where = self.path / "config.json"
         if self.is_gguf:
             hf = dict(self._gguf.config)

@@ -159,7 +159,7 @@ def checked_messages(messages: Any, key: str = "messages") -> list[dict[str, Any
     for message in messages:
         if not isinstance(message, dict) or "role" not in message:
             raise DataError(f"{key!r} has an entry without 'role' and 'content'")
-        _check_text("role", message["role"])
+        check_text("role", message["role"])
         _check_weight(message)
         content = message.get("content")
         # Tables have every key in every message, null where it has none.
@@ -171,14 +171,15 @@ def checked_messages(messages: Any, key: str = "messages") -> list[dict[str, Any
         if isinstance(content, list):
             _check_parts(content)
         else:
-            _check_text("content", content)
+            check_text("content", content)
     return messages
 
 
 _IN_PLACE_OF_CONTENT = ("tool_calls", "function_call", *_REASONING)
 
 
-def _check_text(key: str, text: Any) -> None:
+def check_text(key: str, text: Any) -> None:
+    """Raises DataError for what is no string, or half of a surrogate pair."""
     if not isinstance(text, str):
         raise DataError(f"{key!r} is {type(text).__name__}, expected a string")
     try:
@@ -194,7 +195,7 @@ def _check_parts(parts: list[Any]) -> None:
             raise DataError(
                 f"'content' has a part of type {kind!r}; only parts of text can be used"
             )
-        _check_text("text", part.get("text"))
+        check_text("text", part.get("text"))
 
 
 def _check_weight(message: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from qlora_jax.cli import compile_cache
 from qlora_jax.cli.main import main
+from qlora_jax.user_folder import cache_folder
 
 # A process of its own: jax takes its cache folder once.
 PROGRAM = textwrap.dedent(
@@ -145,13 +146,19 @@ def test_the_folder_is_the_users_unless_the_variable_names_one(
     monkeypatch.delenv(compile_cache.VARIABLE)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert compile_cache.cache_root() == tmp_path / ".cache/qlora_jax/compiled"
+    assert (
+        cache_folder(compile_cache.VARIABLE, "compiled")
+        == tmp_path / ".cache/qlora_jax/compiled"
+    )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
-    assert compile_cache.cache_root() == tmp_path / "x/qlora_jax/compiled"
+    assert (
+        cache_folder(compile_cache.VARIABLE, "compiled")
+        == tmp_path / "x/qlora_jax/compiled"
+    )
     monkeypatch.setenv(compile_cache.VARIABLE, str(tmp_path / "named"))
-    assert compile_cache.cache_root() == tmp_path / "named"
+    assert cache_folder(compile_cache.VARIABLE, "compiled") == tmp_path / "named"
     monkeypatch.setenv(compile_cache.VARIABLE, "off")
-    assert compile_cache.cache_root() is None
+    assert cache_folder(compile_cache.VARIABLE, "compiled") is None
 
 
 def test_cpus_with_other_features_have_other_folders(tmp_path: Path):

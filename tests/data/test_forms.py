@@ -281,13 +281,13 @@ def test_what_cannot_be_used_is_refused(row, config, message):
 
 
 def test_calls_of_functions_in_sharegpt_are_tool_calls():
-    from qlora_jax.data.forms import _conversation
+    from qlora_jax.data.conversations import conversation_of
 
     call = {"name": "add", "arguments": {"a": 1}}
     turns = share_gpt(
         *(("human", "a"), ("function_call", json.dumps(call)), ("observation", "2"))
     )
-    made, _ = _conversation({"conversations": turns}, "conversations")
+    made, _ = conversation_of({"conversations": turns}, "conversations")
     assert made[1] == {
         "role": "assistant",
         "content": "",

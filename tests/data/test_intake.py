@@ -17,6 +17,7 @@ from qlora_jax.data.forming import Formed, Forming
 from qlora_jax.data.tokenize import Row
 from qlora_jax.errors import DataError
 from qlora_jax.text import Tokenizer
+from qlora_jax.user_folder import cache_folder
 
 RECORDS: list[Any] = [
     (i, {"messages": chat_cases.turns(f"a{i}", "b", "c", "d" * (i % 7)), "id": i})
@@ -193,4 +194,4 @@ def test_files_used_longest_ago_go_first(tmp_path, monkeypatch):
 def test_where_rows_are_kept(environment, folder, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert cache.cache_folder() == folder
+    assert cache_folder(cache.VARIABLE, "rows") == folder

@@ -1,0 +1,23 @@
+"""Where a user's caches lie."""
+
+import os
+from pathlib import Path
+
+
+def cache_folder(variable: str, name: str) -> Path | None:
+    """Returns the folder of one of this program's caches; None where the user wants none.
+
+    Args:
+      variable: Of the environment: it names another folder, or says `off`.
+      name: Of the folder below the user's own for this program.
+
+    Raises:
+      RuntimeError: there is no home folder.
+    """
+    named = os.environ.get(variable, "")
+    if named:
+        return None if named == "off" else Path(named).expanduser().absolute()
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    # As its specification has it, a relative path there counts as none.
+    base = Path(home) if os.path.isabs(home) else Path.home() / ".cache"
+    return base / "qlora_jax" / name
