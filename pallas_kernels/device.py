@@ -23,14 +23,15 @@ at 4 MiB 512 x 4096 x 11008 takes half of what it takes untiled. Elsewhere few l
 are better."""
 
 TWO_PASS_WHOLE_BYTES: Limit = {"cpu": 128 << 20, "gpu": 128 << 20}
-"""Decoded weight up to which 'two_pass' decodes it whole."""
+"""'two_pass' decodes a weight whole up to so many decoded bytes, and by pieces above."""
 
 TWO_PASS_PIECE_BYTES: Limit = {"cpu": 32 << 20, "gpu": 32 << 20}
-"""Decoded rows of a larger one alive at once; a product with so many is bound by arithmetic."""
+"""A larger weight is decoded so many bytes at a time; products of such pieces are bound by
+arithmetic."""
 
 INT8_PIECE_BYTES: Limit = {"cpu": 4 << 20, "gpu": 32 << 20}
-"""Of an int8 table's rows in the compute dtype, and of their float32 product, alive at once;
-as 4-bit weights have it."""
+"""An int8 table is multiplied in pieces whose rows in the compute dtype, and whose float32
+product, take at most so many bytes each; the same as for 4-bit weights."""
 
 LOGITS_BYTES: Limit = {"cpu": 32 << 20, "gpu": 256 << 20}
 """Float32 logits alive at once in a loss. On a GPU each chunk of tokens reads the whole head

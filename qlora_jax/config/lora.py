@@ -73,8 +73,8 @@ class LoRAConfig:
 
     init: Init = "zero"
     """This is how the adapter starts: zero changes nothing; loftq is the best low-rank copy
-    of what quantization lost of the weights, qera of what it lost of the outputs, given the second
-    moments of the inputs (qera-diagonal: their diagonal, for less memory); pissa is the
+    of what quantization lost of the weights, qera of what it lost of the outputs, given the
+    second moments of the inputs (qera-diagonal: their diagonal, for less memory); pissa is the
     principal part of the weights, and the base becomes what that leaves, in 4 bits: a base
     of its own, which the run saves. All but zero need the original weights, and the adapter
     then belongs to the 4-bit base alone."""
