@@ -14,10 +14,11 @@ a third more than the estimate (scripts/results/README.md, "Memory").
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,8 @@ from pallas_kernels.layout import abstract_tensor
 from qlora_jax.adapters.attach import attach_zero, split
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.config.train import Checkpoint, Optimizer
-from qlora_jax.models import Decoder, DecoderConfig
+from qlora_jax.models import Decoder, DecoderConfig, abstract
+from qlora_jax.models.layers import SAVED
 from qlora_jax.models.streaming import copies_ahead
 from qlora_jax.names import is_stacked
 from qlora_jax.nn import (
@@ -150,9 +152,7 @@ def abstract_parts(
     setup: Setup,
 ) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """Returns `split` of the setup's model, every array a jax.ShapeDtypeStruct."""
-    skeleton = nnx.eval_shape(
-        lambda: Decoder(setup.config, key=jax.random.key(0), dtype=setup.dtype)
-    )
+    skeleton = abstract(setup.config, setup.dtype)
 
     def replace(path: tuple, node: Any) -> Any:
         if setup.quant is None:
@@ -277,7 +277,8 @@ def estimate(
             c = setup.config
             each = setup.tokens * c.hidden_size * jnp.dtype(setup.dtype).itemsize
             host["activations for backward"] = c.num_layers * each * _together(setup)
-    return Memory(device, host, TURNS_MARGIN if setup.config.period > 1 else MARGIN)
+    in_turns = any(len(one.pattern) > 1 for one in setup.config.segments)
+    return Memory(device, host, TURNS_MARGIN if in_turns else MARGIN)
 
 
 _COUNTED: dict[
@@ -327,28 +328,44 @@ def _kept(setup: Setup, platform: Platform) -> int:
     each = setup.tokens * jnp.dtype(setup.dtype).itemsize
     if setup.checkpoint == "host" and platform == "gpu":
         return 2 * each * c.hidden_size  # one that arrives, one that leaves
-    return c.num_layers * each * _together(setup) * _features_kept(setup)
+    return each * _together(setup) * _features_kept(setup)
 
 
 def _features_kept(setup: Setup) -> int:
-    """Returns the features of a token that a layer keeps for backward."""
-    c = setup.config
-    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    kept = c.hidden_size
-    if setup.checkpoint == "attention":
-        kept += q
-    if setup.checkpoint == "none":
-        kept += c.hidden_size + 2 * q + 2 * kv + 2 * _wide(c)
-        kept += (4 if c.fused else 7) * setup.lora.rank
-        kept += q + kv if c.qk_norm != "none" else 0
-        kept += 2 * c.hidden_size if c.norms != "pre" else 0
-    return kept
+    """Returns the features of a token that all layers together keep for backward."""
+    c, total = setup.config, 0
+    saved = {"layer": (), "host": (), "attention": ("mixed",), "none": SAVED}
+    for layers, kept, _ in _slots(c):
+        features = c.hidden_size
+        features += sum(kept.get(name, 0) for name in saved[setup.checkpoint])
+        if setup.checkpoint == "none":
+            features += (4 if c.fused else 7) * setup.lora.rank
+        total += layers * features
+    return total
 
 
-def _wide(config: DecoderConfig) -> int:
-    """Returns the feed-forward features that a token meets."""
-    experts = config.experts_per_token if config.num_experts else 1
-    return config.intermediate_size * experts
+class _Slot(NamedTuple):
+    """What memory depends on of the layers of one slot.
+
+    Attributes:
+      layers: How many there are.
+      kept: Features a token by the checkpoint names that they are kept under.
+      wide: Features between gate and down that a token meets.
+    """
+
+    layers: int
+    kept: Mapping[str, int]
+    wide: int
+
+
+@functools.lru_cache(maxsize=64)  # a plan asks for hundreds of one model's setups
+def _slots(config: DecoderConfig) -> tuple[_Slot, ...]:
+    return tuple(
+        _Slot(len(layers), stack.kept, sum(stack.mlp.kept.values()) // 2)
+        for (layers, _), stack in zip(
+            config.slots, abstract(config).stacks, strict=True
+        )
+    )
 
 
 def _at_peak(
@@ -385,6 +402,7 @@ def features(
     # On a CPU products come out in float32, whatever goes in.
     tokens = setup.tokens * (item if platform == "gpu" else 2)
     a_layer = parts["layers"] / c.num_layers
+    turns = max(len(one.pattern) for one in c.segments)
     decoded = 0
     if setup.quant is not None and platform == "cpu":
         whole = c.hidden_size * c.intermediate_size
@@ -401,8 +419,9 @@ def features(
         and c.hidden_size % 256
         and 2 * c.hidden_size * c.vocab_size > TWO_PASS_WHOLE_BYTES["gpu"]
     )
-    ahead = setup.stream and copies_ahead(
-        c.num_layers, c.period, together, setup.checkpoint
+    ahead = setup.stream and any(
+        copies_ahead(one.repeats * len(one.pattern), together, setup.checkpoint)
+        for one in c.segments
     )
     return {
         ("layer", "adapter"): parts["adapter"] * (setup.optimizer == "adamw"),
@@ -410,8 +429,8 @@ def features(
         ("layer", "accumulated"): parts["adapter"] * _adds_up(setup),
         ("layer", "layer"): a_layer,
         ("layer", "ahead"): a_layer * ahead,
-        ("layer", "turn"): a_layer * (c.period - 1),
-        ("layer", "wide"): tokens * _wide(c),
+        ("layer", "turn"): a_layer * (turns - 1),
+        ("layer", "wide"): tokens * max(slot.wide for slot in _slots(c)),
         ("layer", "hidden_both"): tokens * c.hidden_size * (c.norms == "both"),
         ("layer", "kv"): tokens * c.num_kv_heads * c.head_dim,
         ("layer", "bias"): tokens * biased * c.attention_bias,

@@ -6,6 +6,11 @@ one layer (and expert) of it, as adapters are stored: `layers.3.attn.q_proj.lora
 `layers.3.mlp.experts.7.up_proj.kernel`. Only what lies behind `layers` is stacked, and only
 what lies behind `experts` is stacked twice. A **table** maps paths to names that another format
 has, with `{}` for the numbers.
+
+Where the layers of a model are of several kinds there is a stack for each, and behind `layers`
+a **key** says which layers a stack holds, as a slice does: `layers.5:24:6.attn.q_proj.kernel`
+has layers 5, 11, 17 and 23. Without a key a stack holds all of them, from 0 on. Keys exist in
+memory alone: no numbered name, table or setting has them (`plain` takes them away).
 """
 
 import functools
@@ -17,6 +22,8 @@ from typing import Any, NamedTuple
 STACK, EXPERTS = "layers", "experts"
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
 
+_KEYED = re.compile(rf"{STACK}\.(\d+:\d+(?::\d+)?)(?=\.|$)")
+
 Index = tuple[int, ...]
 """(layer,), (layer, expert), or () of what is not stacked."""
 
@@ -26,9 +33,32 @@ def dotted(path: Sequence[Any]) -> str:
     return ".".join(map(str, path))
 
 
+def plain(path: Sequence[Any]) -> str:
+    """Returns a path's keys as one name, without the key of a stack."""
+    return located(dotted(path))[0]
+
+
 def is_stacked(path: Sequence[Any]) -> bool:
-    """Whether a path, as keys, lies in the stack of layers."""
+    """Whether a path, as keys, lies in a stack of layers."""
     return str(path[0]) == STACK
+
+
+def stack_key(layers: range) -> str:
+    """Returns the key of a stack that holds these layers."""
+    key = f"{layers.start}:{layers.stop}"
+    return key if layers.step == 1 else f"{key}:{layers.step}"
+
+
+def located(path: str) -> tuple[str, range | None]:
+    """Returns a path without the key of its stack, and the layers that the key names.
+
+    None stands for a path without a key: what is stacked there has all layers.
+    """
+    found = _KEYED.match(path)
+    if found is None:
+        return path, None
+    layers = range(*map(int, found[1].split(":")))
+    return STACK + path[found.end() :], layers
 
 
 class Numbered(NamedTuple):
@@ -55,12 +85,12 @@ class Numbered(NamedTuple):
         return cls(".".join(parts), tuple(numbers))
 
     @classmethod
-    def first(cls, path: str) -> "Numbered":
-        """Returns the first layer (and expert) of a path, numbered where it is stacked."""
-        parts = path.split(".")
-        if parts[0] != STACK:
-            return cls(path)
-        return cls(path, (0, 0) if EXPERTS in parts else (0,))
+    def at(cls, path: Sequence[Any], index: Index) -> "Numbered":
+        """Returns what lies at an index of the stack that a path, as keys, names."""
+        name, layers = located(dotted(path))
+        if layers is not None and index:
+            index = (layers[index[0]], *index[1:])
+        return cls(name, index)
 
     def __str__(self) -> str:
         """Returns the numbered name."""
@@ -78,6 +108,8 @@ def template_of(name: str) -> str:
 class Table:
     """What each path is called elsewhere, both ways.
 
+    Wherever a path is taken, one with the key of a stack stands for the layers of that stack.
+
     Args:
       templates: {path: name}, where `{}` is the layer, and a second one the expert.
       layers: Of the model.
@@ -90,22 +122,27 @@ class Table:
 
     def stack(self, path: str) -> Index:
         """Returns the sizes of a path's stack."""
-        return self._sizes[: self.templates[path].count("{}")]
+        name, layers = located(path)
+        sizes = self._sizes[: self.templates[name].count("{}")]
+        return sizes if layers is None else (len(layers), *sizes[1:])
 
     def name(self, path: str, index: Index = ()) -> str:
         """Returns what one layer (and expert) of a path is called."""
-        return self.templates[path].format(*index)
+        place = Numbered.at([path], index)
+        return self.templates[place.path].format(*place.numbers)
 
     def names(self, path: str) -> list[str]:
         """Returns what all of a path is called, in the order of the stack."""
-        template, stack = self.templates[path], self.stack(path)
-        return [template.format(*i) for i in itertools.product(*map(range, stack))]
+        return [self.name(path, i) for i in self._indices(path)]
 
     def all(self) -> Iterator[tuple[Numbered, str]]:
         """Yields every parameter and its name."""
         for path in self.templates:
-            for index in itertools.product(*map(range, self.stack(path))):
+            for index in self._indices(path):
                 yield Numbered(path, index), self.name(path, index)
+
+    def _indices(self, path: str) -> Iterator[Index]:
+        return itertools.product(*map(range, self.stack(path)))
 
     def find(self, name: str) -> Numbered | None:
         """Returns the parameter that a name stands for; None if it stands for none here."""

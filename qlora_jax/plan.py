@@ -7,13 +7,19 @@ the base more often for each token.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from flax import nnx
+
 from qlora_jax.errors import ConfigError
 from qlora_jax.memory import Memory, Platform, Setup, estimate
+from qlora_jax.models import DecoderConfig, abstract
+from qlora_jax.names import EXPERTS, is_stacked
+from qlora_jax.nn import Linear
 
 GIB = 1 << 30
 _CHECKPOINT_COST = {"none": 1.0, "attention": 1.25, "layer": 1.33, "host": 1.36}
@@ -139,20 +145,24 @@ def _paged_part(setup: Setup) -> float:
     return host / (host + setup.resident_bytes)
 
 
-def weights_of(setup: Setup) -> int:
+@functools.lru_cache(maxsize=64)
+def weights_met(config: DecoderConfig) -> int:
     """Returns the weights of all layers' linears that a token meets."""
-    c = setup.config
-    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    experts = c.experts_per_token if c.num_experts else 1
-    layer = c.hidden_size * (2 * q + 2 * kv + 3 * experts * c.intermediate_size)
-    return c.num_layers * layer
+    total = 0
+    for path, node in nnx.iter_graph(abstract(config)):
+        if isinstance(node, Linear) and is_stacked(path):
+            met = math.prod(node.kernel.get_value().shape)
+            if EXPERTS in path:
+                met = met * config.experts_per_token // config.num_experts
+            total += met
+    return total
 
 
 def compute_seconds(setup: Setup) -> float:
     """Returns a micro-batch's arithmetic: forward (once more with checkpointing), and the
     gradient to activations."""
     passes = 2 if setup.checkpoint == "none" else 3
-    return 2 * passes * weights_of(setup) * setup.tokens / FLOPS
+    return 2 * passes * weights_met(setup.config) * setup.tokens / FLOPS
 
 
 def streaming_seconds(setup: Setup) -> float:

@@ -25,11 +25,11 @@ import jax
 from qlora_jax.adapters import LoRAConfig
 from qlora_jax.memory import Setup
 from qlora_jax.models import DecoderConfig
-from qlora_jax.models.decoder import LayerKind
+from qlora_jax.models.spec import AttentionSpec, LayerSpec
 from qlora_jax.quant import QuantConfig
 from qlora_jax.train.compiled import account, compile_step
 
-_TURNS = (LayerKind(window=1024), LayerKind())
+_TURNS = (AttentionSpec(window=1024), AttentionSpec())
 MODELS: dict[str, dict[str, Any]] = {
     "llama-70b": {"layers": 80, "hidden": 8192, "wide": 28672, "heads": (64, 8)},
     "llama-8b": {"layers": 32, "hidden": 4096, "wide": 14336, "heads": (32, 8)},
@@ -49,7 +49,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma2-2b": {
         **{"layers": 26, "hidden": 2304, "wide": 9216, "heads": (8, 4, 256)},
         **{"vocab_size": 256000, "tie_word_embeddings": True, "norms": "both"},
-        **{"layer_kinds": _TURNS * 13, "norm_offset": 1.0, "activation": "gelu_tanh"},
+        **{"mixers": _TURNS * 13, "norm_offset": 1.0, "activation": "gelu_tanh"},
         **{"attention_softcap": 50.0, "logit_softcap": 30.0},
     },
     "phi3-mini": {
@@ -74,7 +74,7 @@ UNSEEN: dict[str, dict[str, Any]] = {
     "gemma3-1b": {
         **{"layers": 26, "hidden": 1152, "wide": 6912, "heads": (4, 1, 256)},
         **{"vocab_size": 262144, "tie_word_embeddings": True, "norms": "both"},
-        **{"layer_kinds": (*(LayerKind(window=512),) * 5, LayerKind()) * 4},
+        **{"mixers": (*(AttentionSpec(window=512),) * 5, AttentionSpec()) * 4},
         **{"norm_offset": 1.0, "activation": "gelu_tanh", "qk_norm": "head"},
     },
     "qwen3-30b-a3b": {
@@ -83,7 +83,7 @@ UNSEEN: dict[str, dict[str, Any]] = {
         **{"num_experts": 128, "experts_per_token": 8},
     },
 }
-UNSEEN["gemma3-1b"]["layer_kinds"] += (LayerKind(window=512),) * 2
+UNSEEN["gemma3-1b"]["mixers"] += (AttentionSpec(window=512),) * 2
 TABLES = {"embedding": "4bit", "head": "4bit"}
 INT8 = {"embedding": "int8", "head": "int8"}
 ALL = {**TABLES, "checkpoint": "host", "offload": True}
@@ -230,8 +230,10 @@ def setup_of(model: str, changes: dict[str, Any]) -> Setup:
     shape = dict((MODELS | UNSEEN)[model])
     layers, hidden, wide = (shape.pop(k) for k in ("layers", "hidden", "wide"))
     heads, kv_heads, *rest = shape.pop("heads")
+    mixers = shape.pop("mixers", ())
     config = DecoderConfig(
         num_layers=layers,
+        layers=tuple(LayerSpec(mixer=mixer) for mixer in mixers),
         hidden_size=hidden,
         intermediate_size=wide,
         num_heads=heads,

@@ -34,7 +34,7 @@ from qlora_jax.adapters.updates import (
 )
 from qlora_jax.adapters.value import Adapter
 from qlora_jax.errors import ConfigError, gathered
-from qlora_jax.names import EMBEDDING, dotted
+from qlora_jax.names import EMBEDDING, dotted, plain
 
 dot = functools.partial(jnp.matmul, precision="highest")
 
@@ -294,7 +294,7 @@ def _by_name(
     found = {}
     for path, update in updates.items():
         values = figure(update.lora_a, update.lora_b) * update.scale
-        for name, index in layer_names(path, update, layers_of(dotted(path))).items():
+        for name, index in layer_names(path, update, layers_of(plain(path))).items():
             found[name] = values[index]
     return found
 

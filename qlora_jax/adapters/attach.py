@@ -19,7 +19,7 @@ from qlora_jax.config.lora import ALL_LINEAR, LoRAConfig, ends
 from qlora_jax.errors import AdapterMismatchError, ConfigError, gathered
 from qlora_jax.models import Decoder
 from qlora_jax.models.vocabulary import untied
-from qlora_jax.names import EMBEDDING, HEAD, dotted
+from qlora_jax.names import EMBEDDING, HEAD, dotted, is_stacked, located, plain
 from qlora_jax.nn import (
     Embedding,
     Linear,
@@ -92,7 +92,7 @@ def attach_zero(model: M, config: LoRAConfig, *, key: Array) -> M:
         model = untied(model)
 
     def replace(path: tuple, node: Any) -> Any:
-        name = dotted(path)
+        name = plain(path)
         if name in (EMBEDDING, HEAD) and node is not None:
             if (tokens := config.token_rows(name)) and not config.saves(name):
                 rows = nnx.LoRAParam(_rows(node, tokens))
@@ -106,24 +106,37 @@ def attach_zero(model: M, config: LoRAConfig, *, key: Array) -> M:
             return _lora_embedding(node, name, config, base, key)
         if not isinstance(node, (Linear, QuantizedLinear)):
             return node
-        adapted = config.matches(name)
+        adapted = config.matches(name) and _adapted_here(path, node, config)
         if node.bias is not None and config.bias != "none":
             if adapted or config.bias == "all":
                 _train(node, "bias", path, base)
-        return _lora(node, name, config, base, key) if adapted else node
+        return _lora(node, path, config, base, key) if adapted else node
 
     return nnx.recursive_map(replace, model)
 
 
+def _adapted_here(
+    path: tuple, node: Linear | QuantizedLinear, config: LoRAConfig
+) -> bool:
+    """Whether any layer of a linear's stack is to have an adapter."""
+    layers, own = config.layers_of(plain(path)), located(dotted(path))[1]
+    return not layers or own is None or not {*layers}.isdisjoint(own)
+
+
 def _lora(
     node: Linear | QuantizedLinear,
-    name: str,
+    path: tuple,
     config: LoRAConfig,
     base: str | None,
     key: Array,
 ) -> LoRA:
-    rank, alpha = config.shape_of(name)
-    layers = config.layers_of(name) if node.stack else ()
+    rank, alpha = config.shape_of(plain(path))
+    layers = config.layers_of(plain(path)) if node.stack else ()
+    inside, own = layers, located(dotted(path))[1]
+    if own is not None:  # a stack of some layers, whose indices are not their numbers
+        inside = tuple(i for i, number in enumerate(own) if number in layers)
+        inside = () if len(inside) == len(own) else inside
+        layers = tuple(own[i] for i in inside)
     lora = LoRA(
         node,
         rank=rank,
@@ -132,8 +145,8 @@ def _lora(
         init=config.init,
         rslora=config.rslora,
         dora=config.dora,
-        layers=layers,
-        key=jax.random.fold_in(key, zlib.crc32(name.encode())),
+        layers=inside,
+        key=jax.random.fold_in(key, zlib.crc32(dotted(path).encode())),
     )
     for variable in (lora.lora_a, lora.lora_b, lora.magnitude):
         if variable is not None:
@@ -182,10 +195,10 @@ def _check(model: nnx.Module, config: LoRAConfig) -> None:
     linears: dict[str, Linear | QuantizedLinear] = {}
     dense, packed, problems = [], [], []
     for path, node in nnx.iter_graph(model):
-        name = dotted(path)
+        name = plain(path)
         if isinstance(node, nnx.LoRAParam):
             raise AdapterMismatchError(
-                f"the model has an adapter at {dotted(path[:-1])} already; merge it first, "
+                f"the model has an adapter at {plain(path[:-1])} already; merge it first, "
                 "or attach to the model without it"
             )
         if isinstance(node, (Linear, QuantizedLinear)):
@@ -220,7 +233,7 @@ def _check(model: nnx.Module, config: LoRAConfig) -> None:
             problems.append(
                 f"--lora.modules-to-save {name} {why}; there are {', '.join(dense)}"
             )
-    problems += _beyond(config, linears)
+    problems += _beyond(config, model)
     if config.head_tokens and tied and config.tied and HEAD not in config.saved:
         problems.append(
             "--lora.head-tokens: the head is tied and follows --lora.tokens"
@@ -255,18 +268,17 @@ def _asks_for_head(config: LoRAConfig, linears: list[str]) -> bool:
     return config.targets != ALL_LINEAR and config.matches(HEAD)
 
 
-def _beyond(
-    config: LoRAConfig, linears: dict[str, Linear | QuantizedLinear]
-) -> list[str]:
-    """Returns the layers that a config names and the stacks do not have."""
+def _beyond(config: LoRAConfig, model: nnx.Module) -> list[str]:
+    """Returns the layers that a config names and the model does not have."""
     problems: dict[tuple[int, ...], str] = {}
-    for path, node in linears.items():
+    for keys, node in nnx.iter_graph(model):
+        if not isinstance(node, (Linear, QuantizedLinear)) or not node.stack:
+            continue
+        path, count = plain(keys), node.stack[0]
+        if isinstance(model, Decoder) and is_stacked(keys):
+            count = model.config.num_layers
         layers = config.layers_of(path)
-        if (
-            config.matches(path)
-            and node.stack
-            and max(layers, default=0) >= (count := node.stack[0])
-        ):
+        if config.matches(path) and max(layers, default=0) >= count:
             flag = "layers" if layers == config.layers else f"layers-pattern of {path}"
             problems[layers] = (
                 f"--lora.{flag} {list(layers)}: the model has {count} layers, from 0"
@@ -289,7 +301,7 @@ def detach(model: M) -> M:
 
     base = nnx.recursive_map(replace, model)
     if left := nnx.to_flat_state(nnx.state(base, nnx.LoRAParam)):
-        names = ", ".join(dotted(path) for path, _ in left)
+        names = ", ".join(plain(path) for path, _ in left)
         raise AdapterMismatchError(
             f"the model's own {names} trained in place; load the base anew"
         )
@@ -332,10 +344,13 @@ def lora_config(model: nnx.Module) -> LoRAConfig:
     found: dict[str, LoRA | LoRAEmbedding] = {}
     rows: dict[str, tuple[int, ...]] = {}
     saved, biased = [], set()
+    places: dict[str, _Places] = {}
     for path, node in nnx.iter_graph(model):
-        name = dotted(path)
+        name = plain(path)
         if isinstance(node, (LoRA, LoRAEmbedding)):
             found[name] = node
+        if isinstance(node, (Linear, QuantizedLinear, LoRA)) and is_stacked(path):
+            places.setdefault(name, _Places()).add(path, node)
         if isinstance(node, TrainedRows):
             rows[name] = node.tokens
         if type(node) in _OWN and trains(getattr(node, _OWN[type(node)])):
@@ -346,17 +361,20 @@ def lora_config(model: nnx.Module) -> LoRAConfig:
         raise AdapterMismatchError("the model has no adapter")
     linears = [node for node in found.values() if isinstance(node, LoRA)]
     one = linears[0] if linears else None
-    plain = LoRAConfig()
+    default = LoRAConfig()
     rank, alpha = (
         Counter(getattr(node, field) for node in found.values()).most_common(1)[0][0]
         if found
-        else getattr(plain, field)
+        else getattr(default, field)
         for field in ("rank", "alpha")
     )
-    stacked = {p: _layers(n) for p, n in found.items() if _in_a_stack(n)}
-    layers = Counter(stacked.values()).most_common(1)[0][0] if stacked else ()
+    stacked = {path: own for path, own in places.items() if own.adapted}
+    named = [own.layers for own in stacked.values()]
+    # The layers that describe most linears.
+    said = lambda layers: sum(own.are(layers) for own in stacked.values())  # noqa: E731
+    layers = max(named, key=said, default=())
     # In layers without adapter biases train too, which lora_only would not say.
-    beyond = biased - found.keys() or any(stacked.values())
+    beyond = biased - found.keys() or any(named)
     own_head = getattr(model, HEAD, None) is not None
     untied_head = isinstance(model, Decoder) and (
         model.config.tie_word_embeddings and own_head and HEAD not in saved
@@ -373,9 +391,9 @@ def lora_config(model: nnx.Module) -> LoRAConfig:
         dora=one is not None and one.magnitude is not None,
         layers=layers,
         layers_pattern={
-            path: ",".join(map(str, own)) or "all"
+            path: ",".join(map(str, own.layers)) or "all"
             for path, own in stacked.items()
-            if own != layers
+            if not own.are(layers)
         },
         bias="none" if not biased else "all" if beyond else "lora_only",
         modules_to_save=",".join(sorted(saved)),
@@ -388,12 +406,30 @@ def lora_config(model: nnx.Module) -> LoRAConfig:
     )
 
 
-def _in_a_stack(node: LoRA | LoRAEmbedding) -> bool:
-    return node.lora_a[...].ndim > 2
+class _Places:
+    """The layers of a model that have a linear, and those in which it has an adapter."""
 
+    def __init__(self) -> None:
+        self.all: set[int] = set()
+        self.adapted: set[int] = set()
 
-def _layers(node: LoRA | LoRAEmbedding) -> tuple[int, ...]:
-    return tuple(node.lora_a.get_metadata().get("layers", ()))
+    def add(self, path: tuple, node: Linear | QuantizedLinear | LoRA) -> None:
+        """Counts a linear in a stack of layers."""
+        stack = (node.base if isinstance(node, LoRA) else node).stack
+        layers = located(dotted(path))[1] or range(stack[0] if stack else 0)
+        self.all |= {*layers}
+        if isinstance(node, LoRA):
+            only = node.lora_a.get_metadata().get("layers") or layers
+            self.adapted |= {*only}
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that have an adapter, () for all that have the linear."""
+        return () if self.adapted == self.all else tuple(sorted(self.adapted))
+
+    def are(self, layers: tuple[int, ...]) -> bool:
+        """Whether a config with these layers, () for all, says where the adapters are."""
+        return self.adapted == (self.all & {*layers} if layers else self.all)
 
 
 def base_fingerprint(lora: nnx.State) -> dict[str, Any] | None:

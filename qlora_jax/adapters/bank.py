@@ -23,7 +23,7 @@ from jaxtyping import Array
 from qlora_jax.adapters.merge import factors
 from qlora_jax.adapters.value import Adapter
 from qlora_jax.errors import AdapterMismatchError, ConfigError, gathered
-from qlora_jax.names import EXPERTS, dotted
+from qlora_jax.names import EXPERTS, dotted, plain
 from qlora_jax.nn import Linear, LoRA, QuantizedLinear
 from qlora_jax.nn.dora import row_norms
 from qlora_jax.nn.multi_lora import MultiLoRA, Slots
@@ -204,7 +204,7 @@ class AdapterBank:
             if isinstance(node, MultiLoRA)
         }
         problems = [
-            f"{dotted(path)}: {problem}"
+            f"{plain(path)}: {problem}"
             for path, part in parts.items()
             if (problem := _no_room(nodes.get(path), part))
         ]
@@ -242,7 +242,7 @@ def _parts(base: Any, adapter: Adapter) -> _Parts:
             "the model has an adapter of its own; give the base without it"
         )
     wrong = [
-        dotted(path)
+        plain(path)
         for path, variable in nnx.to_flat_state(adapter.lora)
         if not np.isfinite(np.asarray(variable[...])).all()
     ]
@@ -272,7 +272,7 @@ def _parts(base: Any, adapter: Adapter) -> _Parts:
                 parts[path] = _Part(None, None, 0.0, None, node.bias[...])
                 covered.add((*path, "bias"))
     left = nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))
-    problems = sorted({dotted(path[:-1]) for path, _ in left if path not in covered})
+    problems = sorted({plain(path[:-1]) for path, _ in left if path not in covered})
     if problems:
         raise AdapterMismatchError(
             f"rows of a batch cannot choose {', '.join(problems)}: only adapters and biases "

@@ -11,7 +11,7 @@ mark has a third part, which tells 4-bit copies apart: the mean absmax of each w
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
@@ -21,6 +21,7 @@ from flax import nnx
 
 from pallas_kernels.layout import QuantizedTensor
 from pallas_kernels.reference import decode_absmax
+from qlora_jax.names import dotted, located
 from qlora_jax.nn import FrozenParam
 from qlora_jax.nn.linear import stack_of
 from qlora_jax.quant import Quantized
@@ -40,24 +41,19 @@ def fingerprint(model: nnx.Module, *, scales: bool = False) -> str | None:
     {name of a 4-bit weight: mean absmax}.
     """
     shapes, values, packed = [], {}, {}
-    for path, variable in nnx.to_flat_state(nnx.state(model, FrozenParam)):
-        value = variable.get_value()
-        if isinstance(value, Quantized):
-            name = ".".join(map(str, path))
-            shapes.append([name, [*stack_of(value), *value.shape]])
+    for name, stacks in _parameters(model).items():
+        shapes.append([name, _shape(stacks)])
+        for path, _, value in stacks:
             if isinstance(value, QuantizedTensor):
-                packed[name] = value
-            continue
-        # Rows that were added for new tokens are no part of the base.
-        own = variable.get_metadata().get("own_rows")
-        value = value if own is None else value[:own]
-        shapes.append([".".join(map(str, path)), list(value.shape)])
+                packed[path] = value
         # Kernels may be quantized elsewhere, so only what never is takes part.
-        if path[-1] == "kernel":
+        if name.endswith("kernel") or isinstance(stacks[0].value, Quantized):
             continue
-        if isinstance(value, (jax.core.Tracer, jax.ShapeDtypeStruct)):
+        if any(
+            isinstance(x, (jax.core.Tracer, jax.ShapeDtypeStruct)) for *_, x in stacks
+        ):
             return None
-        values[".".join(map(str, path))] = _readable(value).reshape(-1)
+        values[name] = _flat(stacks)
     structure = hashlib.sha256(json.dumps(sorted(shapes)).encode()).hexdigest()[:16]
     sample = {}
     for name, flat in values.items():
@@ -65,6 +61,67 @@ def fingerprint(model: nnx.Module, *, scales: bool = False) -> str | None:
         sample[name] = [float(f"{v:.5g}") for v in np.asarray(flat[index], np.float64)]
     mark = json.dumps({"structure": structure, "sample": sample})
     return with_scales(mark, packed) if scales else mark
+
+
+class _Stack(NamedTuple):
+    """A parameter's value in one stack of layers.
+
+    Attributes:
+      path: Dotted, with the stack's key.
+      layers: That the key names; None without one.
+      value: Rows that were added for new tokens are no part of the base, and not in it.
+    """
+
+    path: str
+    layers: range | None
+    value: Any
+
+
+def _parameters(model: nnx.Module) -> dict[str, list[_Stack]]:
+    """Returns the frozen parameters by name, with the stacks that hold one together.
+
+    A base is the same however its layers are grouped: where stacks have every layer between
+    them, and the same shape, they count as the one stack that they are parts of.
+    """
+    found: dict[str, list[_Stack]] = {}
+    for keys, variable in nnx.to_flat_state(nnx.state(model, FrozenParam)):
+        path, value = dotted(keys), variable.get_value()
+        own = variable.get_metadata().get("own_rows")
+        name, layers = located(path)
+        stack = _Stack(path, layers, value if own is None else value[:own])
+        found.setdefault(name, []).append(stack)
+    parameters = {}
+    for name, stacks in found.items():
+        layers = sorted(i for one in stacks for i in one.layers or ())
+        shapes = {tuple(_shape([one])[1:]) for one in stacks}
+        if len(stacks) == 1 or (layers == [*range(len(layers))] and len(shapes) == 1):
+            parameters[name] = stacks
+        else:
+            parameters |= {one.path: [one] for one in stacks}
+    return parameters
+
+
+def _shape(stacks: list[_Stack]) -> list[int]:
+    """Returns the shape of a parameter, with the leading axis of all its layers."""
+    value = stacks[0].value
+    shape = (
+        [*stack_of(value), *value.shape]
+        if isinstance(value, Quantized)
+        else value.shape
+    )
+    if len(stacks) == 1:
+        return [*shape]
+    return [sum(len(one.layers or ()) for one in stacks), *shape[1:]]
+
+
+def _flat(stacks: list[_Stack]) -> Any:
+    """Returns all values of a parameter in the order of its layers, as one axis."""
+    if len(stacks) == 1:
+        return _readable(stacks[0].value).reshape(-1)
+    whole = np.empty(_shape(stacks), np.float32)
+    for one in stacks:
+        whole[list(one.layers or ())] = np.asarray(_readable(one.value))
+    return whole.reshape(-1)
 
 
 def with_scales(mark: str | None, packed: Mapping[str, QuantizedTensor]) -> str | None:

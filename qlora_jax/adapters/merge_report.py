@@ -150,4 +150,4 @@ def _weights(parts: tuple[Any, ...]) -> tuple[Array, Array]:
 def _name(path: tuple[Any, ...], index: tuple[int, ...]) -> str:
     if index and not is_stacked(path):  # a stack of a stranger's module
         return f"{dotted(path)}[{', '.join(map(str, index))}]"
-    return str(Numbered(dotted(path), index))
+    return str(Numbered.at(path, index))

@@ -5,7 +5,7 @@ whose layers are stacked.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
+from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.errors import AdapterMismatchError, gathered
-from qlora_jax.names import Numbered, dotted, is_stacked
+from qlora_jax.names import Numbered, dotted, is_stacked, located, plain, stack_key
 
 WRAPPED_BIAS = ("base", "bias")
 
@@ -22,8 +23,9 @@ WRAPPED_BIAS = ("base", "bias")
 def stacked_names(path: tuple, variable: nnx.Variable) -> dict[str, tuple[int, ...]]:
     """Returns {dotted name: index in the array} of a parameter or a stack of them.
 
-    A stack of layers is numbered behind `layers`, one of experts behind `experts`; layers
-    without adapter have no name. The bias of an adapted linear has the linear's name.
+    A stack of layers is numbered behind `layers`, one of experts behind `experts`. Layers
+    without adapter, which the variable's metadata leave out of `layers`, have no name. The
+    bias of an adapted linear has the linear's name.
     """
     shape = variable.get_value().shape
     metadata = variable.get_metadata()
@@ -32,11 +34,12 @@ def stacked_names(path: tuple, variable: nnx.Variable) -> dict[str, tuple[int, .
     if path[-2:] == WRAPPED_BIAS:
         path = (*path[:-2], path[-1])
     if not is_stacked(path) or not stack:
-        return {dotted(path): ()}
+        return {plain(path): ()}
+    places = {Numbered.at(path, index): index for index in np.ndindex(*stack)}
     return {
-        str(Numbered(dotted(path), index)): index
-        for index in np.ndindex(*stack)
-        if not only or index[0] in only
+        str(place): index
+        for place, index in places.items()
+        if not only or place.numbers[0] in only
     }
 
 
@@ -92,3 +95,113 @@ def unflatten(
 
     entries = [(path, fill(path, v)) for path, v in nnx.to_flat_state(lora)]
     return nnx.from_flat_state(entries)
+
+
+def explicit_layers(lora: nnx.State, config: LoRAConfig) -> dict[str, list[int]]:
+    """Returns the layers of each linear of which a config does not tell them.
+
+    That is so where layers are of several kinds: not each has every linear, or of one shape.
+    """
+    found: dict[str, set[int]] = {}
+    for path, variable in nnx.to_flat_state(lora):
+        layers = _layers_of(path, variable)
+        if layers is None:
+            continue
+        only = variable.get_metadata().get("layers") or ()
+        told = located(dotted(path))[1] is None and (
+            not only or {*only} == {*config.layers_of(_module(path))}
+        )
+        if not told:
+            found.setdefault(_module(path), set()).update(only or layers)
+    return {module: sorted(layers) for module, layers in found.items()}
+
+
+def whole(lora: nnx.State, apart: Collection[str] = ()) -> nnx.State:
+    """Returns an adapter whose layers are grouped as those of any other.
+
+    Adapters of models whose layers are stacked differently, and ones that were read without
+    a model, can so be computed with together. Each parameter becomes one stack, from layer 0
+    on; layers without a part are zero, and `layers` in the metadata says which have one.
+
+    Args:
+      lora: Of a model, or as this function gave it.
+      apart: Linears whose layers are of several shapes (`uneven`): each layer of them
+        becomes a stack of its own.
+    """
+    entries: list[tuple[tuple, nnx.Variable]] = []
+    found: dict[tuple, list[tuple[range, nnx.Variable]]] = {}
+    for path, variable in nnx.to_flat_state(lora):
+        layers = _layers_of(path, variable)
+        key = located(dotted(path))[1]
+        if layers is None or (key is None and _module(path) not in apart):
+            entries.append((path, variable))
+        else:
+            own = (path[0], *path[2 if key is not None else 1 :])
+            found.setdefault(own, []).append((layers, variable))
+    for path, stacks in found.items():
+        if _module(path) in apart:
+            entries += [
+                ((path[0], stack_key(range(i, i + 1)), *path[1:]), one)
+                for i, one in _by_layer(stacks)
+            ]
+        else:
+            entries.append((path, _joined(stacks)))
+    return nnx.from_flat_state(entries)
+
+
+def uneven(loras: Iterable[nnx.State]) -> set[str]:
+    """Returns the linears whose layers are not of one shape, whatever their rank."""
+    sizes: dict[tuple[str, str], set[tuple[int, ...]]] = {}
+    for lora in loras:
+        for path, variable in nnx.to_flat_state(lora):
+            if _layers_of(path, variable) is not None:
+                shape = variable.get_value().shape[1:]
+                key = _module(path), str(path[-1])
+                sizes.setdefault(key, set()).add(_without_rank(path, shape))
+    return {module for (module, _), found in sizes.items() if len(found) > 1}
+
+
+def _module(path: tuple) -> str:
+    """Returns the linear that a parameter is of, without the key of its stack."""
+    return plain(path[:-2] if path[-2:] == WRAPPED_BIAS else path[:-1])
+
+
+def _without_rank(path: tuple, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if path[-1] == "lora_a":
+        return shape[:-1]
+    return (*shape[:-2], shape[-1]) if path[-1] == "lora_b" else shape
+
+
+def _layers_of(path: tuple, variable: nnx.Variable) -> range | None:
+    """Returns the layers that a stack holds; None of what is no stack of layers."""
+    shape = variable.get_value().shape
+    if not is_stacked(path) or not variable.get_metadata().get("stack", len(shape) - 2):
+        return None
+    return located(dotted(path))[1] or range(shape[0])
+
+
+def _by_layer(
+    stacks: Iterable[tuple[range, nnx.Variable]],
+) -> Iterator[tuple[int, nnx.Variable]]:
+    """Yields the layers that have a part, and it, as a stack of one."""
+    for layers, variable in stacks:
+        only = variable.get_metadata().get("layers") or layers
+        for i, number in enumerate(layers):
+            if number in only:
+                one = variable.replace(variable.get_value()[i : i + 1])
+                one.set_metadata(layers=())
+                yield number, one
+
+
+def _joined(stacks: list[tuple[range, nnx.Variable]]) -> nnx.Variable:
+    """Returns one variable of all layers, of what each of several stacks holds."""
+    _, one = stacks[0]
+    parts = dict(_by_layer(stacks))
+    array = jnp.zeros(
+        (max(parts) + 1, *one.get_value().shape[1:]), one.get_value().dtype
+    )
+    values = jnp.concatenate([part.get_value() for part in parts.values()])
+    joined = one.replace(array.at[jnp.asarray(list(parts))].set(values))
+    every = len(parts) == len(array)
+    joined.set_metadata(layers=() if every else tuple(sorted(parts)))
+    return joined

@@ -21,10 +21,11 @@ from jaxtyping import Array, Float
 
 from qlora_jax.adapters.attach import base_fingerprint
 from qlora_jax.adapters.fingerprint import difference
-from qlora_jax.adapters.names import WRAPPED_BIAS, stacked_names
+from qlora_jax.adapters.names import WRAPPED_BIAS, stacked_names, uneven, whole
 from qlora_jax.adapters.value import Adapter
+from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.errors import AdapterMismatchError, ConfigError, gathered
-from qlora_jax.names import dotted, is_stacked
+from qlora_jax.names import dotted, is_stacked, located, plain
 from qlora_jax.nn.lora import adapter_scale
 
 FACTORS = ("lora_a", "lora_b")
@@ -82,10 +83,11 @@ def read(adapters: Sequence[Adapter], *, same_base: bool = True) -> list[Updates
       AdapterMismatchError: an adapter trains something besides factors, has NaN or Inf
         values or another rank than its config; bases or shapes differ. Each is named.
     """
-    count = max([1, *map(_layers, adapters)])
+    flats = _flats(adapters)
+    count = max([1, *map(_layers, flats)])
     parts, problems = [], []
-    for number, adapter in enumerate(adapters):
-        updates, own = _updates(adapter, count)
+    for number, (adapter, flat) in enumerate(zip(adapters, flats, strict=True)):
+        updates, own = _updates(flat, adapter.config, count)
         parts.append(updates)
         problems += [
             f"adapter {number}: {text}" if len(adapters) > 1 else text for text in own
@@ -120,12 +122,10 @@ def assemble(
     Returns:
       An adapter with alpha equal to rank in every linear, so that its scale is 1.
     """
-    templates = {
-        path: variable
-        for adapter in reversed(adapters)
-        for path, variable in nnx.to_flat_state(adapter.lora)
-    }
-    layers = _union(adapters)
+    flats = _flats(adapters)
+    templates = {path: v for flat in reversed(flats) for path, v in flat.items()}
+    layers = _union(adapters, flats)
+    factors = _of_one_rank(factors)
     marks = filter(None, (base_fingerprint(adapter.lora) for adapter in adapters))
     if init == "zero":  # which fits its base however that is held
         marks = ({k: v for k, v in x.items() if k != "scales"} for x in marks)
@@ -136,9 +136,12 @@ def assemble(
             variable = templates[*path, name].replace(array)
             variable.set_metadata(base=base)
             if "layers" in variable.get_metadata():
-                variable.set_metadata(layers=layers if _stacked(path, array) else ())
+                own: tuple[int, ...] = ()
+                if _stacked(path, array):
+                    own = _adapted(path, layers, len(array), adapters, flats)
+                variable.set_metadata(layers=own)
             entries.append(((*path, name), variable))
-    ranks = {dotted(path): a.shape[-1] for path, (a, _) in factors.items()}
+    ranks = {plain(path): a.shape[-1] for path, (a, _) in factors.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     others = {name: r for name, r in sorted(ranks.items()) if r != rank}
     first = adapters[0].config
@@ -223,9 +226,36 @@ def check_init(adapters: Sequence[Adapter], weights: Sequence[Any]) -> None:
         )
 
 
-def _updates(adapter: Adapter, count: int) -> tuple[Updates, list[str]]:
-    config = adapter.config
-    flat = dict(nnx.to_flat_state(adapter.lora))
+_Flat = dict[Path, nnx.Variable]
+
+
+def _flats(adapters: Sequence[Adapter]) -> list[_Flat]:
+    """Returns the parameters of adapters, their layers grouped alike."""
+    apart = uneven(adapter.lora for adapter in adapters)
+    return [dict(nnx.to_flat_state(whole(a.lora, apart))) for a in adapters]
+
+
+def _of_one_rank(
+    factors: Mapping[Path, tuple[Array, Array]],
+) -> dict[Path, tuple[Array, Array]]:
+    """Pads what stacks of one linear have less rank with zeros, which add nothing."""
+    ranks: dict[str, int] = {}
+    for path, (a, _) in factors.items():
+        ranks[plain(path)] = max(a.shape[-1], ranks.get(plain(path), 0))
+
+    def padded(path: Path, a: Array, b: Array) -> tuple[Array, Array]:
+        if not (more := ranks[plain(path)] - a.shape[-1]):
+            return a, b
+        stack = [(0, 0)] * (a.ndim - 2)
+        return (
+            jnp.pad(a, [*stack, (0, 0), (0, more)]),
+            jnp.pad(b, [*stack, (0, more), (0, 0)]),
+        )
+
+    return {path: padded(path, *pair) for path, pair in factors.items()}
+
+
+def _updates(flat: _Flat, config: LoRAConfig, count: int) -> tuple[Updates, list[str]]:
     problems = [
         f"{_plain(path)} is no low-rank update ({_kind(path)}); merge it, or train without"
         for path in flat
@@ -233,13 +263,15 @@ def _updates(adapter: Adapter, count: int) -> tuple[Updates, list[str]]:
     ]
     updates: Updates = {}
     for path in dict.fromkeys(path[:-1] for path in flat if path[-1] in FACTORS):
-        name = dotted(path)
+        name = plain(path)
         pair = [flat[*path, x] for x in FACTORS if (*path, x) in flat]
         if len(pair) < len(FACTORS):
             problems.append(f"{name} has not both of {' and '.join(FACTORS)}")
             continue
         rank, alpha = config.shape_of(name)
-        layers = config.layers_of(name)
+        layers = _own_layers(pair[0]) or config.layers_of(name)
+        if located(dotted(path))[1] is not None:  # one layer by itself
+            layers = ()
         a, b = (_whole(path, v.get_value(), layers, count) for v in pair)
         if not a.shape[-1] == b.shape[-2] == rank:
             problems.append(
@@ -268,28 +300,67 @@ def _whole(path: Path, x: Array, layers: tuple[int, ...], count: int) -> Array:
 
 
 def _stacked(path: Path, factor: Any) -> bool:
-    return is_stacked(path) and len(factor.shape) > 2
+    """Whether a factor is of all layers, one after the other."""
+    stacked = is_stacked(path) and len(factor.shape) > 2
+    return stacked and located(dotted(path))[1] is None
 
 
-def _stacks(adapter: Adapter) -> dict[str, int]:
-    """Returns {path of an adapted linear of a stack: the stack's length}."""
-    return {
-        dotted(path[:-1]): variable.get_value().shape[0]
-        for path, variable in nnx.to_flat_state(adapter.lora)
+def _layers(flat: _Flat) -> int:
+    """Returns the length of an adapter's longest stack."""
+    lengths = (
+        variable.get_value().shape[0]
+        for path, variable in flat.items()
         if path[-1] in FACTORS and _stacked(path, variable.get_value())
-    }
+    )
+    return max(lengths, default=0)
 
 
-def _layers(adapter: Adapter) -> int:
-    return max(_stacks(adapter).values(), default=0)
-
-
-def _union(adapters: Sequence[Adapter]) -> tuple[int, ...]:
+def _union(adapters: Sequence[Adapter], flats: Sequence[_Flat]) -> tuple[int, ...]:
     """Returns the layers that any linear of some adapters has, () for all."""
-    each = [a.config.layers_of(path) for a in adapters for path in _stacks(a)]
+    each = [
+        adapter.config.layers_of(plain(path[:-1]))
+        for adapter, flat in zip(adapters, flats, strict=True)
+        for path, variable in flat.items()
+        if path[-1] in FACTORS and is_stacked(path) and variable.get_value().ndim > 2
+    ]
     if not all(each):
         return ()
     return tuple(sorted({layer for layers in each for layer in layers}))
+
+
+def _own_layers(variable: nnx.Variable) -> tuple[int, ...]:
+    """Returns the layers that a parameter is of, () for all of its stack's."""
+    return tuple(variable.get_metadata().get("layers") or ())
+
+
+def _adapted(
+    path: Path,
+    layers: tuple[int, ...],
+    count: int,
+    adapters: Sequence[Adapter],
+    flats: Sequence[_Flat],
+) -> tuple[int, ...]:
+    """Returns which of some layers have a linear, () for all of its stack.
+
+    Where layers are of several kinds not every layer has every linear. An adapter tells: it
+    has no part in a layer in which its config asks for one.
+
+    Args:
+      path: Of the linear.
+      layers: The ones that are adapted, () for all.
+      count: Of the stack.
+      adapters, flats: What tells.
+    """
+    lacking: set[int] = set()
+    for adapter, flat in zip(adapters, flats, strict=True):
+        variable = flat.get((*path, FACTORS[0]))
+        have = () if variable is None else _own_layers(variable)
+        if have:
+            asked = adapter.config.layers_of(plain(path)) or range(count)
+            lacking |= {*asked} - {*have}
+    if not lacking:
+        return layers
+    return tuple(i for i in layers or range(count) if i not in lacking)
 
 
 def _other_bases(adapters: Sequence[Adapter]) -> list[str]:

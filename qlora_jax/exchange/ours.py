@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from qlora_jax.adapters.attach import attach_zero, base_fingerprint, detach
-from qlora_jax.adapters.names import flatten, unflatten
+from qlora_jax.adapters.names import explicit_layers, flatten, unflatten
 from qlora_jax.adapters.value import other_base
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.errors import (
@@ -94,6 +94,8 @@ def save_adapter(
         "base": base_fingerprint(lora),
         "arrays": {name: list(x.shape) for name, x in arrays.items()},
     }
+    if layers := explicit_layers(lora, config):
+        metadata["layers"] = layers
     partial = path / (METADATA + ".partial")
     partial.write_text(json.dumps(metadata, indent=2) + "\n")
     os.replace(partial, path / METADATA)

@@ -18,7 +18,7 @@ from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.errors import AdapterMismatchError, gathered
 from qlora_jax.exchange.ours import ARRAYS, METADATA, find_adapter, read_adapter_config
 from qlora_jax.exchange.peft import is_peft
-from qlora_jax.names import EMBEDDING, Numbered
+from qlora_jax.names import EMBEDDING, Numbered, stack_key
 
 _BY_LAYER = ("lora_a", "lora_b", "magnitude")
 """Parameters that say which layers have them."""
@@ -56,13 +56,18 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     with ocp.StandardCheckpointer() as checkpointer:
         flat = checkpointer.restore(folder / ARRAYS, wanted)
     base = None if metadata["base"] is None else json.dumps(metadata["base"])
-    return Adapter(_stacked(flat, config, base, folder), config)
+    own = {name: tuple(x) for name, x in metadata.get("layers", {}).items()}
+    return Adapter(_stacked(flat, config, own, base, folder), config)
 
 
 def _stacked(
-    flat: Mapping[str, Array], config: LoRAConfig, base: str | None, folder: Path
+    flat: Mapping[str, Array],
+    config: LoRAConfig,
+    own: Mapping[str, tuple[int, ...]],
+    base: str | None,
+    folder: Path,
 ) -> nnx.State:
-    """Undoes names.flatten."""
+    """Undoes names.flatten; `own` are the layers of linears that not every layer has."""
     adapted = {name.rpartition(".")[0] for name in flat if name.endswith(".lora_a")}
     found: dict[tuple[Any, ...], dict[tuple[int, ...], Array]] = {}
     for name, array in flat.items():
@@ -74,14 +79,20 @@ def _stacked(
     for path, parts in found.items():
         name, depth = ".".join(map(str, path)), len(next(iter(parts)))
         shapes = {array.shape for array in parts.values()}
-        layers = config.layers_of(".".join(map(str, path[:-1])))
-        only = layers if depth and path[-1] in _BY_LAYER else ()
+        module = ".".join(map(str, path[:-1])).removesuffix(".base")
+        layers = own.get(module) or config.layers_of(module)
+        only = layers if depth and (path[-1] in _BY_LAYER or module in own) else ()
         stack = tuple(np.max(list(parts), axis=0) + 1) if depth else ()
         missing = [
             index
             for index in np.ndindex(*stack)
             if index not in parts and (not only or index[0] in only)
         ]
+        if module in own and not missing and len(shapes) > 1:
+            entries += _each_layer(path, parts, base)
+            continue
+        if module in own and stack and len(only) == stack[0]:
+            only = ()  # all of them
         if len(shapes) > 1 or missing:
             said = " and ".join(map(str, sorted(shapes)))
             problems.append(
@@ -95,12 +106,28 @@ def _stacked(
             whole[index] = array
         variable = nnx.LoRAParam(jax.numpy.asarray(whole))
         variable.set_metadata(base=base, stack=depth)
-        if path[-1] in _BY_LAYER and path[0] != EMBEDDING:
+        if (path[-1] in _BY_LAYER and path[0] != EMBEDDING) or only:
             variable.set_metadata(layers=only)
         entries.append((path, variable))
     if problems:
         raise AdapterMismatchError(gathered(f"{folder} cannot be stacked", problems))
     return nnx.from_flat_state(entries)
+
+
+def _each_layer(
+    path: tuple[Any, ...], parts: Mapping[tuple[int, ...], Array], base: str | None
+) -> list[tuple[tuple[Any, ...], nnx.Variable]]:
+    """Returns a stack of one for each layer of a parameter whose layers differ in shape."""
+    entries = []
+    for layer in sorted({index[0] for index in parts}):
+        own = {i: x for i, x in parts.items() if i[0] == layer}
+        value = jax.numpy.stack([own[i] for i in sorted(own)])
+        lead = [1, *(np.max(list(own), axis=0)[1:] + 1)]
+        variable = nnx.LoRAParam(value.reshape(*lead, *value.shape[1:]))
+        variable.set_metadata(base=base, stack=len(lead), layers=())
+        key = stack_key(range(layer, layer + 1))
+        entries.append(((path[0], key, *path[1:]), variable))
+    return entries
 
 
 def _place(name: str) -> tuple[tuple[Any, ...], tuple[int, ...]]:

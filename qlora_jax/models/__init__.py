@@ -2,6 +2,9 @@
 
 from types import ModuleType
 
+import jax
+from flax import nnx
+
 from qlora_jax.models import (
     gemma,
     gemma2,
@@ -17,8 +20,8 @@ from qlora_jax.models import (
     qwen3_moe,
     smollm3,
 )
+from qlora_jax.models.config import DecoderConfig as DecoderConfig
 from qlora_jax.models.decoder import Decoder as Decoder
-from qlora_jax.models.decoder import DecoderConfig as DecoderConfig
 from qlora_jax.names import Table
 
 FAMILIES: dict[str, ModuleType] = {
@@ -40,6 +43,11 @@ FAMILIES: dict[str, ModuleType] = {
     )
 }
 """Hugging Face model_type -> the module that reads it (read_config, NAMES, IGNORED)."""
+
+
+def abstract(config: DecoderConfig, dtype: str = "bfloat16") -> Decoder:
+    """Returns a decoder whose parameters are shapes alone, dense and in this dtype."""
+    return nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0), dtype=dtype))
 
 
 def hf_table(config: DecoderConfig) -> Table:

@@ -4,7 +4,7 @@ from typing import Any
 
 from qlora_jax.errors import CheckpointError
 from qlora_jax.models import reading
-from qlora_jax.models.decoder import DecoderConfig
+from qlora_jax.models.config import DecoderConfig
 
 MODEL_TYPE = "llama"
 

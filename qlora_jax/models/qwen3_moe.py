@@ -1,8 +1,9 @@
-"""Qwen3 mixture of experts (30B-A3B, 235B-A22B)."""
+"""Qwen3 mixture of experts (30B-A3B, 235B-A22B), where some layers may have none."""
 
 from typing import Any
 
 from qlora_jax.models import llama, reading
+from qlora_jax.models.spec import ExpertsSpec, MLPSpec
 
 MODEL_TYPE = "qwen3_moe"
 _MOE = "model.layers.{}.mlp"
@@ -25,6 +26,7 @@ DEFAULTS = {
     "num_experts_per_tok": 8,
     "moe_intermediate_size": 768,
     "norm_topk_prob": False,
+    "decoder_sparse_step": 1,
 }
 
 
@@ -33,14 +35,13 @@ def read_config(hf: dict[str, Any]) -> reading.Read:
     if "num_local_experts" in hf:
         hf = {"num_experts": hf["num_local_experts"]} | hf
     hf = DEFAULTS | hf
-    problems = [
-        f"{key} is {hf[key]!r}; layers without experts are not supported"
-        for key, every in (("mlp_only_layers", []), ("decoder_sparse_step", 1))
-        if hf.get(key, every) not in (None, every)
-    ]
+    layers, every = hf.get("num_hidden_layers") or 0, hf["decoder_sparse_step"]
+    dense = {*(hf.get("mlp_only_layers") or ())}
+    dense |= {i for i in range(layers) if (i + 1) % every}
+    mlp = MLPSpec(intermediate_size=hf.get("intermediate_size"))
     return reading.read(
         hf,
-        problems,
+        feed_forwards=[mlp if i in dense else ExpertsSpec() for i in range(layers)],
         intermediate_size=hf["moe_intermediate_size"],
         qk_norm="head",
         sliding_window=hf["sliding_window"] if hf.get("use_sliding_window") else None,

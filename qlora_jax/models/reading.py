@@ -1,10 +1,12 @@
 """What config.json files of all families have in common, read into a DecoderConfig."""
 
+import dataclasses
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
-from qlora_jax.models.decoder import DecoderConfig, LayerKind
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.spec import AttentionSpec
 from qlora_jax.nn.rope import RopeScaling
 
 ACTIVATIONS = {
@@ -44,6 +46,7 @@ def read(
     rope: dict[str, Any] | None = None,
     types: Iterable[str] | None = None,
     sliding_rope: str = "global",
+    feed_forwards: Sequence[Any] | None = None,
     **fields: Any,
 ) -> Read:
     """Reads what families share.
@@ -54,7 +57,8 @@ def read(
       rope: Rotary settings, where they are not at their usual place.
       types: What layer_types is where config.json has none; None for a family whose
         layers are all alike.
-      sliding_rope: The rotary positions of sliding layers, a LayerKind's.
+      sliding_rope: The rotary positions of sliding layers, an AttentionSpec's.
+      feed_forwards: A spec a layer, where layers differ in it.
       **fields: Of DecoderConfig, as this family has them.
     """
     found = [f"{key} is missing" for key in REQUIRED if hf.get(key) is None]
@@ -79,9 +83,9 @@ def read(
                 f"rope_scaling has short_factor and long_factor of {sorted(sizes)} values, "
                 f"expected {rotated // 2}"
             )
+    mixers = None
     if types is not None:
-        kinds, more = _layer_kinds(hf, list(types), sliding_rope)
-        fields["layer_kinds"] = kinds
+        mixers, more = _mixers(hf, list(types), sliding_rope)
         found += more
     window = fields.get("sliding_window")
     if window is not None and window < 1:
@@ -111,7 +115,30 @@ def read(
         "max_position_embeddings": hf.get("max_position_embeddings", 2048),
         "activation": ACTIVATIONS[act],
     }
-    return DecoderConfig(**values | fields), []
+    config = DecoderConfig(**values | fields)
+    return with_layers(config, mixers, feed_forwards), []
+
+
+def with_layers(
+    config: DecoderConfig,
+    mixers: Sequence[Any] | None,
+    feed_forwards: Sequence[Any] | None = None,
+) -> DecoderConfig:
+    """Returns a config whose layers have these mixers and feed-forwards.
+
+    Args:
+      config: What layers share.
+      mixers: A spec a layer; None leaves them as they are.
+      feed_forwards: The same.
+    """
+    plain, specs = dataclasses.replace(config, layers=()), list(config.specs)
+    for field, given in (("mixer", mixers), ("feed_forward", feed_forwards)):
+        if given is not None:
+            pairs = zip(specs, given, strict=True)
+            specs = [dataclasses.replace(spec, **{field: one}) for spec, one in pairs]
+    if tuple(specs) == plain.specs:
+        return plain
+    return dataclasses.replace(config, layers=tuple(specs))
 
 
 def read_rope(
@@ -186,10 +213,10 @@ def _yarn_attention(rope: dict[str, Any], factor: float) -> float:
     return scale(m) / scale(all_dim) if m and all_dim else scale(1)
 
 
-def _layer_kinds(
+def _mixers(
     hf: dict[str, Any], default: list[str], sliding_rope: str
-) -> tuple[tuple[LayerKind, ...], list[str]]:
-    """Reads which layers attend in a sliding window; () when none does."""
+) -> tuple[list[AttentionSpec], list[str]]:
+    """Reads which layers attend in a sliding window."""
     types, layers = hf.get("layer_types") or default, hf["num_hidden_layers"]
     problems = []
     if len(types) != layers:
@@ -198,9 +225,10 @@ def _layer_kinds(
         problems.append(
             f"layer_types has {', '.join(unknown)}; known: {FULL}, {SLIDING}"
         )
-    sliding: Any = {"window": hf.get("sliding_window"), "rope": sliding_rope}
-    kinds = tuple(LayerKind(**sliding) if t == SLIDING else LayerKind() for t in types)
-    return (() if set(kinds) == {LayerKind()} else kinds), problems
+    sliding = AttentionSpec(
+        window=hf.get("sliding_window"), rope=cast(Any, sliding_rope)
+    )
+    return [sliding if t == SLIDING else AttentionSpec() for t in types], problems
 
 
 def qwen_types(hf: dict[str, Any]) -> list[str] | None:

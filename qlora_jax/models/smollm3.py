@@ -35,8 +35,8 @@ def read_config(hf: dict[str, Any]) -> reading.Read:
     config, problems = reading.read(hf, problems, types=types)
     if config is None:
         return None, problems
-    kinds = (
-        kind if on else dataclasses.replace(kind, rope="none")
-        for kind, on in zip(config.kinds, rotated, strict=False)
-    )
-    return dataclasses.replace(config, layer_kinds=tuple(kinds)), []
+    mixers = [
+        spec.mixer if on else dataclasses.replace(spec.mixer, rope="none")
+        for spec, on in zip(config.specs, rotated, strict=False)
+    ]
+    return reading.with_layers(config, mixers), []

@@ -7,7 +7,8 @@ backward), so that the device holds a layer, the embedding and the head; a secon
 enough tokens (scripts/BENCHMARKS.md).
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -46,105 +47,134 @@ def _to_host(x: jax.Array) -> jax.Array:
     return jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))
 
 
-def copies_ahead(
-    layers: int, period: int, micro_batches: int, checkpoint: str | None
-) -> bool:
+def copies_ahead(layers: int, micro_batches: int, checkpoint: str | None) -> bool:
     """Whether a streamed base's next layer is copied while one computes (`scan_ahead`).
 
-    It is where backward needs no more of a layer than its input, and layers are of one kind.
-    Where several micro-batches go through a layer together it is not: the copy is a small
-    part of their turn, and the inputs of all of them, copied ahead too, took 0.2 GB more
-    a micro-batch of 2048 tokens of 70B (scripts/results/README.md).
+    It is where backward needs no more of a layer than its input. Where several micro-batches
+    go through a layer together it is not: the copy is a small part of their turn, and the
+    inputs of all of them, copied ahead too, took 0.2 GB more a micro-batch of 2048 tokens of
+    70B (scripts/results/README.md).
 
     Args:
-      layers: Of the model.
-      period: After how many layers their kinds repeat.
+      layers: How many follow each other in a segment.
       micro_batches: That go through a layer before the next does.
       checkpoint: What backward recomputes; None where there is no backward.
     """
-    alone = micro_batches == 1 and checkpoint in ("layer", "host")
-    return alone and period == 1 and layers > 1
+    return micro_batches == 1 and checkpoint in ("layer", "host") and layers > 1
 
 
 def scan_ahead(
-    apply: Callable[[Any, Any, Array, Any], Array],
+    apply: Callable[[int, Any, Any, Array, Any], Array],
     x: Array,
-    trained: Any,
-    base: Any,
-    extra: Any,
+    trained: Sequence[Any],
+    base: Sequence[Any],
+    extra: Sequence[Any],
     *,
     inputs_on_host: bool,
 ) -> Array:
-    """Applies layers whose weights wait in host memory, each copied one turn ahead.
+    """Applies layers whose weights wait in host memory, each copied one layer ahead.
 
-    Gives what lax.scan over the checkpointed layer gives. There a layer's copies have only
+    Gives what lax.scan over the checkpointed layers gives. There a layer's copies have only
     its own turn, which begins with waiting for them; and weights in the carry, for the turn
     after, would be kept for backward, of every layer. So backward is written out: it copies
     ahead as well, and keeps the layers' inputs alone.
 
     XLA copies by DMA, beside the kernels, what it can prove to be a slice that moves on by
     as much each turn (its dynamic_slice_config); so the index is a counter that never leaves
-    the stack, and the last layer's turn comes after the loop.
+    the stack, and the last repeat comes after the loop.
 
     Args:
-      apply: (trained, base, x, extra), each a layer's, -> x.
+      apply: (slot, trained, base, x, extra), the last four a layer's, -> x.
       x: The first layer's input, (batch, seq, hidden).
-      trained: What is differentiated besides x; every leaf with a leading axis of layers,
-        of which there are at least two.
-      base: Frozen weights, in host memory, the same.
-      extra: Of each layer, not differentiated.
+      trained: For each slot of a pattern, what is differentiated besides x; every leaf has
+        a leading axis of repeats.
+      base: For each slot its frozen weights, in host memory, the same.
+      extra: For each slot what is not differentiated, the same.
       inputs_on_host: Whether the layers' inputs wait for backward in host memory.
 
     Returns:
       The last layer's output, (batch, seq, hidden).
     """
-    last = len(jax.tree.leaves(base)[0]) - 1
+    slots, last = len(base), len(jax.tree.leaves(base[0])[0]) - 1
+    trained, base, extra = list(trained), list(base), list(extra)
 
     def forward(x: Array, trained: Any, base: Any, extra: Any) -> tuple[Array, Any]:
-        def turn(carry: Any, _: None) -> tuple[Any, Array]:
-            i, x, layer = carry
-            ahead = _fetch(base, i + 1)
-            y = apply(_at(trained, i), _first(layer), x, _at(extra, i))
-            kept = jax.device_put(x, jax.memory.Space.Host) if inputs_on_host else x
-            return (i + 1, *lax.optimization_barrier((y, ahead))), kept
+        def repeat(i: Array, x: Array, layer: Any, more: bool) -> tuple[Any, ...]:
+            inputs = []
+            for j in range(slots):
+                inputs.append(x)
+                following = None
+                if j + 1 < slots:
+                    following = _fetch(base[j + 1], i)
+                elif more:
+                    following = _fetch(base[0], i + 1)
+                y = apply(j, at(trained[j], i), _first(layer), x, at(extra[j], i))
+                # Without it XLA fuses a last layer with what follows, and does not round to
+                # y's dtype as a loop does.
+                x, layer = lax.optimization_barrier((y, following))
+            return x, layer, inputs
 
-        start = jnp.int32(0), x, _fetch(base, 0)
-        (i, x, layer), inputs = lax.scan(turn, start, length=last)
-        y = apply(_at(trained, i), _first(layer), x, _at(extra, i))
-        # Else XLA fuses it with what follows, and does not round to y's dtype as a loop does.
-        y = lax.optimization_barrier(y)
-        return y, (inputs, x, trained, base, extra)
+        def turn(carry: Any, _: None) -> tuple[Any, list[Array]]:
+            i, x, layer = carry
+            x, layer, inputs = repeat(i, x, layer, True)
+            if inputs_on_host:
+                inputs = jax.device_put(inputs, jax.memory.Space.Host)
+            return (i + 1, x, layer), inputs
+
+        start = jnp.int32(0), x, _fetch(base[0], 0)
+        (i, x, layer), inputs = _loop(turn, start, last)
+        y, _, final = repeat(i, x, layer, False)
+        return y, (inputs, final, trained, base, extra)
 
     def backward(kept: Any, dy: Array) -> tuple[Any, ...]:
-        inputs, x, trained, base, extra = kept
+        inputs, final, trained, base, extra = kept
 
-        def back(i: Array, dy: Array, grads: Any, layer: Any, x: Array) -> Any:
+        def layer_back(
+            j: int, i: Array, dy: Array, grads: Any, layer: Any, x: Array
+        ) -> tuple[Array, Any]:
             def layer_of(trained: Any, x: Array) -> Array:
-                return apply(trained, _first(layer), x, _at(extra, i))
+                return apply(j, trained, _first(layer), x, at(extra[j], i))
 
-            d_trained, dx = jax.vjp(layer_of, _at(trained, i), x)[1](dy)
-            return dx, jax.tree.map(
-                lambda g, d: lax.dynamic_update_index_in_dim(g, d, i, 0),
-                grads,
-                d_trained,
-            )
+            d_trained, dx = jax.vjp(layer_of, at(trained[j], i), x)[1](dy)
+            put = functools.partial(lax.dynamic_update_index_in_dim, index=i, axis=0)
+            return dx, jax.tree.map(put, grads, d_trained)
+
+        def repeat(
+            i: Array, dy: Array, grads: Any, layer: Any, xs: Any, more: bool
+        ) -> tuple[Any, ...]:
+            grads, ahead = list(grads), [None] * slots
+            for j in reversed(range(slots)):
+                following = (
+                    _fetch(base[j - 1], i if j else i - 1) if j or more else None
+                )
+                before = _fetch(inputs[j], i - 1) if more else None
+                done = layer_back(j, i, dy, grads[j], layer, xs[j][0])
+                if following is not None:
+                    done, following, before = lax.optimization_barrier(
+                        (done, following, before)
+                    )
+                (dy, grads[j]), layer, ahead[j] = done, following, before
+            return dy, grads, layer, ahead
 
         def turn(carry: Any, _: None) -> tuple[Any, None]:
-            i, dy, grads, layer, x = carry
-            ahead = _fetch(base, i - 1), _fetch(inputs, i - 1)
-            done = back(i, dy, grads, layer, x[0])
-            (dx, grads), ahead = lax.optimization_barrier((done, ahead))
-            return (i - 1, dx, grads, *ahead), None
+            i, *rest = carry
+            return (i - 1, *repeat(i, *rest, more=True)), None
 
         zeros = jax.tree.map(jnp.zeros_like, trained)
-        start = jnp.int32(last), dy, zeros, _fetch(base, last), x[None]
-        (i, dy, grads, layer, x), _ = lax.scan(turn, start, length=last)
-        dx, grads = back(i, dy, grads, layer, x[0])
+        xs = [x[None] for x in final]
+        start = jnp.int32(last), dy, zeros, _fetch(base[-1], last), xs
+        carry, _ = _loop(turn, start, last)
+        dx, grads, _, _ = repeat(*carry, more=False)
         return dx, grads, None, None
 
     applied = jax.custom_vjp(lambda *args: forward(*args)[0])
     applied.defvjp(forward, backward)
     return applied(x, trained, base, extra)
+
+
+def _loop(turn: Callable[..., Any], start: Any, length: int) -> tuple[Any, Any]:
+    """Scans over nothing but a carry; no turn at all is not even traced."""
+    return lax.scan(turn, start, length=length) if length else (start, None)
 
 
 def _fetch(stack: Any, i: Any) -> Any:
@@ -162,7 +192,9 @@ def _first(layer: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf[0], layer)
 
 
-def _at(stack: Any, i: Array) -> Any:
+def at(stack: Any, i: Array) -> Any:
+    """Cuts one layer out of a stack."""
+
     def cut(leaf: Array) -> Array:
         return lax.dynamic_index_in_dim(leaf, i, keepdims=False)
 

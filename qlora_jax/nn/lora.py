@@ -5,6 +5,7 @@ lora_A kaiming_uniform with a=sqrt(5), lora_B zero).
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -121,6 +122,20 @@ class LoRA(nnx.Module):
             hidden = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
         update = low_rank(hidden.reshape(-1, x.shape[-1]), a, b, self.scale)
         return self.base.product(x) + update.reshape(*x.shape[:-1], -1)
+
+
+def project(linear: Any, x: Array, key: Array | None, index: int) -> Array:
+    """Applies a linear; where it is a LoRA, with a dropout key of its own.
+
+    Args:
+      linear: A Linear, QuantizedLinear, LoRA or what takes their place.
+      x: (..., in).
+      key: The layer's key for dropout; None switches it off.
+      index: The number of the linear in its layer, which tells its key from others'.
+    """
+    if isinstance(linear, LoRA):
+        return linear(x, key=None if key is None else jax.random.fold_in(key, index))
+    return linear(x)
 
 
 def adapter_scale(rank: int, alpha: float, rslora: bool) -> float:

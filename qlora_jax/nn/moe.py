@@ -60,6 +60,11 @@ class Experts(nnx.Module):
         self.experts = experts
         self.count = count
 
+    @property
+    def kept(self) -> dict[str, int]:
+        """Features a token that backward keeps, by their checkpoint names."""
+        return {name: self.router.top_k * n for name, n in self.experts.kept.items()}
+
     def __call__(
         self, x: Float[Array, "batch seq hidden"], key: Array | None = None
     ) -> Float[Array, "batch seq hidden"]:

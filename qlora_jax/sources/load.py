@@ -12,7 +12,7 @@ from flax import nnx
 
 from pallas_kernels.layout import QuantizedTensor
 from qlora_jax.errors import CheckpointError, ShapeError, gathered
-from qlora_jax.models import Decoder, hf_table
+from qlora_jax.models import Decoder, abstract, hf_table
 from qlora_jax.names import Table, dotted
 from qlora_jax.nn import (
     Embedding,
@@ -40,7 +40,7 @@ from qlora_jax.sources.source import (
     misnamed,
     open_source,
     say,
-    unlike_layers,
+    unlike_experts,
 )
 from qlora_jax.text.tokenizer import Tokenizer
 
@@ -120,9 +120,7 @@ def reading(
             f"{source} is quantized already ({stored}); it cannot become {quant}. Load the "
             "original folder, or leave quant out."
         )
-    skeleton = nnx.eval_shape(
-        lambda: Decoder(config, key=jax.random.key(0), dtype=dtype)
-    )
+    skeleton = abstract(config, dtype)
     wanted = _wanted(skeleton, hf_table(config))
     notes = [*source.notes, *_check_names(source, wanted)]
     tables = resolve_tables(source, embedding, head)
@@ -189,7 +187,7 @@ def outline(path_or_repo: str | os.PathLike[str] | Source) -> Outline:
     """
     source = open_source(path_or_repo)
     config, checkpoint = source.config, source.tensors
-    skeleton = nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0)))
+    skeleton = abstract(config)
     wanted = _wanted(skeleton, hf_table(config))
     notes = [*source.notes, *_check_names(source, wanted)]
 
@@ -283,7 +281,7 @@ def _check_names(source: Source, wanted: dict[str, Wanted]) -> list[str]:
     elif hint := misnamed(missing, checkpoint.infos):
         problems.insert(0, hint)
     stacks = {path: names for path, (names, stack, _) in wanted.items() if stack}
-    problems += unlike_layers(stacks, checkpoint)
+    problems += unlike_experts(stacks, checkpoint)
     if problems:
         raise CheckpointError(
             gathered(f"{source} does not fit its config.json", problems)

@@ -16,7 +16,7 @@ from pallas_kernels.layout import QuantizedTensor
 from pallas_kernels.reference import decode_absmax
 from qlora_jax.errors import CheckpointError, OutputExistsError
 from qlora_jax.models import Decoder, DecoderConfig, llama
-from qlora_jax.names import EMBEDDING, HEAD, Table, dotted
+from qlora_jax.names import EMBEDDING, HEAD, Table, dotted, template_of
 from qlora_jax.quant import (
     Int8Rows,
     dequantize,
@@ -184,7 +184,7 @@ def _write(
     skip: list[str] | None,
 ) -> dict[str, Any] | None:
     """Writes all parameters; returns the quantization_config of what is quantized."""
-    linears, in_int8 = None, []
+    linears, in_int8, packed, dense = None, [], set(), []
     for name, value in parameters:
         if isinstance(value, Int8Rows):
             _check_range(writer, name, value.dtype, value.absmax)
@@ -196,8 +196,16 @@ def _write(
             for key, array in bitsandbytes.write(value, name).items():
                 writer.add(key, array)
             linears = bitsandbytes.quantization_config(value, dtype, skip)
+            packed.add(template_of(name))
         else:
             writer.add(name, np.asarray(value))
+            dense.append(name)
+    # What other layers have in 4 bits: other tools must be told that it is dense here.
+    kept = [name for name in dense if template_of(name) in packed]
+    if linears is not None and kept:
+        modules = [name.removesuffix(".weight") for name in kept]
+        every = dict.fromkeys([*(skip or ["lm_head"]), *modules])
+        linears["llm_int8_skip_modules"] = list(every)
     return bitsandbytes.with_int8_tables(linears, in_int8) if in_int8 else linears
 
 

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 from qlora_jax.errors import CheckpointError, gathered
-from qlora_jax.models import FAMILIES, DecoderConfig
+from qlora_jax.models import FAMILIES, DecoderConfig, hf_table
 from qlora_jax.models.wrappers import WRAPPERS, unwrap, without_wrapper
-from qlora_jax.names import template_of
+from qlora_jax.names import STACK, template_of
 from qlora_jax.quant import QuantConfig
 from qlora_jax.sources import bitsandbytes
 from qlora_jax.sources.gguf.file import GGUF, open_gguf
@@ -147,6 +147,7 @@ class Source:
         if stored is not None:
             size = bitsandbytes.stored_block_size(self.tensors)
             stored = dataclasses.replace(stored, block_size=size)
+            config = with_dense_linears(config, self.tensors)
         if _has_own_head(self.tensors, config):
             hf = {**hf, "tie_word_embeddings": False}
             config = dataclasses.replace(config, tie_word_embeddings=False)
@@ -311,13 +312,45 @@ def say(path: Path, notes: list[str]) -> None:
         logger.warning("%s: %s", path, "; ".join(notes))
 
 
-def unlike_layers(
-    names: Mapping[str, list[str]], tensors: Collection[str]
-) -> list[str]:
-    """Returns linears that are 4-bit in some layers and dense in others.
+def with_dense_linears(
+    config: DecoderConfig, tensors: Collection[str]
+) -> DecoderConfig:
+    """Returns a config whose layers say which linears a 4-bit folder keeps dense in them.
+
+    Only what is 4-bit in other layers is marked: layers of one stack must be stored alike.
 
     Args:
-      names: Our path of a parameter -> its names in the files, a layer each.
+      config: Of the model.
+      tensors: Names in the folder's files.
+    """
+    table = hf_table(config)
+    dense: dict[int, set[str]] = {}
+    packed: set[str] = set()
+    for place, name in table.all():
+        if not place.numbers or not place.path.endswith(".kernel"):
+            continue
+        linear = place.path.removeprefix(f"{STACK}.").removesuffix(".kernel")
+        if f"{name}.absmax" in tensors:
+            packed.add(linear)
+        elif name in tensors:
+            dense.setdefault(place.numbers[0], set()).add(linear)
+    marks = {layer: tuple(sorted(linears & packed)) for layer, linears in dense.items()}
+    if not any(marks.values()):
+        return config
+    specs = [
+        dataclasses.replace(spec, dense=marks.get(layer, ()))
+        for layer, spec in enumerate(config.specs)
+    ]
+    return dataclasses.replace(config, layers=tuple(specs))
+
+
+def unlike_experts(
+    names: Mapping[str, list[str]], tensors: Collection[str]
+) -> list[str]:
+    """Returns stacks of which a part is 4-bit and a part dense: experts of one layer.
+
+    Args:
+      names: Our path of a stacked parameter -> its names in the files.
       tensors: Names in the files.
     """
     problems = []
@@ -332,7 +365,7 @@ def unlike_layers(
         )
     if problems:
         problems.append(
-            "layers must be stored alike: load the original folder and quantize it "
-            "(quant=, --quant.codebook nf4)"
+            "the experts of a layer must be stored alike: load the original folder and "
+            "quantize it (quant=, --quant.codebook nf4)"
         )
     return problems

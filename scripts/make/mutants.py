@@ -196,10 +196,17 @@ MUTANTS = (
         "tests/adapters/test_fingerprint.py",
     ),
     Mutant(
+        "segments",
+        "qlora_jax/models/spec.py",
+        "return range(self.start + slot, self.start + self.repeats * step, step)",
+        "return range(self.start, self.start + self.repeats * step, step)",
+        "tests/models/test_segments.py",
+    ),
+    Mutant(
         "memory-model",
         "qlora_jax/memory.py",
-        '("layer", "turn"): a_layer * (c.period - 1)',
-        '("layer", "turn"): a_layer * c.period',
+        '("layer", "turn"): a_layer * (turns - 1)',
+        '("layer", "turn"): a_layer * turns',
         "tests/train/test_memory.py",
     ),
     Mutant(

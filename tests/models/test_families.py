@@ -95,21 +95,25 @@ def test_scaling_without_its_parameters_is_refused():
     assert "'linear' lacks factor" in problems(hf)
 
 
-def test_layers_are_scanned_by_the_group_that_repeats():
+def shape(config):
+    return [(len(one.pattern), one.repeats) for one in config.segments]
+
+
+def test_layers_are_scanned_by_the_pattern_that_repeats():
     hf = oracle.hf_config(model_type="gemma3_text", num_hidden_layers=26)
     config = read(hf)
-    assert config.period == 6
-    assert [kind.rope for kind in config.kinds[:6]] == ["local"] * 5 + ["global"]
-    assert read(oracle.hf_config(model_type="gemma2", num_hidden_layers=26)).period == 2
+    assert shape(config) == [(6, 4), (1, 2)]
+    assert [spec.mixer.rope for spec in config.specs[:6]] == ["local"] * 5 + ["global"]
+    gemma2 = read(oracle.hf_config(model_type="gemma2", num_hidden_layers=26))
+    assert shape(gemma2) == [(2, 13)]
     windows = {"use_sliding_window": True, "max_window_layers": 3, "sliding_window": 9}
     hf = oracle.hf_config(model_type="qwen2", num_hidden_layers=5, **windows)
-    assert [kind.window for kind in read(hf).kinds] == [None] * 3 + [9] * 2
-    assert read(oracle.hf_config(model_type="qwen2")).period == 1
+    assert [spec.mixer.window for spec in read(hf).specs] == [None] * 3 + [9] * 2
+    assert shape(read(hf)) == [(1, 3), (1, 2)]
+    assert shape(read(oracle.hf_config(model_type="qwen2"))) == [(1, 2)]
 
 
 def test_what_a_family_cannot_be_is_refused():
-    hf = oracle.hf_config(model_type="qwen3_moe", mlp_only_layers=[1])
-    assert "mlp_only_layers is [1]; layers without experts" in problems(hf)
     hf = oracle.hf_config(model_type="gemma2", use_bidirectional_attention=True)
     assert "only causal is supported" in problems(hf)
     rope = {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}
@@ -146,7 +150,7 @@ def test_values_that_do_not_fit_together_are_refused(changes, message):
 
 def test_more_rope_flags_than_layers_and_old_gelu_are_taken():
     hf = oracle.hf_config(model_type="smollm3", no_rope_layers=[1, 0, 1])
-    assert [kind.rope for kind in read(hf).kinds] == ["global", "none"]
+    assert [spec.mixer.rope for spec in read(hf).specs] == ["global", "none"]
     hf = oracle.hf_config(model_type="gemma", hidden_act="gelu")
     assert read(hf).activation == "gelu_tanh"
 

@@ -432,7 +432,7 @@ def test_gemma_2_and_3_have_settings_that_no_metadata_hold(tmp_path):
     config = decoder_of(
         open_gguf(write_raw(path, renamed("gemma2", **more), embedding)).config
     )
-    assert config.kinds[0].window == 4096 and config.attention_scale == 0.25
+    assert config.specs[0].mixer.window == 4096 and config.attention_scale == 0.25
     assert (config.attention_softcap, config.logit_softcap) == (50.0, 30.0)
     more["block_count"] = 46  # the 27B
     config = open_gguf(write_raw(path, renamed("gemma2", **more), embedding)).config
@@ -441,13 +441,13 @@ def test_gemma_2_and_3_have_settings_that_no_metadata_hold(tmp_path):
     config = decoder_of(
         open_gguf(write_raw(path, renamed("gemma3", **more), embedding)).config
     )
-    assert [kind.window for kind in config.kinds] == [512] * 5 + [None, 512]
+    assert [spec.mixer.window for spec in config.specs] == [512] * 5 + [None, 512]
     assert (config.rope_theta, config.local_rope_theta) == (1e6, 10000.0)
     more.pop("attention.sliding_window")
     config = decoder_of(
         open_gguf(write_raw(path, renamed("gemma3", **more), embedding)).config
     )
-    assert {kind.window for kind in config.kinds} == {None}
+    assert {spec.mixer.window for spec in config.specs} == {None}
 
 
 def test_yarn_is_read(tmp_path):
@@ -710,7 +710,7 @@ def test_4_bit_folders_are_refused(tmp_path):
         ("llama_dynamic", {}, "rope_scaling is .*kind='dynamic'.*would take None"),
         ("llama_yarn", {}, "beta_fast=1.0.*would take .*beta_fast=32.0"),
         ("mistral", {}, "sliding_window is 8; llama.cpp would take None"),
-        ("qwen2_window", {}, "layer_kinds is .*window=8"),
+        ("qwen2_window", {}, "layers is .*window=8"),
         ("gemma2", {"query_pre_attn_scalar": 20}, "attention_scale is"),
         ("qwen3", {"hidden_act": "gelu"}, "activation is 'gelu'"),
     ],

@@ -14,10 +14,11 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from pallas_kernels.layout import QuantizedTensor
+from qlora_jax.adapters import Adapter, LoRAConfig, attach
 from qlora_jax.errors import CheckpointError, OutputExistsError, ShapeError
 from qlora_jax.models import Decoder
 from qlora_jax.nn import FrozenParam, Linear, QuantizedLinear, quantize
-from qlora_jax.quant import QuantConfig
+from qlora_jax.quant import QuantConfig, dequantize
 from qlora_jax.sources import hub
 from qlora_jax.sources.load import load
 from qlora_jax.sources.safetensors import INDEX, SINGLE
@@ -408,19 +409,36 @@ def test_damaged_4_bit_weights_are_all_named(golden, tmp_path):
     assert f"{second}: NaN or Inf in its absmax" in str(caught.value)
 
 
-def test_layers_that_are_stored_unalike_are_named(tmp_path, golden):
+def test_a_folder_may_keep_linears_of_some_layers_dense(tmp_path, golden):
+    """As Unsloth's dynamic 4-bit folders do."""
     source = golden("models/llama_bnb_nf4_dq_float32")
+    whole, _ = load(source, dtype="float32")
     stored = dict(load_file(source / SINGLE))
     name = "model.layers.1.self_attn.q_proj.weight"
     stored = {k: v for k, v in stored.items() if not k.startswith(name)}
-    stored[name] = np.zeros((64, 64), np.float32)
-    oracle.write_folder(
-        tmp_path, json.loads((source / "config.json").read_text()), stored
-    )
-    with pytest.raises(CheckpointError, match="layers must be stored alike") as caught:
-        load(tmp_path)
-    said = "layers.attn.q_proj.kernel: 1 of 2 are 4-bit, and these are dense: "
-    assert said + name in str(caught.value)
+    layer = jax.tree.map(lambda x: x[1], whole.layers.attn.q_proj.quantized)
+    stored[name] = np.asarray(dequantize(layer, "float32"))
+    hf = json.loads((source / "config.json").read_text())
+    oracle.write_folder(tmp_path / "mixed", hf, stored)
+    mixed, _ = load(tmp_path / "mixed", dtype="float32")
+    kinds = [type(stack.attn.q_proj) for stack in mixed.stacks]
+    assert kinds == [QuantizedLinear, Linear]
+    assert type(mixed.stacks[1].attn.k_proj) is QuantizedLinear
+    ids = jnp.arange(12).reshape(2, 6)
+    expected = np.asarray(whole(ids))
+    np.testing.assert_allclose(mixed(ids), expected, atol=1e-5 * np.abs(expected).max())
+    # What is saved says which linear is dense, for other tools, and is the same again.
+    save_model(mixed, tmp_path / "again", source=tmp_path / "mixed")
+    again = json.loads((tmp_path / "again/config.json").read_text())
+    skipped = again["quantization_config"]["llm_int8_skip_modules"]
+    assert "model.layers.1.self_attn.q_proj" in skipped
+    back = dict(load_file(tmp_path / "again" / SINGLE))
+    assert back.keys() == stored.keys()
+    for key, value in stored.items():
+        np.testing.assert_array_equal(back[key], value, err_msg=key)
+    # One adapter for both kinds of layers, whose base counts as the same.
+    model = attach(mixed, LoRAConfig(rank=2), key=jax.random.key(0))
+    assert Adapter.of(model).on(whole) is not None
 
 
 def test_layers_of_different_block_sizes_are_named(tmp_path, folder):

@@ -311,7 +311,7 @@ def test_gemma_3_4b_has_what_its_config_leaves_out():
     assert config.rope_theta == 1e6 and config.local_rope_theta == 1e4
     assert config.rope_scaling is not None and config.rope_scaling.factor == 8
     assert config.tie_word_embeddings and config.max_position_embeddings == 131072
-    windows = [kind.window for kind in config.kinds]
+    windows = [spec.mixer.window for spec in config.specs]
     assert windows[:6] == [1024] * 5 + [None] and len(windows) == 34
 
 

@@ -15,7 +15,7 @@ from pallas_kernels.layout import abstract_tensor
 from pallas_kernels.packed_matmul import choose
 from qlora_jax.memory import Setup
 from qlora_jax.models import Decoder, DecoderConfig
-from qlora_jax.models.decoder import LayerKind
+from qlora_jax.models.spec import AttentionSpec, LayerSpec
 from qlora_jax.train.compiled import absent_gpu
 from qlora_jax.train.compiled import compile_step as setup_step
 
@@ -117,7 +117,11 @@ def test_attention_is_cudnns(compiled):
 
 
 def test_experts_and_layers_that_differ_use_the_kernels_too():
-    kinds = (LayerKind(window=128, rope="local"), LayerKind(), LayerKind(window=128))
+    mixers = (
+        AttentionSpec(window=128, rope="local"),
+        AttentionSpec(),
+        AttentionSpec(window=128),
+    )
     config = DecoderConfig(
         vocab_size=512,
         hidden_size=512,
@@ -126,7 +130,7 @@ def test_experts_and_layers_that_differ_use_the_kernels_too():
         num_heads=4,
         num_kv_heads=2,
         head_dim=128,
-        layer_kinds=kinds,
+        layers=tuple(LayerSpec(mixer=mixer) for mixer in mixers),
         num_experts=4,
         qk_norm="head",
     )

@@ -13,11 +13,11 @@ import tiny
 import qlora_jax as qlora
 from qlora_jax.adapters import LoRAConfig, attach, join
 from qlora_jax.models import Decoder
-from qlora_jax.models.decoder import LayerKind
+from qlora_jax.models.spec import AttentionSpec, LayerSpec
 from qlora_jax.nn import quantize
 from qlora_jax.train.step import make_train_step
 
-WINDOWS = tuple(LayerKind(window=w) for w in (3, None, 3))
+WINDOWS = tuple(LayerSpec(mixer=AttentionSpec(window=w)) for w in (3, None, 3))
 
 
 def losses(
@@ -59,7 +59,7 @@ def batch_of(accumulated: int | None = None, **_: Any) -> dict[str, jax.Array]:
 )
 def test_streamed_paged_and_offloaded_runs_have_the_same_losses(kinds, checkpoints):
     layers = len(kinds) or 3
-    config = dataclasses.replace(tiny.CONFIG, num_layers=layers, layer_kinds=kinds)
+    config = dataclasses.replace(tiny.CONFIG, num_layers=layers, layers=kinds)
     model = Decoder(config, key=jax.random.key(0), dtype="float32")
     model = attach(quantize(model), LoRAConfig(rank=4), key=jax.random.key(1))
     plain = losses(model, "layer", False, "device")

@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from qlora_jax.errors import AdapterMismatchError
-from qlora_jax.models import Decoder, DecoderConfig, hf_table
-from qlora_jax.names import Numbered
+from qlora_jax.models import Decoder, DecoderConfig, abstract, hf_table
+from qlora_jax.names import HEAD, Numbered, dotted
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -62,9 +63,17 @@ def is_peft(path: str | os.PathLike[str]) -> bool:
 
 
 def module_names(config: DecoderConfig) -> dict[str, str]:
-    """Returns {our path of a module, layers and experts numbered: Hugging Face's}."""
-    modules = hf_table(config).modules()
-    return {str(place): name for place, name in modules.all()}
+    """Returns {our path of a module, layers and experts numbered: Hugging Face's}.
+
+    It has the modules of the model, and the head, which a tied model has no weights of.
+    """
+    table, skeleton = hf_table(config), abstract(config)
+    names = {HEAD: table.name(f"{HEAD}.kernel").rpartition(".")[0]}
+    for path, _ in nnx.to_flat_state(nnx.state(skeleton)):
+        for index in np.ndindex(*table.stack(dotted(path))):
+            ours = str(Numbered.at(path, index)).rpartition(".")[0]
+            names[ours] = table.name(dotted(path), index).rpartition(".")[0]
+    return names
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

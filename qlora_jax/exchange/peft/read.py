@@ -33,7 +33,7 @@ from qlora_jax.exchange.peft.settings import (
 from qlora_jax.exchange.peft.tables import TABLES, follow_the_embedding, not_copies
 from qlora_jax.models import Decoder
 from qlora_jax.models.vocabulary import resize_tokens
-from qlora_jax.names import EMBEDDING, HEAD, Numbered, dotted
+from qlora_jax.names import EMBEDDING, HEAD, Numbered, plain
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +191,7 @@ def _without_tensors(
     as they are; here it counts as damaged.
     """
     names = tensors.names
-    have = {dotted(path) for path, _ in nnx.to_flat_state(nnx.state(model))}
+    have = {plain(path) for path, _ in nnx.to_flat_state(nnx.state(model))}
     linears = {
         name
         for name in names

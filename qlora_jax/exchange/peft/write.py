@@ -196,10 +196,15 @@ def _end(module: str, part: str, adapted: bool) -> str:
 
 def _saved_name(path: str, names: dict[str, str]) -> str:
     """Names a module so that PEFT, which compares ends of names, finds it and no other."""
-    first = Numbered.first(path)
-    if first.numbers:
-        return names[str(first)].rpartition(".")[2]
-    return path if path in (EMBEDDING, HEAD) else names[path]
+    if path in (EMBEDDING, HEAD):
+        return path
+    first = _first(path, names)
+    return names[path] if first == path else names[first].rpartition(".")[2]
+
+
+def _first(path: str, names: Mapping[str, str]) -> str:
+    """Returns the numbered name of the first layer (and expert) that has a module."""
+    return next(name for name in names if Numbered.parse(name).path == path)
 
 
 def _token_indices(config: LoRAConfig, model: Decoder) -> Any:
@@ -217,7 +222,7 @@ def _patterns(patterns: Mapping[str, Any], names: dict[str, str]) -> dict[str, A
     """Turns our paths into endings of Hugging Face's names."""
     found = {}
     for path, value in patterns.items():
-        name = names[str(Numbered.first(path))]
-        module = re.sub(r"^model\.layers\.0\.", "", name)
+        name = names[_first(path, names)]
+        module = re.sub(r"^model\.layers\.\d+\.", "", name)
         found[re.sub(r"\.experts\.0\.", r".experts.\\d+.", module)] = value
     return found

@@ -161,7 +161,7 @@ def write(
     values["attention.value_length"] = config.head_dim
     values["rope.dimension_count"] = dim
     if known.window is not None:
-        windows = [kind.window or 0 for kind in config.kinds]
+        windows = [spec.mixer.window or 0 for spec in config.specs]
         values["attention.sliding_window"] = max(windows)
     if arch == "gemma3":
         values["rope.freq_base_swa"] = float(config.local_rope_theta)

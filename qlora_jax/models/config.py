@@ -1,0 +1,88 @@
+"""DecoderConfig: the shape of a decoder."""
+
+import dataclasses
+from typing import Literal
+
+from qlora_jax.models.spec import (
+    AttentionSpec,
+    ExpertsSpec,
+    LayerSpec,
+    MLPSpec,
+    Segment,
+    segments,
+)
+from qlora_jax.nn.rope import RopeScaling
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The shape of a decoder; names as in design.md, sizes in elements."""
+
+    model_type: str = dataclasses.field(default="llama", compare=False)
+    """The family, whose Hugging Face names its parameters have."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    local_rope_theta: float = 10000.0
+    rotary_dim: int | None = None
+    """Features of a head that are rotated, the first ones; None for all."""
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    """Bias on q, k and v (Qwen2; Llama's optional attention_bias)."""
+    output_bias: bool = False
+    """Bias on the attention's output projection (Llama's attention_bias alone)."""
+    sliding_window: int | None = None
+    """Of every layer, where `layers` is empty."""
+    layers: tuple[LayerSpec, ...] = ()
+    """One spec a layer; empty where all are the same (see `specs`)."""
+    max_position_embeddings: int = 2048
+    activation: Literal["silu", "gelu_tanh", "gelu"] = "silu"
+    norms: Literal["pre", "post", "both"] = "pre"
+    """Whether mixer and feed-forward have a norm before, after, or both (Gemma 2)."""
+    norm_offset: float = 0.0
+    """Added to norms' stored weights (1 for Gemma)."""
+    qk_norm: Literal["none", "head", "all"] = "none"
+    """RMSNorm on queries and keys: of each head (Qwen3), or over all heads (OLMo 2)."""
+    fused: bool = False
+    """One linear for q, k and v, and one for gate and up (Phi-3)."""
+    attention_scale: float | None = None
+    """Of scores; None for head_dim**-0.5."""
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    """What mixer and feed-forward are multiplied by before they are added."""
+    logit_scale: float = 1.0
+    num_experts: int = 0
+    """Feed-forwards to choose from; 0 for one that all tokens take."""
+    experts_per_token: int = 2
+    normalize_experts: bool = True
+    """Whether the chosen experts' weights are scaled to sum to 1."""
+
+    @property
+    def specs(self) -> tuple[LayerSpec, ...]:
+        """The spec of each layer."""
+        if self.layers:
+            return self.layers
+        one = LayerSpec(
+            mixer=AttentionSpec(window=self.sliding_window),
+            feed_forward=ExpertsSpec() if self.num_experts else MLPSpec(),
+        )
+        return (one,) * self.num_layers
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The segments that the layers are stacked and scanned by."""
+        return segments(self.specs)
+
+    @property
+    def slots(self) -> tuple[tuple[range, LayerSpec], ...]:
+        """The layers of each stack, and their spec."""
+        return tuple(slot for segment in self.segments for slot in segment.slots())

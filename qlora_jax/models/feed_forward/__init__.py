@@ -1,0 +1,22 @@
+"""What in a layer does not mix positions: one file each, and the table of them."""
+
+from typing import Any
+
+from qlora_jax.models.feed_forward.experts import experts
+from qlora_jax.models.feed_forward.mlp import MLP
+from qlora_jax.models.spec import ExpertsSpec, MLPSpec
+
+FEED_FORWARDS: dict[type, Any] = {MLPSpec: MLP, ExpertsSpec: experts}
+"""Class of a LayerSpec's feed-forward -> what makes the module that it stands for:
+
+    (spec, config, linear, normal) -> module
+        linear(out, in, bias, *stack) makes a linear, with more axes in front of it than the
+        stack of layers has where it is given them; normal(*shape) draws other parameters.
+
+and the module has
+
+    kept -> {name: features a token}
+        What it keeps for backward under each name of `checkpoint_name`.
+    __call__(x, key) -> y
+        x and y are (batch, seq, hidden); `key` is for LoRA dropout, or None.
+"""

@@ -1,0 +1,69 @@
+"""The gated feed-forward."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.spec import MLPSpec
+from qlora_jax.nn.linear import Linear
+from qlora_jax.nn.lora import project
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+}
+
+
+class MLP(nnx.Module):
+    """The gated feed-forward: down(activation(gate(x)) * up(x)).
+
+    Attributes:
+      width: Features between gate and down.
+      gate_proj, up_proj, down_proj: Its linears; or gate_up_proj in place of the first two.
+    """
+
+    def __init__(
+        self,
+        spec: MLPSpec,
+        config: DecoderConfig,
+        linear: Callable[..., Linear],
+        normal: Any = None,
+    ):
+        del normal
+        hidden = config.hidden_size
+        wide = self.width = spec.intermediate_size or config.intermediate_size
+        self.fused, self.activation = config.fused, config.activation
+        if config.fused:
+            self.gate_up_proj = linear(2 * wide, hidden, False)
+        else:
+            self.gate_proj = linear(wide, hidden, False)
+            self.up_proj = linear(wide, hidden, False)
+        self.down_proj = linear(hidden, wide, False)
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """Features a token that backward keeps, by their checkpoint names."""
+        if self.fused:
+            return {"gate_up": 2 * self.width}
+        return {"gate": self.width, "up": self.width}
+
+    def __call__(
+        self, x: Float[Array, "*batch hidden"], key: Array | None = None
+    ) -> Float[Array, "*batch hidden"]:
+        """Applies the projections."""
+        if self.fused:
+            both = checkpoint_name(project(self.gate_up_proj, x, key, 4), "gate_up")
+            gate, up = jnp.split(both, 2, axis=-1)
+        else:
+            gate = checkpoint_name(project(self.gate_proj, x, key, 4), "gate")
+            up = checkpoint_name(project(self.up_proj, x, key, 5), "up")
+        act = ACTIVATIONS[self.activation]
+        return project(self.down_proj, act(gate) * up, key, 6)

@@ -1,0 +1,212 @@
+"""A layer, and the one loop over all layers.
+
+Every pass over a model's layers, forward and backward, in training and in decoding, is
+`through`: a scan over the repeats of each segment, whose body applies a layer of each slot.
+Compile time does not grow with depth, and one layer's decoded weights are alive at a time.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array
+
+from qlora_jax.config.train import Checkpoint
+from qlora_jax.models.cache import Context
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.feed_forward import FEED_FORWARDS
+from qlora_jax.models.mixers import MIXERS
+from qlora_jax.models.spec import LayerSpec, Segment
+from qlora_jax.models.streaming import at, copies_ahead, scan_ahead
+from qlora_jax.nn.linear import Linear
+from qlora_jax.nn.norm import RMSNorm
+from qlora_jax.nn.variables import arrive, rests_on_host
+
+SAVED = (
+    *("q", "k", "v", "mixed", "middle", "gate", "up", "gate_up"),
+    *("unnormed", "lora_hidden", "lora_norms", "lora_unscaled"),
+)
+"""Activations kept for backward without checkpointing: each matmul's output and the
+residual stream. Norms, rotations and the gated product are made again from them."""
+
+Applied = tuple[Array, Any]
+"""The residual stream after a layer, and what else came out of it."""
+
+
+class DecoderLayer(nnx.Module):
+    """Mixer and feed-forward, each with its norms, added to the residual stream.
+
+    Attributes:
+      config: What all layers of the model share.
+      attn: The mixer, whatever it is.
+      mlp: The feed-forward.
+      attn_norm, mlp_norm: RMSNorms before them, where the config has norms 'pre' or 'both'.
+      attn_post_norm, mlp_post_norm: RMSNorms after them, with 'post' or 'both'.
+    """
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        config: DecoderConfig,
+        linear: Callable[..., Linear],
+        norm: Callable[[int], RMSNorm],
+        normal: Callable[..., Array],
+    ):
+        hidden = config.hidden_size
+        self.config = config
+        if config.norms != "post":
+            self.attn_norm = norm(hidden)
+            self.mlp_norm = norm(hidden)
+        if config.norms != "pre":
+            self.attn_post_norm = norm(hidden)
+            self.mlp_post_norm = norm(hidden)
+        self.attn = MIXERS[type(spec.mixer)](spec.mixer, config, linear, norm)
+        make = FEED_FORWARDS[type(spec.feed_forward)]
+        self.mlp = make(spec.feed_forward, config, linear, normal)
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """Features a token that backward keeps, by their checkpoint names."""
+        hidden = self.config.hidden_size
+        kept = {"middle": hidden} | self.attn.kept | self.mlp.kept
+        if self.config.norms != "pre":
+            kept["unnormed"] = kept.get("unnormed", 0) + 2 * hidden
+        return kept
+
+    def __call__(
+        self,
+        x: Array,
+        context: Context,
+        cache: Any = None,
+        key: Array | None = None,
+    ) -> Applied:
+        """Returns the stream after the layer, and what its mixer remembers then.
+
+        Args:
+          x: (batch, seq, hidden).
+          context: What all layers share.
+          cache: What the mixer remembers; None while training.
+          key: For LoRA dropout; None switches it off.
+        """
+        before, after = self.config.norms != "post", self.config.norms != "pre"
+        scale = self.config.residual_scale
+        y = self.attn_norm(x) if before else x
+        y, new = self.attn(y, context, cache, key)
+        y = self.attn_post_norm(checkpoint_name(y, "unnormed")) if after else y
+        x = checkpoint_name(x + scaled(y, scale), "middle")
+        y = self.mlp(self.mlp_norm(x) if before else x, key)
+        y = self.mlp_post_norm(checkpoint_name(y, "unnormed")) if after else y
+        return x + scaled(y, scale), new
+
+
+def scaled(x: Array, scale: float) -> Array:
+    """Returns x * scale in x's dtype."""
+    return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
+
+
+def through(
+    segments: Sequence[Segment],
+    stacks: Sequence[DecoderLayer],
+    x: Array,
+    extra: Sequence[Any],
+    apply: Callable[[DecoderLayer, Array, Any], Applied],
+    checkpoint: Checkpoint | None = None,
+) -> tuple[Array, list[Any]]:
+    """Applies all layers in order.
+
+    Layers whose weights wait in host memory come to the device when they are due, and one
+    turn ahead where `copies_ahead`.
+
+    Args:
+      segments: Of the model.
+      stacks: A stack of layers for each slot of the segments, in their order.
+      x: The first layer's input, (batch, seq, hidden), or (micro, batch, seq, hidden).
+      extra: For each slot a pytree whose leaves have a leading axis of its layers.
+      apply: (one layer, x, its part of extra) -> (x, output).
+      checkpoint: What backward recomputes; None where there is no backward, and then
+        nothing is arranged for it.
+
+    Returns:
+      The last layer's output, and for each slot the outputs of its layers, stacked.
+    """
+    outputs, at = [], 0
+    for segment in segments:
+        upto = at + len(segment.pattern)
+        run = functools.partial(_segment, segment.repeats, apply, checkpoint)
+        x, made = run(x, stacks[at:upto], extra[at:upto])
+        outputs += made
+        at = upto
+    return x, outputs
+
+
+def _segment(
+    repeats: int,
+    apply: Callable[[DecoderLayer, Array, Any], Applied],
+    checkpoint: Checkpoint | None,
+    x: Array,
+    stacks: Sequence[DecoderLayer],
+    extra: Sequence[Any],
+) -> tuple[Array, Sequence[Any]]:
+    parts = [nnx.split(stack, nnx.LoRAParam, ...) for stack in stacks]
+    graphdefs = [part[0] for part in parts]
+    lora, frozen = [part[1] for part in parts], [part[2] for part in parts]
+    micro = x.shape[0] if x.ndim == 4 else 1
+    if rests_on_host(frozen) and copies_ahead(repeats * len(stacks), micro, checkpoint):
+
+        def turn(slot: int, lora: Any, base: Any, x: Array, part: Any) -> Array:
+            return apply(nnx.merge(graphdefs[slot], lora, base), x, part)[0]
+
+        on_host = checkpoint == "host"
+        x = scan_ahead(turn, x, lora, frozen, extra, inputs_on_host=on_host)
+        return x, [None] * len(stacks)
+
+    def one(slot: int, x: Array, slices: Any) -> Applied:
+        lora, base, i, part = slices
+        if base is None:
+            base = at(frozen[slot], i)
+        return apply(nnx.merge(graphdefs[slot], lora, arrive(base)), x, part)
+
+    def body(x: Array, slices: Any) -> tuple[Array, list[Any]]:
+        outputs = []
+        for slot in range(len(stacks)):
+            lora, base, part = (part[slot] for part in slices[1:])
+            run = checkpointed(functools.partial(one, slot), checkpoint)
+            x, output = run(x, (lora, base, slices[0], part))
+            outputs.append(output)
+        return x, outputs
+
+    # The scan cuts a layer out of one stack. Of several it would cut all of a turn's at its
+    # beginning, so each layer is cut out when it is due, and again in backward: 16 % less
+    # for a step of gemma2-2b beside its arguments (scripts/results/README.md).
+    scanned = frozen if len(stacks) == 1 else [None] * len(stacks)
+    numbers = jnp.arange(repeats)
+    return jax.lax.scan(body, x, (numbers, lora, scanned, list(extra)))
+
+
+def checkpointed(f: Callable[..., Any], checkpoint: Checkpoint | None) -> Any:
+    """Returns a function of a scan's body whose backward recomputes what a policy says."""
+    if checkpoint is None:
+        return f
+    # In a scan there is nothing to deduplicate against, so CSE stays allowed.
+    return jax.checkpoint(f, policy=_policy(checkpoint), prevent_cse=False)
+
+
+def _policy(checkpoint: Checkpoint) -> Any:
+    """Returns jax.checkpoint's policy."""
+    policies = jax.checkpoint_policies
+    if checkpoint == "none":
+        return policies.save_only_these_names(*SAVED)
+    if checkpoint == "attention":
+        return policies.save_only_these_names("mixed")
+    if checkpoint == "host":
+        return policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=["layer_input"],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    return None

@@ -1,0 +1,23 @@
+"""What mixes positions in a layer: one file each, and the table of them."""
+
+from typing import Any
+
+from qlora_jax.models.mixers.attention import Attention
+from qlora_jax.models.spec import AttentionSpec
+
+MIXERS: dict[type, Any] = {AttentionSpec: Attention}
+"""Class of a LayerSpec's mixer -> the module that it stands for, which has
+
+    __init__(spec, config, linear, norm)
+        linear(out, in, bias) and norm(features) make its parts, with the axis of a stack.
+    shared(positions) -> dict
+        What all layers need that depends on positions alone, int32 (batch, seq), such as
+        rotations; made once for all layers.
+    empty_cache(batch, capacity, dtype) -> pytree
+        What one layer remembers of the tokens it has seen, of none at first.
+    kept -> {name: features a token}
+        What it keeps for backward under each name of `checkpoint_name`.
+    __call__(x, context, cache, key) -> (y, new cache)
+        x and y are (batch, seq, hidden); cache is None while training, and so is the new
+        one; `context` is a `cache.Context`; `key` is for LoRA dropout, or None.
+"""

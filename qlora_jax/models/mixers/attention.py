@@ -1,0 +1,143 @@
+"""Grouped-query attention with rotary positions."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from qlora_jax.models.cache import Context
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.spec import AttentionSpec
+from qlora_jax.nn.attention import attention, causal_attention
+from qlora_jax.nn.linear import Linear
+from qlora_jax.nn.lora import project
+from qlora_jax.nn.norm import RMSNorm
+from qlora_jax.nn.rope import rotate, rotation
+
+KeysValues = tuple[Array, Array]
+"""Keys, rotated, and values: (batch, capacity, kv_heads, head_dim) each."""
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions.
+
+    Attributes:
+      spec: What of it differs between layers.
+      config: What all layers share.
+      q_proj, k_proj, v_proj, o_proj: Its linears; or qkv_proj in place of the first three.
+      q_norm, k_norm: RMSNorm, where the config has qk_norm.
+    """
+
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        config: DecoderConfig,
+        linear: Callable[..., Linear],
+        norm: Callable[[int], RMSNorm],
+    ):
+        c = self.config = config
+        self.spec = spec
+        q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        hidden, bias = c.hidden_size, c.attention_bias
+        if c.fused:
+            self.qkv_proj = linear(q_size + 2 * kv_size, hidden, bias)
+        else:
+            self.q_proj = linear(q_size, hidden, bias)
+            self.k_proj = linear(kv_size, hidden, bias)
+            self.v_proj = linear(kv_size, hidden, bias)
+        self.o_proj = linear(hidden, q_size, c.output_bias)
+        if c.qk_norm != "none":
+            per_head = c.qk_norm == "head"
+            self.q_norm = norm(c.head_dim if per_head else q_size)
+            self.k_norm = norm(c.head_dim if per_head else kv_size)
+
+    def shared(self, positions: Int[Array, "batch seq"]) -> dict[Any, Any]:
+        """Returns the rotations of its kind of rotary positions."""
+        c, rope = self.config, self.spec.rope
+        if rope == "none":
+            return {}
+        dim = c.rotary_dim or c.head_dim
+        theta, scaling = (
+            (c.local_rope_theta, None)
+            if rope == "local"
+            else (c.rope_theta, c.rope_scaling)
+        )
+        return {rope: rotation(positions, dim, theta, scaling)}
+
+    def empty_cache(self, batch: int, capacity: int, dtype: jnp.dtype) -> KeysValues:
+        """Returns room for the keys and values of `capacity` tokens a row."""
+        c = self.config
+        shape = (batch, capacity, c.num_kv_heads, c.head_dim)
+        # Two buffers, not one twice: a caller may donate the cache.
+        return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """Features a token that backward keeps, by their checkpoint names."""
+        c = self.config
+        q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        kept = {"q": q, "k": kv, "v": kv, "mixed": q}
+        return kept if c.qk_norm == "none" else kept | {"unnormed": q + kv}
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq hidden"],
+        context: Context,
+        cache: KeysValues | None = None,
+        key: Array | None = None,
+    ) -> tuple[Float[Array, "batch seq hidden"], KeysValues | None]:
+        """Attends; with a cache, over its keys and the new ones, which are returned."""
+        c, spec = self.config, self.spec
+        q, k, v = self._heads(x, key)
+        if spec.rope != "none":
+            cos_sin = context.shared[spec.rope]
+            q, k = rotate(q, cos_sin), rotate(k, cos_sin)
+        q, k, v = (checkpoint_name(*y) for y in ((q, "q"), (k, "k"), (v, "v")))
+        options = {
+            "window": spec.window,
+            "scale": c.attention_scale,
+            "softcap": c.attention_softcap,
+        }
+        if cache is None:
+            mixed, new = causal_attention(q, k, v, **options), None
+        else:
+            put = functools.partial(
+                jax.lax.dynamic_update_slice_in_dim, start_index=context.length, axis=1
+            )
+            new = tuple(
+                put(old, y.astype(old.dtype))
+                for old, y in zip(cache, (k, v), strict=True)
+            )
+            mixed = attention(
+                q, *new, context.positions, context.seen_positions, **options
+            )
+        mixed = checkpoint_name(mixed.reshape(*x.shape[:2], -1), "mixed")
+        return project(self.o_proj, mixed, key, 3), new
+
+    def _heads(self, x: Array, key: Array | None) -> tuple[Array, Array, Array]:
+        """Returns q, k and v, (batch, seq, heads, head_dim), normed and not yet rotated."""
+        c = self.config
+        q, k, v = self._projected(x, key)
+        heads = lambda y, n: y.reshape(*x.shape[:2], n, c.head_dim)  # noqa: E731
+        if c.qk_norm != "none":
+            q, k = checkpoint_name(q, "unnormed"), checkpoint_name(k, "unnormed")
+        if c.qk_norm == "all":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = heads(q, c.num_heads), heads(k, c.num_kv_heads)
+        if c.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, heads(v, c.num_kv_heads)
+
+    def _projected(self, x: Array, key: Array | None) -> list[Array]:
+        c = self.config
+        if not c.fused:
+            projections = (self.q_proj, self.k_proj, self.v_proj)
+            return [project(one, x, key, i) for i, one in enumerate(projections)]
+        q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        qkv = project(self.qkv_proj, x, key, 0)
+        return jnp.split(qkv, (q_size, q_size + kv_size), axis=-1)

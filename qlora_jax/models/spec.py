@@ -1,0 +1,123 @@
+"""What a model's layers are: specs, and the segments that they are stacked and scanned by.
+
+A layer has a mixer, which mixes positions, and a feed-forward, which does not. Their specs say
+which module each is and what of it differs between the layers of one model; what layers share
+(sizes, biases, norms) is in DecoderConfig. Which module a spec stands for is in the tables of
+`mixers` and `feed_forward`.
+
+Layers that follow each other in a repeated pattern are a **segment**. Each **slot** of the
+pattern has parameters of its own, stacked over the repeats: layers of one slot have the same
+spec and so arrays of one shape.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """Attention over all positions before a token, or over a window of them."""
+
+    window: int | None = None
+    """Positions that a token sees, itself included; None for all before it."""
+
+    rope: Literal["global", "local", "none"] = "global"
+    """Which rotary positions: those of rope_theta, of local_rope_theta, or none."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MLPSpec:
+    """One gated feed-forward that all tokens take."""
+
+    intermediate_size: int | None = None
+    """Its width; None for DecoderConfig.intermediate_size."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertsSpec:
+    """A router and the config's num_experts feed-forwards, of which each token takes some."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """One layer of a model."""
+
+    mixer: Any = AttentionSpec()
+    """Spec of what mixes positions; a key of `mixers.MIXERS` is its class."""
+
+    feed_forward: Any = MLPSpec()
+    """Spec of what does not; a key of `feed_forward.FEED_FORWARDS` is its class."""
+
+    dense: tuple[str, ...] = ()
+    """Paths in the layer of linears that a 4-bit folder keeps dense, such as
+    "mlp.down_proj". Layers that store a linear differently cannot be one stack."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """Layers that follow each other, by a pattern that repeats.
+
+    Attributes:
+      start: Number of its first layer.
+      pattern: One spec a slot.
+      repeats: How often the pattern comes.
+    """
+
+    start: int
+    pattern: tuple[LayerSpec, ...]
+    repeats: int
+
+    def layers(self, slot: int) -> range:
+        """Returns the numbers of the layers that a slot's stack holds."""
+        step = len(self.pattern)
+        if self.repeats == 1:
+            return range(self.start + slot, self.start + slot + 1)
+        return range(self.start + slot, self.start + self.repeats * step, step)
+
+    def slots(self) -> Iterator[tuple[range, LayerSpec]]:
+        """Yields the layers of each slot, and its spec."""
+        for slot, spec in enumerate(self.pattern):
+            yield self.layers(slot), spec
+
+
+@functools.lru_cache(maxsize=64)
+def segments(layers: tuple[LayerSpec, ...]) -> tuple[Segment, ...]:
+    """Returns the segments with the fewest slots in all; of equals, the fewest segments, and
+    of these the ones of which the first is longest.
+
+    Each slot is compiled once, so this is what makes compile time independent of depth. It
+    takes about n**2 log n comparisons for n layers.
+
+    Args:
+      layers: A spec for each layer.
+    """
+    count = len(layers)
+    kinds = [layers.index(layer) for layer in layers]
+    # The best way to cover the layers from each one on: (slots, segments), and how it begins.
+    best: list[tuple[int, int]] = [(0, 0)] * (count + 1)
+    first: list[tuple[int, int]] = [(0, 0)] * (count + 1)
+    for start in reversed(range(count)):
+        options = []
+        for size in range(1, count - start + 1):
+            for repeats in range(1, _repeats(kinds, start, size) + 1):
+                slots, parts = best[start + size * repeats]
+                options.append(((slots + size, parts + 1), (size, repeats)))
+        best[start], first[start] = min(
+            options, key=lambda option: (option[0], -option[1][0] * option[1][1])
+        )
+    found, start = [], 0
+    while start < count:
+        size, repeats = first[start]
+        found.append(Segment(start, layers[start : start + size], repeats))
+        start += size * repeats
+    return tuple(found)
+
+
+def _repeats(kinds: Sequence[int], start: int, size: int) -> int:
+    """Returns how often the pattern of this size at a place comes there in a row."""
+    pattern, repeats = kinds[start : start + size], 1
+    while kinds[start + repeats * size : start + (repeats + 1) * size] == pattern:
+        repeats += 1
+    return repeats

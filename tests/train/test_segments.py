@@ -1,0 +1,84 @@
+"""Train steps of layers of several kinds, wherever they rest and whatever is recomputed."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from models import unlike
+
+import qlora_jax as qlora
+from qlora_jax.models import Decoder
+from qlora_jax.models.spec import AttentionSpec, LayerSpec
+from qlora_jax.nn import quantize
+from qlora_jax.train.step import make_train_step, next_token_loss
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch):
+    unlike.known(monkeypatch)
+
+
+@functools.cache
+def quantized():
+    return quantize(unlike.decoder())
+
+
+def losses(model, checkpoint, stream, memory_kind, micro=1):
+    graphdef, lora, base = qlora.split(model)
+    lora = jax.tree.map(jnp.copy, lora)  # which the step donates
+    base = qlora.stream(base) if stream else base
+    tx = qlora.offload(optax.adamw(1e-2), memory_kind)
+    step = make_train_step(graphdef, tx, checkpoint=checkpoint)
+    ids = tiny.tokens(2, 12)
+    batch = {"tokens": ids, "weights": jnp.ones(ids.shape, jnp.float32)}
+    if micro > 1:
+        batch = {name: x.reshape(micro, -1, 12) for name, x in batch.items()}
+    state, found = tx.init(lora), []
+    for _ in range(2):
+        lora, state, metrics = step(lora, base, state, batch)
+        found.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+    return found
+
+
+@pytest.mark.slow
+def test_streamed_paged_and_checkpointed_steps_are_the_same():
+    model = tiny.adapted(quantized(), layers=(0, 1, 3, 5, 6))
+    plain = losses(model, "none", False, "device")
+    paged = losses(model, "host", True, "pinned_host")
+    np.testing.assert_allclose(paged, plain, rtol=1e-5)
+    together = losses(model, "attention", True, "device", micro=2)
+    np.testing.assert_allclose(together, plain, rtol=1e-5)
+
+
+def kept(model):
+    """Returns the arrays that the loss keeps for its backward, and those of the base."""
+    graphdef, lora, base = qlora.split(model)
+    ids = tiny.tokens(2, 7)
+    batch = {"tokens": ids, "weights": jnp.ones(ids.shape)}
+
+    def vjp(lora, base):
+        def loss(lora):
+            model = qlora.join(graphdef, lora, base)
+            return next_token_loss("layer")(model, batch, None)
+
+        return jax.vjp(loss, lora)[1]
+
+    return jax.tree.leaves(jax.eval_shape(vjp, lora, base)), base
+
+
+@pytest.mark.parametrize("kind", ["unlike", "turns"])
+def test_no_packed_copy_is_kept_for_backward(kind):
+    model = quantized()
+    if kind == "turns":  # as Gemma's and SmolLM3's layers are
+        specs = [LayerSpec(mixer=AttentionSpec(window=w)) for w in (3, None) * 2]
+        shape = dataclasses.replace(tiny.CONFIG, num_layers=4, layers=tuple(specs))
+        model = quantize(Decoder(shape, key=jax.random.key(0), dtype="float32"))
+    residuals, base = kept(tiny.adapted(model))
+    codes = [x for x in jax.tree.leaves(base) if x.dtype in (jnp.uint16, jnp.uint8)]
+    found = [x for x in residuals if x.dtype in (jnp.uint16, jnp.uint8)]
+    assert sum(x.size for x in found) <= sum(x.size for x in codes)
