@@ -150,7 +150,7 @@ def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
     if args.add_tokens:
         model, tokenizer, ids = add_tokens(model, tokenizer, args.add_tokens)
         added = tokenizer
-        if "embed_tokens" not in args.lora.saved:
+        if "embed_tokens" not in args.lora.modules_to_save:
             tokens = tuple(dict.fromkeys((*args.lora.tokens, *ids)))
             lora = dataclasses.replace(args.lora, tokens=tokens)
             args = dataclasses.replace(args, lora=lora)
