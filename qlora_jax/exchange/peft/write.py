@@ -100,6 +100,7 @@ def export_peft(
     modules = {names[name] for name in adapted}
     last = sorted({module.rpartition(".")[2] for module in modules})
     everywhere = {m for m in names.values() if m.rpartition(".")[2] in last}
+    saved = [_saved_name(name, names) for name in config.modules_to_save]
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -118,8 +119,7 @@ def export_peft(
         "bias": config.bias,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "modules_to_save": [_saved_name(name, names) for name in config.modules_to_save]
-        or None,
+        "modules_to_save": saved or None,
         "ensure_weight_tying": follows,
         "trainable_token_indices": _token_indices(config, model),
         "layers_to_transform": None,
