@@ -14,6 +14,7 @@ a third more than the estimate (scripts/results/README.md, "Memory").
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,7 +33,7 @@ from pallas_kernels.device import (
 from pallas_kernels.layout import abstract_tensor
 from qlora_jax.adapters.attach import attach_zero, split
 from qlora_jax.config.lora import LoRAConfig
-from qlora_jax.config.train import Checkpoint, Optimizer
+from qlora_jax.config.train import Optimizer, TrainConfig
 from qlora_jax.models import Decoder, DecoderConfig
 from qlora_jax.models.streaming import copies_ahead
 from qlora_jax.names import is_stacked
@@ -50,6 +51,8 @@ Platform = Literal["gpu", "cpu"]
 MARGIN, TURNS_MARGIN = 0.12, 0.4
 """What a plan keeps free, relative to its estimate, in case that is too low; the second
 where layers of several kinds take turns (Gemma 2 and 3), of which the fit has one model."""
+_NF4 = QuantConfig()
+_TRAIN_SETTINGS = {field.name for field in dataclasses.fields(TrainConfig)}
 Coefficients = Mapping[tuple[Platform, bool], Mapping[str, float]]
 """{(platform, whether whole layers are recomputed): {feature: coefficient}}."""
 
@@ -86,34 +89,82 @@ def available_host_bytes(root: Path = Path("/")) -> int | None:
     return max(free, 0)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, init=False)
 class Setup:
-    """All that a step's memory depends on."""
+    """All that a step's memory depends on: a model's shape, and a run's own settings.
+
+    A setting of TrainConfig may be given and read as the setup's own, here and in
+    dataclasses.replace: `Setup(config=..., offload=True).offload`.
+
+    Attributes:
+      config: The model's shape.
+      train: How it trains. Where it is not given, micro_batch and grad_accum are 1 and
+        checkpoint is "layer".
+      lora: The adapter's shape and place.
+      quant: How the layers' linears are held; None for a dense base.
+      embedding: How the embedding is held, and a head that is tied to it.
+      head: How a head of its own is held.
+      max_tokens: Tokens of the longest row.
+    """
 
     config: DecoderConfig
-    quant: QuantConfig | None = QuantConfig()
-    """None for a dense base."""
-    lora: LoRAConfig = LoRAConfig()
-    dtype: str = "bfloat16"
-    """Of the computation, and of what stays dense."""
-    micro_batch: int = 1
-    grad_accum: int = 1
-    max_tokens: int = 2048
-    checkpoint: Checkpoint = "layer"
-    optimizer: Optimizer = "adamw"
-    offload: bool = False
-    """Optimizer state on the host, and what micro-batches' gradients add up to."""
-    resident_bytes: int = 0
-    """Of that state what stays on the device."""
-    stream: bool = False
-    """Layers' weights on the host."""
-    embedding: TableFormat = "none"
-    head: TableFormat = "none"
+    train: TrainConfig
+    lora: LoRAConfig
+    quant: QuantConfig | None
+    embedding: TableFormat
+    head: TableFormat
+    max_tokens: int
+
+    def __init__(
+        self,
+        *,
+        config: DecoderConfig,
+        train: TrainConfig | None = None,
+        lora: LoRAConfig | None = None,
+        quant: QuantConfig | None = _NF4,
+        embedding: TableFormat = "none",
+        head: TableFormat = "none",
+        max_tokens: int = 2048,
+        **settings: Any,
+    ):
+        """Takes the attributes, and in `settings` those of TrainConfig that differ from
+        `train`; `dtype` is another name of its compute_dtype.
+
+        Raises:
+          TypeError: TrainConfig has no such setting.
+          ConfigError: a value that it does not take.
+        """
+        if "dtype" in settings:
+            settings["compute_dtype"] = settings.pop("dtype")
+        if unknown := settings.keys() - _TRAIN_SETTINGS:
+            names = ", ".join(sorted(unknown))
+            raise TypeError(f"Setup has no {names}; TrainConfig has none either")
+        train = train or TrainConfig(micro_batch=1, grad_accum=1, checkpoint="layer")
+        self.__dict__.update(  # the class is frozen
+            config=config,
+            train=dataclasses.replace(train, **settings),
+            lora=lora or LoRAConfig(),
+            quant=quant,
+            embedding=embedding,
+            head=head,
+            max_tokens=max_tokens,
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        """Reads a setting of `train`."""
+        if name in _TRAIN_SETTINGS:
+            return getattr(self.train, name)
+        raise AttributeError(f"Setup has no {name!r}")
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the computation, and of what stays dense."""
+        return self.train.compute_dtype
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch."""
-        return self.micro_batch * self.max_tokens
+        """The tokens of a micro-batch."""
+        return self.train.micro_batch * self.max_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +300,7 @@ def estimate(
     """
     parts = _resident(setup)
     kept = _kept(setup, platform)
-    coefficients = fitted[platform, setup.checkpoint != "none"]
+    coefficients = fitted[platform, setup.train.checkpoint != "none"]
     most = max(_at_peak(setup, platform, parts, coefficients).values())
     device = {
         "layers": parts["layers"],
@@ -265,67 +316,60 @@ def estimate(
         ("layers", "optimizer state", "activations for backward"), 0
     )
     if platform == "gpu":
-        if setup.stream:
+        train = setup.train
+        if train.stream:
             host["layers"] = device.pop("layers")
-        if setup.offload:
-            away = max(0, parts["optimizer"] - setup.resident_bytes)
+        if train.offload:
+            away = max(0, parts["optimizer"] - train.resident_bytes)
             host["optimizer state"] = away
             device["optimizer state"] -= away
-            if setup.grad_accum > 1 and not setup.stream:
+            if train.grad_accum > 1 and not train.stream:
                 host["gradients"] = parts["adapter"]
-        if setup.checkpoint == "host":
+        if train.checkpoint == "host":
             c = setup.config
             each = setup.tokens * c.hidden_size * jnp.dtype(setup.dtype).itemsize
             host["activations for backward"] = c.num_layers * each * _together(setup)
     return Memory(device, host, TURNS_MARGIN if setup.config.period > 1 else MARGIN)
 
 
-_COUNTED: dict[
-    str, dict[str, int]
-] = {}  # a plan asks for hundreds of one model's setups
-
-
 def _resident(setup: Setup) -> dict[str, int]:
     """Counts the arrays of a setup, wherever they rest."""
-    plain = dataclasses.replace(
-        setup,
-        micro_batch=1,
-        grad_accum=1,
-        max_tokens=1,
-        checkpoint="layer",
-        offload=False,
-        resident_bytes=0,
-        stream=False,
+    # All that they depend on of how it trains.
+    train = TrainConfig(
+        compute_dtype=setup.train.compute_dtype, optimizer=setup.train.optimizer
     )
-    if (known := _COUNTED.get(repr(plain))) is not None:
-        return known
-    _, lora, base = abstract_parts(plain)
+    return _counted(dataclasses.replace(setup, train=train, max_tokens=1))
+
+
+@functools.lru_cache(maxsize=64)  # a plan asks for hundreds of one model's setups
+def _counted(setup: Setup) -> dict[str, int]:
+    _, lora, base = abstract_parts(setup)
     sizes: dict[str, int] = dict.fromkeys(("layers", "embedding", "head"), 0)
     names = {"embed_tokens": "embedding", "lm_head": "head"}
     for path, variable in nnx.to_flat_state(base):
         part = "layers" if is_stacked(path) else names.get(str(path[0]), "head")
         sizes[part] += tree_bytes(variable.get_value())
     sizes["adapter"] = tree_bytes(lora)
-    sizes["optimizer"] = tree_bytes(optimizer_state(lora, setup.optimizer))
-    _COUNTED[repr(plain)] = sizes
+    sizes["optimizer"] = tree_bytes(optimizer_state(lora, setup.train.optimizer))
     return sizes
 
 
 def _together(setup: Setup) -> int:
     """Returns how many micro-batches go through a layer before the next does."""
-    return setup.grad_accum if setup.stream else 1
+    return setup.train.grad_accum if setup.train.stream else 1
 
 
 def _adds_up(setup: Setup) -> bool:
     """Whether the device holds the sum of micro-batches' gradients beside a new one."""
-    return setup.grad_accum > 1 and not setup.stream and not setup.offload
+    train = setup.train
+    return train.grad_accum > 1 and not train.stream and not train.offload
 
 
 def _kept(setup: Setup, platform: Platform) -> int:
     """Returns the bytes of activations that wait on the device for backward."""
     c = setup.config
     each = setup.tokens * jnp.dtype(setup.dtype).itemsize
-    if setup.checkpoint == "host" and platform == "gpu":
+    if setup.train.checkpoint == "host" and platform == "gpu":
         return 2 * each * c.hidden_size  # one that arrives, one that leaves
     return c.num_layers * each * _together(setup) * _features_kept(setup)
 

@@ -18,6 +18,7 @@ from qlora_jax.plan import (
     flags_of,
     free_streaming_tokens,
     parse_bytes,
+    picked,
     plan_memory,
     said,
 )
@@ -81,7 +82,7 @@ def run(args: Args) -> dict[str, Any]:
         config=source.config,
         quant=quant or source.stored,
         lora=args.lora,
-        dtype=args.dtype,
+        compute_dtype=args.dtype,
         max_tokens=args.max_tokens,
         optimizer=args.optimizer,
         **tables,
@@ -106,11 +107,6 @@ def run(args: Args) -> dict[str, Any]:
 
 
 def _figures(plan: Plan) -> dict[str, Any]:
-    setup = plan.setup
-    chosen = (
-        *("micro_batch", "grad_accum", "checkpoint", "optimizer", "offload"),
-        *("resident_bytes", "stream", "embedding", "head"),
-    )
     return {
         "budget_bytes": plan.budget,
         "device_bytes": plan.memory.device_bytes,
@@ -118,8 +114,9 @@ def _figures(plan: Plan) -> dict[str, Any]:
         "host_bytes": plan.memory.host_bytes,
         "device": plan.memory.device,
         "host": plan.memory.host,
-        **{name: getattr(setup, name) for name in chosen},
-        "flags": flags_of(setup),
+        "optimizer": plan.setup.train.optimizer,
+        **picked(plan.setup),
+        "flags": flags_of(plan.setup),
         "next": None if plan.next_step is None else list(plan.next_step),
     }
 
@@ -133,7 +130,7 @@ def _print(args: Args, plan: Plan) -> None:
         f"  budget {said(plan.budget)}, {said(memory.device_bytes)} estimated; "
         f"{memory.margin:.0%} more are kept free, as the estimate may be too low"
     )
-    if plan.setup.stream:
+    if plan.setup.train.stream:
         free = free_streaming_tokens(plan.setup)
         print(
             f"  streaming hides behind arithmetic from about {free:,} tokens a step "

@@ -89,6 +89,7 @@ def test_the_optimizer_state_leaves_only_where_it_must(
     args = cli_train.parse([str(flag) for flag in flags[1:]], "qlora train")
     rows = read_dataset(args.data_file, tiny.tokenizer(), args.data)
     setup = cli_train.setup_of(args, open_source(base), qlora.QuantConfig(), rows)
+    assert (setup.train, setup.lora) == (args.train, args.lora)
     away = dataclasses.replace(setup, offload=True)
 
     def fitted(memory: int) -> bool:
