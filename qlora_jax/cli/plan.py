@@ -7,13 +7,8 @@ from typing import Annotated, Any, Literal
 import jax
 import tyro
 
-from qlora_jax.cli import options
-from qlora_jax.config.lora import LoRAConfig
-from qlora_jax.config.quant import QuantOptions
-from qlora_jax.config.train import Optimizer
-from qlora_jax.errors import ConfigError
-from qlora_jax.memory import Memory, Platform, Setup
-from qlora_jax.plan import (
+from qlora_jax.budget.estimate import Memory, Platform
+from qlora_jax.budget.plan import (
     Plan,
     flags_of,
     free_streaming_tokens,
@@ -22,6 +17,12 @@ from qlora_jax.plan import (
     plan_memory,
     said,
 )
+from qlora_jax.budget.setup import Setup
+from qlora_jax.cli import options
+from qlora_jax.config.lora import LoRAConfig
+from qlora_jax.config.quant import QuantOptions
+from qlora_jax.config.train import Optimizer
+from qlora_jax.errors import ConfigError
 from qlora_jax.quant import QuantConfig
 from qlora_jax.sources.source import open_source
 

@@ -16,8 +16,9 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from qlora_jax.budget.estimate import abstract_parts
+from qlora_jax.budget.setup import Setup
 from qlora_jax.errors import ConfigError
-from qlora_jax.memory import Setup, abstract_parts
 from qlora_jax.names import is_stacked
 from qlora_jax.optim.adamw import adamw, placed
 from qlora_jax.optim.offload import paged

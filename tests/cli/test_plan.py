@@ -10,11 +10,11 @@ import pytest
 import tiny
 
 import qlora_jax as qlora
+from qlora_jax.budget.estimate import estimate
 from qlora_jax.cli import train as cli_train
 from qlora_jax.cli.main import main
 from qlora_jax.data import read_dataset
 from qlora_jax.errors import ConfigError
-from qlora_jax.memory import estimate
 from qlora_jax.sources.load import load
 from qlora_jax.sources.source import open_source
 

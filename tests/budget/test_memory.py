@@ -15,19 +15,15 @@ from measure_memory import ALL, TABLES, setup_of
 
 import qlora_jax as qlora
 from qlora_jax.adapters import LoRAConfig
-from qlora_jax.config.quant import QuantOptions
-from qlora_jax.config.train import TrainConfig
-from qlora_jax.errors import ConfigError
-from qlora_jax.memory import (
+from qlora_jax.budget.estimate import (
     FITTED,
     MARGIN,
     TURNS_MARGIN,
-    Setup,
     abstract_parts,
     estimate,
     tree_bytes,
 )
-from qlora_jax.plan import (
+from qlora_jax.budget.plan import (
     FOLLOWING,
     PICKED,
     Plan,
@@ -38,13 +34,17 @@ from qlora_jax.plan import (
     plan_memory,
     relative_time,
 )
+from qlora_jax.budget.setup import Setup
+from qlora_jax.config.quant import QuantOptions
+from qlora_jax.config.train import TrainConfig
+from qlora_jax.errors import ConfigError
 from qlora_jax.train.compiled import account, compile_step
 
 ROOT = Path(__file__).parents[2]
 
 IN_SAMPLE = {"gpu": 0.036, "cpu": 0.042}
 """The largest error of the coefficients on the rows they were fitted to, of a step's all.
-It says that memory.py still is what was fitted, nothing of other models."""
+It says that estimate.py still is what was fitted, nothing of other models."""
 HOST = 5e-3
 """Of what is planned for the host, which is counted: XLA's own account differs by a buffer
 or two of a micro-batch's activations."""

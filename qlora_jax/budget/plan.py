@@ -1,6 +1,6 @@
 """The settings that fit a memory budget, fastest first.
 
-Memory is that of `memory.estimate`, and a margin for its error. Speed is a model of
+Memory is that of `estimate`, and a margin for its error. Speed is a model of
 relative time, good for an order alone: recomputing costs a forward pass, streaming adds the
 part of the copy time that is not overlapped with computation, short micro-batches decode
 the base more often for each token.
@@ -12,10 +12,11 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from qlora_jax.budget.estimate import Memory, Platform, estimate
+from qlora_jax.budget.setup import Setup
 from qlora_jax.config.quant import QuantOptions
 from qlora_jax.config.train import TrainConfig
 from qlora_jax.errors import ConfigError
-from qlora_jax.memory import Memory, Platform, Setup, estimate
 
 GIB = 1 << 30
 PICKED = (
@@ -75,12 +76,13 @@ def plan_memory(
     Args:
       setup: The model, adapter and sequence length; the settings to choose are ignored,
         unless `fixed` names them.
-      memory_bytes: Of the device.
-      rows: Of a step; micro_batch times grad_accum. None for the setup's.
-      host_bytes: Of the host that may be pinned; None for no limit.
-      platform: Whose memory model.
-      fixed: Names of settings that stay as they are. Where offload is not among them, and
-        is needed, `resident_bytes` is what of the optimizer state may stay.
+      memory_bytes: Device memory that the run may take.
+      rows: The rows of a step, which are micro_batch times grad_accum; None for the setup's.
+      host_bytes: Host memory that may be pinned; None for no limit.
+      platform: Whose memory is estimated, a GPU's or a CPU's.
+      fixed: Names of settings (see PICKED) that stay as they are. Where offload is not
+        among them, and is needed, resident_bytes is as much of the optimizer state as fits
+        on the device.
 
     Raises:
       ConfigError: nothing fits; the message says the least that would.

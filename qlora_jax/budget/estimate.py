@@ -17,7 +17,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -32,7 +31,7 @@ from pallas_kernels.device import (
 )
 from pallas_kernels.layout import abstract_tensor
 from qlora_jax.adapters.attach import attach_zero, split
-from qlora_jax.config.lora import LoRAConfig
+from qlora_jax.budget.setup import Setup
 from qlora_jax.config.train import Optimizer, TrainConfig
 from qlora_jax.models import Decoder, DecoderConfig
 from qlora_jax.models.streaming import copies_ahead
@@ -45,135 +44,23 @@ from qlora_jax.nn import (
     QuantizedLinear,
 )
 from qlora_jax.optim.adamw import adamw
-from qlora_jax.quant import QuantConfig, Quantized, TableFormat, quantize_rows
+from qlora_jax.quant import Quantized, TableFormat, quantize_rows
 
 Platform = Literal["gpu", "cpu"]
 MARGIN, TURNS_MARGIN = 0.12, 0.4
 """What a plan keeps free, relative to its estimate, in case that is too low; the second
 where layers of several kinds take turns (Gemma 2 and 3), of which the fit has one model."""
-_NF4 = QuantConfig()
-_TRAIN_SETTINGS = {field.name for field in dataclasses.fields(TrainConfig)}
 Coefficients = Mapping[tuple[Platform, bool], Mapping[str, float]]
 """{(platform, whether whole layers are recomputed): {feature: coefficient}}."""
 
 
-def available_host_bytes(root: Path = Path("/")) -> int | None:
-    """Returns the bytes of host memory that may still be taken, where Linux says it.
-
-    In a container with a limit of its own (cgroup v2) it is what that leaves, if less.
-
-    Args:
-      root: Where /proc and /sys lie.
-    """
-
-    def numbers(path: str) -> dict[str, int]:
-        try:
-            lines = (root / path).read_text().replace(":", " ").splitlines()
-        except OSError:
-            return {}
-        pairs = [line.split()[:2] for line in lines if len(line.split()) > 1]
-        return {name: int(value) for name, value in pairs if value.isdigit()}
-
-    available = numbers("proc/meminfo").get("MemAvailable")
-    if available is None:
-        return None
-    free = 1024 * available
-    try:
-        group = root / "sys/fs/cgroup"
-        limit, used = ((group / f"memory.{x}").read_text() for x in ("max", "current"))
-        # Cached files are given up when memory is asked for.
-        files = numbers("sys/fs/cgroup/memory.stat").get("inactive_file", 0)
-        free = min(free, int(limit) - int(used) + files)
-    except (OSError, ValueError):
-        pass  # no such group, or its limit is 'max'
-    return max(free, 0)
-
-
-@dataclasses.dataclass(frozen=True, init=False)
-class Setup:
-    """All that a step's memory depends on: a model's shape, and a run's own settings.
-
-    A setting of TrainConfig may be given and read as the setup's own, here and in
-    dataclasses.replace: `Setup(config=..., offload=True).offload`.
-
-    Attributes:
-      config: The model's shape.
-      train: How it trains. Where it is not given, micro_batch and grad_accum are 1 and
-        checkpoint is "layer".
-      lora: The adapter's shape and place.
-      quant: How the layers' linears are held; None for a dense base.
-      embedding: How the embedding is held, and a head that is tied to it.
-      head: How a head of its own is held.
-      max_tokens: Tokens of the longest row.
-    """
-
-    config: DecoderConfig
-    train: TrainConfig
-    lora: LoRAConfig
-    quant: QuantConfig | None
-    embedding: TableFormat
-    head: TableFormat
-    max_tokens: int
-
-    def __init__(
-        self,
-        *,
-        config: DecoderConfig,
-        train: TrainConfig | None = None,
-        lora: LoRAConfig | None = None,
-        quant: QuantConfig | None = _NF4,
-        embedding: TableFormat = "none",
-        head: TableFormat = "none",
-        max_tokens: int = 2048,
-        **settings: Any,
-    ):
-        """Takes the attributes, and in `settings` those of TrainConfig that differ from
-        `train`; `dtype` is another name of its compute_dtype.
-
-        Raises:
-          TypeError: TrainConfig has no such setting.
-          ConfigError: a value that it does not take.
-        """
-        if "dtype" in settings:
-            settings["compute_dtype"] = settings.pop("dtype")
-        if unknown := settings.keys() - _TRAIN_SETTINGS:
-            names = ", ".join(sorted(unknown))
-            raise TypeError(f"Setup has no {names}; TrainConfig has none either")
-        train = train or TrainConfig(micro_batch=1, grad_accum=1, checkpoint="layer")
-        self.__dict__.update(  # the class is frozen
-            config=config,
-            train=dataclasses.replace(train, **settings),
-            lora=lora or LoRAConfig(),
-            quant=quant,
-            embedding=embedding,
-            head=head,
-            max_tokens=max_tokens,
-        )
-
-    def __getattr__(self, name: str) -> Any:
-        """Reads a setting of `train`."""
-        if name in _TRAIN_SETTINGS:
-            return getattr(self.train, name)
-        raise AttributeError(f"Setup has no {name!r}")
-
-    @property
-    def dtype(self) -> str:
-        """The dtype of the computation, and of what stays dense."""
-        return self.train.compute_dtype
-
-    @property
-    def tokens(self) -> int:
-        """The tokens of a micro-batch."""
-        return self.train.micro_batch * self.max_tokens
-
-
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes by part.
+    """The bytes that a step needs, by part.
 
     Attributes:
-      device: Of device memory, at the step's peak.
-      host: Of pinned host memory.
+      device: What it takes of device memory at its peak.
+      host: What it takes of pinned host memory.
       margin: How much more than the estimate a run may need of the device, as a part of it.
     """
 
@@ -183,7 +70,7 @@ class Memory:
 
     @property
     def device_bytes(self) -> int:
-        """All of the device's."""
+        """The sum of the device's parts."""
         return sum(self.device.values())
 
     @property
@@ -193,7 +80,7 @@ class Memory:
 
     @property
     def host_bytes(self) -> int:
-        """All of the host's."""
+        """The sum of the host's parts."""
         return sum(self.host.values())
 
 
