@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from qlora_jax.adapters.merge import unmerge as unmerge
     from qlora_jax.adapters.merge_report import merge_report as merge_report
     from qlora_jax.adapters.value import Adapter as Adapter
+    from qlora_jax.budget.plan import plan_memory as plan_memory
+    from qlora_jax.budget.setup import Setup as Setup
     from qlora_jax.config.data import DataConfig as DataConfig
     from qlora_jax.config.lora import LoRAConfig as LoRAConfig
     from qlora_jax.config.train import TrainConfig as TrainConfig
@@ -44,13 +46,11 @@ if TYPE_CHECKING:
     from qlora_jax.exchange.read import read_adapter as read_adapter
     from qlora_jax.generate.sample import SampleConfig as SampleConfig
     from qlora_jax.generate.sample import generate as generate
-    from qlora_jax.memory import Setup as Setup
     from qlora_jax.models.streaming import stream as stream
     from qlora_jax.nn.quantizing import quantize as quantize
     from qlora_jax.optim.eight_bit import adamw_8bit as adamw_8bit
     from qlora_jax.optim.loss_scale import dynamic_loss_scale as dynamic_loss_scale
     from qlora_jax.optim.offload import offload as offload
-    from qlora_jax.plan import plan_memory as plan_memory
     from qlora_jax.quant import QuantConfig as QuantConfig
     from qlora_jax.quant import QuantizedTensor as QuantizedTensor
     from qlora_jax.quant import dequantize as dequantize
@@ -93,9 +93,9 @@ _HOMES = {
     "qlora_jax.exchange.read": ("read_adapter",),
     "qlora_jax.sources.tokens": ("add_tokens",),
     "qlora_jax.exchange.peft": ("export_peft", "import_peft"),
-    "qlora_jax.memory": ("Setup",),
+    "qlora_jax.budget.setup": ("Setup",),
     "qlora_jax.models.streaming": ("stream",),
-    "qlora_jax.plan": ("plan_memory",),
+    "qlora_jax.budget.plan": ("plan_memory",),
     "qlora_jax.nn.quantizing": ("quantize",),
     "qlora_jax.optim.eight_bit": ("adamw_8bit",),
     "qlora_jax.optim.loss_scale": ("dynamic_loss_scale",),

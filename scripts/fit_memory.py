@@ -1,4 +1,4 @@
-"""Fits the coefficients of qlora_jax/memory.py to what XLA assigned, and judges the fit.
+"""Fits the coefficients of qlora_jax/budget/estimate.py to what XLA assigned, and judges it.
 
     python scripts/fit_memory.py [-v]        # prints the coefficients
     python scripts/fit_memory.py --held-out  # writes results/memory_held_out.jsonl
@@ -10,7 +10,7 @@ loss is the peak of a setup follows from the last coefficients; a few rounds set
 
 How well such a fit describes the rows that it was made of says little. `--held-out` leaves
 each model out in turn, fits the others, and records those coefficients and what they
-predict of the model that they have not seen. tests/train/test_memory.py makes the same
+predict of the model that they have not seen. tests/budget/test_memory.py makes the same
 predictions from that record.
 """
 
@@ -24,7 +24,7 @@ import numpy as np
 from measure_memory import setup_of
 from scipy.optimize import linprog
 
-from qlora_jax.memory import (
+from qlora_jax.budget.estimate import (
     FITTED,
     Platform,
     _adds_up,
@@ -142,7 +142,7 @@ def _starts_as_loss(row: Row) -> bool:
 
 
 def rounded(found: dict[str, float]) -> dict[str, float]:
-    """Returns coefficients as memory.py writes them, without those that are nothing."""
+    """Returns coefficients as estimate.py writes them, without those that are nothing."""
     return {name: round(v, 3) for name, v in found.items() if round(v, 3)}
 
 

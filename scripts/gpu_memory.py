@@ -64,7 +64,7 @@ def measured(
     import jax
     import numpy as np
 
-    from qlora_jax.memory import estimate, tree_bytes
+    from qlora_jax.budget.estimate import estimate, tree_bytes
     from qlora_jax.train.compiled import account, compile_step
 
     began = time.perf_counter()

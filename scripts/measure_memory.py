@@ -8,9 +8,9 @@
 
 One JSON line a setup: the setup and XLA's bytes (arguments, temporaries, host).
 Setups that the file has are not compiled again. The h200 needs no GPU, but jax's CUDA
-wheels (.ci/run has them) and JAX_PLATFORMS=cpu. The coefficients of qlora_jax/memory.py
-were fitted to the first two files. The last one has models that no fit may ever see:
-the plan's error on them is what a user with a new model can expect.
+wheels (.ci/run has them) and JAX_PLATFORMS=cpu. The coefficients of
+qlora_jax/budget/estimate.py were fitted to the first two files. The last one has models
+that no fit may ever see: the plan's error on them is what a user with a new model can expect.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from typing import Any
 import jax
 
 from qlora_jax.adapters import LoRAConfig
-from qlora_jax.memory import Setup
+from qlora_jax.budget.setup import Setup
 from qlora_jax.models import DecoderConfig
 from qlora_jax.models.spec import AttentionSpec, LayerSpec
 from qlora_jax.quant import QuantConfig

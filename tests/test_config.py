@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from qlora_jax.cli import train
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.config.quant import QuantOptions
 from qlora_jax.config.run import RunConfig, has_run, read_run, write_run
@@ -62,12 +63,59 @@ def test_every_setting_that_may_be_none_comes_back_as_none(tmp_path: Path):
     )
 
 
+@pytest.mark.parametrize(
+    ("given", "held"),
+    [
+        ("all-linear", "all-linear"),
+        ("q_proj, v_proj,", ("q_proj", "v_proj")),
+        ("layers.attn.q_proj", ("layers.attn.q_proj",)),
+        (r"layers\.(attn|mlp)\..{1,9}", r"layers\.(attn|mlp)\..{1,9}"),
+        ("layers.attn.._proj", "layers.attn.._proj"),
+        ("", ()),
+    ],
+)
+def test_targets_are_all_names_or_an_expression_wherever_they_are_given(
+    given: str, held: Any, tmp_path: Path
+):
+    config = LoRAConfig(targets=given)
+    assert config.targets == held
+    assert config == LoRAConfig(targets=held) == parse(["--lora.targets", given])
+    assert LoRAConfig.from_json({"targets": given}) == config
+    assert LoRAConfig.from_json(config.as_json()) == config
+    write_run(tmp_path, RunConfig(lora=config))
+    assert read_run(tmp_path).lora == config
+    (tmp_path / "config.toml").write_text(f"[lora]\ntargets = '{given}'\n")
+    assert read_run(tmp_path).lora == config
+
+
+def parse(flags: list[str]) -> LoRAConfig:
+    return train.parse(flags, "qlora train").lora
+
+
+def test_names_are_given_by_commas_or_spaces(tmp_path: Path):
+    config = LoRAConfig(
+        targets=("q_proj", "v_proj"), modules_to_save=("norm", "lm_head")
+    )
+    for save in (["norm,lm_head"], ["norm", "lm_head"]):
+        flags = ["--lora.targets", "q_proj", "v_proj", "--lora.modules-to-save", *save]
+        assert parse(flags) == config
+    old = config.as_json() | {"targets": "q_proj,v_proj"}
+    assert LoRAConfig.from_json(old | {"modules_to_save": "norm,lm_head"}) == config
+    (tmp_path / "config.toml").write_text(
+        '[lora]\ntargets = ["q_proj", "v_proj"]\nmodules_to_save = ["norm", "lm_head"]'
+    )
+    assert read_run(tmp_path).lora == config
+
+
 def test_files_of_older_versions_open(tmp_path: Path):
     (tmp_path / "config.toml").write_text(
         'model = "m"\ndata_file = "a.jsonl"\nout = "r"\noverwrite = false\nauto = []\n'
         "[quant]\nembedding = true\nhead = false\n[train]\nmax_steps = 3\n"
+        '[lora]\ntargets = "q_proj,v_proj"\nmodules_to_save = "norm,lm_head"\n'
     )
     config = read_run(tmp_path)
+    assert config.lora.targets == ("q_proj", "v_proj")
+    assert config.lora.modules_to_save == ("norm", "lm_head")
     assert config.data_file == ("a.jsonl",) and config.train.max_steps == 3
     assert (config.quant.embedding, config.quant.head) == ("4bit", "none")
 
@@ -83,6 +131,8 @@ def test_files_of_older_versions_open(tmp_path: Path):
         ('unset = ["model.a"]\nmodel = "m"', "and model is no table"),
         ('unset = ["train.micro_batch"]', "train.micro_batch is None, expected int"),
         ('unset = ["train.nothing"]', "train.nothing is no known key"),
+        ("[lora]\ntargets = [1]", r"lora.targets is \[1\], expected str \| tuple"),
+        ("[lora]\ntargets = 'q_proj('", r"--lora.targets 'q_proj\(' is no pattern"),
         ("modle = 3", "modle is no known key; did you mean model"),
         ("[quant", "is not TOML"),
     ],

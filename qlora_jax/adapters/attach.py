@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from qlora_jax.adapters.compensate import Moments, Original, describe, start
 from qlora_jax.adapters.fingerprint import fingerprint
-from qlora_jax.config.lora import ALL_LINEAR, LoRAConfig, ends
+from qlora_jax.config.lora import LoRAConfig, ends, read_targets
 from qlora_jax.errors import AdapterMismatchError, ConfigError, gathered
 from qlora_jax.models import Decoder
 from qlora_jax.models.vocabulary import untied
@@ -88,7 +88,9 @@ def attach_zero(model: M, config: LoRAConfig, *, key: Array) -> M:
     check_module(model)
     _check(model, config)
     base = fingerprint(model, scales=config.init != "zero")
-    if isinstance(model, Decoder) and (HEAD in config.saved or not config.tied):
+    if isinstance(model, Decoder) and (
+        HEAD in config.modules_to_save or not config.tied
+    ):
         model = untied(model)
 
     def replace(path: tuple, node: Any) -> Any:
@@ -214,17 +216,16 @@ def _check(model: nnx.Module, config: LoRAConfig) -> None:
     found = any(map(config.matches, paths))
     if asked:
         problems.append(
-            f"--lora.targets {config.targets}: {HEAD} is tied to {EMBEDDING} and has no "
+            f"--lora.targets {_said(config)}: {HEAD} is tied to {EMBEDDING} and has no "
             "weight of its own; --lora.no-tied (LoRAConfig.tied=False) gives it a copy, "
             "which may have an adapter"
         )
-    if EMBEDDING in (*dense, *packed) and config.targets != ALL_LINEAR:
-        found |= config.matches(EMBEDDING)
-    alone = config.saved or config.tokens
-    if not found and not (config.targets == "" and alone):
-        raise ConfigError(_no_match(config.targets, list(linears)))
+    embeds = EMBEDDING in (*dense, *packed) and config.matches(EMBEDDING)
+    alone = config.modules_to_save or config.tokens
+    if not (found or embeds) and not (config.targets == () and alone):
+        raise ConfigError(_no_match(_said(config), list(linears)))
     problems += _unmatched(config, [*paths, EMBEDDING])
-    for name in config.saved:
+    for name in config.modules_to_save:
         if not any(ends(path, name) for path in (*dense, *([HEAD] if tied else []))):
             quantized = any(ends(path, name) for path in packed)
             why = (
@@ -234,7 +235,8 @@ def _check(model: nnx.Module, config: LoRAConfig) -> None:
                 f"--lora.modules-to-save {name} {why}; there are {', '.join(dense)}"
             )
     problems += _beyond(config, model)
-    if config.head_tokens and tied and config.tied and HEAD not in config.saved:
+    follows = tied and config.tied and HEAD not in config.modules_to_save
+    if config.head_tokens and follows:
         problems.append(
             "--lora.head-tokens: the head is tied and follows --lora.tokens"
         )
@@ -245,7 +247,7 @@ def _check(model: nnx.Module, config: LoRAConfig) -> None:
             problems.append(
                 f"--lora.tokens {wrong}: the vocabulary has {size}; add_tokens makes room"
             )
-        if config.matches(EMBEDDING) and config.targets != ALL_LINEAR:
+        if config.matches(EMBEDDING):
             problems.append(
                 f"--lora.tokens and an adapter on {EMBEDDING} exclude each other"
             )
@@ -254,18 +256,27 @@ def _check(model: nnx.Module, config: LoRAConfig) -> None:
             f"--lora.tokens and an adapter on {HEAD} exclude each other; "
             "--lora.head-tokens of none leaves the head's rows alone"
         )
-    if config.dora and any(ends(EMBEDDING, n) for n in config.targets.split(",")):
-        problems.append(f"--lora.dora has no form for {EMBEDDING}")
+    if config.dora and embeds:
+        _without_dora(config, problems)
     if problems:
         raise ConfigError(gathered("the adapter does not fit this model", problems))
 
 
+def _without_dora(config: LoRAConfig, problems: list[str]) -> None:
+    """Refuses DoRA for an embedding that targets name; warns where they match it by the way."""
+    said = f"--lora.dora has no form for {EMBEDDING}"
+    if isinstance(config.targets, tuple):
+        problems.append(said)
+    else:
+        logger.warning("%s, which gets a plain LoRA", said)
+
+
 def _asks_for_head(config: LoRAConfig, linears: list[str]) -> bool:
     """Whether targets name the head, rather than match it among other modules."""
-    named = HEAD in map(str.strip, config.targets.split(","))
+    named = isinstance(config.targets, tuple) and HEAD in config.targets
     if named or any(map(config.matches, linears)):
         return named and not config.saves(HEAD)
-    return config.targets != ALL_LINEAR and config.matches(HEAD)
+    return config.matches(HEAD)
 
 
 def _beyond(config: LoRAConfig, model: nnx.Module) -> list[str]:
@@ -339,7 +350,7 @@ def join(graphdef: nnx.GraphDef, lora: nnx.State, base: nnx.State) -> Any:
 def lora_config(model: nnx.Module) -> LoRAConfig:
     """Returns the config that describes a model's attached adapter.
 
-    Targets are the paths that have one, joined by commas.
+    Targets are the paths that have one.
     """
     found: dict[str, LoRA | LoRAEmbedding] = {}
     rows: dict[str, tuple[int, ...]] = {}
@@ -396,13 +407,13 @@ def lora_config(model: nnx.Module) -> LoRAConfig:
             if not own.are(layers)
         },
         bias="none" if not biased else "all" if beyond else "lora_only",
-        modules_to_save=",".join(sorted(saved)),
+        modules_to_save=tuple(sorted(saved)),
         tied=not untied_head,
         tokens=tokens,
         head_tokens=rows.get(HEAD, ())
         if own_head and rows.get(HEAD) != tokens
         else None,
-        targets=",".join(sorted(found)),
+        targets=tuple(sorted(found)),
     )
 
 
@@ -444,12 +455,11 @@ def base_fingerprint(lora: nnx.State) -> dict[str, Any] | None:
 def _unmatched(config: LoRAConfig, paths: list[str]) -> list[str]:
     """Returns what of a config's names is the end of no path, or of none with an adapter."""
     problems = []
-    names = [name.strip() for name in config.targets.split(",") if name.strip()]
-    pattern = any(re.fullmatch(config.targets, path) for path in paths)
-    if config.targets != ALL_LINEAR and not pattern:
-        for name in names:
-            if not any(ends(path, name) for path in paths):
-                problems.append(_no_match(name, paths))
+    for name in config.targets if isinstance(config.targets, tuple) else ():
+        if not any(ends(path, name) for path in paths):
+            alone = isinstance(read_targets(name), str)
+            hint = "; all-linear and regular expressions stand alone" if alone else ""
+            problems.append(_no_match(name, paths) + hint)
     adapted = [path for path in paths if config.matches(path)]
     for flag, patterns in (
         ("rank-pattern", config.rank_pattern),
@@ -464,6 +474,12 @@ def _unmatched(config: LoRAConfig, paths: list[str]) -> list[str]:
                     f"{', '.join(last)}"
                 )
     return problems
+
+
+def _said(config: LoRAConfig) -> str:
+    """Returns targets as the flag has them."""
+    targets = config.targets
+    return targets if isinstance(targets, str) else ",".join(targets)
 
 
 def _no_match(targets: str, linears: list[str]) -> str:

@@ -169,7 +169,7 @@ def merge_corrected(
         return fold(*_layer(arrays, index), scale=node.scale)
 
     config = LoRAConfig(
-        rank=rank, alpha=float(rank), targets=",".join(packed), init="loftq"
+        rank=rank, alpha=float(rank), targets=tuple(packed), init="loftq"
     )
     key = jax.random.key(0)
     fresh = attach_zero(merged, config, key=key)

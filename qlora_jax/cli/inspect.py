@@ -199,6 +199,6 @@ def _said(value: Any) -> str:
         return {True: "yes", False: "no", None: "-"}[value]
     if isinstance(value, int):
         return f"{value:,}"
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return "; ".join(map(str, value)) or "-"
     return str(value)

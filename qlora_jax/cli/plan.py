@@ -7,20 +7,22 @@ from typing import Annotated, Any, Literal
 import jax
 import tyro
 
+from qlora_jax.budget.estimate import Memory, Platform
+from qlora_jax.budget.plan import (
+    Plan,
+    flags_of,
+    free_streaming_tokens,
+    parse_bytes,
+    picked,
+    plan_memory,
+    said,
+)
+from qlora_jax.budget.setup import Setup
 from qlora_jax.cli import options
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.config.quant import QuantOptions
 from qlora_jax.config.train import Optimizer
 from qlora_jax.errors import ConfigError
-from qlora_jax.memory import Memory, Platform, Setup
-from qlora_jax.plan import (
-    Plan,
-    flags_of,
-    free_streaming_tokens,
-    parse_bytes,
-    plan_memory,
-    said,
-)
 from qlora_jax.quant import QuantConfig
 from qlora_jax.sources.source import open_source
 
@@ -81,7 +83,7 @@ def run(args: Args) -> dict[str, Any]:
         config=source.config,
         quant=quant or source.stored,
         lora=args.lora,
-        dtype=args.dtype,
+        compute_dtype=args.dtype,
         max_tokens=args.max_tokens,
         optimizer=args.optimizer,
         **tables,
@@ -106,11 +108,6 @@ def run(args: Args) -> dict[str, Any]:
 
 
 def _figures(plan: Plan) -> dict[str, Any]:
-    setup = plan.setup
-    chosen = (
-        *("micro_batch", "grad_accum", "checkpoint", "optimizer", "offload"),
-        *("resident_bytes", "stream", "embedding", "head"),
-    )
     return {
         "budget_bytes": plan.budget,
         "device_bytes": plan.memory.device_bytes,
@@ -118,8 +115,9 @@ def _figures(plan: Plan) -> dict[str, Any]:
         "host_bytes": plan.memory.host_bytes,
         "device": plan.memory.device,
         "host": plan.memory.host,
-        **{name: getattr(setup, name) for name in chosen},
-        "flags": flags_of(setup),
+        "optimizer": plan.setup.train.optimizer,
+        **picked(plan.setup),
+        "flags": flags_of(plan.setup),
         "next": None if plan.next_step is None else list(plan.next_step),
     }
 
@@ -133,7 +131,7 @@ def _print(args: Args, plan: Plan) -> None:
         f"  budget {said(plan.budget)}, {said(memory.device_bytes)} estimated; "
         f"{memory.margin:.0%} more are kept free, as the estimate may be too low"
     )
-    if plan.setup.stream:
+    if plan.setup.train.stream:
         free = free_streaming_tokens(plan.setup)
         print(
             f"  streaming hides behind arithmetic from about {free:,} tokens a step "

@@ -71,10 +71,9 @@ def check_own_base(
     problems = []
     if add_tokens:
         problems.append("--add-tokens: the base in the run folder has no rows for them")
-    if lora.saved:
-        problems.append(
-            f"--lora.modules-to-save {lora.modules_to_save}: trains a part of that base"
-        )
+    if lora.modules_to_save:
+        names = ",".join(lora.modules_to_save)
+        problems.append(f"--lora.modules-to-save {names}: trains a part of that base")
     if lora.bias != "none":
         problems.append(f"--lora.bias {lora.bias}: trains a part of that base")
     for name in ("embedding", "head"):

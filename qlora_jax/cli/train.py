@@ -10,6 +10,10 @@ import jax
 import tyro
 
 from qlora_jax.adapters.attach import attach_zero
+from qlora_jax.budget.estimate import Platform, estimate
+from qlora_jax.budget.host import available_host_bytes
+from qlora_jax.budget.plan import PICKED, flags_of, parse_bytes, plan_memory, said
+from qlora_jax.budget.setup import Setup
 from qlora_jax.cli import options, start
 from qlora_jax.cli.progress import RowsProgress, TrainProgress
 from qlora_jax.config.run import RunConfig, has_run, read_run, write_run
@@ -17,8 +21,6 @@ from qlora_jax.data import Dataset, check_ids, read_dataset
 from qlora_jax.data.dataset import padded_length
 from qlora_jax.data.sources import parse_sources
 from qlora_jax.errors import ConfigError, DataError
-from qlora_jax.memory import Platform, Setup, available_host_bytes, estimate
-from qlora_jax.plan import flags_of, parse_bytes, plan_memory, said
 from qlora_jax.quant import QuantConfig
 from qlora_jax.sources.load import load
 from qlora_jax.sources.save import check_output
@@ -150,7 +152,7 @@ def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
     if args.add_tokens:
         model, tokenizer, ids = add_tokens(model, tokenizer, args.add_tokens)
         added = tokenizer
-        if "embed_tokens" not in args.lora.saved:
+        if "embed_tokens" not in args.lora.modules_to_save:
             tokens = tuple(dict.fromkeys((*args.lora.tokens, *ids)))
             lora = dataclasses.replace(args.lora, tokens=tokens)
             args = dataclasses.replace(args, lora=lora)
@@ -245,23 +247,18 @@ def within_memory(
                 "--memory, such as --memory 16GiB"
             )
         return args
-    setup, train = setup_of(args, source, quant, rows), args.train
+    setup = setup_of(args, source, quant, rows)
     platform: Platform = "gpu" if jax.default_backend() == "gpu" else "cpu"
     if args.auto:
-        given = {"micro_batch", "checkpoint", "offload", "stream", "embedding"}
         chosen = plan_memory(
             setup,
             limit,
             host_bytes=host,
             platform=platform,
-            fixed=given - set(args.auto),
+            fixed=set(PICKED) - set(args.auto),
         ).setup
-        names = ("micro_batch", "grad_accum", "offload", "resident_bytes")
-        picked = {name: getattr(chosen, name) for name in names}
         print(f"{args.memory or 'the GPU'}: {flags_of(chosen)}", file=sys.stderr)
-        return dataclasses.replace(
-            args, train=dataclasses.replace(train, **picked), auto=()
-        )
+        return dataclasses.replace(args, train=chosen.train, auto=())
     need = estimate(setup, platform)
     if need.device_bytes <= limit and (host is None or need.host_bytes <= host):
         if need.safe_bytes > limit:
@@ -298,20 +295,12 @@ def setup_of(
 ) -> Setup:
     """Returns what the memory of a run depends on."""
     longest = max((len(row.tokens) for row in rows.rows), default=1)
-    train = args.train
     return Setup(
         config=source.config,
-        quant=quant or source.stored,
+        train=args.train,
         lora=args.lora,
-        dtype=train.compute_dtype,
-        micro_batch=train.micro_batch,
-        grad_accum=train.grad_accum,
+        quant=quant or source.stored,
         max_tokens=padded_length(longest, rows.max_tokens),
-        checkpoint=train.checkpoint,
-        optimizer=train.optimizer,
-        offload=train.offload,
-        resident_bytes=train.resident_bytes,
-        stream=train.stream,
         **options.held_tables(args.quant, source),
     )
 

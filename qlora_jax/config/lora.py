@@ -1,6 +1,7 @@
 """LoRAConfig: an adapter's shape, and where it goes."""
 
 import dataclasses
+import json
 import re
 from typing import Any, Literal, get_args
 
@@ -8,6 +9,11 @@ from qlora_jax.errors import ConfigError
 from qlora_jax.names import EMBEDDING, HEAD
 
 ALL_LINEAR = "all-linear"
+_EXPRESSION = re.compile(r"[\\^$*+?{}()|\[\]]|^\.|\.\.|\.$")
+"""What a regular expression has and names of modules do not."""
+
+Names = str | tuple[str, ...]
+"""Names of modules, the ends of their paths: a tuple, or a text where commas join them."""
 
 Init = Literal["zero", "loftq", "qera-diagonal", "qera", "pissa"]
 """The ways that an adapter can start: changing nothing, making up for what quantization
@@ -30,10 +36,12 @@ class LoRAConfig:
     dropout: float = 0.0
     """Probability that an input feature of the adapter is dropped while training."""
 
-    targets: str = ALL_LINEAR
-    """Which linears: all-linear (all but the head), names joined by commas
-    (q_proj,v_proj; embed_tokens is the embedding), or a regular expression for the whole
-    path (layers\\.attn\\..*)."""
+    targets: Names = ALL_LINEAR
+    """These linears get adapters: all-linear (all but the head), names (q_proj,v_proj: ends
+    of paths; embed_tokens is the embedding), or one regular expression for the whole path
+    (layers\\.attn\\..*). No name at all leaves it to tokens and modules_to_save. Names are
+    kept as a tuple, also where a text joins them by commas; every other text is an
+    expression."""
 
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead, so that high ranks learn as fast."""
@@ -47,9 +55,10 @@ class LoRAConfig:
     bias: Bias = "none"
     """Which biases train: none, all, or lora_only for those of adapted linears."""
 
-    modules_to_save: str = ""
-    """Dense modules that train in full and are saved with the adapter, joined by commas
-    (embed_tokens,lm_head,norm). A tied head follows the embedding, see tied."""
+    modules_to_save: Names = ()
+    """Names of dense modules that train in full and are saved with the adapter
+    (embed_tokens,lm_head,norm), kept as a tuple. A tied head follows the embedding, see
+    tied."""
 
     tied: bool = True
     """Whether a tied head follows an embedding that trains; false gives it its own copy,
@@ -80,6 +89,8 @@ class LoRAConfig:
     then belongs to the 4-bit base alone."""
 
     def __post_init__(self):
+        object.__setattr__(self, "targets", read_targets(self.targets))
+        object.__setattr__(self, "modules_to_save", read_names(self.modules_to_save))
         problems = []
         if self.rank < 1:
             problems.append(f"--lora.rank is {self.rank}, expected at least 1")
@@ -120,7 +131,7 @@ class LoRAConfig:
                 "--lora.bias lora_only does not go with --lora.layers or "
                 "--lora.layers-pattern"
             )
-        if EMBEDDING in self.saved and self.tokens:
+        if EMBEDDING in self.modules_to_save and self.tokens:
             problems.append(
                 f"--lora.tokens trains rows of what --lora.modules-to-save {EMBEDDING} "
                 "trains whole; give one of them"
@@ -129,10 +140,13 @@ class LoRAConfig:
             problems.append(
                 f"--lora.init is {self.init!r}, expected {', '.join(get_args(Init))}"
             )
-        try:
-            re.compile(self.targets)
-        except re.error as error:
-            problems.append(f"--lora.targets {self.targets!r} is no pattern: {error}")
+        if isinstance(self.targets, str):
+            try:
+                re.compile(self.targets)
+            except re.error as error:
+                problems.append(
+                    f"--lora.targets {self.targets!r} is no pattern: {error}"
+                )
         if problems:
             raise ConfigError("; ".join(problems))
 
@@ -146,12 +160,20 @@ class LoRAConfig:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "LoRAConfig":
-        """Makes one of what JSON or TOML gives of `dataclasses.asdict`."""
+        """Makes one of what JSON or TOML gives of `dataclasses.asdict`.
+
+        Folders of older versions open too: they have names as one text, joined by commas,
+        and not every setting.
+        """
         fields: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in values.items()
         }
         return cls(**fields)
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the settings as JSON gives them back, with lists for tuples."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def shape_of(self, path: str) -> tuple[int, float]:
         """Returns the rank and alpha of a linear of this dotted path."""
@@ -165,30 +187,48 @@ class LoRAConfig:
         numbers = _by_end(self.layers_pattern, path, None)
         return self.layers if numbers is None else _numbers(numbers) or ()
 
-    @property
-    def saved(self) -> tuple[str, ...]:
-        """The names in modules_to_save."""
-        return tuple(filter(None, map(str.strip, self.modules_to_save.split(","))))
-
     def saves(self, path: str) -> bool:
         """Whether the module at this dotted path trains in full."""
-        return any(ends(path, name) for name in self.saved)
+        return any(ends(path, name) for name in self.modules_to_save)
 
     def matches(self, path: str) -> bool:
         """Whether a module of this dotted path gets an adapter."""
         if self.saves(path):
             return False
+        if isinstance(self.targets, tuple):
+            return any(ends(path, name) for name in self.targets)
         if self.targets == ALL_LINEAR:
             return path.rpartition(".")[2] not in (HEAD, EMBEDDING)
-        if re.fullmatch(self.targets, path):
-            return True
-        return any(ends(path, name.strip()) for name in self.targets.split(","))
+        return re.fullmatch(self.targets, path) is not None
 
     def token_rows(self, path: str) -> tuple[int, ...]:
         """Ids of the tokens whose rows of the embedding or head at this path train."""
         if path == EMBEDDING:
             return self.tokens
         return self.tokens if self.head_tokens is None else self.head_tokens
+
+
+def read_targets(given: Names) -> Names:
+    """Returns targets as LoRAConfig holds them.
+
+    Args:
+      given: Names, in a tuple or joined by commas, all-linear, or a regular expression.
+
+    Returns:
+      A tuple of names; or a str, which is ALL_LINEAR or a regular expression. A text is an
+      expression if it has a character that means something in one, other than a dot
+      between two parts of a path: layers.attn.q_proj is a name. In a tuple all are names.
+    """
+    if isinstance(given, str) and (given == ALL_LINEAR or _EXPRESSION.search(given)):
+        return given
+    return read_names(given)
+
+
+def read_names(given: Names) -> tuple[str, ...]:
+    """Returns the names in a tuple, or in a text where commas join them."""
+    texts = (given,) if isinstance(given, str) else given
+    names = (name.strip() for text in texts for name in text.split(","))
+    return tuple(name for name in names if name)
 
 
 def ends(path: str, name: str) -> bool:

@@ -17,7 +17,7 @@ from flax import nnx
 from pallas_kernels.device import current_device
 from pallas_kernels.layout import QuantizedTensor
 from qlora_jax.adapters.bank import AdapterBank
-from qlora_jax.memory import available_host_bytes
+from qlora_jax.budget.host import available_host_bytes
 from qlora_jax.nn import (
     DecodedEmbedding,
     DecodedLinear,

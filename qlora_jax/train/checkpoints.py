@@ -12,7 +12,8 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from qlora_jax.adapters.names import flatten, unflatten
-from qlora_jax.errors import CheckpointError, gathered
+from qlora_jax.config.lora import LoRAConfig
+from qlora_jax.errors import CheckpointError, ConfigError, gathered
 
 
 class RunCheckpoints:
@@ -74,6 +75,7 @@ class RunCheckpoints:
         stored = self._manager.restore(
             step, args=ocp.args.Composite(position=ocp.args.JsonRestore())
         )["position"]
+        stored = _as_written_now(stored)
         if stored != position:
             names = sorted(
                 name
@@ -115,6 +117,19 @@ class RunCheckpoints:
     def close(self) -> None:
         """Ends Orbax's threads."""
         self._manager.close()
+
+
+def _as_written_now(position: dict[str, Any]) -> dict[str, Any]:
+    """Returns a stored position with its adapter's settings as this version writes them.
+
+    Older runs wrote names as one text, and had fewer settings; what they lacked has its
+    default. Settings that this version does not know stay as they are.
+    """
+    try:
+        lora = LoRAConfig.from_json(position["lora"])
+    except (KeyError, TypeError, ConfigError):
+        return position
+    return position | {"lora": lora.as_json()}
 
 
 def _leaves(opt_state: Any) -> dict[str, Any]:

@@ -16,8 +16,9 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from qlora_jax.budget.estimate import abstract_parts
+from qlora_jax.budget.setup import Setup
 from qlora_jax.errors import ConfigError
-from qlora_jax.memory import Setup, abstract_parts
 from qlora_jax.names import is_stacked
 from qlora_jax.optim.adamw import adamw, placed
 from qlora_jax.optim.offload import paged
@@ -71,19 +72,20 @@ def compile_step(
     Raises:
       ConfigError: an unknown target, or jax's CUDA wheels are missing for it.
     """
+    train = setup.train
     graphdef, lora, base = abstract_parts(setup)
-    inner, clip = adamw(setup.optimizer, 1e-4), optax.clip_by_global_norm(0.3)
-    tx = optax.chain(clip, placed(inner, setup.offload, setup.resident_bytes))
+    inner, clip = adamw(train.optimizer, 1e-4), optax.clip_by_global_norm(0.3)
+    tx = optax.chain(clip, placed(inner, train.offload, train.resident_bytes))
     state = jax.eval_shape(optax.chain(clip, inner).init, lora)
-    shape: tuple[int, ...] = (setup.micro_batch, setup.max_tokens)
-    if setup.grad_accum > 1:
-        shape = (setup.grad_accum, *shape)
+    shape: tuple[int, ...] = (train.micro_batch, setup.max_tokens)
+    if train.grad_accum > 1:
+        shape = (train.grad_accum, *shape)
     batch = {
         "tokens": jax.ShapeDtypeStruct(shape, jnp.int32),
         "weights": jax.ShapeDtypeStruct(shape, jnp.float32),
     }
     step: Any = make_train_step(
-        graphdef, tx, checkpoint=setup.checkpoint, sums_on_host=setup.offload
+        graphdef, tx, checkpoint=train.checkpoint, sums_on_host=train.offload
     )
     with _placing(target) as (device, host):
 
@@ -93,11 +95,11 @@ def compile_step(
             )
 
         entries = [
-            (path, put(v, host if setup.stream and is_stacked(path) else device))
+            (path, put(v, host if train.stream and is_stacked(path) else device))
             for path, v in nnx.to_flat_state(base)
         ]
         leaves, structure = jax.tree.flatten(state)
-        away = paged(leaves, setup.resident_bytes) if setup.offload else []
+        away = paged(leaves, train.resident_bytes) if train.offload else []
         state = structure.unflatten(
             put(x, host if i in away else device) for i, x in enumerate(leaves)
         )

@@ -1,7 +1,5 @@
 """Trainer: steps, eval losses, metrics, checkpoints, and resuming exactly."""
 
-import dataclasses
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -257,8 +255,7 @@ class Trainer:
             "steps": self.steps,
             "compute_dtype": c.compute_dtype,
             "optimizer": c.optimizer,
-            # As JSON gives it back.
-            "lora": json.loads(json.dumps(dataclasses.asdict(self.lora_config))),
+            "lora": self.lora_config.as_json(),
         }
 
 

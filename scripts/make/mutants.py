@@ -204,17 +204,17 @@ MUTANTS = (
     ),
     Mutant(
         "memory-model",
-        "qlora_jax/memory.py",
+        "qlora_jax/budget/estimate.py",
         '("layer", "turn"): a_layer * (turns - 1)',
         '("layer", "turn"): a_layer * turns',
-        "tests/train/test_memory.py",
+        "tests/budget/test_memory.py",
     ),
     Mutant(
         "plans-margin",
-        "qlora_jax/plan.py",
+        "qlora_jax/budget/plan.py",
         "if need.safe_bytes <= memory and",
         "if need.device_bytes <= memory and",
-        "tests/train/test_memory.py",
+        "tests/budget/test_memory.py",
     ),
     Mutant(
         "import-circle",

@@ -192,7 +192,9 @@ def test_chain_equals_training_on_the_merged_base():
         tiny.logits(second.on(merged), TOKENS),
         atol=LOGITS,
     )
-    assert made.config.targets == "embed_tokens,layers.attn.o_proj,layers.attn.q_proj"
+    assert made.config.targets == (
+        *("embed_tokens", "layers.attn.o_proj", "layers.attn.q_proj"),
+    )
 
 
 @some
@@ -337,7 +339,7 @@ def test_what_is_no_low_rank_update_is_refused_by_name():
         rank=4,
         dora=True,
         bias="all",
-        modules_to_save="norm",
+        modules_to_save=("norm",),
         tokens=(3,),
     )
     model = attach(tiny.decoder(bias=True), config, key=jax.random.key(0))

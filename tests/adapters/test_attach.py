@@ -50,6 +50,9 @@ def test_a_new_adapter_changes_no_logit(base):
         (r"layers\.mlp\..*", MLP),
         (r".*\.(q|k)_proj", {"layers.attn.q_proj", "layers.attn.k_proj"}),
         ("layers.attn.o_proj", {"layers.attn.o_proj"}),
+        (("o_proj", "k_proj"), {"layers.attn.o_proj", "layers.attn.k_proj"}),
+        (r"layers\.attn\..{1,6}", {f"layers.attn.{x}_proj" for x in "qkvo"}),
+        ("layers.attn.._proj", {f"layers.attn.{x}_proj" for x in "qkvo"}),
         ("lm_head,q_proj", {"lm_head", "layers.attn.q_proj"}),
     ],
 )
@@ -67,6 +70,10 @@ def test_targets_that_match_nothing_name_near_matches():
         attach(tiny.decoder(), config, key=KEY)
     with pytest.raises(ConfigError, match=r"paths such as layers\.attn\."):
         attach(tiny.decoder(), LoRAConfig(targets="zzz"), key=KEY)
+    for other in ("all-linear", r".*\.k_proj"):
+        config = LoRAConfig(targets=("q_proj", other))
+        with pytest.raises(ConfigError, match="expressions stand alone"):
+            attach(tiny.decoder(), config, key=KEY)
 
 
 def test_a_model_of_plain_flax_linears_is_told_to_quantize_first():
@@ -172,7 +179,7 @@ def test_lora_config_describes_what_is_attached():
     model = attach(tiny.decoder(), config, key=KEY)
     said = lora_config(model)
     assert (said.rank, said.alpha, said.dropout) == (3, 6.0, 0.25)
-    assert said.targets == "layers.attn.q_proj,layers.mlp.up_proj"
+    assert said.targets == ("layers.attn.q_proj", "layers.mlp.up_proj")
     again = attach(tiny.decoder(), said, key=KEY)
     assert set(adapters(again)) == set(adapters(model))
     with pytest.raises(AdapterMismatchError, match="has no adapter"):

@@ -194,7 +194,7 @@ def test_a_linear_that_only_some_have_is_combined_of_those():
         wanted = 2 * drawn.updates(b)[alone]
         error = np.linalg.norm(drawn.updates(made)[alone] - wanted)
         assert error <= SVD * np.linalg.norm(wanted), method
-        assert made.config.targets == "layers.attn.q_proj,lm_head"
+        assert made.config.targets == ("layers.attn.q_proj", "lm_head")
 
 
 def test_layers_of_the_result_are_those_of_any():

@@ -170,13 +170,13 @@ def test_the_config_of_an_imported_adapter_is_plain():
     assert said["dora"].dora and not said["dora"].rslora
     assert said["bias_all"].bias == "all"
     assert said["bias_lora_only"].bias == "lora_only"
-    assert said["saved_final_norm"].modules_to_save == "norm"
-    assert "layers.attn_norm" in said["saved"].saved
+    assert said["saved_final_norm"].modules_to_save == ("norm",)
+    assert "layers.attn_norm" in said["saved"].modules_to_save
     assert not said["saved_embedding_untied_by_peft"].tied
     assert said["saved_embedding_tied"].tied
     assert said["tokens"].tokens == (60, 3) and said["tokens"].head_tokens == ()
     assert said["tokens_tied"].head_tokens is None
     assert said["tokens_both"].head_tokens == (7,)
     assert said["some_layers"].layers == (1,)
-    assert said["embedding"].targets == "embed_tokens,layers.attn.q_proj"
+    assert said["embedding"].targets == ("embed_tokens", "layers.attn.q_proj")
     assert dataclasses.replace(said["some_layers_dora"], layers=()).dora

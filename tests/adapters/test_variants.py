@@ -169,7 +169,7 @@ def test_the_config_is_read_off_the_model():
     said = lora_config(attach(tiny.quantized(bias=True), config, key=KEY))
     for name in ("dora", "bias", "tokens", "head_tokens", "rank"):
         assert getattr(said, name) == getattr(config, name), name
-    assert set(said.saved) == set(config.saved)
+    assert set(said.modules_to_save) == set(config.modules_to_save)
     assert LoRAConfig.from_json({"layers": [1], "tokens": []}).layers == (1,)
 
 

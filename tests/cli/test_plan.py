@@ -10,11 +10,11 @@ import pytest
 import tiny
 
 import qlora_jax as qlora
+from qlora_jax.budget.estimate import estimate
 from qlora_jax.cli import train as cli_train
 from qlora_jax.cli.main import main
 from qlora_jax.data import read_dataset
 from qlora_jax.errors import ConfigError
-from qlora_jax.memory import estimate
 from qlora_jax.sources.load import load
 from qlora_jax.sources.source import open_source
 
@@ -89,6 +89,7 @@ def test_the_optimizer_state_leaves_only_where_it_must(
     args = cli_train.parse([str(flag) for flag in flags[1:]], "qlora train")
     rows = read_dataset(args.data_file, tiny.tokenizer(), args.data)
     setup = cli_train.setup_of(args, open_source(base), qlora.QuantConfig(), rows)
+    assert (setup.train, setup.lora) == (args.train, args.lora)
     away = dataclasses.replace(setup, offload=True)
 
     def fitted(memory: int) -> bool:

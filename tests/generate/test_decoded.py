@@ -14,8 +14,8 @@ import tiny
 from flax import nnx
 
 from qlora_jax.adapters import Adapter, AdapterBank
+from qlora_jax.budget.host import available_host_bytes
 from qlora_jax.generate import decoded
-from qlora_jax.memory import available_host_bytes
 from qlora_jax.models import Decoder
 from qlora_jax.nn import (
     DecodedEmbedding,

@@ -167,7 +167,9 @@ def test_what_cannot_be_says_so(folder: Path):
     ):
         resize_tokens(model, 400)
     with pytest.raises(ConfigError, match="embed_tokens is quantized, and only dense"):
-        attach(model, LoRAConfig(modules_to_save="embed_tokens"), key=jax.random.key(0))
+        attach(
+            model, LoRAConfig(modules_to_save=("embed_tokens",)), key=jax.random.key(0)
+        )
 
 
 @pytest.fixture(scope="module")
@@ -289,4 +291,4 @@ def test_what_int8_tables_cannot_be_says_so(folder: Path, stored: Path):
     with pytest.raises(ShapeError, match="embedding is quantized and cannot take new"):
         resize_tokens(model, 400)
     with pytest.raises(ConfigError, match="lm_head is quantized, and only dense"):
-        attach(model, LoRAConfig(modules_to_save="lm_head"), key=jax.random.key(0))
+        attach(model, LoRAConfig(modules_to_save=("lm_head",)), key=jax.random.key(0))

@@ -13,7 +13,7 @@ import pytest
 import qlora_jax as qlora
 from pallas_kernels.layout import abstract_tensor
 from pallas_kernels.packed_matmul import choose
-from qlora_jax.memory import Setup
+from qlora_jax.budget.setup import Setup
 from qlora_jax.models import Decoder, DecoderConfig
 from qlora_jax.models.spec import AttentionSpec, LayerSpec
 from qlora_jax.train.compiled import absent_gpu

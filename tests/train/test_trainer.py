@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,23 @@ def test_resuming_another_run_is_refused(done, change, message):
     with pytest.raises(QLoRAError, match=message):
         other.fit(resume=True)
     assert set(losses(out)) == {1, 2, 3, 4, 5, 6}
+
+
+def test_a_run_that_an_older_version_left_goes_on(done, tmp_path):
+    out, run, figures, _ = done
+    old = shutil.copytree(out, tmp_path / "old")
+    for path in (old / "checkpoints").glob("*/position/metadata"):
+        position = json.loads(path.read_text())
+        lora = position["lora"]
+        lora |= {"modules_to_save": "", "targets": "q_proj,down_proj"}
+        del lora["layers_pattern"]  # which came later
+        path.write_text(json.dumps(position))
+    other = LoRAConfig(**{**vars(LORA), "targets": ("q_proj", "down_proj")})
+    again = trainer(old, run.config, held=HELD)
+    with pytest.raises(CheckpointError, match="lora: it has"):
+        again.fit(resume=True)
+    again.lora_config = other
+    assert without_seconds(again.fit(resume=True)) == without_seconds(figures)
 
 
 def test_a_run_folder_that_is_taken_is_refused(done):

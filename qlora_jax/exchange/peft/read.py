@@ -276,11 +276,11 @@ def _configure(
             bias=cast(Bias, bias if bias in get_args(Bias) else "none"),
             layers=layers,
             layers_pattern=pattern,
-            modules_to_save=",".join(sorted(owned)),
+            modules_to_save=tuple(sorted(owned)),
             tied=not own_head,
             tokens=tokens,
             head_tokens=None if model.lm_head is None else head_tokens,
-            targets=",".join(sorted(each)),
+            targets=tuple(sorted(each)),
             rank_pattern={p: r for p, (r, _) in sorted(each.items()) if r != rank},
             alpha_pattern={p: a for p, (_, a) in sorted(each.items()) if a != alpha},
         )

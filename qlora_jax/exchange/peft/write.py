@@ -91,13 +91,16 @@ def export_peft(
         array = np.asarray(array, np.float32)
         array = array.T if part in ("lora_a", "lora_b") else array
         tensors[f"{PREFIX}{names[module]}{end}"] = np.ascontiguousarray(array)
-    follows = config.tied and model.lm_head is None and EMBEDDING in config.saved
+    follows = (
+        config.tied and model.lm_head is None and EMBEDDING in config.modules_to_save
+    )
     if follows:
         table = tensors[f"{PREFIX}{names[EMBEDDING]}.weight"]
         tensors[f"{PREFIX}{names[HEAD]}.weight"] = table
     modules = {names[name] for name in adapted}
     last = sorted({module.rpartition(".")[2] for module in modules})
     everywhere = {m for m in names.values() if m.rpartition(".")[2] in last}
+    saved = [_saved_name(name, names) for name in config.modules_to_save]
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -116,7 +119,7 @@ def export_peft(
         "bias": config.bias,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "modules_to_save": [_saved_name(name, names) for name in config.saved] or None,
+        "modules_to_save": saved or None,
         "ensure_weight_tying": follows,
         "trainable_token_indices": _token_indices(config, model),
         "layers_to_transform": None,

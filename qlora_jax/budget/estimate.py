@@ -17,7 +17,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -32,8 +31,8 @@ from pallas_kernels.device import (
 )
 from pallas_kernels.layout import abstract_tensor
 from qlora_jax.adapters.attach import attach_zero, split
-from qlora_jax.config.lora import LoRAConfig
-from qlora_jax.config.train import Checkpoint, Optimizer
+from qlora_jax.budget.setup import Setup
+from qlora_jax.config.train import Optimizer, TrainConfig
 from qlora_jax.models import Decoder, DecoderConfig, abstract
 from qlora_jax.models.layers import SAVED
 from qlora_jax.models.streaming import copies_ahead
@@ -46,7 +45,7 @@ from qlora_jax.nn import (
     QuantizedLinear,
 )
 from qlora_jax.optim.adamw import adamw
-from qlora_jax.quant import QuantConfig, Quantized, TableFormat, quantize_rows
+from qlora_jax.quant import Quantized, TableFormat, quantize_rows
 
 Platform = Literal["gpu", "cpu"]
 MARGIN, TURNS_MARGIN = 0.12, 0.4
@@ -56,75 +55,13 @@ Coefficients = Mapping[tuple[Platform, bool], Mapping[str, float]]
 """{(platform, whether whole layers are recomputed): {feature: coefficient}}."""
 
 
-def available_host_bytes(root: Path = Path("/")) -> int | None:
-    """Returns the bytes of host memory that may still be taken, where Linux says it.
-
-    In a container with a limit of its own (cgroup v2) it is what that leaves, if less.
-
-    Args:
-      root: Where /proc and /sys lie.
-    """
-
-    def numbers(path: str) -> dict[str, int]:
-        try:
-            lines = (root / path).read_text().replace(":", " ").splitlines()
-        except OSError:
-            return {}
-        pairs = [line.split()[:2] for line in lines if len(line.split()) > 1]
-        return {name: int(value) for name, value in pairs if value.isdigit()}
-
-    available = numbers("proc/meminfo").get("MemAvailable")
-    if available is None:
-        return None
-    free = 1024 * available
-    try:
-        group = root / "sys/fs/cgroup"
-        limit, used = ((group / f"memory.{x}").read_text() for x in ("max", "current"))
-        # Cached files are given up when memory is asked for.
-        files = numbers("sys/fs/cgroup/memory.stat").get("inactive_file", 0)
-        free = min(free, int(limit) - int(used) + files)
-    except (OSError, ValueError):
-        pass  # no such group, or its limit is 'max'
-    return max(free, 0)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Setup:
-    """All that a step's memory depends on."""
-
-    config: DecoderConfig
-    quant: QuantConfig | None = QuantConfig()
-    """None for a dense base."""
-    lora: LoRAConfig = LoRAConfig()
-    dtype: str = "bfloat16"
-    """Of the computation, and of what stays dense."""
-    micro_batch: int = 1
-    grad_accum: int = 1
-    max_tokens: int = 2048
-    checkpoint: Checkpoint = "layer"
-    optimizer: Optimizer = "adamw"
-    offload: bool = False
-    """Optimizer state on the host, and what micro-batches' gradients add up to."""
-    resident_bytes: int = 0
-    """Of that state what stays on the device."""
-    stream: bool = False
-    """Layers' weights on the host."""
-    embedding: TableFormat = "none"
-    head: TableFormat = "none"
-
-    @property
-    def tokens(self) -> int:
-        """Of a micro-batch."""
-        return self.micro_batch * self.max_tokens
-
-
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes by part.
+    """The bytes that a step needs, by part.
 
     Attributes:
-      device: Of device memory, at the step's peak.
-      host: Of pinned host memory.
+      device: What it takes of device memory at its peak.
+      host: What it takes of pinned host memory.
       margin: How much more than the estimate a run may need of the device, as a part of it.
     """
 
@@ -134,7 +71,7 @@ class Memory:
 
     @property
     def device_bytes(self) -> int:
-        """All of the device's."""
+        """The sum of the device's parts."""
         return sum(self.device.values())
 
     @property
@@ -144,7 +81,7 @@ class Memory:
 
     @property
     def host_bytes(self) -> int:
-        """All of the host's."""
+        """The sum of the host's parts."""
         return sum(self.host.values())
 
 
@@ -249,7 +186,7 @@ def estimate(
     """
     parts = _resident(setup)
     kept = _kept(setup, platform)
-    coefficients = fitted[platform, setup.checkpoint != "none"]
+    coefficients = fitted[platform, setup.train.checkpoint != "none"]
     most = max(_at_peak(setup, platform, parts, coefficients).values())
     device = {
         "layers": parts["layers"],
@@ -265,15 +202,16 @@ def estimate(
         ("layers", "optimizer state", "activations for backward"), 0
     )
     if platform == "gpu":
-        if setup.stream:
+        train = setup.train
+        if train.stream:
             host["layers"] = device.pop("layers")
-        if setup.offload:
-            away = max(0, parts["optimizer"] - setup.resident_bytes)
+        if train.offload:
+            away = max(0, parts["optimizer"] - train.resident_bytes)
             host["optimizer state"] = away
             device["optimizer state"] -= away
-            if setup.grad_accum > 1 and not setup.stream:
+            if train.grad_accum > 1 and not train.stream:
                 host["gradients"] = parts["adapter"]
-        if setup.checkpoint == "host":
+        if train.checkpoint == "host":
             c = setup.config
             each = setup.tokens * c.hidden_size * jnp.dtype(setup.dtype).itemsize
             host["activations for backward"] = c.num_layers * each * _together(setup)
@@ -281,52 +219,44 @@ def estimate(
     return Memory(device, host, TURNS_MARGIN if in_turns else MARGIN)
 
 
-_COUNTED: dict[
-    str, dict[str, int]
-] = {}  # a plan asks for hundreds of one model's setups
-
-
 def _resident(setup: Setup) -> dict[str, int]:
     """Counts the arrays of a setup, wherever they rest."""
-    plain = dataclasses.replace(
-        setup,
-        micro_batch=1,
-        grad_accum=1,
-        max_tokens=1,
-        checkpoint="layer",
-        offload=False,
-        resident_bytes=0,
-        stream=False,
+    # All that they depend on of how it trains.
+    train = TrainConfig(
+        compute_dtype=setup.train.compute_dtype, optimizer=setup.train.optimizer
     )
-    if (known := _COUNTED.get(repr(plain))) is not None:
-        return known
-    _, lora, base = abstract_parts(plain)
+    return _counted(dataclasses.replace(setup, train=train, max_tokens=1))
+
+
+@functools.lru_cache(maxsize=64)  # a plan asks for hundreds of one model's setups
+def _counted(setup: Setup) -> dict[str, int]:
+    _, lora, base = abstract_parts(setup)
     sizes: dict[str, int] = dict.fromkeys(("layers", "embedding", "head"), 0)
     names = {"embed_tokens": "embedding", "lm_head": "head"}
     for path, variable in nnx.to_flat_state(base):
         part = "layers" if is_stacked(path) else names.get(str(path[0]), "head")
         sizes[part] += tree_bytes(variable.get_value())
     sizes["adapter"] = tree_bytes(lora)
-    sizes["optimizer"] = tree_bytes(optimizer_state(lora, setup.optimizer))
-    _COUNTED[repr(plain)] = sizes
+    sizes["optimizer"] = tree_bytes(optimizer_state(lora, setup.train.optimizer))
     return sizes
 
 
 def _together(setup: Setup) -> int:
     """Returns how many micro-batches go through a layer before the next does."""
-    return setup.grad_accum if setup.stream else 1
+    return setup.train.grad_accum if setup.train.stream else 1
 
 
 def _adds_up(setup: Setup) -> bool:
     """Whether the device holds the sum of micro-batches' gradients beside a new one."""
-    return setup.grad_accum > 1 and not setup.stream and not setup.offload
+    train = setup.train
+    return train.grad_accum > 1 and not train.stream and not train.offload
 
 
 def _kept(setup: Setup, platform: Platform) -> int:
     """Returns the bytes of activations that wait on the device for backward."""
     c = setup.config
     each = setup.tokens * jnp.dtype(setup.dtype).itemsize
-    if setup.checkpoint == "host" and platform == "gpu":
+    if setup.train.checkpoint == "host" and platform == "gpu":
         return 2 * each * c.hidden_size  # one that arrives, one that leaves
     return each * _together(setup) * _features_kept(setup)
 
@@ -337,8 +267,8 @@ def _features_kept(setup: Setup) -> int:
     saved = {"layer": (), "host": (), "attention": ("mixed",), "none": SAVED}
     for layers, kept, _ in _slots(c):
         features = c.hidden_size
-        features += sum(kept.get(name, 0) for name in saved[setup.checkpoint])
-        if setup.checkpoint == "none":
+        features += sum(kept.get(name, 0) for name in saved[setup.train.checkpoint])
+        if setup.train.checkpoint == "none":
             features += (4 if c.fused else 7) * setup.lora.rank
         total += layers * features
     return total
@@ -419,13 +349,13 @@ def features(
         and c.hidden_size % 256
         and 2 * c.hidden_size * c.vocab_size > TWO_PASS_WHOLE_BYTES["gpu"]
     )
-    ahead = setup.stream and any(
-        copies_ahead(one.repeats * len(one.pattern), together, setup.checkpoint)
+    ahead = setup.train.stream and any(
+        copies_ahead(one.repeats * len(one.pattern), together, setup.train.checkpoint)
         for one in c.segments
     )
     return {
-        ("layer", "adapter"): parts["adapter"] * (setup.optimizer == "adamw"),
-        ("layer", "adapter_8_bit"): parts["adapter"] * (setup.optimizer != "adamw"),
+        ("layer", "adapter"): parts["adapter"] * (setup.train.optimizer == "adamw"),
+        ("layer", "adapter_8_bit"): parts["adapter"] * (setup.train.optimizer != "adamw"),
         ("layer", "accumulated"): parts["adapter"] * _adds_up(setup),
         ("layer", "layer"): a_layer,
         ("layer", "ahead"): a_layer * ahead,

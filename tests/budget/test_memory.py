@@ -15,31 +15,36 @@ from measure_memory import ALL, TABLES, setup_of
 
 import qlora_jax as qlora
 from qlora_jax.adapters import LoRAConfig
-from qlora_jax.errors import ConfigError
-from qlora_jax.memory import (
+from qlora_jax.budget.estimate import (
     FITTED,
     MARGIN,
     TURNS_MARGIN,
-    Setup,
     abstract_parts,
     estimate,
     tree_bytes,
 )
-from qlora_jax.plan import (
+from qlora_jax.budget.plan import (
+    FOLLOWING,
+    PICKED,
     Plan,
+    describe_change,
     flags_of,
     free_streaming_tokens,
     parse_bytes,
     plan_memory,
     relative_time,
 )
+from qlora_jax.budget.setup import Setup
+from qlora_jax.config.quant import QuantOptions
+from qlora_jax.config.train import TrainConfig
+from qlora_jax.errors import ConfigError
 from qlora_jax.train.compiled import account, compile_step
 
 ROOT = Path(__file__).parents[2]
 
 IN_SAMPLE = {"gpu": 0.036, "cpu": 0.042}
 """The largest error of the coefficients on the rows they were fitted to, of a step's all.
-It says that memory.py still is what was fitted, nothing of other models."""
+It says that estimate.py still is what was fitted, nothing of other models."""
 HOST = 5e-3
 """Of what is planned for the host, which is counted: XLA's own account differs by a buffer
 or two of a micro-batch's activations."""
@@ -258,6 +263,67 @@ def test_an_h200s_step_takes_no_more_than(model, changes, gigabytes, gemm):
     options = {} if gemm == "triton" else {"xla_gpu_enable_triton_gemm": False}
     setup = dataclasses.replace(setup_of(model, changes), lora=LoRAConfig(rank=16))
     assert account(compile_step(setup, "h200", options)).device <= gigabytes * GB
+
+
+MATTERING = {
+    **{"micro_batch": 2, "grad_accum": 2, "optimizer": "adamw8bit", "stream": True},
+    **{"compute_dtype": "float32", "checkpoint": "none", "offload": True},
+}
+"""Settings of TrainConfig that memory depends on -> another value than the plain run's.
+resident_bytes is with offload."""
+
+
+def test_a_setting_of_training_that_matters_reaches_the_estimate_by_its_name():
+    plain = setup_of("smollm2-135m", {})
+    assert plain.train == TrainConfig(micro_batch=1, grad_accum=1, checkpoint="layer")
+    for name, value in MATTERING.items():
+        train = dataclasses.replace(plain.train, **{name: value})
+        setup = dataclasses.replace(plain, train=train)
+        assert setup == dataclasses.replace(plain, **{name: value})
+        assert setup == setup_of("smollm2-135m", {name: value})
+        assert getattr(setup, name) == value
+        assert estimate(setup) != estimate(plain), name
+    away = dataclasses.replace(plain, offload=True)
+    some = dataclasses.replace(away, resident_bytes=1000)
+    assert estimate(away).host_bytes == estimate(some).host_bytes + 1000
+    assert dataclasses.replace(plain, dtype="float32").dtype == "float32"
+    with pytest.raises(TypeError, match="Setup has no micro_bach"):
+        setup_of("smollm2-135m", {"micro_bach": 2})
+    with pytest.raises(ConfigError, match="--train.grad-accum is 0"):
+        setup_of("smollm2-135m", {"grad_accum": 0})
+
+
+def test_a_setting_of_training_that_does_not_matter_changes_nothing():
+    plain = setup_of("smollm2-135m", {})
+    others = {
+        **{"max_steps": 3, "epochs": 2.0, "learning_rate": 1.0, "lora_plus_ratio": 2.0},
+        **{"schedule": "cosine", "warmup_ratio": 0.5, "max_grad_norm": None, "seed": 1},
+        **{"weight_decay": 0.1, "beta1": 0.5, "beta2": 0.5, "eval_every": 1},
+        **{"save_every": None, "keep_checkpoints": 1, "resident_bytes": 1},
+    }
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert names == others.keys() | MATTERING.keys()
+    assert estimate(dataclasses.replace(plain, **others)) == estimate(plain)
+
+
+def test_what_a_plan_picks_are_settings_of_a_run():
+    known = {**vars(TrainConfig()), **vars(QuantOptions())}
+    assert set(PICKED) <= known.keys() and set(FOLLOWING) < set(PICKED)
+    least = {"checkpoint": "host", "offload": True, "stream": True, "head": "int8"}
+    setup = setup_of("smollm2-135m", {**least, "resident_bytes": 7, "micro_batch": 3})
+    flags = (
+        "--train.micro-batch 3 --train.grad-accum 1 --train.checkpoint host "
+        "--train.offload --train.resident-bytes 7 --train.stream --quant.head int8"
+    )
+    assert flags_of(setup) == flags
+    fewer = dataclasses.replace(setup, offload=False, head="none", checkpoint="none")
+    assert flags_of(fewer) == (
+        "--train.micro-batch 3 --train.grad-accum 1 --train.checkpoint none --train.stream"
+    )
+    change = describe_change(setup, dataclasses.replace(fewer, micro_batch=1))
+    assert change.startswith(
+        "micro-batch 3 -> 1, checkpoint host -> none, offload on -> off, head int8 -> none"
+    )
 
 
 def test_parts_are_counted_exactly():

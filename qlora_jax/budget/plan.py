@@ -1,6 +1,6 @@
 """The settings that fit a memory budget, fastest first.
 
-Memory is that of `memory.estimate`, and a margin for its error. Speed is a model of
+Memory is that of `estimate`, and a margin for its error. Speed is a model of
 relative time, good for an order alone: recomputing costs a forward pass, streaming adds the
 part of the copy time that is not overlapped with computation, short micro-batches decode
 the base more often for each token.
@@ -15,13 +15,24 @@ from typing import Any
 
 from flax import nnx
 
+from qlora_jax.budget.estimate import Memory, Platform, estimate
+from qlora_jax.budget.setup import Setup
+from qlora_jax.config.quant import QuantOptions
+from qlora_jax.config.train import TrainConfig
 from qlora_jax.errors import ConfigError
-from qlora_jax.memory import Memory, Platform, Setup, estimate
 from qlora_jax.models import DecoderConfig, abstract
 from qlora_jax.names import EXPERTS, is_stacked
 from qlora_jax.nn import Linear
 
 GIB = 1 << 30
+PICKED = (
+    *("micro_batch", "grad_accum", "checkpoint", "offload", "resident_bytes", "stream"),
+    *("embedding", "head"),
+)
+"""The settings that a plan picks: of TrainConfig and, the last two, of QuantOptions."""
+FOLLOWING = ("grad_accum", "resident_bytes")
+"""Those of them that follow from others: from micro_batch, and from offload."""
+_DEFAULTS = {**vars(TrainConfig()), **vars(QuantOptions())}
 _CHECKPOINT_COST = {"none": 1.0, "attention": 1.25, "layer": 1.33, "host": 1.36}
 """A forward pass is a third of a step without checkpointing: forward, and the gradient to
 activations, of which no weight has its own."""
@@ -71,23 +82,24 @@ def plan_memory(
     Args:
       setup: The model, adapter and sequence length; the settings to choose are ignored,
         unless `fixed` names them.
-      memory_bytes: Of the device.
-      rows: Of a step; micro_batch times grad_accum. None for the setup's.
-      host_bytes: Of the host that may be pinned; None for no limit.
-      platform: Whose memory model.
-      fixed: Names of settings that stay as they are. Where offload is not among them, and
-        is needed, `resident_bytes` is what of the optimizer state may stay.
+      memory_bytes: Device memory that the run may take.
+      rows: The rows of a step, which are micro_batch times grad_accum; None for the setup's.
+      host_bytes: Host memory that may be pinned; None for no limit.
+      platform: Whose memory is estimated, a GPU's or a CPU's.
+      fixed: Names of settings (see PICKED) that stay as they are. Where offload is not
+        among them, and is needed, resident_bytes is as much of the optimizer state as fits
+        on the device.
 
     Raises:
       ConfigError: nothing fits; the message says the least that would.
     """
-    rows = rows or setup.micro_batch * setup.grad_accum
+    rows = rows or setup.train.micro_batch * setup.train.grad_accum
     candidates = sorted(_candidates(setup, rows, set(fixed)), key=relative_time)
     found = _first(candidates, memory_bytes, host_bytes, platform)
     if found is None:
         raise ConfigError(_nothing(candidates, memory_bytes, host_bytes, platform))
     chosen, memory = found
-    if chosen.offload and "offload" not in fixed:
+    if chosen.train.offload and "offload" not in fixed:
         # As much of the optimizer state stays as there is room for beside the margin.
         room = int(memory_bytes / (1 + memory.margin)) - memory.device_bytes
         chosen = dataclasses.replace(chosen, resident_bytes=max(0, room))
@@ -126,10 +138,12 @@ def _candidates(setup: Setup, rows: int, fixed: set[str]) -> Iterator[Setup]:
 
 def relative_time(setup: Setup) -> float:
     """Returns the modelled time of a token, in units of the fastest settings'."""
-    time = _CHECKPOINT_COST[setup.checkpoint] * (1 + _DECODE_TOKENS / setup.tokens)
+    time = _CHECKPOINT_COST[setup.train.checkpoint] * (
+        1 + _DECODE_TOKENS / setup.tokens
+    )
     time *= 1 + _SMALL_COST * (_paged_part(setup) + _TABLE_COST[setup.embedding])
-    if setup.stream:
-        step = compute_seconds(setup) * setup.grad_accum
+    if setup.train.stream:
+        step = compute_seconds(setup) * setup.train.grad_accum
         exposed = streaming_seconds(setup) / step - 1
         time *= _STREAM_COST + max(0.0, exposed)
     return time
@@ -137,12 +151,12 @@ def relative_time(setup: Setup) -> float:
 
 def _paged_part(setup: Setup) -> float:
     """Returns which part of the optimizer state comes and goes."""
-    if not setup.offload:
+    if not setup.train.offload:
         return 0.0
-    if not setup.resident_bytes:
+    if not setup.train.resident_bytes:
         return 1.0
     host = estimate(setup).host["optimizer state"]
-    return host / (host + setup.resident_bytes)
+    return host / (host + setup.train.resident_bytes)
 
 
 @functools.lru_cache(maxsize=64)
@@ -161,7 +175,7 @@ def weights_met(config: DecoderConfig) -> int:
 def compute_seconds(setup: Setup) -> float:
     """Returns a micro-batch's arithmetic: forward (once more with checkpointing), and the
     gradient to activations."""
-    passes = 2 if setup.checkpoint == "none" else 3
+    passes = 2 if setup.train.checkpoint == "none" else 3
     return 2 * passes * weights_met(setup.config) * setup.tokens / FLOPS
 
 
@@ -204,44 +218,37 @@ def _nothing(
                 f"; with no more than {said(host)} of the host it is "
                 f"{said(here.safe_bytes)} ({flags_of(there)})"
             )
-    fewer = ", fewer of them a step" if setup.micro_batch * setup.grad_accum > 1 else ""
+    several = setup.train.micro_batch * setup.train.grad_accum > 1
+    fewer = ", fewer of them a step" if several else ""
     text += f". Each is an estimate and {least.margin:.0%} more, as it may be too low"
     return f"{text}. Shorter rows (--data.max-tokens){fewer} or a lower rank need less."
 
 
+def picked(setup: Setup) -> dict[str, Any]:
+    """Returns what a plan picks of a setup: {name of a setting: its value}."""
+    return {name: getattr(setup, name) for name in PICKED}
+
+
 def flags_of(setup: Setup) -> str:
     """Says the chosen settings as flags."""
-    flags = [
-        f"--train.micro-batch {setup.micro_batch}",
-        f"--train.grad-accum {setup.grad_accum}",
-        f"--train.checkpoint {setup.checkpoint}",
-    ]
-    if setup.offload:
-        flags.append("--train.offload")
-        if setup.resident_bytes:
-            flags.append(f"--train.resident-bytes {setup.resident_bytes}")
-    if setup.stream:
-        flags.append("--train.stream")
-    for name in ("embedding", "head"):
-        if (held := getattr(setup, name)) != "none":
-            flags.append(f"--quant.{name} {held}")
+    flags, always = [], ("micro_batch", "grad_accum", "checkpoint")
+    for name, value in picked(setup).items():
+        idle = name == "resident_bytes" and not setup.train.offload
+        if idle or (value == _DEFAULTS[name] and name not in always):
+            continue
+        group = "quant" if hasattr(QuantOptions, name) else "train"
+        flag = f"--{group}.{name.replace('_', '-')}"
+        flags.append(flag if value is True else f"{flag} {value}")
     return " ".join(flags)
 
 
 def describe_change(before: Setup, after: Setup) -> str:
     """Says what differs between two choices."""
-    names = {
-        "micro_batch": "micro-batch",
-        "checkpoint": "checkpoint",
-        "offload": "offload",
-        "stream": "stream",
-        "embedding": "embedding",
-        "head": "head",
-    }
+    old, new = picked(before), picked(after)
     changes = [
-        f"{label} {_said(getattr(before, name))} -> {_said(getattr(after, name))}"
-        for name, label in names.items()
-        if getattr(before, name) != getattr(after, name)
+        f"{name.replace('_', '-')} {_said(old[name])} -> {_said(new[name])}"
+        for name in PICKED
+        if name not in FOLLOWING and old[name] != new[name]
     ]
     faster = relative_time(before) / relative_time(after) - 1
     return f"{', '.join(changes)} (about {faster:.0%} faster)"

@@ -1,0 +1,90 @@
+"""Setup: what the memory of a run depends on."""
+
+import dataclasses
+from typing import Any
+
+from qlora_jax.config.lora import LoRAConfig
+from qlora_jax.config.train import TrainConfig
+from qlora_jax.models import DecoderConfig
+from qlora_jax.quant import QuantConfig, TableFormat
+
+_NF4 = QuantConfig()
+_TRAIN_SETTINGS = {field.name for field in dataclasses.fields(TrainConfig)}
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Setup:
+    """All that a step's memory depends on: a model's shape, and a run's own settings.
+
+    A setting of TrainConfig may be given and read as the setup's own, here and in
+    dataclasses.replace: `Setup(config=..., offload=True).offload`.
+
+    Attributes:
+      config: The model's shape.
+      train: How it trains. Where it is not given, micro_batch and grad_accum are 1 and
+        checkpoint is "layer".
+      lora: The adapter's shape and place.
+      quant: How the layers' linears are held; None for a dense base.
+      embedding: How the embedding is held, and a head that is tied to it.
+      head: How a head of its own is held.
+      max_tokens: Tokens of the longest row.
+    """
+
+    config: DecoderConfig
+    train: TrainConfig
+    lora: LoRAConfig
+    quant: QuantConfig | None
+    embedding: TableFormat
+    head: TableFormat
+    max_tokens: int
+
+    def __init__(
+        self,
+        *,
+        config: DecoderConfig,
+        train: TrainConfig | None = None,
+        lora: LoRAConfig | None = None,
+        quant: QuantConfig | None = _NF4,
+        embedding: TableFormat = "none",
+        head: TableFormat = "none",
+        max_tokens: int = 2048,
+        **settings: Any,
+    ):
+        """Takes the attributes, and in `settings` those of TrainConfig that differ from
+        `train`; `dtype` is another name of its compute_dtype.
+
+        Raises:
+          TypeError: TrainConfig has no such setting.
+          ConfigError: a value that it does not take.
+        """
+        if "dtype" in settings:
+            settings["compute_dtype"] = settings.pop("dtype")
+        if unknown := settings.keys() - _TRAIN_SETTINGS:
+            names = ", ".join(sorted(unknown))
+            raise TypeError(f"Setup has no {names}; TrainConfig has none either")
+        train = train or TrainConfig(micro_batch=1, grad_accum=1, checkpoint="layer")
+        self.__dict__.update(  # the class is frozen
+            config=config,
+            train=dataclasses.replace(train, **settings),
+            lora=lora or LoRAConfig(),
+            quant=quant,
+            embedding=embedding,
+            head=head,
+            max_tokens=max_tokens,
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        """Reads a setting of `train`."""
+        if name in _TRAIN_SETTINGS:
+            return getattr(self.train, name)
+        raise AttributeError(f"Setup has no {name!r}")
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the computation, and of what stays dense."""
+        return self.train.compute_dtype
+
+    @property
+    def tokens(self) -> int:
+        """The tokens of a micro-batch."""
+        return self.train.micro_batch * self.max_tokens
