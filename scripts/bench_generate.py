@@ -45,7 +45,7 @@ def opened(model: str, quant: Any, dtype: str, adapters: int, rows: int) -> Any:
 @contextlib.contextmanager
 def packed() -> Iterator[None]:
     """Keeps `generate` from decoding the base, as where memory does not suffice."""
-    module = importlib.import_module("qlora_jax.generate.decoded")
+    module = importlib.import_module("qlora_jax.inference.decoded")
     with mock.patch.object(module, "available_host_bytes", lambda: 0):
         yield
 

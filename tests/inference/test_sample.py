@@ -7,8 +7,8 @@ import pytest
 import tiny
 
 from qlora_jax.errors import ConfigError, ShapeError
-from qlora_jax.generate import SampleConfig, generate
-from qlora_jax.generate.sample import _choose
+from qlora_jax.inference import SampleConfig, generate
+from qlora_jax.inference.sample import _choose
 
 NEW = 6
 PROMPTS = [[5, 9, 200], [77], [17, 18, 19, 20, 21, 22, 23, 24, 25]]

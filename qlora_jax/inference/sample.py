@@ -17,9 +17,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from qlora_jax.errors import ConfigError, ShapeError
-from qlora_jax.generate.context import say_beyond_context
-from qlora_jax.generate.decoded import decoded
-from qlora_jax.generate.stop import Stop
+from qlora_jax.inference.context import say_beyond_context
+from qlora_jax.inference.decoded import decoded
+from qlora_jax.inference.stop import Stop
 
 STRIDE = 16
 """Tokens between two looks for the texts that end an answer. A row decodes up to so many in

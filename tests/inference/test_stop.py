@@ -3,7 +3,7 @@
 import pytest
 import tiny
 
-from qlora_jax.generate import SampleConfig, Stop, generate, sample
+from qlora_jax.inference import SampleConfig, Stop, generate, sample
 
 PROMPTS = [[5, 9, 200], [77], [17, 18, 19, 20, 21, 22, 23, 24, 25]]
 NEW = 3 * sample.STRIDE

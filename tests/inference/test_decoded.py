@@ -14,7 +14,7 @@ import tiny
 from flax import nnx
 
 from qlora_jax.adapters import Adapter, AdapterBank
-from qlora_jax.generate import decoded
+from qlora_jax.inference import decoded
 from qlora_jax.memory import available_host_bytes
 from qlora_jax.models import Decoder
 from qlora_jax.nn import (
@@ -132,4 +132,4 @@ def test_a_containers_limit_bounds_the_memory(tmp_path: Path):
 
 
 def module():
-    return importlib.import_module("qlora_jax.generate.decoded")
+    return importlib.import_module("qlora_jax.inference.decoded")
