@@ -1,7 +1,7 @@
 """Tables of which kernel runs a product, tiled how, as measured on a device.
 
 A table is one JSON file a device kind, `tuned/<kind>.json`, filled by
-scripts/tune_kernels.py. Its entries are
+scripts/gpu/tune.py. Its entries are
 
     "forward m<=512 n=4096 k=4096 bfloat16": {"implementation": "hopper",
         "config": {"block_m": 128, ...}, "m": 512, "us": 28.4}

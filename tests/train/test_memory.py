@@ -120,7 +120,7 @@ def test_a_fit_is_off_by_so_much_on_a_model_that_it_has_not_seen(platform):
         for made in line["predictions"]:
             setup = setup_of(line["left_out"], made["changes"])
             plan = estimate(setup, platform, fitted)
-            # Else `python scripts/fit_memory.py --held-out` makes the record anew.
+            # Else `python -m scripts.make.fit_memory --held-out` makes the record anew.
             assert plan.device_bytes == made["predicted_bytes"], made
             sizes.append(abs(plan.device_bytes / made["xla_bytes"] - 1))
             if plan.safe_bytes < made["xla_bytes"]:

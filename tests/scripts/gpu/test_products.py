@@ -1,0 +1,93 @@
+"""What gpu/suite.py times is the product or step it says, and how times are added up."""
+
+import contextlib
+from types import SimpleNamespace
+
+import gpu_bitsandbytes
+import gpu_products
+import jax
+import numpy as np
+import pytest
+
+from pallas_kernels import reference
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "task",
+    [
+        {"section": "sweep", "what": "dense", "direction": "forward"},
+        {"section": "sweep", "what": "dense", "direction": "backward"},
+        {"section": "sweep", "what": "two_pass", "direction": "forward"},
+        {"section": "sweep", "what": "xla", "direction": "backward"},
+        {"section": "lora", "what": "ours"},
+        {"section": "lora", "what": "two_pass and separate"},
+    ],
+)
+def test_a_timed_product_is_the_product(task):
+    task |= {"m": 4, "n": 128, "k": 256}
+    built, data = gpu_products.build(task), gpu_products.Data()
+    args = [data(one) for one in built.fixed]
+    (w,) = (jax.tree.map(data, one) for one in built.rotated)
+    got = built.run(*args, w)
+    dense = w if task["what"] == "dense" else reference.dequantize(w, "bfloat16")
+    x, *rest = (np.asarray(a, np.float64) for a in args)
+    dense = np.asarray(dense, np.float64)
+    if task["section"] == "lora":
+        dy, a, b = rest
+        y, dx, da, db = got
+        pairs = [
+            (y, x @ dense.T + 2 * x @ a @ b),
+            (dx, dy @ dense + 2 * dy @ b.T @ a.T),
+        ]
+        pairs += [(da, 2 * x.T @ dy @ b.T), (db, 2 * (x @ a).T @ dy)]
+    else:
+        pairs = [(got, x @ (dense.T if task["direction"] == "forward" else dense))]
+    for y, want in pairs:
+        error = np.linalg.norm(np.asarray(y, np.float64) - want) / np.linalg.norm(want)
+        assert error < 0.01
+
+
+def test_a_statistic_is_the_median_of_all_calls_and_keeps_the_repeats():
+    kernels = [1.0, 2.0] * 3  # two kernels in each of three calls
+    assert gpu_products.per_call(kernels, 3) == [3.0, 3.0, 3.0]
+    with pytest.raises(RuntimeError, match="6 kernels in 4 calls"):
+        gpu_products.per_call(kernels, 4)
+    kept = gpu_products.statistic([[3.0, 1.0, 2.0], [7.0, 5.0, 6.0]])
+    assert kept["us"] in (3.0, 5.0) and kept["us_repeats"] == [2.0, 6.0]
+    assert (kept["us_10"], kept["us_90"]) == (1.0, 7.0)
+
+
+def test_bitsandbytes_kernels_are_ordered_and_copies_left_out():
+    def event(name, kind, start, us):
+        time_range = SimpleNamespace(start=start, elapsed_us=lambda: us)
+        return SimpleNamespace(name=name, device_type=kind, time_range=time_range)
+
+    events = [
+        event("gemm", "cuda", 30, 4.0),
+        event("Memset (Device)", "cuda", 20, 9.0),
+        event("cudaLaunchKernel", "cpu", 5, 8.0),
+        event("dequantize", "cuda", 10, 3.0),
+    ]
+    assert gpu_bitsandbytes.kernel_times(events, "cuda") == [3.0, 4.0]
+
+
+@pytest.mark.slow
+def test_the_step_that_is_timed_is_a_step(monkeypatch):
+    import gpu_step
+
+    tiny = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128}
+    tiny |= {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
+    monkeypatch.setattr(gpu_step, "LLAMA_8B", tiny)
+    task = {"section": "step", "what": "ours", "batch": 2, "seq": 32}
+    turns = []
+
+    @contextlib.contextmanager
+    def turn():
+        turns.append(1)
+        yield
+
+    row = gpu_step.our_step(task, turn)
+    assert turns == [1]
+    assert row["tokens_per_s"] == pytest.approx(64 / row["step_s"])
+    assert 3 < row["loss"] < 6  # ln 64 is 4.2; of a random model, after some steps
