@@ -7,7 +7,7 @@ rotate among weights larger together than the L2.
 from collections.abc import Callable
 from typing import Any
 
-import gpu_products
+from scripts.gpu import products
 
 _weights: dict[tuple[int, int], list] = {}
 
@@ -22,7 +22,7 @@ def measure(task: dict[str, Any], turn: Callable[[], Any]) -> dict[str, Any]:
     with turn():
         if (n, k) not in _weights:
             _weights.clear()
-            one = -(-gpu_products.ROTATED_BYTES // (n * k // 2))
+            one = -(-products.ROTATED_BYTES // (n * k // 2))
             _weights[n, k] = [
                 functional.quantize_4bit(
                     torch.randn(n, k, device="cuda", dtype=torch.bfloat16),
@@ -43,17 +43,17 @@ def measure(task: dict[str, Any], turn: Callable[[], Any]) -> dict[str, Any]:
 
         for packed, state in weights:
             call(packed, state)
-        calls = weights * max(2, gpu_products.CALLS // len(weights))
+        calls = weights * max(2, products.CALLS // len(weights))
 
         def run():
             for packed, state in calls:
                 call(packed, state)
 
         repeats = [
-            gpu_products.per_call(profiled(run), len(calls))
-            for _ in range(gpu_products.REPEATS)
+            products.per_call(profiled(run), len(calls))
+            for _ in range(products.REPEATS)
         ]
-    return {**gpu_products.statistic(repeats), "version": bnb.__version__}
+    return {**products.statistic(repeats), "version": bnb.__version__}
 
 
 def profiled(run: Callable[[], Any]) -> list[float]:

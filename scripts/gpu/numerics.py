@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import gpu_products
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +17,7 @@ import numpy as np
 from pallas_kernels import codebook as cb
 from pallas_kernels import layout
 from pallas_kernels.layout import QuantizedTensor
+from scripts.gpu import products
 
 SAMPLE = 64  # tokens that are compared, the last among them
 
@@ -57,7 +57,7 @@ def check(task: dict[str, Any], turn: Callable[[], Any]) -> dict[str, Any]:
     rng = np.random.default_rng()
     if task["what"] == "attention":
         return _check_attention(task, turn, rng)
-    built = gpu_products.build(task)
+    built = products.build(task)
     w = _random_weight(built.rotated[0], rng)
     args = [_random(one, rng) for one in built.fixed]
     if task["check"] == "bits":
@@ -76,7 +76,7 @@ def check(task: dict[str, Any], turn: Callable[[], Any]) -> dict[str, Any]:
     if factors:
         a, b = factors
         a, b = (a, b) if task["direction"] == "forward" else (b.T, a.T)
-        want = want + gpu_products.SCALE * (x[rows] @ a) @ b
+        want = want + products.SCALE * (x[rows] @ a) @ b
     got = np.asarray(_run(built.run, [*args, w], turn), np.float64)
     return _verdict(task, [(got[rows], want)], bool(np.isfinite(got).all()))
 

@@ -1,228 +1,177 @@
-"""The `step` section of gpu/suite.py: a training step of an 8B-shaped Llama, random weights.
+"""Whole training steps of ours, really run: sections `step` and `memory` of gpu/suite.py.
 
-Ours, and the same of PEFT + bitsandbytes + transformers; rank 16 on all linears.
+`step` is a step of an 8B-shaped Llama at two batch sizes, beside PEFT's (gpu/peft.py).
+`memory` runs what the plan and XLA's account promise (scripts/results/memory_h200.jsonl): an
+8B-shaped step plain, paged and streamed, and a 70B-shaped one on 48 GB and, streamed, on
+12 GB. Weights are random and alike in all layers; memory and time do not depend on them.
 """
 
-import functools
+import dataclasses
+import math
 import os
+import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
 
-RANK = 16
+from scripts.bench import harness
 
-LLAMA_8B = {
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_layers": 32,
-    "num_heads": 32,
-    "num_kv_heads": 8,
-    "head_dim": 128,
+TABLES = {"embedding": "4bit", "head": "4bit"}
+LEAST = {**TABLES, "checkpoint": "host", "offload": True}
+CASES: dict[str, tuple[str, dict[str, Any], float]] = {
+    "8b": ("llama-8b", {}, 0),
+    "8b paged": ("llama-8b", {"offload": True}, 0),
+    "8b streamed": ("llama-8b", {"stream": True}, 0),
+    "8b streamed, 4 micro-batches": ("llama-8b", {"stream": True, "grad_accum": 4}, 0),
+    "70b in 48 GB": ("llama-70b", LEAST, 48e9),
+    "70b streamed in 12 GB": ("llama-70b", {**LEAST, "stream": True}, 12e9),
 }
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""What -> (model of bench/memory.py, settings, device bytes it may take; 0 for all)."""
+BY_XLA = "ours, attention by xla"
+WARM_UP, STEPS = 2, 4
+
+
+def tasks(section: str, peft: bool) -> list[dict[str, Any]]:
+    """Returns a section's tasks, most wanted first; PEFT's too where it is there."""
+    if section == "memory":
+        return [{"section": section, "what": what, "seq": 2048} for what in CASES]
+    return [
+        {"section": section, "what": what, "batch": batch, "seq": 2048}
+        for batch in (1, 4)
+        for what in ("ours", "peft", BY_XLA)
+        if what != "peft" or peft
+    ]
 
 
 def our_step(task: dict[str, Any], turn: Callable[[], Any]) -> dict[str, Any]:
-    """Tokens a second and peak memory of qlora_jax, layers recomputed in backward.
+    """Runs a task's step; the GPU is used inside `with turn()`.
 
-    Compiles from shapes alone; the GPU is used inside `with turn()`.
+    Call it before jax starts: it bounds this process's allocator, and names the attention.
     """
-    if task["what"] == "ours, attention by xla":
+    model, changes, size = CASES.get(task["what"], CASES["8b"])
+    if size:
+        _cap(size)
+    if task["what"] == BY_XLA:
         os.environ["QLORA_JAX_ATTENTION"] = "xla"
+    from scripts.bench.memory import setup_of
+
+    changes = {**changes, "micro_batch": task.get("batch", 1)}
+    figures = measured(setup_of(model, {**changes, "max_tokens": task["seq"]}), turn)
+    if task["section"] == "step":
+        figures["peak_gib"] = (figures.get("peak_bytes") or 0) / 2**30
+    return figures
+
+
+def _cap(size: float) -> None:
+    asked = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    answer = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    fraction = size / (float(answer.split()[0]) * 2**20)
+    os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{fraction:.4f}"
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "true"  # in one piece
+
+
+def timed(step: Callable[[], Any], steps: int = STEPS) -> float:
+    """Returns the median seconds of a step, of ours and of PEFT's, after two others."""
+    taken = harness.take_turns({"step": step}, steps, WARM_UP)["step"]
+    return statistics.median(taken)
+
+
+def measured(setup: Any, turn: Callable[[], Any], steps: int = STEPS) -> dict[str, Any]:
+    """Returns tokens a second, peak memory, XLA's account and the plan's of a setup's step."""
     import jax
-    import jax.numpy as jnp
     import numpy as np
-    import optax
-    from flax import nnx
 
-    import qlora_jax as qlora
-    from pallas_kernels import layout
-    from qlora_jax.models import Decoder, DecoderConfig
-    from qlora_jax.nn import Linear, QuantizedLinear
+    from qlora_jax.memory import estimate, tree_bytes
+    from qlora_jax.train.compiled import account, compile_step
 
-    config = DecoderConfig(rms_norm_eps=1e-5, rope_theta=5e5, **LLAMA_8B)
-    # Only shapes: a dense 8B model would not fit, and is never made.
-    skeleton = nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0)))
-
-    def quantized(path, node):
-        if isinstance(node, Linear) and "lm_head" not in path:
-            stack, n, k = node.kernel.get_value().shape
-            q = layout.abstract_tensor((n, k), (stack,), dtype="bfloat16")
-            return QuantizedLinear(q)
-        return node
-
-    graphdef, state = nnx.split(nnx.recursive_map(quantized, skeleton))
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def fill(spec, key):
-        if spec.dtype == jnp.float32:  # absmax scale and offset
-            return jnp.full(spec.shape, 1e-3, jnp.float32)
-        bits = jax.random.bits(
-            key, spec.shape, jnp.uint8 if spec.dtype == jnp.uint8 else jnp.uint16
-        )
-        if spec.dtype == jnp.bfloat16:  # sign and mantissa random, about 0.01
-            bits = (bits & np.uint16(0x807F)) | np.uint16(0x3C00)
-            return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
-        return bits
-
-    def filled():
-        specs, structure = jax.tree.flatten(state)
-        # The largest first: what making them takes is then less than the step's peak.
-        order = sorted(range(len(specs)), key=lambda i: -specs[i].size)
-        keys = jax.random.split(jax.random.key(0, impl="rbg"), len(specs))
-        made = {
-            i: jax.block_until_ready(fill(bench_spec(specs[i]), keys[i])) for i in order
-        }
-        return jax.tree.unflatten(structure, [made[i] for i in range(len(specs))])
-
-    def bench_spec(leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-
-    lora_config = qlora.LoRAConfig(rank=RANK, alpha=32, targets="all-linear")
-
-    def adapted(state):
-        model = nnx.merge(graphdef, state)
-        return qlora.attach(model, lora_config, key=jax.random.key(1))
-
-    def split(state):
-        return qlora.split(adapted(state))[1:]
-
-    adapted_graph = qlora.split(nnx.eval_shape(lambda: adapted(state)))[0]
-    tx = optax.adamw(2e-4)
-    shape = (task["batch"], task["seq"])
-    lora, base = jax.eval_shape(split, state)
-    batch = {
-        "tokens": jax.ShapeDtypeStruct(shape, jnp.int32),
-        "weights": jax.ShapeDtypeStruct(shape, jnp.float32),
-    }
-    step = qlora.make_train_step(adapted_graph, tx, checkpoint="layer")
-    start = time.perf_counter()
-    opt_state = jax.eval_shape(tx.init, lora)
-    compiled = step.lower(lora, base, opt_state, batch).compile()
-    compile_s = time.perf_counter() - start
-    analysis = compiled.memory_analysis()
+    began = time.perf_counter()
+    compiled = compile_step(setup)
+    compile_s = time.perf_counter() - began
+    platform = "gpu" if jax.default_backend() == "gpu" else "cpu"
+    rng = np.random.default_rng(0)
     with turn():
-        lora, base = jax.jit(split, donate_argnums=0)(filled())
-        opt_state = tx.init(lora)
-        tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape)
+        infos, places = compiled.args_info[0], compiled.input_shardings[0]
+        lora, base, state = (
+            filled(x, place, rng)
+            for x, place in zip(infos[:3], places[:3], strict=True)
+        )
+        here, shape = jax.tree.leaves(lora)[0].sharding, infos[3]["tokens"].shape
         batch = {
-            "tokens": jnp.asarray(tokens, jnp.int32),
-            "weights": jnp.ones(shape, jnp.float32),
+            "tokens": rng.integers(0, setup.config.vocab_size, shape).astype(np.int32),
+            "weights": np.ones(shape, np.float32),
         }
-        seconds = []
-        for _ in range(6):
-            start = time.perf_counter()
-            lora, opt_state, metrics = jax.block_until_ready(
-                compiled(lora, base, opt_state, batch)
-            )
-            seconds.append(time.perf_counter() - start)
-        memory = jax.devices()[0].memory_stats() or {}
-    second = sorted(seconds[2:])[1]
+        batch = jax.device_put(batch, here)
+        away = [
+            x
+            for x in jax.tree.leaves(base)
+            if x.sharding.memory_kind != here.memory_kind
+        ]
+        copy_s = arrival_seconds(away, here) if away else 0.0
+        held = [lora, state, {}]
+
+        def step() -> None:
+            lora, state, _ = held
+            held[:] = jax.block_until_ready(compiled(lora, base, state, batch))
+
+        step_s = timed(step, steps)
+        stats = jax.devices()[0].memory_stats() or {}
     return {
-        "tokens_per_s": task["batch"] * task["seq"] / second,
-        "step_s": second,
+        "tokens_per_s": setup.tokens * setup.grad_accum / step_s,
+        "step_s": step_s,
+        "copies_s": 2 * copy_s,  # forward and backward, by themselves
         "compile_s": compile_s,
-        "loss": float(metrics["loss"]),
-        "base_gib": sum(x.nbytes for x in jax.tree.leaves(base)) / 2**30,
-        "peak_gib": memory.get("peak_bytes_in_use", 0) / 2**30,
-        "arguments_gib": analysis.argument_size_in_bytes / 2**30,
-        "temporaries_gib": analysis.temp_size_in_bytes / 2**30,
+        "loss": float(held[2]["loss"]),
+        "peak_bytes": stats.get("peak_bytes_in_use"),
+        "limit_bytes": stats.get("bytes_limit"),
+        "host_bytes": tree_bytes(away),
+        "xla": account(compiled)._asdict(),
+        "plan": dataclasses.asdict(estimate(setup, platform)),
         "kernels": compiled.as_text().count('custom_call_target="mosaic_gpu'),
     }
 
 
-def peft_step(task: dict[str, Any], turn: Callable[[], Any]) -> dict[str, Any]:
-    """The same of PEFT + bitsandbytes + transformers, gradient checkpointing on."""
-    with turn():
-        return _peft_step(task)
+def filled(tree: Any, places: Any, rng: Any) -> Any:
+    """Returns arrays of random values, where and as a compiled step wants them."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
 
+    def fill(x: Any, place: Any) -> Any:
+        dtype = np.dtype(x.dtype)
+        cell = x.shape[1:]  # alike in all layers
+        if not x.shape:
+            made = np.zeros((), dtype)
+        elif dtype.kind in "ui":
+            made = rng.integers(0, np.iinfo(dtype).max, cell, dtype, endpoint=True)
+        else:
+            made = (0.01 * rng.random(cell, np.float32)).astype(dtype)
+        if place.memory_kind == "pinned_host":
+            made = np.ascontiguousarray(np.broadcast_to(made, x.shape))
+            return jax.block_until_ready(jax.device_put(made, place))
+        repeat = jax.jit(lambda c: jnp.broadcast_to(c, x.shape), out_shardings=place)
+        return jax.block_until_ready(repeat(made))
 
-def _peft_step(task: dict[str, Any]) -> dict[str, Any]:
-    import bitsandbytes as bnb
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=LLAMA_8B["vocab_size"],
-        hidden_size=LLAMA_8B["hidden_size"],
-        intermediate_size=LLAMA_8B["intermediate_size"],
-        num_hidden_layers=LLAMA_8B["num_layers"],
-        num_attention_heads=LLAMA_8B["num_heads"],
-        num_key_value_heads=LLAMA_8B["num_kv_heads"],
-        head_dim=LLAMA_8B["head_dim"],
-        max_position_embeddings=8192,
-        tie_word_embeddings=False,
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-    for module in model.model.layers.modules():
-        for name, linear in list(module.named_children()):
-            if name not in LINEARS:
-                continue
-            new = bnb.nn.Linear4bit(
-                linear.in_features,
-                linear.out_features,
-                bias=False,
-                compute_dtype=torch.bfloat16,
-                compress_statistics=True,
-                quant_type="nf4",
-                device="meta",
-            )
-            shape = (linear.out_features, linear.in_features)
-            dense = torch.randn(shape, dtype=torch.bfloat16, device="cuda") * 0.02
-            new.weight = bnb.nn.Params4bit(
-                dense,
-                requires_grad=False,
-                compress_statistics=True,
-                quant_type="nf4",
-                module=new,
-            ).to("cuda")
-            setattr(module, name, new)
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.is_meta:
-                real = torch.randn(parameter.shape, dtype=torch.bfloat16, device="cuda")
-                real = torch.ones_like(real) if real.ndim == 1 else real * 0.02
-                setattr(module, name, torch.nn.Parameter(real, requires_grad=False))
-    rotary = type(model.model.rotary_emb)(config=config, device="cuda")
-    model.model.rotary_emb = rotary
-    model.is_loaded_in_4bit = True
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.enable_input_require_grads()
-    lora = LoraConfig(
-        r=RANK,
-        lora_alpha=32,
-        target_modules=list(LINEARS),
-        lora_dropout=0.0,
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(model, lora).cuda()
-    model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=2e-4, fused=True)
-    shape = (task["batch"], task["seq"])
-    tokens = torch.randint(0, LLAMA_8B["vocab_size"], shape, device="cuda")
-    torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(6):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    second = sorted(seconds[2:])[1]
-    return {
-        "tokens_per_s": task["batch"] * task["seq"] / second,
-        "step_s": second,
-        "loss": float(loss),
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "versions": {"bitsandbytes": bnb.__version__, "torch": torch.__version__},
+    specs, structure = jax.tree.flatten(tree)
+    places = structure.flatten_up_to(places)
+    made = {  # the largest first, while the free memory is in one piece
+        i: fill(specs[i], places[i])
+        for i in sorted(range(len(specs)), key=lambda i: -math.prod(specs[i].shape))
     }
+    return structure.unflatten([made[i] for i in range(len(specs))])
+
+
+def arrival_seconds(arrays: list[Any], here: Any) -> float:
+    """Returns how long the host's arrays take to the device, measured on a layer of one."""
+    import jax
+    import numpy as np
+
+    largest = max(arrays, key=lambda x: x.nbytes)
+    layer = np.ones(largest.shape[1:], largest.dtype)
+    layer = jax.block_until_ready(jax.device_put(layer, largest.sharding))
+    seconds = []
+    for _ in range(4):
+        began = time.perf_counter()
+        jax.block_until_ready(jax.device_put(layer, here))
+        seconds.append(time.perf_counter() - began)
+    return min(seconds) * sum(x.nbytes for x in arrays) / layer.nbytes

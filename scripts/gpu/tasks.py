@@ -1,16 +1,17 @@
 """What gpu/suite.py measures on a device, most telling first."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
-import gpu_memory
 import jax.numpy as jnp
 
 from pallas_kernels import layout, tuning
 from pallas_kernels.device import Device
 from pallas_kernels.packed_matmul import IMPLEMENTATIONS, choose
 from pallas_kernels.shapes import SHAPES
+from scripts.gpu import step
 
 Task = dict[str, Any]
 
@@ -50,49 +51,34 @@ def tasks(
         measured += sweep(device, "bitsandbytes" in wheels)
     if "lora" in sections and gpu:
         measured += [
-            {
-                "section": "lora",
-                "what": what,
-                "m": m,
-                "n": SHAPES[s].n,
-                "k": SHAPES[s].k,
-            }
+            {"section": "lora", "what": what, "m": m} | sides(s)
             for s in SMALL[:3]
             for m in (512, 2048, 4096)
             for what in ("ours", "two_pass and separate")
         ]
     found += sorted(measured, key=_rank)
-    if "step" in sections and gpu:
-        whats = ("ours", "peft", "ours, attention by xla")
-        found += [
-            {"section": "step", "what": what, "batch": batch, "seq": 2048}
-            for batch in (1, 4)
-            for what in whats
-            if what != "peft" or "peft" in wheels
-        ]
-    if "memory" in sections and gpu:
-        found += gpu_memory.tasks()
+    for section in ("step", "memory"):
+        if section in sections and gpu:
+            found += step.tasks(section, "peft" in wheels)
     return found
 
 
 def sweep(device: Device, bitsandbytes: bool) -> list[Task]:
     """Every implementation that can run, and its rivals, over all tokens and linears."""
     found = []
-    for name in SMALL + LARGE:
-        _, n, k = SHAPES[name]
-        for m in TOKENS:
-            for direction in DIRECTIONS:
-                whats = [
-                    *(i for i in IMPLEMENTATIONS if can(i, direction, m, n, k, device)),
-                    "dense",
-                    *(["bitsandbytes"] if bitsandbytes else []),
-                ]  # fmt: skip
-                found += [
-                    {"section": "sweep", "what": what, "direction": direction}
-                    | {"m": m, "n": n, "k": k}
-                    for what in whats
-                ]
+    for name, m, direction in itertools.product(SMALL + LARGE, TOKENS, DIRECTIONS):
+        at = {"section": "sweep", "direction": direction, "m": m} | sides(name)
+        whats = [
+            i for i in IMPLEMENTATIONS if can(i, direction, m, at["n"], at["k"], device)
+        ]
+        whats += ["dense", *(["bitsandbytes"] if bitsandbytes else [])]
+        found += [{**at, "what": what} for what in whats]
     return found
+
+
+def sides(name: str) -> dict[str, int]:
+    """Returns a task's n and k of a linear of SHAPES."""
+    return {"n": SHAPES[name].n, "k": SHAPES[name].k}
 
 
 def first(task: Task) -> bool:

@@ -15,29 +15,22 @@ is replaced, so that those after it are not touched. Products that the table has
 measured again unless --again is given; what --minutes did not reach is counted.
 """
 
-import argparse
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+from pallas_kernels import tuning
+from pallas_kernels.device import Device
+from pallas_kernels.packed_matmul import IMPLEMENTATIONS
+from pallas_kernels.shapes import SHAPES
+from pallas_kernels.tuning import Choice, Problem
+from scripts.bench import harness
+from scripts.gpu import suite
+from scripts.gpu.tasks import DIRECTIONS, LARGE, RANK, SMALL, TOKENS, can
+from scripts.gpu.workers import Lane, outstanding
 
-import gpu_suite  # noqa: E402
-import gpu_tasks  # noqa: E402
-import gpu_workers  # noqa: E402
-
-from pallas_kernels import tuning  # noqa: E402
-from pallas_kernels.device import Device  # noqa: E402
-from pallas_kernels.packed_matmul import IMPLEMENTATIONS  # noqa: E402
-from pallas_kernels.shapes import SHAPES  # noqa: E402
-from pallas_kernels.tuning import Choice, Problem  # noqa: E402
-
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
-RANK = 16
 NOTE = (
     "us: device time at m tokens; of the whole product where the source is "
     "gpu/tune.py or nvidia_h200_suite.jsonl, without decoding hopper's scales where it "
@@ -52,7 +45,7 @@ def candidates(problem: Problem, device: Device) -> list[Choice]:
     return [
         Choice(name, tuple(sorted(fields.items())))
         for name, one in IMPLEMENTATIONS.items()
-        if gpu_tasks.can(name, *at)
+        if can(name, *at)
         for fields in one.candidates(problem, device)
     ]
 
@@ -140,34 +133,27 @@ def written(table: dict[str, Any]) -> str:
     return "{\n" + ",\n".join([*heads, lines("entries"), lines("failures")]) + "\n}\n"
 
 
-def main(
-    arguments: list[str] | None = None, command: list[str] = gpu_suite.WORKER
-) -> int:
+def main(arguments: list[str] | None = None, command: list[str] = suite.WORKER) -> int:
     """Tunes; `command` starts a worker."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "pallas_kernels" / "tuned")
-    parser.add_argument("--minutes", type=float, default=25, help="stop after")
-    parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1))
+    parser = suite.parser(__doc__)
+    tuned = Path(tuning.__file__).parent / "tuned"
+    parser.add_argument("--out", type=Path, default=tuned, help="folder of tables")
     parser.add_argument("--n", type=int, help="one shape instead of Llama-3 8B's")
     parser.add_argument("--k", type=int)
     parser.add_argument("--large", action="store_true", help="Llama-3 70B's too")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--again", action="store_true", help="what is there too")
-    parser.add_argument(
-        "--retry-lost", action="store_true", help="what hung or crashed"
-    )
     args = parser.parse_args(arguments)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if (args.n is None) != (args.k is None):
         print("error: give both --n and --k, or neither", file=sys.stderr)
         return 2
-    facts = gpu_suite.ask_device(command)["device"]
-    device = Device(**facts | {"capability": tuple(facts["capability"])})
+    device, _ = suite.ask_device(command)
     if device.platform != "gpu":
         print(f"error: tuning needs a GPU, this is {device.platform}", file=sys.stderr)
         return 2
-    names = gpu_tasks.SMALL + (gpu_tasks.LARGE if args.large else ())
+    names = SMALL + (LARGE if args.large else ())
     shapes = [(SHAPES[name].n, SHAPES[name].k) for name in names]
     if args.n:
         shapes = [(args.n, args.k)]
@@ -178,21 +164,19 @@ def main(
     if path.exists():
         table |= json.loads(path.read_text())
     if args.again:
-        gpu_workers.append(log, {"section": "again"})
+        harness.append_row(log, {"section": "again"})
     rows, again = since(log)
     problems = [
         problem
         for n, k in shapes
         for m in args.tokens
-        for direction in gpu_tasks.DIRECTIONS
+        for direction in DIRECTIONS
         if (problem := Problem(direction, m, n, k, args.dtype)).key
         not in (() if again else table["entries"])
     ]
     every = tasks(problems, device)
-    todo = gpu_workers.outstanding(every, rows, args.retry_lost)
-    end = time.time() + 60 * args.minutes
-    run = gpu_workers.Run(command, log, end, gpu_tasks.seconds, gpu_tasks.size)
-    run([gpu_workers.Lane(list(todo), args.workers)])
+    todo = outstanding(every, rows, args.retry_lost)
+    suite.runner(args, command, log)([Lane(todo, args.workers)])
     table, finished = filled(table, every, since(log)[0])
     path.write_text(written(table))
     missed = len(problems) - len(finished)
@@ -206,7 +190,7 @@ def main(
 def since(log: Path) -> tuple[list[dict[str, Any]], bool]:
     """Returns the rows after the last --again, and whether there was one."""
     rows, again = [], False
-    for row in gpu_workers.read(log):
+    for row in harness.read_rows(log):
         if row["section"] == "again":
             rows, again = [], True
         else:

@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from scripts.bench.harness import ROOT, append_row
+
 Task = dict[str, Any]
 LARGE_BYTES = 2 << 30
 """A process that had this much does not give it back to the device, and is replaced."""
@@ -61,6 +63,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
+            cwd=ROOT,
         )
 
     def say(self, line: str) -> None:
@@ -169,7 +172,7 @@ class Run:
 
     def __call__(self, lanes: list[Lane]) -> None:
         """Runs until all tasks have a row or the time is over."""
-        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.out.parent.mkdir(parents=True, exist_ok=True)  # for the log
         threads = [
             threading.Thread(target=self._work, args=(lane,), daemon=True)
             for lane in lanes
@@ -199,7 +202,7 @@ class Run:
                 except OutOfTime:
                     break
                 with self.lock:
-                    append(self.out, task | row)
+                    append_row(self.out, task | row)
                 if last or not clean:
                     self._end(worker)
                     worker = None
@@ -233,25 +236,6 @@ class Run:
             worker.kill()
         worker.close()
         self.workers.discard(worker)
-
-
-def append(out: Path, row: dict[str, Any]) -> None:
-    """Adds a row; a line that a killed run left half written ends first."""
-    with open(out, "a+b") as stream:
-        if stream.tell():
-            stream.seek(-1, os.SEEK_END)
-            if stream.read(1) != b"\n":
-                stream.write(b"\n")
-        stream.write(json.dumps(row).encode() + b"\n")
-
-
-def read(out: Path) -> list[dict[str, Any]]:
-    """Returns the rows so far, without a half-written one."""
-    rows = []
-    for line in out.read_text().splitlines() if out.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
 
 
 def outstanding(

@@ -17,11 +17,9 @@ predictions from that record.
 import argparse
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure_memory import setup_of
 from scipy.optimize import linprog
 
 from qlora_jax.memory import (
@@ -33,8 +31,10 @@ from qlora_jax.memory import (
     estimate,
     features,
 )
+from scripts.bench import harness
+from scripts.bench.memory import setup_of
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = harness.ROOT / "scripts" / "results"
 HELD_OUT = RESULTS / "memory_held_out.jsonl"
 TARGETS: dict[Platform, str] = {"gpu": "h200", "cpu": "cpu"}
 ROUNDS = 20
@@ -44,8 +44,7 @@ Row = dict[str, Any]
 
 def recorded(platform: Platform) -> list[Row]:
     """Reads what XLA assigned to each setup of the grid."""
-    path = RESULTS / f"memory_{TARGETS[platform]}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return harness.read_rows(RESULTS / f"memory_{TARGETS[platform]}.jsonl")
 
 
 def xla_bytes(row: Row) -> int:

@@ -1,6 +1,9 @@
 """Writes tests/golden/chat.json: chats as transformers renders, tokenizes and masks them.
 
-Needs transformers (5.24 wrote the file) without torch: `python -m scripts.make.golden_chat`.
+Needs transformers (5.24 wrote the file) without torch, and what the tests share:
+
+    PYTHONPATH=tests python -m scripts.make.golden_chat
+
 For each template and row: the text; by tokenizer the ids' number and crc32; where the
 template marks what is generated, the tokens of the assistant mask as (first, end) runs;
 and the prompt of each assistant turn, as serving shows it. For each folder of
@@ -9,18 +12,16 @@ tests/folder_cases.py: the ids of its text without and with what the tokenizer a
 
 import itertools
 import json
-import sys
 import tempfile
 import zlib
 from pathlib import Path
 
+import chat_cases
+import folder_cases
 import transformers
+from chat_templates import TEMPLATES
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-import chat_cases  # noqa: E402
-import folder_cases  # noqa: E402
-from chat_templates import TEMPLATES  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def runs(mask: list[int]) -> list[list[int]]:

@@ -19,7 +19,7 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
-GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
+GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "golden"
 OUT = GOLDEN / "combine"
 ADAPTERS = {
     "a": {"target_modules": ["q_proj", "embed_tokens"], "lora_alpha": 6},

@@ -20,7 +20,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-OUT = Path(__file__).resolve().parents[1] / "tests" / "golden" / "peft"
+OUT = Path(__file__).resolve().parents[2] / "tests" / "golden" / "peft"
 QV = ["q_proj", "v_proj"]
 CASES = {
     "dora": ("untied", {"target_modules": ["q_proj", "down_proj"], "use_dora": True}),

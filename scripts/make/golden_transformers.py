@@ -1,7 +1,8 @@
 """Makes tests/golden/families: logits of tiny models of every family, by transformers.
 
     pip install torch==2.13.0 transformers==5.24.0 safetensors==0.8.0 accelerate==1.15.0
-    python -m scripts.make.golden_transformers --out tests/golden/families [CASE ...]
+    PYTHONPATH=tests/models python -m scripts.make.golden_transformers \\
+        --out tests/golden/families [CASE ...]
 
 CPU, float32, eager attention. The weights follow from tests/models/family_cases.py and
 are not stored. A case is read by transformers from a folder with the names that it
@@ -21,20 +22,16 @@ defaults.json: {model type: config.json as transformers writes it, made from SIZ
 
 import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 
+import family_cases as cases
 import numpy as np
 import safetensors
 import torch
 import transformers
 from safetensors.numpy import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "models"))
-
-import family_cases as cases  # noqa: E402
 
 # Of every model's config, and nothing about its shape.
 UNUSED = set(PreTrainedConfig().to_dict()) - {"tie_word_embeddings"}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from qlora_jax.models import FAMILIES
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+README = Path(__file__).resolve().parents[2] / "README.md"
 START, END = "<!-- families: scripts/make/tables.py -->\n", "<!-- end of families -->\n"
 CELLS = ("dense folder", "4-bit folder", "merged", "adapters")
 """What every family can: open (and write) each, in both directions where there are two.

@@ -4,8 +4,9 @@ import json
 import re
 from pathlib import Path
 
-import gpu_report
 import pytest
+
+from scripts.gpu import report
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,14 +43,14 @@ def compared(heading: str, record: str, silent: tuple[str, ...] = ()) -> set[tup
     A cell may be empty only where nothing was recorded, or where `silent` names its
     direction and rival: a figure that does not please cannot be left out.
     """
-    every = gpu_report.table(recorded(record))
+    every = report.table(recorded(record))
     at, direction, seen = "", "", set()
     for shape, way, m, us, *ratios in table(heading):
         at, direction = shape or at, way or direction
         n, k = map(int, at.split(" x "))
         found = every[n, k, direction, int(m)]
         seen.add((n, k, direction, int(m)))
-        ours = found["decode"] if "decode" in us else gpu_report.choice(found)
+        ours = found["decode"] if "decode" in us else report.choice(found)
         assert ours and same(us, ours["us"]), (m, us)
         whats = ("dense", "two_pass", "bitsandbytes")
         for what, cell in zip(whats, ratios, strict=True):
@@ -63,8 +64,8 @@ def compared(heading: str, record: str, silent: tuple[str, ...] = ()) -> set[tup
 
 def chosen(record: str) -> set[tuple]:
     """Products of which a record has the library's choice."""
-    every = gpu_report.table(recorded(record))
-    return {key for key, found in every.items() if gpu_report.choice(found)}
+    every = report.table(recorded(record))
+    return {key for key, found in every.items() if report.choice(found)}
 
 
 def test_the_librarys_choice_is_as_recorded_and_nothing_is_left_out():
@@ -165,9 +166,9 @@ def test_adapted_linears_are_as_recorded():
 )
 def test_the_readme_says_what_one_run_measured(pattern, m):
     (said,) = re.findall(pattern, " ".join((ROOT / "README.md").read_text().split()))
-    every = gpu_report.table(recorded("nvidia_h200_suite.jsonl"))
+    every = report.table(recorded("nvidia_h200_suite.jsonl"))
     found = every[14336, 4096, "forward", m]
-    ours = gpu_report.choice(found)
+    ours = report.choice(found)
     assert ours and same(said, found["dense"]["us"] / ours["us"])
 
 

@@ -21,6 +21,7 @@ Run by the parent, with the Python that has torch, peft and bitsandbytes.
 import contextlib
 import os
 import warnings
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -73,29 +74,63 @@ def dense_llama(task: Task) -> LlamaForCausalLM:
     return model
 
 
+def packed(
+    linear: torch.nn.Linear, weight: torch.Tensor, dtype: torch.dtype
+) -> bnb.nn.Linear4bit:
+    """Returns an NF4 linear of a weight, on the weight's device.
+
+    Args:
+      linear: Whose shape it has.
+      weight: (out, in).
+      dtype: Of the computation.
+    """
+    made = bnb.nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=False,
+        compute_dtype=dtype,
+        compress_statistics=True,
+        quant_type="nf4",
+        device="meta",
+    )
+    made.weight = bnb.nn.Params4bit(
+        weight,
+        requires_grad=False,
+        compress_statistics=True,
+        quant_type="nf4",
+        module=made,
+    ).to(weight.device)  # this is what quantizes
+    return made
+
+
+def adapted(
+    model: LlamaForCausalLM, rank: int, alpha: int, **options: Any
+) -> torch.nn.Module:
+    """Returns a model with LoRA on all seven linears.
+
+    Args:
+      model: The base, which is changed.
+      rank: Of the factors.
+      alpha: The scale's numerator.
+      **options: Of get_peft_model.
+    """
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(LINEARS),
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config, **options)
+
+
 def quantize(model: LlamaForCausalLM, dtype: torch.dtype) -> None:
     """Replaces the layers' linears by NF4 ones, one at a time, in place."""
     for module in model.model.layers.modules():
         for name, linear in list(module.named_children()):
-            if name not in LINEARS:
-                continue
-            quantized = bnb.nn.Linear4bit(
-                linear.in_features,
-                linear.out_features,
-                bias=False,
-                compute_dtype=dtype,
-                compress_statistics=True,
-                quant_type="nf4",
-                device="meta",
-            )
-            quantized.weight = bnb.nn.Params4bit(
-                linear.weight.data,
-                requires_grad=False,
-                compress_statistics=True,
-                quant_type="nf4",
-                module=quantized,
-            ).to("cpu")  # this is what quantizes
-            setattr(module, name, quantized)
+            if name in LINEARS:
+                setattr(module, name, packed(linear, linear.weight.data, dtype))
     # What PEFT looks at before it chooses its Linear4bit.
     model.is_loaded_in_4bit = True
 
@@ -128,15 +163,8 @@ def build(task: Task) -> Contestant:
         adapter = "float32"
     if task.checkpoint == "layer":
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    config = LoraConfig(
-        r=task.rank,
-        lora_alpha=task.alpha,
-        target_modules=list(LINEARS),
-        lora_dropout=0.0,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(model, config, autocast_adapter_dtype=adapter != "bfloat16")
+    wide = adapter != "bfloat16"
+    model = adapted(model, task.rank, task.alpha, autocast_adapter_dtype=wide)
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     if adapter == "bfloat16":

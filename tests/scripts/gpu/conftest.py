@@ -1,21 +1,18 @@
 """A worker process that measures nothing."""
 
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-FAKE = f"""
-import os, sys, time
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "scripts")!r}]
-import gpu_workers
+FAKE = """
+import os, time
+from scripts.gpu import workers
 
 def handle(task, turn):
     what = task.get("what")
     if task["section"] == "device":
-        cpu = {{"platform": "cpu", "kind": "", "capability": (0, 0), "cores": 0}}
-        return {{"device": cpu, "driver": None}}
+        cpu = {"platform": "cpu", "kind": "", "capability": (0, 0), "cores": 0}
+        return {"device": cpu, "driver": None}
     if what == "misfit":
         raise ValueError("does not fit")
     compiled = [time.time(), time.sleep(0.03), time.time()][::2]
@@ -29,15 +26,14 @@ def handle(task, turn):
             raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")
         print("what a library prints")
         time.sleep(0.05)
-        row = {{"pid": os.getpid(), "at": [began, time.time()]}}
+        row = {"pid": os.getpid(), "at": [began, time.time()]}
         row["compiled"] = compiled
-        return row | {{"passed": True, "wrong": 0, "tolerance": 0}}
+        return row | {"passed": True, "wrong": 0, "tolerance": 0}
 
-gpu_workers.serve(handle)
+workers.serve(handle)
 """
 
 
 @pytest.fixture
-def fake(tmp_path: Path) -> list[str]:
-    (tmp_path / "fake.py").write_text(FAKE)
-    return [sys.executable, str(tmp_path / "fake.py")]
+def fake() -> list[str]:
+    return [sys.executable, "-c", FAKE]

@@ -1,7 +1,5 @@
 """The numerics of gpu/suite.py really run: what is right passes, what is wrong fails."""
 
-import gpu_numerics
-import gpu_report
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +9,7 @@ from gpu_cases import case
 from pallas_kernels import layout, reference
 from pallas_kernels.packed_matmul import IMPLEMENTATIONS
 from pallas_kernels.packed_matmul.implementation import Implementation
+from scripts.gpu import numerics, report
 
 
 @pytest.mark.slow
@@ -27,7 +26,7 @@ from pallas_kernels.packed_matmul.implementation import Implementation
     ],
 )
 def test_what_is_right_passes(what, direction, fields):
-    row = gpu_numerics.here(case(what, direction, **fields))
+    row = numerics.here(case(what, direction, **fields))
     assert row["passed"], row
 
 
@@ -56,9 +55,9 @@ def unwritten(y):
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("change", [lost_block, scaled, unwritten])
 def test_what_is_wrong_fails(monkeypatch, direction, change):
-    monkeypatch.setitem(gpu_numerics.ROUNDINGS, "wrong", 2)
+    monkeypatch.setitem(numerics.ROUNDINGS, "wrong", 2)
     monkeypatch.setitem(IMPLEMENTATIONS, "wrong", wrong_by(change))
-    row = gpu_numerics.here(case("wrong", direction, m=200))
+    row = numerics.here(case("wrong", direction, m=200))
     assert row["passed"] is False, row
 
 
@@ -69,27 +68,27 @@ def test_weights_that_are_near_are_not_exact(monkeypatch):
 
     one = Implementation(forward=twice_rounded, backward=None, refuses=lambda *_: None)
     monkeypatch.setitem(IMPLEMENTATIONS, "near", one)
-    row = gpu_numerics.here(case("near", m=512, n=512, exact=True, check="bits"))
+    row = numerics.here(case("near", m=512, n=512, exact=True, check="bits"))
     assert row["passed"] is False and 0 < row["wrong"] < 512 * 512 // 10
 
 
 def test_the_oracle_decodes_as_the_reference():
     spec = layout.abstract_tensor((64, 512), codebook="fp4")
-    w = gpu_numerics._random_weight(spec, np.random.default_rng(0))
+    w = numerics._random_weight(spec, np.random.default_rng(0))
     want = reference.dequantize(jax.tree.map(jnp.asarray, w), "float32")
-    np.testing.assert_array_equal(gpu_numerics.decoded(w), want)
+    np.testing.assert_array_equal(numerics.decoded(w), want)
 
 
 def test_a_tolerance_is_that_of_the_roundings():
-    two = gpu_numerics.tolerance(case("xla"))
+    two = numerics.tolerance(case("xla"))
     rng = np.random.default_rng(0)
     x = np.exp(rng.uniform(0, 5, 100_000)).astype(np.float32)
     once = (x.astype(jnp.bfloat16).astype(np.float32) - x) / x
     rms = np.sqrt(np.square(once).mean())
-    assert two == pytest.approx(gpu_numerics.MARGIN * np.sqrt(2) * rms, rel=0.02)
+    assert two == pytest.approx(numerics.MARGIN * np.sqrt(2) * rms, rel=0.02)
 
 
 def test_a_numerics_task_that_crashed_is_a_failure():
     row = case("hopper") | {"failed": "no answer in 60 s", "lost": True}
-    assert gpu_report.failed_numerics([row]) == [row]
-    assert gpu_report.failed_numerics([row, case("hopper") | {"passed": True}]) == []
+    assert report.failed_numerics([row]) == [row]
+    assert report.failed_numerics([row, case("hopper") | {"passed": True}]) == []

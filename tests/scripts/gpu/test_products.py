@@ -3,13 +3,12 @@
 import contextlib
 from types import SimpleNamespace
 
-import gpu_bitsandbytes
-import gpu_products
 import jax
 import numpy as np
 import pytest
 
 from pallas_kernels import reference
+from scripts.gpu import bitsandbytes, products, step
 
 
 @pytest.mark.slow
@@ -26,7 +25,7 @@ from pallas_kernels import reference
 )
 def test_a_timed_product_is_the_product(task):
     task |= {"m": 4, "n": 128, "k": 256}
-    built, data = gpu_products.build(task), gpu_products.Data()
+    built, data = products.build(task), products.Data()
     args = [data(one) for one in built.fixed]
     (w,) = (jax.tree.map(data, one) for one in built.rotated)
     got = built.run(*args, w)
@@ -50,10 +49,10 @@ def test_a_timed_product_is_the_product(task):
 
 def test_a_statistic_is_the_median_of_all_calls_and_keeps_the_repeats():
     kernels = [1.0, 2.0] * 3  # two kernels in each of three calls
-    assert gpu_products.per_call(kernels, 3) == [3.0, 3.0, 3.0]
+    assert products.per_call(kernels, 3) == [3.0, 3.0, 3.0]
     with pytest.raises(RuntimeError, match="6 kernels in 4 calls"):
-        gpu_products.per_call(kernels, 4)
-    kept = gpu_products.statistic([[3.0, 1.0, 2.0], [7.0, 5.0, 6.0]])
+        products.per_call(kernels, 4)
+    kept = products.statistic([[3.0, 1.0, 2.0], [7.0, 5.0, 6.0]])
     assert kept["us"] in (3.0, 5.0) and kept["us_repeats"] == [2.0, 6.0]
     assert (kept["us_10"], kept["us_90"]) == (1.0, 7.0)
 
@@ -69,25 +68,24 @@ def test_bitsandbytes_kernels_are_ordered_and_copies_left_out():
         event("cudaLaunchKernel", "cpu", 5, 8.0),
         event("dequantize", "cuda", 10, 3.0),
     ]
-    assert gpu_bitsandbytes.kernel_times(events, "cuda") == [3.0, 4.0]
+    assert bitsandbytes.kernel_times(events, "cuda") == [3.0, 4.0]
 
 
-@pytest.mark.slow
-def test_the_step_that_is_timed_is_a_step(monkeypatch):
-    import gpu_step
-
-    tiny = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128}
-    tiny |= {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
-    monkeypatch.setattr(gpu_step, "LLAMA_8B", tiny)
-    task = {"section": "step", "what": "ours", "batch": 2, "seq": 32}
-    turns = []
-
-    @contextlib.contextmanager
-    def turn():
-        turns.append(1)
-        yield
-
-    row = gpu_step.our_step(task, turn)
-    assert turns == [1]
-    assert row["tokens_per_s"] == pytest.approx(64 / row["step_s"])
-    assert 3 < row["loss"] < 6  # ln 64 is 4.2; of a random model, after some steps
+@pytest.mark.parametrize(
+    ("task", "wanted"),
+    [
+        ({"what": "ours", "batch": 4}, {"micro_batch": 4, "checkpoint": "layer"}),
+        ({"what": "8b streamed"}, {"micro_batch": 1, "stream": True}),
+    ],
+)
+def test_the_step_that_is_timed_is_that_of_an_8b_model(monkeypatch, task, wanted):
+    setups = []
+    monkeypatch.setattr(
+        step, "measured", lambda setup, turn: setups.append(setup) or {}
+    )
+    section = "step" if "batch" in task else "memory"
+    step.our_step({**task, "section": section, "seq": 2048}, contextlib.nullcontext)
+    (setup,) = setups
+    assert setup.config.num_layers == 32 and setup.config.hidden_size == 4096
+    assert setup.lora.rank == 16 and setup.max_tokens == 2048
+    assert {name: getattr(setup, name) for name in wanted} == wanted

@@ -8,27 +8,25 @@ import sys
 import time
 from pathlib import Path
 
-import gpu_report
-import gpu_suite
-import gpu_tasks
-import gpu_workers
 import jax
 import pytest
 from gpu_cases import case, numbered
 
-ROOT = Path(__file__).parents[2]
+from scripts.bench import harness
+from scripts.gpu import report, suite, tasks
 
-PROGRAM = f"""
+ROOT = Path(__file__).parents[3]
+
+PROGRAM = """
 import sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "scripts")!r}]
-import gpu_suite, gpu_tasks
-tasks = [
-    {{"section": "numerics", "what": "a", "direction": "forward", "dtype": "bfloat16"}}
-    | {{"check": "bits", "m": m, "n": 1, "k": 1}}
+from scripts.gpu import suite, tasks
+made = [
+    {"section": "numerics", "what": "a", "direction": "forward", "dtype": "bfloat16"}
+    | {"check": "bits", "m": m, "n": 1, "k": 1}
     for m in range(40)
 ]
-gpu_tasks.numerics = lambda device: tasks
-sys.exit(gpu_suite.main(sys.argv[2:], [sys.executable, sys.argv[1]]))
+tasks.numerics = lambda device: made
+sys.exit(suite.main(sys.argv[2:], [sys.executable, "-c", sys.argv[1]]))
 """
 
 
@@ -36,76 +34,72 @@ sys.exit(gpu_suite.main(sys.argv[2:], [sys.executable, sys.argv[1]]))
 def test_a_killed_run_goes_on_where_it_was(fake, tmp_path):
     out = tmp_path / "rows.jsonl"
     args = ["--only", "numerics", "--out", str(out), "--workers", "2"]
-    command = [sys.executable, "-c", PROGRAM, fake[1], *args]
-    first = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while len(gpu_workers.read(out)) < 4:
+    command = [sys.executable, "-c", PROGRAM, fake[2], *args]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    first = subprocess.Popen(command, cwd=ROOT, **quiet)
+    while len(harness.read_rows(out)) < 4:
         assert first.poll() is None, "it ended before it was killed"
         time.sleep(0.02)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    done = [row for row in gpu_workers.read(out) if "m" in row]
+    done = [row for row in harness.read_rows(out) if "m" in row]
     assert 3 <= len(done) < 40
     with open(out, "a") as stream:  # as a kill in the middle of a row leaves it
         stream.write('{"section": "numerics", "what": "a", "m')
-    again = subprocess.run(command, capture_output=True, text=True)
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    rows = [row for row in gpu_workers.read(out) if "m" in row]
+    rows = [row for row in harness.read_rows(out) if "m" in row]
     assert sorted(row["m"] for row in rows) == list(range(40))
     assert rows[: len(done)] == done
 
 
-REAL = f"""
-import sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "scripts")!r}]
+REAL = """
 import dataclasses, os
-import gpu_suite, gpu_workers
 from pallas_kernels.packed_matmul import IMPLEMENTATIONS
+from scripts.gpu import suite, workers
 if os.environ.get("SPOIL"):
     one = IMPLEMENTATIONS["xla"]
     IMPLEMENTATIONS["xla"] = dataclasses.replace(
         one, backward=lambda *args: one.backward(*args) * 1.02
     )
-gpu_workers.serve(gpu_suite.handle)
+workers.serve(suite.handle)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spoil", [False, True])
 def test_the_command_fails_if_a_product_is_wrong(spoil, tmp_path, monkeypatch, capsys):
-    (tmp_path / "real.py").write_text(REAL)
     monkeypatch.setenv("SPOIL", "1" if spoil else "")
-    cases = [case(w, d) for w in ("xla", "two_pass") for d in gpu_tasks.DIRECTIONS]
-    monkeypatch.setattr(gpu_tasks, "numerics", lambda device: cases)
+    cases = [case(w, d) for w in ("xla", "two_pass") for d in tasks.DIRECTIONS]
+    monkeypatch.setattr(tasks, "numerics", lambda device: cases)
     out = tmp_path / "rows.jsonl"
-    command = [sys.executable, str(tmp_path / "real.py")]
+    command = [sys.executable, "-c", REAL]
     args = ["--only", "numerics", "--out", str(out), "--workers", "1"]
-    assert gpu_suite.main(args, command) == (1 if spoil else 0)
+    assert suite.main(args, command) == (1 if spoil else 0)
     said = capsys.readouterr().out
     assert ("FAILED section=numerics what=xla direction=backward" in said) == spoil
     assert said.count("| passed |") == (3 if spoil else 4)
-    run, *rows = gpu_workers.read(out)
+    run, *rows = harness.read_rows(out)
     assert run["section"] == "run" and run["versions"]["jax"] == jax.__version__
     assert str(tmp_path) not in json.dumps(run)
     assert len(rows) == 4
     # Again: nothing is left to do, and the verdict stays.
-    assert gpu_suite.main(args, command) == (1 if spoil else 0)
-    assert len(gpu_workers.read(out)) == 5
+    assert suite.main(args, command) == (1 if spoil else 0)
+    assert len(harness.read_rows(out)) == 5
 
 
 @pytest.mark.parametrize("minutes", ["0", "1"])
 def test_what_was_not_reached_is_said(minutes, fake, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_tasks, "numerics", lambda device: numbered("a", "misfit"))
+    monkeypatch.setattr(tasks, "numerics", lambda device: numbered("a", "misfit"))
     args = ["--out", str(tmp_path / "rows.jsonl"), "--minutes", minutes]
-    gpu_suite.main(args, fake)
+    suite.main(args, fake)
     said = capsys.readouterr().out
     assert ("not reached in 0 minutes: 2 of numerics" in said) == (minutes == "0")
 
 
 def test_the_report_reads_the_shipped_results(capsys):
     shipped = ROOT / "scripts" / "results" / "h200_suite.jsonl"
-    assert gpu_suite.main(["--report", str(shipped)]) == 0
+    assert suite.main(["--report", str(shipped)]) == 0
     said = capsys.readouterr().out
     assert "copy (x + 1 over 4 GiB): 3.37 TB/s" in said
     # One token of the largest linear: cuBLAS took 2.79 times as long.
@@ -135,7 +129,7 @@ def test_the_report_shows_the_choice_its_share_and_the_goals():
         row("two_pass", 4096, 99.0, failed="an older try"),
         row("two_pass", 4096, 210.0),
     ]
-    said = "\n".join(gpu_report.report(rows))
+    said = "\n".join(report.report(rows))
     share = (4096 * 4096 * 4.127 / 8 + 4 * 4096) / 4e12 * 1e6 / 4.0
     assert f"| 1 | **4.0** | 9.0 |  | 12.0 | {share:.0%} | bytes | 3.00 |" in said
     assert "| 4096 |  | **200.0** | 210.0 | 180.0 | 86% | operations | 0.90 |" in said

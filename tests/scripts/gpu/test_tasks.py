@@ -1,14 +1,12 @@
 """What gpu/suite.py measures on which device, and in what order."""
 
-import gpu_suite
-import gpu_tasks
-import gpu_workers
 import jax
 import pytest
 
 from pallas_kernels.device import Device
 from pallas_kernels.packed_matmul.mosaic import MOSAIC_JAX
 from pallas_kernels.shapes import SHAPES
+from scripts.gpu import suite, tasks, workers
 
 H200 = Device("gpu", "NVIDIA H200", (9, 0), 132)
 A100 = Device("gpu", "NVIDIA A100-SXM4-80GB", (8, 0), 108)
@@ -21,14 +19,14 @@ needs_mosaic = pytest.mark.skipif(
 
 @needs_mosaic
 def test_the_sweep_has_every_implementation_rival_token_and_linear():
-    found = gpu_tasks.tasks(H200, ("sweep",), ("bitsandbytes",))
+    found = tasks.tasks(H200, ("sweep",), ("bitsandbytes",))
     seen = {(t["what"], t["direction"], t["m"], t["n"], t["k"]) for t in found}
     assert len(seen) == len(found)
     assert {t["m"] for t in found} == {*(2**i for i in range(13)), 16384}
     linears = {s[1:] for name, s in SHAPES.items() if name.startswith("llama3_")}
     assert len(linears) == 8 and (1024, 8192) in linears
     for n, k in linears:
-        for m in gpu_tasks.TOKENS:
+        for m in tasks.TOKENS:
             for direction in ("forward", "backward"):
                 whats = {w for w, *rest in seen if rest == [direction, m, n, k]}
                 want = {"hopper", "two_pass", "xla", "dense", "bitsandbytes"}
@@ -38,11 +36,11 @@ def test_the_sweep_has_every_implementation_rival_token_and_linear():
 
 @needs_mosaic
 def test_the_most_telling_come_first():
-    found = gpu_tasks.tasks(H200, wheels=("bitsandbytes", "peft"))
+    found = tasks.tasks(H200, wheels=("bitsandbytes", "peft"))
     sections = [t["section"] for t in found]
     assert sections[:3] == ["ceilings", "ceilings", "numerics"]
     timed = [t for t in found if t["section"] in ("sweep", "lora")]
-    first = [t for t in timed if t["m"] in gpu_tasks.GOALS and t["what"] != "xla"]
+    first = [t for t in timed if t["m"] in tasks.GOALS and t["what"] != "xla"]
     count = sum((t["n"], t["k"]) == (14336, 4096) for t in first if "direction" in t)
     assert all((t["n"], t["k"]) == (14336, 4096) for t in timed[:count])
     assert timed[count]["section"] == "lora"
@@ -59,8 +57,8 @@ def test_the_most_telling_come_first():
 
 @needs_mosaic
 def test_steps_come_between_the_goals_and_the_tail():
-    found = gpu_tasks.tasks(H200, wheels=("bitsandbytes", "peft"))
-    goals, steps, tail = gpu_suite.phases(found, 12)
+    found = tasks.tasks(H200, wheels=("bitsandbytes", "peft"))
+    goals, steps, tail = suite.phases(found, 12)
     shared = [t for lanes in (goals, steps, tail) for lane in lanes for t in lane.tasks]
     assert len(shared) == len(found) and all(t in shared for t in found)
     (alone,) = steps
@@ -72,14 +70,14 @@ def test_steps_come_between_the_goals_and_the_tail():
         "sweep",
         "lora",
     }
-    assert all(t["m"] in gpu_tasks.GOALS for t in ours.tasks if t["section"] == "sweep")
+    assert all(t["m"] in tasks.GOALS for t in ours.tasks if t["section"] == "sweep")
     assert {t["what"] for t in torch.tasks} == {"bitsandbytes"} and torch.processes == 1
 
 
 @needs_mosaic
 def test_numerics_try_what_can_run_on_the_device():
     def of(device, **fields):
-        found = gpu_tasks.tasks(device, ("numerics",))
+        found = tasks.tasks(device, ("numerics",))
         assert all(t["section"] == "numerics" for t in found)
         return [t for t in found if fields.items() <= t.items()]
 
@@ -103,11 +101,11 @@ def test_numerics_try_what_can_run_on_the_device():
 
 
 def test_without_a_gpu_there_are_numerics_alone():
-    found = gpu_tasks.tasks(CPU, wheels=("bitsandbytes", "peft"))
+    found = tasks.tasks(CPU, wheels=("bitsandbytes", "peft"))
     assert {t["section"] for t in found} == {"numerics"}
 
 
 def test_a_large_task_is_known_by_its_size():
     large = {"section": "sweep", "m": 16384, "n": 28672, "k": 8192}
-    assert gpu_tasks.size(large) > gpu_workers.LARGE_BYTES
-    assert gpu_tasks.size(large | {"m": 64, "n": 4096}) < gpu_workers.LARGE_BYTES
+    assert tasks.size(large) > workers.LARGE_BYTES
+    assert tasks.size(large | {"m": 64, "n": 4096}) < workers.LARGE_BYTES

@@ -4,21 +4,21 @@ import json
 import sys
 from pathlib import Path
 
-import gpu_products
-import gpu_workers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tune_kernels
 
 from pallas_kernels import layout, reference, tuning
 from pallas_kernels.device import Device
 from pallas_kernels.packed_matmul import IMPLEMENTATIONS, ampere, choose
 from pallas_kernels.packed_matmul.mosaic import MOSAIC_JAX
 from pallas_kernels.tuning import Problem
+from scripts.bench import harness
+from scripts.gpu import products
+from scripts.gpu import tune as tuner
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 H200 = Device("gpu", "NVIDIA H200", (9, 0), 132)
 CARDS = [
@@ -39,7 +39,7 @@ needs_mosaic = pytest.mark.skipif(
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_an_h200_tries_decode_up_to_32_tokens(direction, m):
     problem = Problem(direction, m, 14336, 4096, "bfloat16")
-    found = tune_kernels.candidates(problem, H200)
+    found = tuner.candidates(problem, H200)
     names = [choice.implementation for choice in found]
     decodes = direction == "forward" and m <= 32
     assert set(names) == {"hopper", "two_pass", *(["decode"] if decodes else [])}
@@ -55,7 +55,7 @@ def test_an_h200_tries_decode_up_to_32_tokens(direction, m):
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_ampere_and_ada_cards_try_ampere(device, direction):
     problem = Problem(direction, 64, 4096, 4096, "float16")
-    found = tune_kernels.candidates(problem, device)
+    found = tuner.candidates(problem, device)
     assert {choice.implementation for choice in found} == {"ampere", "two_pass"}
     configs = [dict(c.config) for c in found if c.implementation == "ampere"]
     assert ampere.config.configure(problem, device) in configs
@@ -74,7 +74,7 @@ def test_ampere_and_ada_cards_try_ampere(device, direction):
 def test_a_candidate_is_the_product(what, direction, rank):
     task = {"section": "tune", "what": what, "config": {}, "direction": direction}
     task |= {"m": 5, "n": 128, "k": 256, "dtype": "bfloat16", "rank": rank}
-    built, data = gpu_products.build(task), gpu_products.Data()
+    built, data = products.build(task), products.Data()
     x, *pair = args = [data(one) for one in built.fixed]
     w = jax.tree.map(data, built.rotated[0])
     got = np.asarray(built.run(*args, w), np.float64)
@@ -88,16 +88,15 @@ def test_a_candidate_is_the_product(what, direction, rank):
 
 # --- A whole run, with made-up times ------------------------------------------------------
 
-FAKE = f"""
-import os, sys, time
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "scripts")!r}]
-import gpu_workers
+FAKE = """
+import os
+from scripts.gpu import workers
 os.environ["JAX_PLATFORMS"] = "cpu"
-DEVICE = {{"platform": "gpu", "kind": "NVIDIA H200", "capability": (9, 0), "cores": 132}}
+DEVICE = {"platform": "gpu", "kind": "NVIDIA H200", "capability": (9, 0), "cores": 132}
 
 def handle(task, turn):
     if task["section"] == "device":
-        return {{"device": DEVICE, "driver": None}}
+        return {"device": DEVICE, "driver": None}
     config = task["config"]
     if task["what"] == "hopper" and config["block_m"] == 16:
         raise ValueError("does not fit")
@@ -106,26 +105,25 @@ def handle(task, turn):
             if not task["rank"]:
                 os._exit(7)
             raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")
-        us = {{"decode": 9.0, "hopper": 20.0, "two_pass": 30.0}}[task["what"]]
+        us = {"decode": 9.0, "hopper": 20.0, "two_pass": 30.0}[task["what"]]
         if task["what"] == "decode" and config.get("ahead") == 2:
             us = 7.0 if not task["rank"] else 15.0
         if os.environ.get("SLOWER"):
             us += 1
-        return {{"us": us}}
+        return {"us": us}
 
-gpu_workers.serve(handle)
+workers.serve(handle)
 """
 
 
 @pytest.fixture
 def tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "fake.py").write_text(FAKE)
-    command = [sys.executable, str(tmp_path / "fake.py")]
+    command = [sys.executable, "-c", FAKE]
     folder = tmp_path / "tuned"
     args = ["--out", str(folder), "--n", "4096", "--k", "8192", "--tokens", "8"]
     monkeypatch.setenv("QLORA_JAX_TUNED", str(folder))
     tuning._table.cache_clear()
-    yield lambda *more: tune_kernels.main([*args, "--workers", "2", *more], command)
+    yield lambda *more: tuner.main([*args, "--workers", "2", *more], command)
     tuning._table.cache_clear()
 
 
@@ -183,7 +181,7 @@ def test_it_goes_on_where_it_was_and_measures_again_if_asked(
     assert tune("--minutes", "0") == 0
     assert json.loads(path.read_text())["entries"] == {}
     assert tune() == 0
-    rows, table = gpu_workers.read(log), path.read_text()
+    rows, table = harness.read_rows(log), path.read_text()
     # As a run that was killed before its last row leaves it.
     lines = log.read_text().splitlines()
     last = next(i for i in reversed(range(len(lines))) if "failed" not in lines[i])
@@ -191,45 +189,35 @@ def test_it_goes_on_where_it_was_and_measures_again_if_asked(
     path.unlink()
     assert tune() == 0
     missing = json.loads(lines[last])
-    new = gpu_workers.read(log)[len(lines) - 1 :]
+    new = harness.read_rows(log)[len(lines) - 1 :]
     assert missing in new and all(row == missing or "failed" in row for row in new)
     assert path.read_text() == table
-    count = len(gpu_workers.read(log))
+    count = len(harness.read_rows(log))
     assert tune() == 0  # the table has all
-    assert len(gpu_workers.read(log)) == count
+    assert len(harness.read_rows(log)) == count
     monkeypatch.setenv("SLOWER", "1")
     assert tune("--again") == 0
     entry = json.loads(path.read_text())["entries"]
     assert entry["forward m<=8 n=4096 k=8192 bfloat16"]["us"] == 8.0
-    assert len(gpu_workers.read(log)) == count + 1 + len(rows)
+    assert len(harness.read_rows(log)) == count + 1 + len(rows)
 
 
 @needs_mosaic
 def test_a_product_that_is_half_measured_has_no_entry():
-    every = tune_kernels.tasks([Problem("backward", 64, 512, 512, "bfloat16")], H200)
+    every = tuner.tasks([Problem("backward", 64, 512, 512, "bfloat16")], H200)
     table = {"entries": {}, "failures": {}}
     rows = [task | {"us": 10.0 + i} for i, task in enumerate(every)]
-    assert tune_kernels.filled(table, every, rows[:-1]) == (table, set())
-    found, finished = tune_kernels.filled(table, every, rows)
+    assert tuner.filled(table, every, rows[:-1]) == (table, set())
+    found, finished = tuner.filled(table, every, rows)
     assert len(found["entries"]) == len(finished) == 1
 
 
 def test_without_a_gpu_it_says_so(tmp_path, capsys):
-    import gpu_suite
-
-    code = f"""
-import sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "scripts")!r}]
-import gpu_suite, gpu_workers
-gpu_workers.serve(gpu_suite.handle)
-"""
-    (tmp_path / "real.py").write_text(code)
-    command = [gpu_suite.WORKER[0], str(tmp_path / "real.py")]
-    assert tune_kernels.main(["--out", str(tmp_path)], command) == 2
+    assert tuner.main(["--out", str(tmp_path)]) == 2
     assert "tuning needs a GPU, this is cpu" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.json"))
 
 
 def test_the_shipped_table_is_as_the_tuner_writes_it():
     path = ROOT / "pallas_kernels" / "tuned" / "nvidia_h200.json"
-    assert tune_kernels.written(json.loads(path.read_text())) == path.read_text()
+    assert tuner.written(json.loads(path.read_text())) == path.read_text()

@@ -3,18 +3,20 @@
 import time
 from pathlib import Path
 
-import gpu_workers
 import pytest
 from gpu_cases import numbered
-from gpu_workers import Lane
+
+from scripts.bench import harness
+from scripts.gpu import workers
+from scripts.gpu.workers import Lane
 
 
 def test_what_hangs_dies_or_fails_has_a_row_and_spoils_no_other(fake, tmp_path):
     tasks = numbered("a", "b", "misfit", "c", "hang", "d", "die", "e", "sick", "f")
     out = tmp_path / "rows.jsonl"
-    run = gpu_workers.Run(fake, out, time.time() + 100, lambda task: (60.0, 1.0))
+    run = workers.Run(fake, out, time.time() + 100, lambda task: (60.0, 1.0))
     run([Lane(list(tasks))])
-    rows = gpu_workers.read(out)
+    rows = harness.read_rows(out)
     assert [row["i"] for row in rows] == list(range(10))
     a, b, misfit, c, hang, d, die, e, sick, f = rows
     assert misfit["failed"] == "ValueError: does not fit" and "lost" not in misfit
@@ -31,15 +33,15 @@ def test_what_hung_is_run_again_only_if_asked(fake, tmp_path):
     tasks = numbered("a", "hang", "misfit", "b")
     rows = [tasks[0] | {"us": 1.0}, tasks[1] | {"failed": "no answer", "lost": True}]
     rows += [tasks[2] | {"failed": "ValueError"}]
-    assert gpu_workers.outstanding(tasks, rows) == [tasks[2], tasks[3]]
-    assert gpu_workers.outstanding(tasks, rows, retry_lost=True) == tasks[1:]
+    assert workers.outstanding(tasks, rows) == [tasks[2], tasks[3]]
+    assert workers.outstanding(tasks, rows, retry_lost=True) == tasks[1:]
 
 
 def test_processes_run_one_at_a_time_and_not_while_others_compile(fake, tmp_path):
     out = tmp_path / "rows.jsonl"
-    run = gpu_workers.Run(fake, out, time.time() + 100, lambda task: (60.0, 10.0))
+    run = workers.Run(fake, out, time.time() + 100, lambda task: (60.0, 10.0))
     run([Lane(numbered(*"abcdef"), 3), Lane(numbered(*"ghi"), alone=True)])
-    rows = gpu_workers.read(out)
+    rows = harness.read_rows(out)
     assert len(rows) == 9
     spans = sorted(row["at"] for row in rows)
     assert all(
@@ -55,7 +57,7 @@ def test_processes_run_one_at_a_time_and_not_while_others_compile(fake, tmp_path
 def test_the_time_cuts_the_tail_and_leaves_no_row_of_it(fake, tmp_path):
     out = tmp_path / "rows.jsonl"
     began = time.time()
-    run = gpu_workers.Run(fake, out, began + 3, lambda task: (500.0, 500.0))
+    run = workers.Run(fake, out, began + 3, lambda task: (500.0, 500.0))
     run([Lane(numbered("a", "hang", "b"))])
     assert time.time() - began < 20
-    assert [row["what"] for row in gpu_workers.read(out)] == ["a"]
+    assert [row["what"] for row in harness.read_rows(out)] == ["a"]
