@@ -34,6 +34,13 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     return made
 
 
+def only_help(about: str | None) -> None:
+    """Reads the command line of a program that has no flags but --help."""
+    argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+
+
 def take_turns(
     runs: Mapping[str, Callable[[], Any]],
     rounds: int,

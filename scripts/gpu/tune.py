@@ -32,10 +32,9 @@ from scripts.gpu.tasks import DIRECTIONS, LARGE, RANK, SMALL, TOKENS, can
 from scripts.gpu.workers import Lane, outstanding
 
 NOTE = (
-    "us: device time at m tokens; of the whole product where the source is "
-    "gpu/tune.py or nvidia_h200_suite.jsonl, without decoding hopper's scales where it "
-    "is h200_kernels.jsonl. An entry whose m is not its key's was not measured at its own "
-    "tokens."
+    "us: device time of the whole product at m tokens. An entry whose m is not its key's "
+    "was not measured at its own tokens. Entries without us were chosen by hand among "
+    "timings whose program was not kept; --again measures them."
 )
 
 

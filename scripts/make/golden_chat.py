@@ -21,6 +21,8 @@ import folder_cases
 import transformers
 from chat_templates import TEMPLATES
 
+from scripts.bench import harness
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -85,6 +87,8 @@ def folder(case: folder_cases.Case) -> dict:
 
 
 def main() -> None:
+    """Writes the file."""
+    harness.only_help(__doc__)
     golden = {
         name: {row: case(template, chat_cases.row_of(row)) for row in chat_cases.ROWS}
         for name, template in TEMPLATES.items()

@@ -19,6 +19,8 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
+from scripts.bench import harness
+
 GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "golden"
 OUT = GOLDEN / "combine"
 ADAPTERS = {
@@ -63,6 +65,9 @@ CASES = {
 
 
 def main() -> None:
+    """Makes the folder anew."""
+    harness.only_help(__doc__)
+    warnings.simplefilter("ignore")
     shutil.rmtree(OUT, ignore_errors=True)
     base = AutoModelForCausalLM.from_pretrained(
         GOLDEN / "peft" / "untied", dtype=torch.float32
@@ -99,5 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
     main()

@@ -20,6 +20,8 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from scripts.bench import harness
+
 OUT = Path(__file__).resolve().parents[2] / "tests" / "golden" / "peft"
 QV = ["q_proj", "v_proj"]
 CASES = {
@@ -142,7 +144,9 @@ def make(name: str, base_name: str, options: dict) -> None:
     np.savez_compressed(out / "golden.npz", **arrays)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Makes the folder anew."""
+    harness.only_help(__doc__)
     warnings.simplefilter("ignore")
     shutil.rmtree(OUT, ignore_errors=True)
     for name, (base_name, options) in CASES.items():
@@ -151,3 +155,7 @@ if __name__ == "__main__":
     cases = {name: base_name for name, (base_name, _) in CASES.items()}
     said = {"made_with": versions, "cases": cases}
     (OUT / "index.json").write_text(json.dumps(said, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from qlora_jax.models import FAMILIES
+from scripts.bench import harness
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 START, END = "<!-- families: scripts/make/tables.py -->\n", "<!-- end of families -->\n"
@@ -29,4 +30,5 @@ def written(readme: str) -> str:
 
 
 if __name__ == "__main__":
+    harness.only_help(__doc__)
     README.write_text(written(README.read_text()))

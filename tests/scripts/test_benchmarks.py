@@ -80,37 +80,6 @@ def test_what_the_first_run_alone_had_is_as_recorded():
     assert len(rest) >= 8 and shown >= rest
 
 
-def test_the_products_alone_are_as_recorded():
-    rows = recorded("h200_kernels.jsonl") + [
-        row | {"direction": "forward", "what": "decode"}
-        for row in recorded("h200_decode.jsonl")
-    ]
-    at, seen = "", 0
-    for shape, m, *cells in table("### Products alone"):
-        at = shape or at
-        n, k = map(int, at.split(" x "))
-        for direction, us, ratio in (
-            ("forward", *cells[:2]), ("backward", *cells[2:])):  # fmt: skip
-            mine = [
-                row
-                for row in rows
-                if "us" in row
-                and (row["n"], row["k"], row["m"]) == (n, k, int(m))
-                and row["direction"] == direction
-            ]
-            if not us:
-                assert not mine, (at, m, direction, "recorded, not shown")
-                continue
-            name = "decode" if "decode" in us else "hopper"
-            best = min(row["us"] for row in mine if row["what"] == name)
-            assert same(us, best), (at, m, direction, us, best)
-            if ratio:
-                (dense,) = (row["us"] for row in mine if row["what"] == "dense")
-                assert same(ratio, dense / best), (at, m, direction, ratio)
-                seen += 1
-    assert seen > 15
-
-
 def test_the_steps_are_as_recorded():
     rows = {
         (row["what"], row["batch"]): row
