@@ -14,7 +14,6 @@ Run by the parent, with a Python that has jax, flax and optax.
 """
 
 import re
-import time
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +29,7 @@ from scripts.bench.peers.protocol import (
     MIB,
     Contestant,
     Task,
+    compile_seconds,
     run,
     versions,
     xla_memory,
@@ -113,11 +113,8 @@ def build(task: Task) -> Contestant:
         return xla_memory(gradient.lower(state["lora"], base, on_device).compile())
 
     def compile_time() -> dict:
-        start = time.perf_counter()
-        lowered = train_step.lower(state["lora"], base, state["opt_state"], batch)
-        traced = time.perf_counter()
-        lowered.compile()
-        return {"trace_s": traced - start, "compile_s": time.perf_counter() - traced}
+        arguments = state["lora"], base, state["opt_state"], batch
+        return compile_seconds(train_step, *arguments)
 
     def step() -> float:
         state["lora"], state["opt_state"], metrics = jax.block_until_ready(

@@ -145,6 +145,15 @@ def xla_memory(compiled) -> dict[str, float]:
     }
 
 
+def compile_seconds(step, *arguments) -> dict[str, float]:
+    """Returns how long a jitted step takes to trace and to compile."""
+    start = time.perf_counter()
+    lowered = step.lower(*arguments)
+    traced = time.perf_counter()
+    lowered.compile()
+    return {"trace_s": traced - start, "compile_s": time.perf_counter() - traced}
+
+
 def claim_stdout() -> Callable[[dict], None]:
     """Keeps stdout for JSON lines alone: what libraries print goes to stderr."""
     channel = os.fdopen(os.dup(1), "w")

@@ -13,8 +13,6 @@ base.
 Run by the parent, with the Python that has qwix.
 """
 
-import time
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -26,6 +24,7 @@ from scripts.bench.peers.protocol import (
     MIB,
     Contestant,
     Task,
+    compile_seconds,
     run,
     versions,
     xla_memory,
@@ -221,11 +220,8 @@ def build(task: Task) -> Contestant:
         return xla_memory(gradient.lower(state["lora"], base, tokens).compile())
 
     def compile_time() -> dict:
-        start = time.perf_counter()
-        lowered = train_step.lower(state["lora"], base, state["opt_state"], tokens)
-        traced = time.perf_counter()
-        lowered.compile()
-        return {"trace_s": traced - start, "compile_s": time.perf_counter() - traced}
+        arguments = state["lora"], base, state["opt_state"], tokens
+        return compile_seconds(train_step, *arguments)
 
     def step() -> float:
         state["lora"], state["opt_state"], loss = jax.block_until_ready(
