@@ -36,6 +36,24 @@ def random_adapter(model: Any, rank: int, seed: int) -> Any:
     return model
 
 
+def loss_call() -> Callable[[Any, np.ndarray], None]:
+    """Returns a call that computes a batch's loss, compiled once a structure of model."""
+    compiled: dict[Any, Callable] = {}
+
+    def loss_of(model: Any, tokens: np.ndarray) -> None:
+        graphdef, state = nnx.split(model)
+        if graphdef not in compiled:
+            compiled[graphdef] = jax.jit(
+                lambda state, batch: next_token_loss("none")(
+                    nnx.merge(graphdef, state), batch, None
+                )
+            )
+        batch = {"tokens": tokens, "weights": np.ones(tokens.shape, np.float32)}
+        jax.block_until_ready(compiled[graphdef](state, batch))
+
+    return loss_of
+
+
 def main() -> None:
     """Runs the benchmark; prints a table and one JSON line."""
     parser = harness.parser(__doc__)
@@ -57,49 +75,32 @@ def main() -> None:
     names = [f"adapter{i % count}" for i in range(rows)]
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, base.config.vocab_size, (rows, args.seq)).astype(np.int32)
-    prompts = tokens[:, :32].tolist()
     sample = qlora.SampleConfig(max_new_tokens=args.new_tokens)
 
-    losses: dict[Any, Callable] = {}
-
-    def loss_of(model: Any, tokens: np.ndarray) -> None:
-        graphdef, state = nnx.split(model)
-        if graphdef not in losses:
-            losses[graphdef] = jax.jit(
-                lambda state, batch: next_token_loss("none")(
-                    nnx.merge(graphdef, state), batch, None
-                )
-            )
-        batch = {"tokens": tokens, "weights": np.ones(tokens.shape, np.float32)}
-        jax.block_until_ready(losses[graphdef](state, batch))
-
-    def each(call: Callable[[Any, Any], Any], rows: Any) -> None:
-        for i, row in enumerate(rows):
-            one = row[None] if isinstance(row, np.ndarray) else [row]
-            call(models[i % count], one)
-
-    def new(model: Any, rows: list[list[int]]) -> Any:
-        return qlora.generate(model, rows, sample)
+    def new(model: Any, rows: np.ndarray) -> None:
+        qlora.generate(model, rows[:, :32].tolist(), sample)
 
     figures = {}
-    for what, call, batch in (
-        (f"{args.new_tokens} tokens a row", new, prompts),
-        (f"loss of {rows} x {args.seq}", loss_of, tokens),
+    for what, call in (
+        (f"{args.new_tokens} tokens a row", new),
+        (f"loss of {rows} x {args.seq}", loss_call()),
     ):
-        times = harness.take_turns(
-            {
-                "base alone": lambda c=call, r=batch: c(base, r),
-                "one adapter": lambda c=call, r=batch: c(models[0], r),
-                "an adapter a row": lambda c=call, r=batch: c(bank.route(names), r),
-                "bank, all on one": lambda c=call, r=batch: c(bank.route(names[0]), r),
-                "row by row": lambda c=call, r=batch: each(c, r),
-            },
-            args.rounds,
-        )
-        seconds = {name: round(s, 4) for name, s in harness.medians(times).items()}
-        figures[what] = seconds
-        for name, value in seconds.items():
-            ratio = value / seconds["one adapter"]
+
+        def each(call: Callable[[Any, Any], None] = call) -> None:
+            for i, row in enumerate(tokens):
+                call(models[i % count], row[None])
+
+        runs: dict[str, Callable[[], None]] = {
+            "base alone": lambda c=call: c(base, tokens),
+            "one adapter": lambda c=call: c(models[0], tokens),
+            "an adapter a row": lambda c=call: c(bank.route(names), tokens),
+            "bank, all on one": lambda c=call: c(bank.route(names[0]), tokens),
+            "row by row": each,
+        }
+        medians = harness.medians(harness.take_turns(runs, args.rounds))
+        figures[what] = {name: round(value, 4) for name, value in medians.items()}
+        for name, value in medians.items():
+            ratio = value / medians["one adapter"]
             print(f"{what:<24}{name:<20}{value:9.3f} s{ratio:8.2f} x", flush=True)
     harness.record(
         "several",
