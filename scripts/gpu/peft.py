@@ -47,7 +47,7 @@ def measured(batch: int, seq: int, device: str = "cuda") -> dict[str, Any]:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         torch.cuda.synchronize()
 
     torch.cuda.synchronize()
@@ -89,7 +89,7 @@ def packed_llama(device: str) -> LlamaForCausalLM:
             if parameter.is_meta:
                 real = drawn(parameter) if parameter.ndim > 1 else ones(parameter)
                 setattr(module, name, torch.nn.Parameter(real, requires_grad=False))
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config, device=device)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
     model.is_loaded_in_4bit = True
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
