@@ -120,10 +120,11 @@ def main() -> None:
         "--bnb-python", help="python of an environment with bitsandbytes"
     )
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    sides = {"ours": ours, "bitsandbytes": bitsandbytes}
+    parser.add_argument("--worker", choices=sides, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        answer({"ours": ours, "bitsandbytes": bitsandbytes}[args.model]())
+        answer(sides[args.worker]())
         return
     figures = loaded(args.model)
     allowed = figures["model_bytes"] + 2 * figures["largest_tensor_f32_bytes"]

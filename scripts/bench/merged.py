@@ -66,7 +66,9 @@ def main() -> None:
         theirs = np.load(found)
     figures = {
         **said,
-        "merged": Path(args.merged).name,
+        **{
+            name: Path(vars(args)[name]).name for name in ("model", "adapter", "merged")
+        },
         "transformers_vs_ours_on_merged": relative(theirs, ours),
         "transformers_on_merged_vs_applied": relative(theirs, applied),
         # The yardstick: the same adapter applied, but computed in bfloat16.
