@@ -132,7 +132,7 @@ def main() -> None:
     if args.bnb_python:
         figures |= compared(args.bnb_python, args.rounds)
     for name, value in figures.items():
-        text = f"{value / 2**20:.0f} MiB" if name.endswith("bytes") else f"{value:.2f}"
+        text = f"{value / 2**20:.0f} MiB" if name.endswith("_bytes") else f"{value:.2f}"
         print(f"{name:<28}{text}")
     harness.record("load", args.append, **figures)
 
