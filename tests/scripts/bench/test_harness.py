@@ -57,7 +57,9 @@ def test_scripts_change_no_search_path_and_name_programs_that_are_there():
     named = {
         name
         for page in pages
-        for name in re.findall(r"-m\s+(scripts(?:\.[a-z_]+)+)(?![.\w])", page.read_text())
+        for name in re.findall(
+            r"-m\s+(scripts(?:\.[a-z_]+)+)(?![.\w])", page.read_text()
+        )
     }
     assert len(named) > 20
     for name in named:
