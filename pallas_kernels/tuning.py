@@ -1,13 +1,14 @@
 """Tables of which kernel runs a product, tiled how, as measured on a device.
 
 A table is one JSON file a device kind, `tuned/<kind>.json`, filled by
-scripts/tune_kernels.py. Its entries are
+scripts/gpu/tune.py. Its entries are
 
     "forward m<=512 n=4096 k=4096 bfloat16": {"implementation": "hopper",
         "config": {"block_m": 128, ...}, "m": 512, "us": 28.4}
 
 with m in the key rounded up to a power of two and "m" the tokens that were timed, which
-may be those of a neighbouring entry; candidates that failed are under "failures". A file of
+may be those of a neighbouring entry; one that was chosen by hand has no "us". Candidates that
+failed are under "failures". A file of
 the same name in the folder that $QLORA_JAX_TUNED names comes first. Nothing is measured
 here: tables are read when a product is traced.
 """

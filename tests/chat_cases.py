@@ -1,6 +1,6 @@
 """Conversations and tokenizers that the chat templates are tried with.
 
-Imports neither jax nor transformers: scripts/make_golden_chat.py uses it with the latter.
+Imports neither jax nor transformers: scripts/make/golden_chat.py uses it with the latter.
 """
 
 import functools

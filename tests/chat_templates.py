@@ -1,7 +1,7 @@
 """Chat templates of the constructs that published ones have, rebuilt as small as they go.
 
 The names say whose construct it is. tests/golden/chat.json has what transformers makes of
-them (scripts/make_golden_chat.py).
+them (scripts/make/golden_chat.py).
 """
 
 _ROUND = "{% for m in messages %}"

@@ -1,4 +1,4 @@
-"""Tasks of gpu_suite.py that several of its tests use."""
+"""Tasks of gpu/suite.py that several of its tests use."""
 
 
 def case(what: str, direction: str = "forward", **fields) -> dict:

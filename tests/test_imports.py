@@ -14,7 +14,7 @@ import qlora_jax
 # Each may import what stands below it and its own kind, never what stands above.
 LAYERS = (
     ("cli",),
-    ("train", "generate", "evaluate"),
+    ("train", "inference", "evaluate"),
     ("sources", "exchange", "data"),
     ("text",),
     ("budget",),
@@ -161,10 +161,16 @@ def test_every_public_name_resolves():
         qlora_jax.fuse  # noqa: B018
 
 
-def test_a_function_is_not_hidden_by_the_subpackage_of_its_name():
-    import qlora_jax.generate.sample  # noqa: F401
+def test_no_module_hides_a_public_name():
+    parts = [module_of(file).split(".") for file in FILES]
+    modules = {name[1] for name in parts if name[0] == "qlora_jax"}
+    assert "inference" in modules and not modules & set(dir(qlora_jax))
 
-    assert callable(qlora_jax.generate) and callable(qlora_jax.quantize)
+
+def test_type_checkers_see_every_public_name():
+    stub = ast.parse(Path(qlora_jax.__file__).with_suffix(".pyi").read_text())
+    aliases = [a for n in stub.body if isinstance(n, ast.ImportFrom) for a in n.names]
+    assert {a.asname for a in aliases} | {"__version__"} == set(dir(qlora_jax))
 
 
 PROGRAM = f"""

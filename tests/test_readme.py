@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts.make import tables
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -98,7 +100,5 @@ def test_python_examples_run(clone: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_table_of_families_is_that_of_the_registry():
-    import make_tables
-
-    assert make_tables.written(README) == README
-    assert make_tables.families() in README
+    assert tables.written(README) == README
+    assert tables.families() in README

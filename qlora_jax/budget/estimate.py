@@ -6,8 +6,8 @@ holds for a while is a model of XLA's buffer assignment:
     activations kept for backward  +  the larger of what else is alive at once
                                       (gradients and a layer's backward, or the loss)
 
-whose coefficients were fitted to compiled steps (scripts/measure_memory.py and
-fit_memory.py), one set for NVIDIA GPUs and one for CPUs. A fit of all models but one is
+whose coefficients were fitted to compiled steps (scripts/bench/memory.py and
+make/fit_memory.py), one set for NVIDIA GPUs and one for CPUs. A fit of all models but one is
 off by 2.4 % of XLA's account on that one (the median; 17.4 % at most) for a GPU, 4.6 % and
 13.7 % for a CPU. Of models that no fit has had, one whose layers take turns in sixes needs
 a third more than the estimate (scripts/results/README.md, "Memory").
@@ -149,7 +149,7 @@ def optimizer_state(lora: nnx.State, name: Optimizer = "adamw") -> Any:
     return jax.eval_shape(adamw(name, 1e-4).init, lora)
 
 
-# Fitted by scripts/fit_memory.py over scripts/results/memory_*.jsonl, by least largest
+# Fitted by scripts/make/fit_memory.py over scripts/results/memory_*.jsonl, by least largest
 # error of a step's all; `features` says of what each is a multiple.
 FITTED: Coefficients = {
     ("gpu", True): {
@@ -355,7 +355,8 @@ def features(
     )
     return {
         ("layer", "adapter"): parts["adapter"] * (setup.train.optimizer == "adamw"),
-        ("layer", "adapter_8_bit"): parts["adapter"] * (setup.train.optimizer != "adamw"),
+        ("layer", "adapter_8_bit"): parts["adapter"]
+        * (setup.train.optimizer != "adamw"),
         ("layer", "accumulated"): parts["adapter"] * _adds_up(setup),
         ("layer", "layer"): a_layer,
         ("layer", "ahead"): a_layer * ahead,

@@ -31,7 +31,7 @@ from qlora_jax.evaluate import (
     window_losses,
 )
 from qlora_jax.evaluate.choices import Asked
-from qlora_jax.generate import decoded
+from qlora_jax.inference import decoded
 from qlora_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from qlora_jax.cli import options
 from qlora_jax.config.quant import QuantOptions
 from qlora_jax.data.prompts import Prompt, read_prompts
 from qlora_jax.errors import ConfigError, DataError
-from qlora_jax.generate import SampleConfig, Stop, decoded, generate
+from qlora_jax.inference import SampleConfig, Stop, decoded, generate
 from qlora_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)

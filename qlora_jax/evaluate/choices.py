@@ -24,8 +24,8 @@ from qlora_jax.data.dataset import padded_length
 from qlora_jax.data.questions import ChoicesAs, Question, shots_of
 from qlora_jax.errors import DataError, gathered
 from qlora_jax.evaluate.statistics import mean_of
-from qlora_jax.generate import decoded
-from qlora_jax.generate.context import say_beyond_context
+from qlora_jax.inference import decoded
+from qlora_jax.inference.context import say_beyond_context
 
 
 class Scored(NamedTuple):

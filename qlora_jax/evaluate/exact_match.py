@@ -8,7 +8,7 @@ from qlora_jax.data import Dataset
 from qlora_jax.errors import DataError, gathered
 from qlora_jax.evaluate.answers import Extract, same_answer
 from qlora_jax.evaluate.statistics import mean_of
-from qlora_jax.generate import SampleConfig, Stop, decoded, generate
+from qlora_jax.inference import SampleConfig, Stop, decoded, generate
 
 
 class Answer(NamedTuple):

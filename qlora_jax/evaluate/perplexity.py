@@ -15,8 +15,8 @@ from qlora_jax.data import Dataset
 from qlora_jax.data.dataset import Row
 from qlora_jax.errors import ConfigError, DataError
 from qlora_jax.evaluate.statistics import Mean, ratio_of
-from qlora_jax.generate import decoded
-from qlora_jax.generate.context import say_beyond_context
+from qlora_jax.inference import decoded
+from qlora_jax.inference.context import say_beyond_context
 from qlora_jax.nn.multi_lora import Slots
 from qlora_jax.train.step import token_loss
 

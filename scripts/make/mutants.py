@@ -1,8 +1,8 @@
 """Breaks the code on purpose, a line at a time, and says which test notices.
 
-    python scripts/make/mutants.py                  # all of them; exits 1 if one survives
-    python scripts/make/mutants.py --only lora-scale double-quant
-    python scripts/make/mutants.py --list
+    python -m scripts.make.mutants                  # all of them; exits 1 if one survives
+    python -m scripts.make.mutants --only lora-scale double-quant
+    python -m scripts.make.mutants --list
 
 A test that cannot fail proves nothing. Each mutant changes one line in a copy of the tree
 and runs the tests that should notice it, until the first one fails. That test is then run

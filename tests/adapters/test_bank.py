@@ -13,7 +13,7 @@ from qlora_jax.adapters import Adapter, LoRAConfig, attach
 from qlora_jax.adapters.bank import AdapterBank
 from qlora_jax.errors import AdapterMismatchError, ConfigError, ShapeError
 from qlora_jax.evaluate import exact_match, row_loss, row_losses
-from qlora_jax.generate import SampleConfig, generate, sample
+from qlora_jax.inference import SampleConfig, generate, sample
 from qlora_jax.models import Decoder
 from qlora_jax.nn.multi_lora import MultiLoRA
 

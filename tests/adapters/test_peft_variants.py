@@ -1,5 +1,5 @@
 """PEFT's adapters of every kind (tests/golden/peft): its logits, loss and gradients, and
-there and back in both formats. Made by scripts/make_golden_peft.py.
+there and back in both formats. Made by scripts/make/golden_peft.py.
 """
 
 import dataclasses

@@ -6,12 +6,8 @@ import json
 import math
 from pathlib import Path
 
-import fit_memory
 import jax
-import measure_memory
 import pytest
-from gpu_memory import measured
-from measure_memory import ALL, TABLES, setup_of
 
 import qlora_jax as qlora
 from qlora_jax.adapters import LoRAConfig
@@ -39,6 +35,10 @@ from qlora_jax.config.quant import QuantOptions
 from qlora_jax.config.train import TrainConfig
 from qlora_jax.errors import ConfigError
 from qlora_jax.train.compiled import account, compile_step
+from scripts.bench import memory
+from scripts.bench.memory import ALL, TABLES, setup_of
+from scripts.gpu.step import measured
+from scripts.make import fit_memory
 
 ROOT = Path(__file__).parents[2]
 
@@ -125,7 +125,7 @@ def test_a_fit_is_off_by_so_much_on_a_model_that_it_has_not_seen(platform):
         for made in line["predictions"]:
             setup = setup_of(line["left_out"], made["changes"])
             plan = estimate(setup, platform, fitted)
-            # Else `python scripts/fit_memory.py --held-out` makes the record anew.
+            # Else `python -m scripts.make.fit_memory --held-out` makes the record anew.
             assert plan.device_bytes == made["predicted_bytes"], made
             sizes.append(abs(plan.device_bytes / made["xla_bytes"] - 1))
             if plan.safe_bytes < made["xla_bytes"]:
@@ -172,10 +172,10 @@ UNSEEN = {
 
 
 def test_models_that_no_fit_has_seen_are_predicted_so_well():
-    assert not measure_memory.UNSEEN.keys() & measure_memory.MODELS.keys()
+    assert not memory.UNSEEN.keys() & memory.MODELS.keys()
     found: dict[tuple[str, str], float] = {}
     for row in read("memory_unseen.jsonl"):
-        assert row["model"] in measure_memory.UNSEEN
+        assert row["model"] in memory.UNSEEN
         platform = "cpu" if row["target"] == "cpu" else "gpu"
         plan = estimate(setup_of(row["model"], row["changes"]), platform)
         xla = fit_memory.xla_bytes(row)
@@ -430,12 +430,12 @@ def test_the_suites_measured_step_runs():
     setup = setup_of("smollm2-135m", {"max_tokens": 16, "grad_accum": 2})
     config = dataclasses.replace(setup.config, num_layers=1, vocab_size=512)
     away = {"stream": True, "offload": True, "checkpoint": "host"}
-    figures = measured(
-        dataclasses.replace(setup, config=config, **away), contextlib.nullcontext(), 2
-    )
+    setup = dataclasses.replace(setup, config=config, **away)
+    figures = measured(setup, contextlib.nullcontext, 1)
     assert 5 < figures["loss"] < 7  # of 512 tokens, by chance
     assert figures["host_bytes"] == figures["plan"]["device"]["layers"]
-    assert figures["tokens_per_s"] > 0 and figures["copies_s"] > 0
+    assert figures["tokens_per_s"] == 2 * 16 / figures["step_s"]
+    assert figures["copies_s"] > 0
 
 
 def test_an_unknown_gpu_is_named():

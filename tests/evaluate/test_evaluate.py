@@ -22,7 +22,7 @@ from qlora_jax.evaluate import (
     window_losses,
 )
 from qlora_jax.evaluate.exact_match import Answer
-from qlora_jax.generate import SampleConfig, generate
+from qlora_jax.inference import SampleConfig, generate
 
 RELATIVE = 1e-5
 """float32 sums in another order."""

@@ -48,9 +48,12 @@ def test_an_entry_taken_over_from_other_tokens_does_not_say_measured(llama):
         assert why.startswith(f"{said} NVIDIA H200: forward m<={m} "), why
 
 
-def test_every_entry_of_the_table_was_recorded_so():
+def test_every_time_of_the_table_was_recorded_so():
     results = table_file().parents[2] / "scripts" / "results"
-    for key, entry in json.loads(table_file().read_text())["entries"].items():
+    entries = json.loads(table_file().read_text())["entries"]
+    timed = {key: entry for key, entry in entries.items() if "us" in entry}
+    assert timed
+    for key, entry in timed.items():
         direction, _, n, k, _ = key.split()
         lines = (results / entry["source"]).read_text().splitlines()[1:]
         assert any(

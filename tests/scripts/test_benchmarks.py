@@ -4,8 +4,9 @@ import json
 import re
 from pathlib import Path
 
-import gpu_report
 import pytest
+
+from scripts.gpu import report
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,14 +43,14 @@ def compared(heading: str, record: str, silent: tuple[str, ...] = ()) -> set[tup
     A cell may be empty only where nothing was recorded, or where `silent` names its
     direction and rival: a figure that does not please cannot be left out.
     """
-    every = gpu_report.table(recorded(record))
+    every = report.table(recorded(record))
     at, direction, seen = "", "", set()
     for shape, way, m, us, *ratios in table(heading):
         at, direction = shape or at, way or direction
         n, k = map(int, at.split(" x "))
         found = every[n, k, direction, int(m)]
         seen.add((n, k, direction, int(m)))
-        ours = found["decode"] if "decode" in us else gpu_report.choice(found)
+        ours = found["decode"] if "decode" in us else report.choice(found)
         assert ours and same(us, ours["us"]), (m, us)
         whats = ("dense", "two_pass", "bitsandbytes")
         for what, cell in zip(whats, ratios, strict=True):
@@ -63,8 +64,8 @@ def compared(heading: str, record: str, silent: tuple[str, ...] = ()) -> set[tup
 
 def chosen(record: str) -> set[tuple]:
     """Products of which a record has the library's choice."""
-    every = gpu_report.table(recorded(record))
-    return {key for key, found in every.items() if gpu_report.choice(found)}
+    every = report.table(recorded(record))
+    return {key for key, found in every.items() if report.choice(found)}
 
 
 def test_the_librarys_choice_is_as_recorded_and_nothing_is_left_out():
@@ -77,37 +78,6 @@ def test_what_the_first_run_alone_had_is_as_recorded():
     shown = compared("#### Of the first run", "h200_suite.jsonl", ("backward dense",))
     rest = chosen("h200_suite.jsonl") - chosen("nvidia_h200_suite.jsonl")
     assert len(rest) >= 8 and shown >= rest
-
-
-def test_the_products_alone_are_as_recorded():
-    rows = recorded("h200_kernels.jsonl") + [
-        row | {"direction": "forward", "what": "decode"}
-        for row in recorded("h200_decode.jsonl")
-    ]
-    at, seen = "", 0
-    for shape, m, *cells in table("### Products alone"):
-        at = shape or at
-        n, k = map(int, at.split(" x "))
-        for direction, us, ratio in (
-            ("forward", *cells[:2]), ("backward", *cells[2:])):  # fmt: skip
-            mine = [
-                row
-                for row in rows
-                if "us" in row
-                and (row["n"], row["k"], row["m"]) == (n, k, int(m))
-                and row["direction"] == direction
-            ]
-            if not us:
-                assert not mine, (at, m, direction, "recorded, not shown")
-                continue
-            name = "decode" if "decode" in us else "hopper"
-            best = min(row["us"] for row in mine if row["what"] == name)
-            assert same(us, best), (at, m, direction, us, best)
-            if ratio:
-                (dense,) = (row["us"] for row in mine if row["what"] == "dense")
-                assert same(ratio, dense / best), (at, m, direction, ratio)
-                seen += 1
-    assert seen > 15
 
 
 def test_the_steps_are_as_recorded():
@@ -165,9 +135,9 @@ def test_adapted_linears_are_as_recorded():
 )
 def test_the_readme_says_what_one_run_measured(pattern, m):
     (said,) = re.findall(pattern, " ".join((ROOT / "README.md").read_text().split()))
-    every = gpu_report.table(recorded("nvidia_h200_suite.jsonl"))
+    every = report.table(recorded("nvidia_h200_suite.jsonl"))
     found = every[14336, 4096, "forward", m]
-    ours = gpu_report.choice(found)
+    ours = report.choice(found)
     assert ours and same(said, found["dense"]["us"] / ours["us"])
 
 

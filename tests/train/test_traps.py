@@ -16,7 +16,7 @@ from tokenizers import processors
 from qlora_jax.cli.main import main
 from qlora_jax.config.train import TrainConfig
 from qlora_jax.data import DataConfig, read_dataset
-from qlora_jax.generate import SampleConfig, generate
+from qlora_jax.inference import SampleConfig, generate
 from qlora_jax.sources.load import load
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train.optimizer import make_optimizer

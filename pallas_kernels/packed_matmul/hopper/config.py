@@ -68,8 +68,7 @@ def refuses(
 # --- The model, fitted to measurements on an H200 -----------------------------------------
 
 # Microseconds of one step (256 of k forward, 64 of n backward) of a block's tile, by
-# block_m (and planes). From scripts/results/hopper_h200.jsonl: one wave of tiles, less the
-# fixed cost.
+# block_m (and planes): one wave of tiles, less the fixed cost. Their record was not kept.
 _FORWARD_STEP = {16: 0.80, 32: 0.87, 64: 1.06, 128: 1.59, 256: 2.56}
 _BACKWARD_STEP = {(64, 2): 0.60, (64, 1): 0.44, (128, 2): 0.83, (128, 1): 0.50}
 _BACKWARD_STEP[256, 1] = 0.74

@@ -3,7 +3,7 @@ numpy. test_compiled.py compiles it for an H200.
 
 The interpreter has no inline code, so it proves loads, barriers, the split of k and the
 sums; what a warp does in registers is proved by tests/emulation.py, which runs the very
-code that builds it. On hardware scripts/gpu_suite.py checks the same products.
+code that builds it. On hardware scripts/gpu/suite.py checks the same products.
 """
 
 import dataclasses

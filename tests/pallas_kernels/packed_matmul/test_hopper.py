@@ -1,6 +1,6 @@
 """The Hopper kernels in the interpreter, with race detection.
 
-test_compiled.py compiles them for an H200. On hardware scripts/gpu_suite.py checks the same
+test_compiled.py compiles them for an H200. On hardware scripts/gpu/suite.py checks the same
 products.
 """
 

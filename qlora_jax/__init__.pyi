@@ -1,0 +1,56 @@
+"""The public names and where each is defined. `__init__.py` reads this file too."""
+
+from qlora_jax.adapters.algebra import chain as chain
+from qlora_jax.adapters.algebra import compress as compress
+from qlora_jax.adapters.algebra import cosine_similarity as cosine_similarity
+from qlora_jax.adapters.algebra import difference as difference
+from qlora_jax.adapters.algebra import interpolate as interpolate
+from qlora_jax.adapters.algebra import scale as scale
+from qlora_jax.adapters.algebra import update_norms as update_norms
+from qlora_jax.adapters.attach import attach as attach
+from qlora_jax.adapters.attach import detach as detach
+from qlora_jax.adapters.attach import join as join
+from qlora_jax.adapters.attach import split as split
+from qlora_jax.adapters.bank import AdapterBank as AdapterBank
+from qlora_jax.adapters.combine import combine as combine
+from qlora_jax.adapters.compensate import compensate as compensate
+from qlora_jax.adapters.compensate import input_moments as input_moments
+from qlora_jax.adapters.merge import merge as merge
+from qlora_jax.adapters.merge import merge_corrected as merge_corrected
+from qlora_jax.adapters.merge import unmerge as unmerge
+from qlora_jax.adapters.merge_report import merge_report as merge_report
+from qlora_jax.adapters.value import Adapter as Adapter
+from qlora_jax.budget.plan import plan_memory as plan_memory
+from qlora_jax.budget.setup import Setup as Setup
+from qlora_jax.config.data import DataConfig as DataConfig
+from qlora_jax.config.lora import LoRAConfig as LoRAConfig
+from qlora_jax.config.train import TrainConfig as TrainConfig
+from qlora_jax.data.intake import load_dataset as load_dataset
+from qlora_jax.errors import QLoRAError as QLoRAError
+from qlora_jax.evaluate.perplexity import perplexity as perplexity
+from qlora_jax.exchange.ours import load_adapter as load_adapter
+from qlora_jax.exchange.ours import load_tokenizer as load_tokenizer
+from qlora_jax.exchange.ours import save_adapter as save_adapter
+from qlora_jax.exchange.peft import export_peft as export_peft
+from qlora_jax.exchange.peft import import_peft as import_peft
+from qlora_jax.exchange.read import read_adapter as read_adapter
+from qlora_jax.inference.sample import SampleConfig as SampleConfig
+from qlora_jax.inference.sample import generate as generate
+from qlora_jax.models.streaming import stream as stream
+from qlora_jax.nn.quantizing import quantize as quantize
+from qlora_jax.optim.eight_bit import adamw_8bit as adamw_8bit
+from qlora_jax.optim.loss_scale import dynamic_loss_scale as dynamic_loss_scale
+from qlora_jax.optim.offload import offload as offload
+from qlora_jax.quant import QuantConfig as QuantConfig
+from qlora_jax.quant import QuantizedTensor as QuantizedTensor
+from qlora_jax.quant import dequantize as dequantize
+from qlora_jax.quant import quantize_tensor as quantize_tensor
+from qlora_jax.sources.gguf.write import write_gguf as write_gguf
+from qlora_jax.sources.load import load as load
+from qlora_jax.sources.load import original_kernels as original_kernels
+from qlora_jax.sources.save import save_model as save_model
+from qlora_jax.sources.tokens import add_tokens as add_tokens
+from qlora_jax.train.loop import Trainer as Trainer
+from qlora_jax.train.step import make_train_step as make_train_step
+
+__version__: str

@@ -1,0 +1,1 @@
+"""Programs that give figures of this machine; records and texts are in scripts/results."""

@@ -1,0 +1,1 @@
+"""What runs on a host with an NVIDIA GPU: the suite of checks and timings, and the tuner."""
