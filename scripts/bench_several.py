@@ -26,7 +26,7 @@ import qlora_jax as qlora
 from qlora_jax.adapters import Adapter
 from qlora_jax.adapters.bank import AdapterBank
 from qlora_jax.nn import LoRA
-from qlora_jax.train.step import next_token_loss
+from qlora_jax.objectives import SFT
 
 
 def random_adapter(model: Any, rank: int, seed: int) -> Any:
@@ -86,9 +86,7 @@ def main() -> None:
         graphdef, state = nnx.split(model)
         if graphdef not in losses:
             losses[graphdef] = jax.jit(
-                lambda state, batch: next_token_loss("none")(
-                    nnx.merge(graphdef, state), batch, None
-                )
+                lambda state, batch: SFT(nnx.merge(graphdef, state), batch)[0]
             )
         batch = {"tokens": tokens, "weights": np.ones(tokens.shape, np.float32)}
         jax.block_until_ready(losses[graphdef](state, batch))

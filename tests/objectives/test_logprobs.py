@@ -8,7 +8,7 @@ from flax import nnx
 
 from pallas_kernels.device import LOGITS_BYTES
 from qlora_jax.nn import Linear, LoRA
-from qlora_jax.train.loss import cross_entropy
+from qlora_jax.objectives import cross_entropy
 
 BATCH, SEQ, HIDDEN, VOCAB = 3, 7, 32, 50
 SUM_ORDER = 1e-5
