@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from qlora_jax.config.train import Checkpoint
@@ -119,7 +120,8 @@ class Objective:
 
 def _problems(returned: Any) -> list[str]:
     """Returns what a step could not use of what a loss returned."""
-    if not (isinstance(returned, tuple) and len(returned) == 2):
+    pair = isinstance(returned, tuple) and len(returned) == 2
+    if not (pair and isinstance(returned[1], Mapping)):
         return [
             f"it returned {type(returned).__name__}, expected a pair: the sum of losses, and "
             "a dict of metrics"
@@ -130,18 +132,27 @@ def _problems(returned: Any) -> list[str]:
         for name in metrics
         if name in RESERVED
     ]
-    problems += [
-        f"metric {name} is {len(value)} values, expected a sum, or a sum and its normalizer"
-        for name, value in metrics.items()
-        if isinstance(value, tuple) and len(value) != 2
-    ]
-    problems += [
-        f"{what} has shape {jnp.shape(x)}, expected a scalar, the sum over all rows"
-        for what, value in {"the loss": loss, **metrics}.items()
-        for x in jax.tree.leaves(value)
-        if jnp.shape(x) != ()
-    ]
+    if not _is_scalar(loss):
+        problems.append(f"the loss is {_said(loss)}, expected a scalar over all rows")
+    for name, value in metrics.items():
+        parts = value if isinstance(value, tuple) else (value,)
+        if len(parts) > 2 or not all(map(_is_scalar, parts)):
+            problems.append(
+                f"metric {name} is {', '.join(map(_said, parts))}, expected a scalar over "
+                "all rows, or a pair of those: a sum and its normalizer"
+            )
     return problems
+
+
+def _is_scalar(x: Any) -> bool:
+    return isinstance(x, int | float | jax.Array | np.ndarray | np.generic) and (
+        jnp.shape(x) == ()
+    )
+
+
+def _said(x: Any) -> str:
+    shape = getattr(x, "shape", None)
+    return type(x).__name__ if shape is None else f"an array of shape {shape}"
 
 
 def predicted(batch: Batch) -> Float[Array, ""]:

@@ -62,8 +62,9 @@ def make_gradient(
         elif objective.takes_micro_axis and rests_on_host(base):
             (loss, metrics), grads = differentiated(lora, batch, None)
         else:
+            xs = batch, jnp.arange(count)
             start = jnp.float32(0), sums.init(lora)
-            (loss, summed), each = jax.lax.scan(add, start, (batch, jnp.arange(count)))
+            (loss, summed), each = jax.lax.scan(add, start, xs)
             metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), each)
             grads = jax.device_put(summed.trace, jax.memory.Space.Device)
         return loss, metrics, grads

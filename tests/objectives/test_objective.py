@@ -1,6 +1,7 @@
 """An objective of one's own through the step, the Trainer and the command, and refusals."""
 
 import re
+import shutil
 import sys
 import types
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import tiny
 
 import qlora_jax as qlora
 from qlora_jax.adapters import join, split
+from qlora_jax.cli.main import main
 from qlora_jax.config.train import TrainConfig
 from qlora_jax.errors import CheckpointError, ConfigError
 from qlora_jax.objectives import SFT, Objective, find_objective, of_hidden_states
@@ -164,11 +166,13 @@ def returning(loss: Any, metrics: Any = None, **more: Any) -> Objective:
         (returning(1.0, {"tokens": 1.0, "step": 2.0}), "(?s)2 problems.*tokens.*step"),
         (
             returning(1.0, {"hits": jnp.ones(3)}),
-            r"hits has shape \(3,\), expected a sc",
+            r"hits is an array of shape \(3,\), exp",
         ),
-        (returning(1.0, {"hits": (1, 2, 3)}), "hits is 3 values, expected a sum"),
-        (returning(jnp.ones(2), {}), r"the loss has shape \(2,\)"),
+        (returning(1.0, {"hits": (1, 2, 3)}), "hits is int, int, int, expected a sc"),
+        (returning(1.0, {"hits": None}), "hits is NoneType, expected a scalar"),
+        (returning(jnp.ones(2), {}), r"the loss is an array of shape \(2,\), expected"),
         (returning(jnp.float32(1)), "it returned .*expected a pair"),
+        (returning((1.0, [2.0])), "it returned tuple, expected a pair: .* a dict"),
         (returning(1.0, {}, needs=("rewards",)), "needs rewards in a batch, which has"),
     ],
 )
@@ -230,21 +234,42 @@ def test_a_trainer_reports_an_objectives_metrics_and_resumes_with_it(focal, tmp_
     assert [0 < line["p"] < 1 for line in steps] == 4 * [True]
     assert set().union(*lines) - {"p"} <= RESERVED
 
-    class Stop(Exception):
-        pass
-
-    def stop(row: dict[str, Any]) -> None:
-        if row["step"] == 3:
-            raise Stop
-
-    with pytest.raises(Stop):
-        trainer("parts", progress=stop).fit()
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "4")
     with pytest.raises(CheckpointError, match="objective: it has 'focal', .* 'sft'"):
         trainer("parts", objective=None).fit(resume=True)
     resumed = trainer("parts")
     resumed.fit(resume=True)
     assert resumed.start == 2
     assert rows("parts") == rows("whole")
-    # What evaluation measures is the objective too.
-    sft = trainer("sft", objective=None)
-    assert whole.evaluate(held) < 0.999 * sft.evaluate(held)
+    # What evaluation measures is the objective too: here by numpy, of all logits.
+    (batch,) = held.in_order(2)
+    logits = tiny.logits(whole.model, batch["tokens"])[:, :-1].astype(np.float64)
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    p = np.take_along_axis(p, batch["tokens"][:, 1:, None], axis=2)[..., 0]
+    weights = batch["weights"][:, 1:]
+    wanted = -(weights * (1 - p) * np.log(p)).sum() / weights.sum()
+    assert lines[-1]["eval_loss"] == pytest.approx(wanted, rel=SUM_ORDER)
+
+
+def test_the_command_takes_an_objective_by_its_name(focal, tmp_path, capsys):
+    base = tiny.write_folder(tmp_path / "base")
+    data = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.sums(6))
+    out = tmp_path / "run"
+    args = ["--model", base, "--data", data, "--out", out, "--lora.targets", "q_proj"]
+    args += ["--train.micro-batch", 2, "--train.grad-accum", 1, "--train.max-steps", 2]
+    args += ["--train.objective", "focal:FOCAL", "--train.compute-dtype", "float32"]
+    assert main(["train", *map(str, args)]) == 0
+    assert re.search(r"step 2/2: loss \d.*  p 0\.\d", capsys.readouterr().err)
+    assert [0 < row["p"] < 1 for row in read_metrics(out / "metrics.jsonl")] == 2 * [1]
+    config = out / "config.toml"
+    text = config.read_text()
+    assert 'objective = "focal:FOCAL"' in text
+    # A run goes on with what it was begun with, or not at all.
+    for other, message in (
+        ("sft", "objective: it has 'focal', the config says 'sft'"),
+        ("focal:BLURRY", "focal has no BLURRY; its objectives are FOCAL"),
+    ):
+        config.write_text(text.replace("focal:FOCAL", other))
+        assert main(["train", "--resume", str(out)]) == 2
+        assert message in capsys.readouterr().err
