@@ -135,11 +135,11 @@ def _problems(returned: Any) -> list[str]:
     if not _is_scalar(loss):
         problems.append(f"the loss is {_said(loss)}, expected a scalar over all rows")
     for name, value in metrics.items():
-        parts = value if isinstance(value, tuple) else (value,)
-        if len(parts) > 2 or not all(map(_is_scalar, parts)):
+        parts = value if isinstance(value, tuple) and len(value) == 2 else (value,)
+        if not all(map(_is_scalar, parts)):
             problems.append(
-                f"metric {name} is {', '.join(map(_said, parts))}, expected a scalar over "
-                "all rows, or a pair of those: a sum and its normalizer"
+                f"metric {name} is {' and '.join(map(_said, parts))}, expected a scalar "
+                "over all rows, or a pair of those: a sum and its normalizer"
             )
     return problems
 

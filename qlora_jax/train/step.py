@@ -71,6 +71,7 @@ def make_train_step(
     gradient = make_gradient(graphdef, chosen, checkpoint, adder)
 
     def train_step(lora, base, opt_state, batch, key=None):
+        chosen.check(batch)
         batch = dict(batch)
         if batch["tokens"].ndim == 2:
             batch = {name: x[None] for name, x in batch.items()}

@@ -168,7 +168,7 @@ def returning(loss: Any, metrics: Any = None, **more: Any) -> Objective:
             returning(1.0, {"hits": jnp.ones(3)}),
             r"hits is an array of shape \(3,\), exp",
         ),
-        (returning(1.0, {"hits": (1, 2, 3)}), "hits is int, int, int, expected a sc"),
+        (returning(1.0, {"hits": (1, 2, 3)}), "hits is tuple, expected a scalar"),
         (returning(1.0, {"hits": None}), "hits is NoneType, expected a scalar"),
         (returning(jnp.ones(2), {}), r"the loss is an array of shape \(2,\), expected"),
         (returning(jnp.float32(1)), "it returned .*expected a pair"),
