@@ -3,7 +3,7 @@
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,21 +36,20 @@ def make_train_step(
 ) -> Callable[..., tuple[nnx.State, Any, dict[str, Array]]]:
     """Makes the train step of a model that was taken apart by `split`.
 
-    Micro-batches of a 3-D batch are accumulated inside the compiled step, and all they add
-    up to is divided by one normalizer: the loss and gradient are those of one big batch.
-    Where layers come from host memory (`stream`), all micro-batches go through a layer
-    before the next, so that it is copied twice a step, however many there are, if the
-    objective allows it. With `tx` made by `dynamic_loss_scale` the loss is scaled by its
-    state.
+    Micro-batches of a 3-D batch are accumulated inside the compiled step: loss and gradient
+    are those of one big batch. Where layers come from host memory (`stream`), all of them
+    go through a layer before the next, so that it is copied twice a step, however many
+    there are, if the objective allows it. With `tx` made by `dynamic_loss_scale` the loss
+    is scaled by its state.
 
     Args:
       graphdef: Of the model.
       tx: Any optax transform; see `offload` for keeping its state in host memory.
       checkpoint: What backward recomputes: 'none' elementwise work only, 'layer' each
         whole layer (less memory, about a third more work).
-      loss_fn: Replaces the next-token cross-entropy by a function that runs the model
-        itself, so that `checkpoint` does not reach it; goes by micro-batches.
-      objective: Replaces it by an objective (`qlora_jax.objectives`).
+      loss_fn: Replaces the next-token cross-entropy; it runs the model itself, so that
+        `checkpoint` does not reach it, and sees one micro-batch at a time.
+      objective: Replaces it too (`qlora_jax.objectives`); give one or the other.
       sums_on_host: Keep in host memory what micro-batches' gradients add up to, until the
         last of them. Streamed micro-batches add theirs up as they are made.
 
@@ -58,12 +57,9 @@ def make_train_step(
       train_step(lora, base, opt_state, batch, key=None) -> (lora, opt_state, metrics).
       `lora` and `opt_state` are donated. `key` switches LoRA dropout on. Metrics are
       float32 scalars: loss (mean a token), grad_norm (before clipping), tokens (sum of
-      weights), with loss scaling loss_scale and skipped, and those of the objective. Its
+      weights), those of the objective, and with loss scaling loss_scale and skipped. Its
       first call raises ConfigError of a model whose own variables change as it runs
       (dropout, statistics of batches), and of an objective that cannot be used.
-
-    Raises:
-      ConfigError: both a loss_fn and an objective are given.
     """
     chosen = _objective(objective, loss_fn, checkpoint)
     plain = optax.trace(1.0)  # a running sum
@@ -72,14 +68,11 @@ def make_train_step(
 
     def train_step(lora, base, opt_state, batch, key=None):
         chosen.check(batch)
-        batch = dict(batch)
-        if batch["tokens"].ndim == 2:
-            batch = {name: x[None] for name, x in batch.items()}
+        batch = _with_micro_axis(batch)
         scale = opt_state.scale if isinstance(opt_state, LossScaleState) else 1.0
         tokens = predicted(batch)
-        normalizer = tokens
-        if chosen.normalizer is not None:
-            normalizer = chosen.normalizer_of(batch)
+        custom = chosen.normalizer is not None
+        normalizer = chosen.normalizer_of(batch) if custom else tokens
         normalizer = jnp.maximum(normalizer, 1.0)
         loss, sums, grads = gradient(lora, base, batch, key, scale / normalizer)
         updates, new_state = tx.update(grads, opt_state, lora)
@@ -89,10 +82,8 @@ def make_train_step(
             "grad_norm": optax.tree.norm(grads) / scale,
             "tokens": tokens,
             **{name: _mean(x, normalizer) for name, x in sums.items()},
+            **_of_loss_scale(new_state),
         }
-        if isinstance(opt_state, LossScaleState):
-            after = cast(LossScaleState, new_state)
-            metrics |= {"loss_scale": after.scale, "skipped": after.skipped}
         return lora, new_state, metrics
 
     return _compiled_once(jax.jit(train_step, donate_argnums=(0, 2)))
@@ -125,7 +116,11 @@ def make_eval_step(
 def _objective(
     objective: Objective | None, loss_fn: LossFn | None, checkpoint: Checkpoint = "none"
 ) -> Objective:
-    """Returns what is minimized; a loss_fn becomes an objective of one micro-batch."""
+    """Returns what is minimized; a loss_fn becomes an objective of one micro-batch.
+
+    Raises:
+      ConfigError: both are given.
+    """
     if loss_fn is None:
         return SFT if objective is None else objective
     if objective is not None:
@@ -144,6 +139,19 @@ def _objective(
         return loss_fn(model, batch, key), {}
 
     return Objective(name=getattr(loss_fn, "__name__", "loss_fn"), loss=loss)
+
+
+def _with_micro_axis(batch: Batch) -> dict[str, Array]:
+    """Returns a 2-D batch as one of a single micro-batch."""
+    several = batch["tokens"].ndim == 3
+    return {name: x if several else x[None] for name, x in batch.items()}
+
+
+def _of_loss_scale(opt_state: Any) -> dict[str, Array]:
+    """Returns the metrics of dynamic loss scaling, where there is any."""
+    if not isinstance(opt_state, LossScaleState):
+        return {}
+    return {"loss_scale": opt_state.scale, "skipped": opt_state.skipped}
 
 
 def _mean(sums: Any, normalizer: Array) -> Array:
