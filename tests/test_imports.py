@@ -15,6 +15,7 @@ import qlora_jax
 LAYERS = (
     ("cli",),
     ("train", "inference", "evaluate"),
+    ("objectives",),
     ("sources", "exchange", "data"),
     ("text",),
     ("budget",),

@@ -14,6 +14,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from qlora_jax.objectives.base import RESERVED
+
 LINE_SECONDS = 10.0
 """Between lines where there is no terminal."""
 
@@ -95,7 +97,11 @@ class TrainProgress:
             self._eval = f"  eval {metrics['eval_loss']:.4f}"
             self._say(f"step {metrics['step']}: eval loss {metrics['eval_loss']:.4f}")
             return
-        text = f"loss {metrics['loss']:.4f}{self._eval}  {metrics['tokens_per_s']:.0f} tok/s"
+        text = f"loss {metrics['loss']:.4f}{self._eval}"
+        for name, value in metrics.items():
+            if name not in RESERVED:  # the objective's own
+                text += f"  {name} {value:.4f}"
+        text += f"  {metrics['tokens_per_s']:.0f} tok/s"
         self._bar.update(self._task, completed=metrics["step"], text=text)
         now = time.monotonic()
         if now - self._last > LINE_SECONDS or metrics["step"] == self._steps:

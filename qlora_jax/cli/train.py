@@ -16,11 +16,13 @@ from qlora_jax.budget.plan import PICKED, flags_of, parse_bytes, plan_memory, sa
 from qlora_jax.budget.setup import Setup
 from qlora_jax.cli import options, start
 from qlora_jax.cli.progress import RowsProgress, TrainProgress
+from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.config.run import RunConfig, has_run, read_run, write_run
 from qlora_jax.data import Dataset, check_ids, read_dataset
 from qlora_jax.data.dataset import padded_length
 from qlora_jax.data.sources import parse_sources
 from qlora_jax.errors import ConfigError, DataError
+from qlora_jax.objectives import find_objective
 from qlora_jax.quant import QuantConfig
 from qlora_jax.sources.load import load
 from qlora_jax.sources.save import check_output
@@ -111,70 +113,22 @@ def run(args: Args) -> dict[str, Any]:
 
 def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
     """Trains as a resolved config says; writes the run folder."""
-    pissa = args.lora.init == "pissa"
-    at = start.saved_base(out) if pissa and resume else str(args.model)
-    source = open_source(at)
-    if pissa and not resume:
-        start.check_own_base(
-            source, out, args.lora, args.quant, args.add_tokens, args.original
-        )
-    quant = options.held_linears(
-        args.quant,
-        source,
-        auto=QuantConfig(
-            block_size=args.quant.block_size, double_quant=args.quant.double_quant
-        ),
-    )
-    tokenizer = source.tokenizer
-    if tokenizer is None:
-        raise DataError(f"{source} has no tokenizer.json, so rows cannot be tokenized")
-    # What is wrong with rows or memory is found before the model is loaded.
-    larger = tokenizer.with_tokens(args.add_tokens)[0]
-    rows, held = read_rows(args, larger)
-    if held is None and args.data.eval_rows:
-        rows, held = rows.split(args.data.eval_rows, args.train.seed)
-    size = source.config.vocab_size
-    if args.add_tokens:  # the embedding grows with them
-        size = max(size, larger.rows)
-    for some in (rows, held):
-        if some is not None:
-            check_ids(some.rows, larger, size)
+    # What is wrong with objective, rows or memory is found before the model is loaded.
+    objective = find_objective(args.train.objective)
+    source, quant = open_base(args, out, resume=resume)
+    rows, held = checked_rows(args, source)
+    objective.check(rows.batch(0, 1, args.train.seed))
     args = within_memory(args, source, quant, rows)
-    model, _ = load(
-        source,
-        quant,
-        args.train.compute_dtype,
-        # Measuring what quantization lost runs the base, and compares it, on the device.
-        stream=args.train.stream and (resume or args.lora.init == "zero"),
-        **options.held_tables(args.quant, source),
-    )
-    asked, added = args, None
-    if args.add_tokens:
-        model, tokenizer, ids = add_tokens(model, tokenizer, args.add_tokens)
-        added = tokenizer
-        if "embed_tokens" not in args.lora.modules_to_save:
-            tokens = tuple(dict.fromkeys((*args.lora.tokens, *ids)))
-            lora = dataclasses.replace(args.lora, tokens=tokens)
-            args = dataclasses.replace(args, lora=lora)
-    key = jax.random.key(args.train.seed)
-    started = {}
-    if resume or args.lora.init == "zero":
-        # The factors of a run that goes on come from its checkpoint.
-        model = attach_zero(model, args.lora, key=key)
-    else:
-        original = args.original or source
-        model, started = start.compensated(
-            *(model, original, args.lora, args.train, args.data, rows, key)
-        )
-    steps = args.train.steps(rows.epoch_rows)
-    with TrainProgress(steps) as progress:
+    model, lora, added, started = adapted(args, source, quant, rows, resume=resume)
+    with TrainProgress(args.train.steps(rows.epoch_rows)) as progress:
         trainer = Trainer(
             model,
             rows,
             args.train,
             out,
             evaluation=held,
-            lora=args.lora,
+            lora=lora,
+            objective=objective,
             tokenizer=added,
             progress=progress,
         )
@@ -184,9 +138,9 @@ def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
             if args.overwrite:
                 shutil.rmtree(out / "checkpoints", ignore_errors=True)
             out.mkdir(parents=True, exist_ok=True)
-            if pissa:
+            if makes_a_base(args):
                 start.save_base(model, out, source)
-            write_run(out, asked.run)
+            write_run(out, args.run)
         figures = trainer.fit(resume=resume)
     figures = {
         "out": str(out),
@@ -194,13 +148,100 @@ def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
         "rows": len(rows),
         "rows_left_out": rows.dropped,
         "base": options.describe_quant(source, quant),
-        **({"base_folder": str(out / start.BASE)} if pissa else {}),
+        **({"base_folder": str(out / start.BASE)} if makes_a_base(args) else {}),
         **started,
         **sizes(trainer),
     }
     figures |= _eval_losses(out)
-    write_report(out, figures)
+    write_report(out, figures, objective)
     return figures
+
+
+def makes_a_base(args: Args) -> bool:
+    """Whether a run changes the 4-bit base, and so keeps its own."""
+    return args.lora.init == "pissa"
+
+
+def open_base(
+    args: Args, out: Path, *, resume: bool
+) -> tuple[Source, QuantConfig | None]:
+    """Opens what a run's base is read from, and says how to quantize it as it loads.
+
+    Returns:
+      (source, its quantization; None where its weights are taken as they are).
+    """
+    own = makes_a_base(args)
+    source = open_source(start.saved_base(out) if own and resume else str(args.model))
+    if own and not resume:
+        start.check_own_base(
+            source, out, args.lora, args.quant, args.add_tokens, args.original
+        )
+    auto = QuantConfig(
+        block_size=args.quant.block_size, double_quant=args.quant.double_quant
+    )
+    return source, options.held_linears(args.quant, source, auto=auto)
+
+
+def checked_rows(args: Args, source: Source) -> tuple[Dataset, Dataset | None]:
+    """Returns the rows to train on, and those held out, which the model has tokens for.
+
+    Raises:
+      DataError: the model has no tokenizer, or the rows cannot be used.
+    """
+    if source.tokenizer is None:
+        raise DataError(f"{source} has no tokenizer.json, so rows cannot be tokenized")
+    larger = source.tokenizer.with_tokens(args.add_tokens)[0]
+    rows, held = read_rows(args, larger)
+    if held is None and args.data.eval_rows:
+        rows, held = rows.split(args.data.eval_rows, args.train.seed)
+    size = source.config.vocab_size
+    if args.add_tokens:  # the embedding grows with them
+        size = max(size, larger.rows)
+    for some in (rows, held):
+        if some is not None:
+            check_ids(some.rows, larger, size)
+    return rows, held
+
+
+def adapted(
+    args: Args,
+    source: Source,
+    quant: QuantConfig | None,
+    rows: Dataset,
+    *,
+    resume: bool,
+) -> tuple[Any, LoRAConfig, Tokenizer | None, dict[str, float]]:
+    """Loads the base and attaches the adapter that a run begins with.
+
+    Returns:
+      (model, the adapter's config, the tokenizer where tokens were added, figures of how
+      the adapter starts).
+    """
+    zero = resume or args.lora.init == "zero"
+    model, tokenizer = load(
+        source,
+        quant,
+        args.train.compute_dtype,
+        # Measuring what quantization lost runs the base, and compares it, on the device.
+        stream=args.train.stream and zero,
+        **options.held_tables(args.quant, source),
+    )
+    lora, added = args.lora, None
+    if args.add_tokens:
+        assert tokenizer is not None  # `checked_rows` refuses a source without one
+        model, added, ids = add_tokens(model, tokenizer, args.add_tokens)
+        if "embed_tokens" not in lora.modules_to_save:
+            tokens = tuple(dict.fromkeys((*lora.tokens, *ids)))
+            lora = dataclasses.replace(lora, tokens=tokens)
+    key = jax.random.key(args.train.seed)
+    if zero:
+        # The factors of a run that goes on come from its checkpoint.
+        return attach_zero(model, lora, key=key), lora, added, {}
+    original = args.original or source
+    model, started = start.compensated(
+        model, original, lora, args.train, args.data, rows, key
+    )
+    return model, lora, added, started
 
 
 def read_rows(args: Args, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:

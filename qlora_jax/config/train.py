@@ -21,6 +21,11 @@ class TrainConfig:
     """These settings say how an adapter trains. The defaults of learning rate, betas and
     clipping are those of the QLoRA paper for 7B and 13B."""
 
+    objective: str = "sft"
+    """Training minimizes this: sft, the cross-entropy of each token given those before it,
+    or package.module:name of an objective of your own, in a module on Python's path
+    (PYTHONPATH). CONTRIBUTING.md shows one."""
+
     max_steps: int | None = None
     """Optimizer steps; None for as many as `epochs` takes."""
 

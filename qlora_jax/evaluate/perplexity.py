@@ -18,7 +18,7 @@ from qlora_jax.evaluate.statistics import Mean, ratio_of
 from qlora_jax.inference import decoded
 from qlora_jax.inference.context import say_beyond_context
 from qlora_jax.nn.multi_lora import Slots
-from qlora_jax.train.step import token_loss
+from qlora_jax.objectives.sft import token_loss
 
 
 class Losses(NamedTuple):

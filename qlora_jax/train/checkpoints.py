@@ -9,18 +9,18 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from flax import nnx
 
 from qlora_jax.adapters.names import flatten, unflatten
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.errors import CheckpointError, ConfigError, gathered
+from qlora_jax.train.state import TrainState
 
 
 class RunCheckpoints:
     """The checkpoints of one run folder.
 
-    Position is the step: the data order, dropout keys and schedule follow from seed and
-    step, so nothing else need be kept. The seed is kept to be compared.
+    Each keeps a TrainState, and a position: the seed and what else has to be the same for
+    the run to go on exactly, to be compared.
     """
 
     def __init__(self, folder: Path, keep: int):
@@ -36,31 +36,31 @@ class RunCheckpoints:
         """The newest checkpoint's step."""
         return self._manager.latest_step()
 
-    def save(self, step: int, lora: nnx.State, opt_state: Any, position: dict) -> None:
-        """Saves after `step` steps; a checkpoint of that step is kept as it is."""
-        if step == self.latest:
+    def save(self, state: TrainState, position: dict[str, Any]) -> None:
+        """Saves a run's state; a checkpoint of that step is kept as it is.
+
+        Args:
+          state: What the run is now.
+          position: What a run that goes on from here has to have in common with this one.
+        """
+        if state.step == self.latest:
             return
         self._manager.save(
-            step,
+            state.step,
             args=ocp.args.Composite(
-                adapter=ocp.args.StandardSave(flatten(lora)),
-                optimizer=ocp.args.StandardSave(_leaves(opt_state)),
+                adapter=ocp.args.StandardSave(flatten(state.lora)),
+                optimizer=ocp.args.StandardSave(_leaves(state.opt_state)),
                 position=ocp.args.JsonSave(position),
             ),
         )
 
-    def restore(
-        self, lora: nnx.State, opt_state: Any, position: dict
-    ) -> tuple[int, nnx.State, Any]:
+    def restore(self, fresh: TrainState, position: dict[str, Any]) -> TrainState:
         """Restores the newest checkpoint.
 
         Args:
-          lora: With the wanted structure.
-          opt_state: A fresh one; arrays return to where its arrays are.
+          fresh: A run's state before its first step, for the wanted structure; arrays
+            return to where its arrays are.
           position: What was given to `save`, to be compared.
-
-        Returns:
-          (steps done, lora, opt_state).
 
         Raises:
           CheckpointError: there is no checkpoint, or it is of another run.
@@ -75,44 +75,28 @@ class RunCheckpoints:
         stored = self._manager.restore(
             step, args=ocp.args.Composite(position=ocp.args.JsonRestore())
         )["position"]
-        stored = _as_written_now(stored)
-        if stored != position:
-            names = sorted(
-                name
-                for name in stored.keys() | position.keys()
-                if stored.get(name) != position.get(name)
-            )
-            raise CheckpointError(
-                gathered(
-                    f"checkpoint {step} belongs to another run",
-                    [
-                        f"{name}: it has {stored.get(name)!r}, the config says "
-                        f"{position.get(name)!r}"
-                        for name in names
-                    ],
-                )
-            )
+        _check_same_run(step, _as_written_now(stored), position)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
         def abstract(x: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
 
+        wanted = flatten(fresh.lora), _leaves(fresh.opt_state)
+        adapter, optimizer = jax.tree.map(abstract, wanted)
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                adapter=ocp.args.StandardRestore(jax.tree.map(abstract, flatten(lora))),
-                optimizer=ocp.args.StandardRestore(
-                    jax.tree.map(abstract, _leaves(opt_state))
-                ),
+                adapter=ocp.args.StandardRestore(adapter),
+                optimizer=ocp.args.StandardRestore(optimizer),
             ),
         )
-        fresh, structure = jax.tree.flatten(opt_state)
-        leaves = [restored["optimizer"][f"{i:05d}"] for i in range(len(fresh))]
-        placed = [
-            jax.device_put(x, y.sharding) for x, y in zip(leaves, fresh, strict=True)
-        ]
-        lora = unflatten(restored["adapter"], lora, f"checkpoint {step}")
-        return step, lora, jax.tree.unflatten(structure, placed)
+        leaves, structure = jax.tree.flatten(fresh.opt_state)
+        opt_state = structure.unflatten(
+            jax.device_put(restored["optimizer"][_name(i)], x.sharding)
+            for i, x in enumerate(leaves)
+        )
+        lora = unflatten(restored["adapter"], fresh.lora, f"checkpoint {step}")
+        return TrainState(step, lora, opt_state)
 
     def close(self) -> None:
         """Ends Orbax's threads."""
@@ -120,11 +104,13 @@ class RunCheckpoints:
 
 
 def _as_written_now(position: dict[str, Any]) -> dict[str, Any]:
-    """Returns a stored position with its adapter's settings as this version writes them.
+    """Returns a stored position as this version writes it.
 
-    Older runs wrote names as one text, and had fewer settings; what they lacked has its
-    default. Settings that this version does not know stay as they are.
+    Older runs had no objective, wrote names of modules as one text, and had fewer settings of
+    an adapter; what they lacked has its default. Settings that this version does not know stay
+    as they are.
     """
+    position = {"objective": "sft"} | position
     try:
         lora = LoRAConfig.from_json(position["lora"])
     except (KeyError, TypeError, ConfigError):
@@ -132,6 +118,31 @@ def _as_written_now(position: dict[str, Any]) -> dict[str, Any]:
     return position | {"lora": lora.as_json()}
 
 
+def _check_same_run(step: int, stored: dict, position: dict) -> None:
+    """Refuses a checkpoint of a run with another position, with what differs."""
+    if stored == position:
+        return
+    names = sorted(
+        name
+        for name in stored.keys() | position.keys()
+        if stored.get(name) != position.get(name)
+    )
+    raise CheckpointError(
+        gathered(
+            f"checkpoint {step} belongs to another run",
+            [
+                f"{name}: it has {stored.get(name)!r}, the config says "
+                f"{position.get(name)!r}"
+                for name in names
+            ],
+        )
+    )
+
+
 def _leaves(opt_state: Any) -> dict[str, Any]:
     # By position: an optax state's own keys are not all names that Orbax can write.
-    return {f"{i:05d}": x for i, x in enumerate(jax.tree.leaves(opt_state))}
+    return {_name(i): x for i, x in enumerate(jax.tree.leaves(opt_state))}
+
+
+def _name(i: int) -> str:
+    return f"{i:05d}"

@@ -17,10 +17,12 @@ from qlora_jax.data import Dataset
 from qlora_jax.errors import OutputExistsError, QLoRAError
 from qlora_jax.exchange.ours import save_adapter
 from qlora_jax.models.streaming import stream
+from qlora_jax.objectives import Objective, find_objective
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train.checkpoints import RunCheckpoints
 from qlora_jax.train.metrics import MetricsLog, device_memory_bytes
 from qlora_jax.train.optimizer import make_optimizer, make_schedule
+from qlora_jax.train.state import TrainState
 from qlora_jax.train.step import make_eval_step, make_train_step
 
 Progress = Callable[[dict[str, Any]], None]
@@ -40,8 +42,10 @@ class Trainer:
 
     Attributes:
       steps: Optimizer steps of the whole run.
-      graphdef, lora, base: The model, taken apart; `lora` is the newest.
-      opt_state: The optimizer's.
+      objective: What is minimized.
+      graphdef, base: The model's parts that stay.
+      state: What the run is now: steps taken, adapter, the optimizer's state.
+      start: Steps that were taken before this process.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class Trainer:
         *,
         evaluation: Dataset | None = None,
         lora: LoRAConfig | None = None,
+        objective: Objective | None = None,
         tokenizer: Tokenizer | None = None,
         progress: Progress | None = None,
     ):
@@ -65,11 +70,17 @@ class Trainer:
           out: The run folder.
           evaluation: Held-out rows.
           lora: What the adapter was attached with; None reads it off the model.
+          objective: What is minimized, in place of the one that `config` names.
           tokenizer: Saved with the adapter, where tokens were added.
           progress: Called with metrics.
+
+        Raises:
+          ConfigError: there is no such objective, or rows have not what it needs.
         """
         self.config, self.out = config, Path(out)
         self.train_data, self.eval_data = train, evaluation
+        self.objective = objective or find_objective(config.objective)
+        self.objective.check(train.batch(0, 1, config.seed))
         self.lora_config = lora or lora_config(model)
         self._tokenizer = tokenizer
         self.steps = config.steps(train.epoch_rows)
@@ -79,19 +90,30 @@ class Trainer:
         if config.stream:
             self.base = stream(self.base)
         # A copy, because the step donates it and the caller keeps the model.
-        self.lora = _settled(jax.tree.map(jnp.copy, lora_state))
-        self.opt_state = _settled(tx.init(self.lora))
+        fresh = _settled(jax.tree.map(jnp.copy, lora_state))
+        self.state = TrainState(0, fresh, _settled(tx.init(fresh)))
         self._train_step = make_train_step(
             self.graphdef,
             tx,
             checkpoint=config.checkpoint,
+            objective=self.objective,
             sums_on_host=config.offload,
         )
-        self._eval_step = make_eval_step(self.graphdef)
+        self._eval_step = make_eval_step(self.graphdef, objective=self.objective)
         self._progress = progress or (lambda metrics: None)
         self._key = jax.random.key(config.seed)
         self._dropout = self.lora_config.dropout > 0
         self.start = 0
+
+    @property
+    def lora(self) -> nnx.State:
+        """The adapter as it is now."""
+        return self.state.lora
+
+    @property
+    def opt_state(self) -> Any:
+        """The optimizer's state as it is now."""
+        return self.state.opt_state
 
     @property
     def model(self) -> Any:
@@ -119,9 +141,8 @@ class Trainer:
         )
         try:
             if resume:
-                self.start, self.lora, self.opt_state = checkpoints.restore(
-                    self.lora, self.opt_state, self._position()
-                )
+                self.state = checkpoints.restore(self.state, self._position())
+                self.start = self.state.step
             elif checkpoints.latest is not None:
                 raise OutputExistsError(
                     f"{self.out} holds a run of {checkpoints.latest} steps; resume it, or "
@@ -136,56 +157,30 @@ class Trainer:
             checkpoints.close()
 
     def evaluate(self, dataset: Dataset) -> float:
-        """Returns the mean loss a token over all rows."""
+        """Returns the objective's mean loss, a token unless it has another normalizer."""
         total, count = 0.0, 0.0
         for batch in dataset.in_order(self.config.micro_batch):
-            loss, weight = self._eval_step(self.lora, self.base, batch)
-            total, count = total + float(loss), count + float(weight)
+            loss, normalizer = self._eval_step(self.lora, self.base, batch)
+            total, count = total + float(loss), count + float(normalizer)
         return total / count
 
     def _run(self, checkpoints: RunCheckpoints, log: MetricsLog) -> dict[str, Any]:
         config, began = self.config, time.monotonic()
-        figures: dict[str, Any] = {"steps": self.steps}
-        if self.eval_data is not None and self.start == 0:
-            self._log_eval(log, 0)
+        evaluated = self.eval_data is not None
+        if evaluated and self.start == 0:
+            self._log_eval(log)
         # Figures are of the whole run, also where this process took only its end.
-        before = [row for row in log.kept if "loss" in row]
-        losses = [row["loss"] for row in before]
-        tokens = sum((row["tokens"] for row in before), 0.0)
-        last, overflows = time.monotonic(), 0
-        for step in range(self.start, self.steps):
-            batch = self._batch(step)
-            key = jax.random.fold_in(self._key, step) if self._dropout else None
-            self.lora, self.opt_state, metrics = self._train_step(
-                self.lora, self.base, self.opt_state, batch, key
-            )
-            row = {name: float(value) for name, value in metrics.items()}
-            now = time.monotonic()
-            seconds, last = now - last, now
-            row = {
-                "step": step + 1,
-                **row,
-                "learning_rate": np.asarray(self.schedule(step)).item(),
-                "tokens_per_s": round(float(batch["tokens"].size) / seconds, 1),
-                "device_memory_bytes": device_memory_bytes(),
-            }
+        rows, overflows = [row for row in log.kept if "loss" in row], 0
+        while self.state.step < self.steps:
+            row = self._take_step()
             log.write(**row)
             self._progress(row)
             overflows = self._check_finite(row, overflows)
-            losses.append(row["loss"])
-            tokens += row["tokens"]
-            done = step + 1
-            if self.eval_data is not None and (
-                done == self.steps
-                or (config.eval_every is not None and done % config.eval_every == 0)
-            ):
-                self._log_eval(log, done)
-                last = time.monotonic()
-            if done == self.steps or (
-                config.save_every is not None and done % config.save_every == 0
-            ):
-                checkpoints.save(done, self.lora, self.opt_state, self._position())
-                last = time.monotonic()
+            rows.append(row)
+            if evaluated and self._due(config.eval_every):
+                self._log_eval(log)
+            if self._due(config.save_every):
+                checkpoints.save(self.state, self._position())
         if overflows or not _finite(self.lora):
             self._diverged(self.steps, "the adapter has values that are not finite")
         save_adapter(
@@ -195,10 +190,35 @@ class Trainer:
             tokenizer=self._tokenizer,
             overwrite=True,
         )
-        if losses:
-            figures["loss"] = float(np.mean(losses[-max(1, len(losses) // 10) :]))
-        figures |= {"tokens": tokens, "seconds": round(time.monotonic() - began, 1)}
-        return figures
+        return {
+            "steps": self.steps,
+            **_figures(rows),
+            "seconds": round(time.monotonic() - began, 1),
+        }
+
+    def _take_step(self) -> dict[str, Any]:
+        """Moves the run's state on by a step; returns the step's metrics."""
+        began, step = time.monotonic(), self.state.step
+        batch = self._batch(step)
+        key = jax.random.fold_in(self._key, step) if self._dropout else None
+        lora, opt_state, metrics = self._train_step(
+            self.lora, self.base, self.opt_state, batch, key
+        )
+        self.state = TrainState(step + 1, lora, opt_state)
+        row = {name: float(value) for name, value in metrics.items()}
+        seconds = time.monotonic() - began
+        return {
+            "step": step + 1,
+            **row,
+            "learning_rate": np.asarray(self.schedule(step)).item(),
+            "tokens_per_s": round(float(batch["tokens"].size) / seconds, 1),
+            "device_memory_bytes": device_memory_bytes(),
+        }
+
+    def _due(self, every: int | None) -> bool:
+        """Whether what happens after each so many steps, and the last, happens now."""
+        step = self.state.step
+        return step == self.steps or (every is not None and step % every == 0)
 
     def _check_finite(self, row: dict[str, Any], overflows: int) -> int:
         """Ends a run that diverged; returns the losses in a row that were not finite.
@@ -225,8 +245,9 @@ class Trainer:
             f"float32. {self.out / 'checkpoints'} keeps the last good checkpoint."
         )
 
-    def _log_eval(self, log: MetricsLog, step: int) -> None:
+    def _log_eval(self, log: MetricsLog) -> None:
         assert self.eval_data is not None
+        step = self.state.step
         row = {"step": step, "eval_loss": self.evaluate(self.eval_data)}
         log.write(**row)
         self._progress(row)
@@ -255,8 +276,16 @@ class Trainer:
             "steps": self.steps,
             "compute_dtype": c.compute_dtype,
             "optimizer": c.optimizer,
+            "objective": self.objective.name,
             "lora": self.lora_config.as_json(),
         }
+
+
+def _figures(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Returns the mean loss of the last tenth of a run's steps, and its tokens."""
+    last = rows[-max(1, len(rows) // 10) :]
+    loss = {"loss": float(np.mean([row["loss"] for row in last]))} if rows else {}
+    return {**loss, "tokens": sum((row["tokens"] for row in rows), 0.0)}
 
 
 def _settled(tree: Any) -> Any:

@@ -6,11 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+from qlora_jax.objectives import SFT, Objective
 from qlora_jax.train.metrics import read_metrics
 
 
-def plot_loss(run: Path) -> Path:
-    """Draws loss.png of a run folder from its metrics.jsonl."""
+def plot_loss(run: Path, objective: Objective = SFT) -> Path:
+    """Draws loss.png of a run folder from its metrics.jsonl.
+
+    Args:
+      run: The run folder.
+      objective: What was minimized; the axis of one other than sft has its name.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -35,8 +41,10 @@ def plot_loss(run: Path) -> Path:
             *zip(*held, strict=True), "o-", color="#c2571a", lw=1.2, label="held-out"
         )
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats a token)")
-    axes.set_ylim(bottom=0)
+    unit = "nats a token" if objective is SFT else objective.name
+    axes.set_ylabel(f"loss ({unit})")
+    # A loss of other objectives may be less than 0.
+    axes.set_ylim(bottom=min([0.0, *(loss for _, loss in train + held)]))
     axes.spines[["top", "right"]].set_visible(False)
     if train or held:
         axes.legend(frameon=False)
@@ -56,9 +64,11 @@ def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     return smoothed
 
 
-def write_report(run: Path, figures: dict[str, Any]) -> Path:
+def write_report(
+    run: Path, figures: dict[str, Any], objective: Objective = SFT
+) -> Path:
     """Writes report.html: figures, curve and config of a run, in one file."""
-    picture = base64.b64encode(plot_loss(run).read_bytes()).decode()
+    picture = base64.b64encode(plot_loss(run, objective).read_bytes()).decode()
     rows = "".join(
         f"<tr><td>{html.escape(key)}</td><td>{html.escape(json.dumps(value))}</td></tr>"
         for key, value in figures.items()

@@ -1,9 +1,9 @@
 """The train step: one jitted function from adapter and batch to adapter and metrics."""
 
 import functools
-import operator
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+import logging
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,21 +12,17 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from qlora_jax.adapters import join
 from qlora_jax.config.train import Checkpoint
 from qlora_jax.errors import ConfigError
-from qlora_jax.names import dotted
-from qlora_jax.nn.variables import rests_on_host
+from qlora_jax.objectives import SFT, Objective
+from qlora_jax.objectives.base import Batch, predicted
 from qlora_jax.optim import LossScaleState, offload
-from qlora_jax.train.loss import cross_entropy
-
-Batch = Mapping[str, Any]
-"""tokens: int32 (batch, seq), or (accumulation, micro-batch, seq); padding right.
-weights: float32 of the same shape: what predicting each token counts; the first of a
-row has nothing to predict it and is ignored."""
+from qlora_jax.train.gradient import applied, make_gradient
 
 LossFn = Callable[[Any, Batch, Array | None], Float[Array, ""]]
 """(model, batch, dropout key) -> the sum of weighted losses over a 2-D batch."""
+
+logger = logging.getLogger(__name__)
 
 
 def make_train_step(
@@ -35,15 +31,15 @@ def make_train_step(
     *,
     checkpoint: Checkpoint = "none",
     loss_fn: LossFn | None = None,
+    objective: Objective | None = None,
     sums_on_host: bool = False,
 ) -> Callable[..., tuple[nnx.State, Any, dict[str, Array]]]:
     """Makes the train step of a model that was taken apart by `split`.
 
-    Micro-batches of a 3-D batch are accumulated inside the compiled step and weighted
-    by tokens: the loss and gradient are those of one big batch. Where layers come from
-    host memory (`stream`), all micro-batches go through a layer before the next, so that it
-    is copied twice a step, however many there are; a `loss_fn` of one's own goes by
-    micro-batches, each with its own copies. With `tx` made by `dynamic_loss_scale` the loss
+    Micro-batches of a 3-D batch are accumulated inside the compiled step: loss and gradient
+    are those of one big batch. Where layers come from host memory (`stream`), all of them
+    go through a layer before the next, so that it is copied twice a step, however many
+    there are, if the objective allows it. With `tx` made by `dynamic_loss_scale` the loss
     is scaled by its state.
 
     Args:
@@ -51,7 +47,9 @@ def make_train_step(
       tx: Any optax transform; see `offload` for keeping its state in host memory.
       checkpoint: What backward recomputes: 'none' elementwise work only, 'layer' each
         whole layer (less memory, about a third more work).
-      loss_fn: Replaces the next-token cross-entropy.
+      loss_fn: Replaces the next-token cross-entropy; it runs the model itself, so that
+        `checkpoint` does not reach it, and sees one micro-batch at a time.
+      objective: Replaces it too (`qlora_jax.objectives`); give one or the other.
       sums_on_host: Keep in host memory what micro-batches' gradients add up to, until the
         last of them. Streamed micro-batches add theirs up as they are made.
 
@@ -59,64 +57,109 @@ def make_train_step(
       train_step(lora, base, opt_state, batch, key=None) -> (lora, opt_state, metrics).
       `lora` and `opt_state` are donated. `key` switches LoRA dropout on. Metrics are
       float32 scalars: loss (mean a token), grad_norm (before clipping), tokens (sum of
-      weights), and with loss scaling loss_scale and skipped. Its first call raises
-      ConfigError of a model whose own variables change as it runs (dropout, statistics of
-      batches).
+      weights), those of the objective, and with loss scaling loss_scale and skipped. Its
+      first call raises ConfigError of a model whose own variables change as it runs
+      (dropout, statistics of batches), and of an objective that cannot be used.
     """
-    default = loss_fn is None
-    loss_fn = loss_fn or next_token_loss(checkpoint)
+    chosen = _objective(objective, loss_fn, checkpoint)
     plain = optax.trace(1.0)  # a running sum
-    sums: Any = offload(plain) if sums_on_host else plain
+    adder: Any = offload(plain) if sums_on_host else plain
+    gradient = make_gradient(graphdef, chosen, checkpoint, adder)
 
     def train_step(lora, base, opt_state, batch, key=None):
-        batch = dict(batch)
-        if batch["tokens"].ndim == 2:
-            batch = {name: x[None] for name, x in batch.items()}
-        scaled = isinstance(opt_state, LossScaleState)
-        tokens = jnp.sum(batch["weights"][:, :, 1:])
-        factor = (opt_state.scale if scaled else 1.0) / jnp.maximum(tokens, 1.0)
-
-        def loss_of(lora, micro, index):
-            micro_key = None if key is None else jax.random.fold_in(key, index)
-            model = join(graphdef, lora, base)
-            loss = loss_fn(model, micro, micro_key) * factor
-            _check_unchanged(model, lora, base)
-            return loss
-
-        def add(carry, xs):
-            loss, grads = jax.value_and_grad(loss_of)(lora, *xs)
-            return (carry[0] + loss, sums.update(grads, carry[1])[1]), None
-
-        def loss_together(lora):
-            model = join(graphdef, lora, base)
-            losses = next_token_losses(model, batch, key, checkpoint)
-            return functools.reduce(jnp.add, [loss * factor for loss in losses])
-
-        count = batch["tokens"].shape[0]
-        if count > 1 and default and rests_on_host(base):
-            loss, grads = jax.value_and_grad(loss_together)(lora)
-        elif count == 1:
-            first = {name: x[0] for name, x in batch.items()}
-            loss, grads = jax.value_and_grad(loss_of)(lora, first, 0)
-        else:
-            xs = (batch, jnp.arange(count))
-            start = jnp.float32(0), sums.init(lora)
-            (loss, summed), _ = jax.lax.scan(add, start, xs)
-            grads = jax.device_put(summed.trace, jax.memory.Space.Device)
+        chosen.check(batch)
+        batch = _with_micro_axis(batch)
+        scale = opt_state.scale if isinstance(opt_state, LossScaleState) else 1.0
+        tokens = predicted(batch)
+        custom = chosen.normalizer is not None
+        normalizer = chosen.normalizer_of(batch) if custom else tokens
+        normalizer = jnp.maximum(normalizer, 1.0)
+        loss, sums, grads = gradient(lora, base, batch, key, scale / normalizer)
         updates, new_state = tx.update(grads, opt_state, lora)
         lora = optax.apply_updates(lora, updates)
-        scale = opt_state.scale if scaled else 1.0
         metrics = {
             "loss": loss / scale,
             "grad_norm": optax.tree.norm(grads) / scale,
             "tokens": tokens,
+            **{name: _mean(x, normalizer) for name, x in sums.items()},
+            **_of_loss_scale(new_state),
         }
-        if scaled:
-            after = cast(LossScaleState, new_state)
-            metrics |= {"loss_scale": after.scale, "skipped": after.skipped}
         return lora, new_state, metrics
 
     return _compiled_once(jax.jit(train_step, donate_argnums=(0, 2)))
+
+
+def make_eval_step(
+    graphdef: nnx.GraphDef,
+    loss_fn: LossFn | None = None,
+    *,
+    objective: Objective | None = None,
+) -> Callable[..., tuple[Array, Array]]:
+    """Makes eval_step(lora, base, batch) -> (sum of losses, its normalizer), of a 2-D batch.
+
+    Args:
+      graphdef: Of the model.
+      loss_fn: See `make_train_step`.
+      objective: See `make_train_step`. The normalizer is the objective's, the sum of the
+        weights of predicted tokens unless it has another.
+    """
+    chosen = _objective(objective, loss_fn)
+    apply = applied(graphdef, chosen, "none")
+
+    def eval_step(lora, base, batch):
+        loss, _ = apply(lora, base, batch, None)
+        return loss, chosen.normalizer_of(batch)
+
+    return jax.jit(eval_step)
+
+
+def _objective(
+    objective: Objective | None, loss_fn: LossFn | None, checkpoint: Checkpoint = "none"
+) -> Objective:
+    """Returns what is minimized; a loss_fn becomes an objective of one micro-batch.
+
+    Raises:
+      ConfigError: both are given.
+    """
+    if loss_fn is None:
+        return SFT if objective is None else objective
+    if objective is not None:
+        raise ConfigError(
+            f"a loss_fn and the objective {objective.name} are given, and a step minimizes "
+            "one; drop one of them"
+        )
+    if checkpoint != "none":
+        logger.warning(
+            "checkpoint=%r does not reach a loss_fn, which runs the model itself; give it to "
+            "the model's hidden_states there, or give an objective",
+            checkpoint,
+        )
+
+    def loss(model: Any, batch: Batch, key: Array | None, _: Checkpoint) -> tuple:
+        return loss_fn(model, batch, key), {}
+
+    return Objective(name=getattr(loss_fn, "__name__", "loss_fn"), loss=loss)
+
+
+def _with_micro_axis(batch: Batch) -> dict[str, Array]:
+    """Returns a 2-D batch as one of a single micro-batch."""
+    several = batch["tokens"].ndim == 3
+    return {name: x if several else x[None] for name, x in batch.items()}
+
+
+def _of_loss_scale(opt_state: Any) -> dict[str, Array]:
+    """Returns the metrics of dynamic loss scaling, where there is any."""
+    if not isinstance(opt_state, LossScaleState):
+        return {}
+    return {"loss_scale": opt_state.scale, "skipped": opt_state.skipped}
+
+
+def _mean(sums: Any, normalizer: Array) -> Array:
+    """Returns a metric: a sum by the loss's normalizer, or by its own (0 where that is 0)."""
+    if not isinstance(sums, tuple):
+        return sums / normalizer
+    total, own = sums
+    return jnp.where(own == 0, 0, total / jnp.where(own == 0, 1, own))
 
 
 def _compiled_once(jitted: Any) -> Any:
@@ -154,80 +197,3 @@ def _commit(x: Any, devices: set[Any]) -> Any:
     if not _is_concrete(x) or x.committed or x.sharding.device_set != devices:
         return x
     return jax.device_put(x, x.sharding)
-
-
-def make_eval_step(
-    graphdef: nnx.GraphDef, loss_fn: LossFn | None = None
-) -> Callable[..., tuple[Array, Array]]:
-    """Makes eval_step(lora, base, batch) -> (sum of losses, sum of weights)."""
-    loss_fn = loss_fn or next_token_loss("none")
-
-    def eval_step(lora, base, batch):
-        model = join(graphdef, lora, base)
-        loss = loss_fn(model, batch, None)
-        _check_unchanged(model, lora, base)
-        return loss, jnp.sum(batch["weights"][:, 1:])
-
-    return jax.jit(eval_step)
-
-
-def _check_unchanged(model: Any, *states: nnx.State) -> None:
-    """Refuses a model that has changed variables of its own while it ran.
-
-    A step returns the adapter alone, so that dropout would draw the same at every step, and
-    statistics of batches would be lost.
-
-    Raises:
-      ConfigError: with the modules.
-    """
-    now = dict(nnx.to_flat_state(nnx.state(model)))
-    changed = [
-        path
-        for state in states
-        for path, before in nnx.to_flat_state(state)
-        if any(map(operator.is_not, *map(jax.tree.leaves, (before, now[path]))))
-    ]
-    if not changed:
-        return
-    modules = {
-        p: node for p, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)
-    }
-    names = set()
-    for path in changed:
-        owner = next(path[:i] for i in range(len(path), -1, -1) if path[:i] in modules)
-        names.add(f"{dotted(owner) or 'the model'} ({type(modules[owner]).__name__})")
-    raise ConfigError(
-        f"{', '.join(sorted(names))}: variables of the frozen base change as the model runs, "
-        "and a step returns the adapter alone; call model.eval() before split, which switches "
-        "dropout and the statistics of batches off"
-    )
-
-
-def next_token_loss(checkpoint: Checkpoint) -> LossFn:
-    """Returns the cross-entropy of each token given those before it."""
-
-    def loss_fn(model: Any, batch: Batch, key: Array | None) -> Float[Array, ""]:
-        hidden = model.hidden_states(batch["tokens"], key=key, checkpoint=checkpoint)
-        return token_loss(model.head, hidden, batch)
-
-    return loss_fn
-
-
-def next_token_losses(
-    model: Any, batch: Batch, key: Array | None, checkpoint: Checkpoint
-) -> Float[Array, " micro"]:
-    """Returns `next_token_loss` of each micro-batch; the layers see all of them at once."""
-    hidden = model.hidden_states(batch["tokens"], key=key, checkpoint=checkpoint)
-
-    def one(_, xs):
-        return None, token_loss(model.head, *xs)
-
-    return jax.lax.scan(one, None, (hidden, batch), reverse=True)[1]
-
-
-def token_loss(head: Any, hidden: Array, batch: Batch) -> Float[Array, ""]:
-    """Returns the cross-entropy of what a head makes of hidden states."""
-    # Rolled, not cut, so that shapes stay round; the last position has weight 0.
-    labels = jnp.roll(batch["tokens"], -1, axis=1)
-    weights = jnp.roll(batch["weights"].at[:, 0].set(0), -1, axis=1)
-    return cross_entropy(head, hidden, labels, weights)

@@ -21,7 +21,6 @@ import qlora_jax as qlora
 from qlora_jax.adapters import Adapter
 from qlora_jax.adapters.bank import AdapterBank
 from qlora_jax.nn import LoRA
-from qlora_jax.train.step import next_token_loss
 from scripts.bench import harness
 
 
@@ -44,9 +43,7 @@ def loss_call() -> Callable[[Any, np.ndarray], None]:
         graphdef, state = nnx.split(model)
         if graphdef not in compiled:
             compiled[graphdef] = jax.jit(
-                lambda state, batch: next_token_loss("none")(
-                    nnx.merge(graphdef, state), batch, None
-                )
+                lambda state, batch: SFT(nnx.merge(graphdef, state), batch)[0]
             )
         batch = {"tokens": tokens, "weights": np.ones(tokens.shape, np.float32)}
         jax.block_until_ready(compiled[graphdef](state, batch))

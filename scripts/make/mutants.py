@@ -91,14 +91,14 @@ MUTANTS = (
     ),
     Mutant(
         "loss-weights",
-        "qlora_jax/train/loss.py",
-        "return (total + jnp.sum(weight * nll), d_lora), d_h",
+        "qlora_jax/objectives/logprobs.py",
+        "return (total + jnp.sum(chunk[2] * nll), d_lora), d_h",
         "return (total + jnp.sum(nll), d_lora), d_h",
-        "tests/train/test_loss.py",
+        "tests/objectives/test_logprobs.py",
     ),
     Mutant(
         "first-token",
-        "qlora_jax/train/step.py",
+        "qlora_jax/objectives/logprobs.py",
         'jnp.roll(batch["weights"].at[:, 0].set(0), -1, axis=1)',
         'jnp.roll(batch["weights"], -1, axis=1)',
         "tests/train/test_step.py::test_the_first_token_of_a_row_is_ignored",
@@ -113,8 +113,8 @@ MUTANTS = (
     Mutant(
         "resume-figures",
         "qlora_jax/train/loop.py",
-        'losses = [row["loss"] for row in before]',
-        "losses = []",
+        'rows, overflows = [row for row in log.kept if "loss" in row], 0',
+        "rows, overflows = [], 0",
         "tests/train/test_trainer.py::test_a_finished_run_can_be_resumed_and_stays_as_it_is",
     ),
     Mutant(

@@ -13,8 +13,8 @@ import tiny
 from qlora_jax.adapters import join, merge, split
 from qlora_jax.adapters.names import flatten
 from qlora_jax.exchange.peft import import_peft
+from qlora_jax.objectives import SFT
 from qlora_jax.sources.load import load
-from qlora_jax.train.step import next_token_loss
 
 LOGITS = 1e-4
 """Absolute; the order of float32 sums, as the golden README asks."""
@@ -71,10 +71,9 @@ def test_loss_and_gradients_on_nf4_are_those_of_peft(case):
     graphdef, lora, base = split(model)
     batch = {"tokens": ids, "weights": jnp.ones(ids.shape, jnp.float32)}
     predicted = ids.shape[0] * (ids.shape[1] - 1)
-    loss_fn = next_token_loss("none")
 
     def mean_loss(lora):
-        return loss_fn(join(graphdef, lora, base), batch, None) / predicted
+        return SFT(join(graphdef, lora, base), batch)[0] / predicted
 
     loss, grads = jax.jit(jax.value_and_grad(mean_loss))(lora)
     stored = read("loss_and_grads.npz")

@@ -21,9 +21,9 @@ from qlora_jax.adapters.names import flatten
 from qlora_jax.exchange.ours import load_adapter, save_adapter
 from qlora_jax.exchange.peft import export_peft, import_peft
 from qlora_jax.nn import FrozenParam, quantize
+from qlora_jax.objectives import SFT
 from qlora_jax.sources.load import load
 from qlora_jax.sources.save import save_model
-from qlora_jax.train.step import next_token_loss
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "peft"
 BASES = json.loads((GOLDEN / "index.json").read_text())["cases"]
@@ -54,7 +54,7 @@ def test_logits_and_gradients_are_those_of_peft(name, tmp_path):
     def value(lora, base):
         def loss(lora):
             model = join(graphdef, lora, base)
-            return next_token_loss("none")(model, batch, None), model(ids)
+            return SFT(model, batch)[0], model(ids)
 
         return jax.value_and_grad(loss, has_aux=True)(lora)
 

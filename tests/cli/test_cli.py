@@ -301,6 +301,7 @@ def test_a_killed_run_resumes_to_the_same_losses(
         (["train", "--lora.rank", "x"], "rank"),
         ([*TRAIN, "--lora.rank", "0", "--lora.dropout", "2"], "--lora.rank is 0"),
         ([*TRAIN, "--train.seed", "-1"], "--train.seed is -1"),
+        ([*TRAIN, "--train.objective", "dpo"], "--train.objective is 'dpo', expected sft"),
         ([*TRAIN, "--train.micro-bach", "2"], "--train.micro-batch"),
         ([*TRAIN, "--train.schedule", "cosin"], "cosine"),
         ([*TRAIN, "--data.eval-rows", "12"], "--data.eval-rows 12 leaves nothing"),

@@ -14,7 +14,7 @@ from qlora_jax import QuantConfig
 from qlora_jax.adapters.names import flatten
 from qlora_jax.models import Decoder
 from qlora_jax.models.vocabulary import resize_tokens
-from qlora_jax.train.step import next_token_loss
+from qlora_jax.objectives import SFT
 
 pytestmark = pytest.mark.interop
 
@@ -213,7 +213,7 @@ def test_loss_and_gradients_of_a_4_bit_step_are_those_of_peft(
     def step(lora, rest):
         def loss(lora):
             model = qlora.join(graphdef, lora, rest)
-            return next_token_loss("none")(model, batch, None) / count
+            return SFT(model, batch)[0] / count
 
         return jax.value_and_grad(loss)(lora)
 

@@ -23,6 +23,7 @@ from qlora_jax.optim.eight_bit import (
 )
 from qlora_jax.train import make_train_step
 from qlora_jax.train.checkpoints import RunCheckpoints
+from qlora_jax.train.state import TrainState
 
 LAST_BITS = 3e-7
 """Relative: where XLA fuses multiply and add, and numpy does not."""
@@ -344,16 +345,18 @@ def test_a_run_trains_saves_and_resumes_exactly(tmp_path):
     dtypes = {x.dtype.name for x in jax.tree.leaves(state)}
     assert dtypes == {"uint8", "float32", "int32"}
     checkpoints = RunCheckpoints(tmp_path / "checkpoints", keep=1)
+    position = {"seed": 0, "objective": "loss_fn"}
     losses = []
     for i in range(6):
         if i == 3:
-            checkpoints.save(3, lora, state, {"seed": 0})
+            checkpoints.save(TrainState(3, lora, state), position)
         lora, state, metrics = step(lora, base, state, batch)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.9 * losses[0]
-    done, again, resumed = checkpoints.restore(fresh, tx.init(fresh), {"seed": 0})
+    restored = checkpoints.restore(TrainState(0, fresh, tx.init(fresh)), position)
     checkpoints.close()
-    assert done == 3
+    assert restored.step == 3
+    again, resumed = restored.lora, restored.opt_state
     for loss in losses[3:]:
         again, resumed, metrics = step(again, base, resumed, batch)
         assert float(metrics["loss"]) == loss

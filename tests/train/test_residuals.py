@@ -11,8 +11,8 @@ from flax import nnx
 
 from qlora_jax.adapters import join, split
 from qlora_jax.nn import Linear, QuantizedEmbedding, QuantizedLinear
+from qlora_jax.objectives import SFT
 from qlora_jax.quant import quantize_rows
-from qlora_jax.train.step import next_token_loss
 
 SEQ = 7
 """An odd one: no activation then has the size of a weight by chance."""
@@ -34,12 +34,11 @@ def residuals(model: nnx.Module, checkpoint: str, dropout: bool) -> list[Any]:
     graphdef, lora, base = split(model)
     tokens = tiny.tokens(2, SEQ)
     batch = {"tokens": tokens, "weights": jnp.ones(tokens.shape)}
-    loss_fn = next_token_loss(checkpoint)
     key = jax.random.key(0) if dropout else None
 
     def kept(lora, base):
         def loss(lora):
-            return loss_fn(join(graphdef, lora, base), batch, key)
+            return SFT(join(graphdef, lora, base), batch, key, checkpoint)[0]
 
         return jax.vjp(loss, lora)[1]
 

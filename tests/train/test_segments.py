@@ -15,7 +15,8 @@ import qlora_jax as qlora
 from qlora_jax.models import Decoder
 from qlora_jax.models.spec import AttentionSpec, LayerSpec
 from qlora_jax.nn import quantize
-from qlora_jax.train.step import make_train_step, next_token_loss
+from qlora_jax.objectives import SFT
+from qlora_jax.train.step import make_train_step
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +65,7 @@ def kept(model):
     def vjp(lora, base):
         def loss(lora):
             model = qlora.join(graphdef, lora, base)
-            return next_token_loss("layer")(model, batch, None)
+            return SFT(model, batch, None, "layer")[0]
 
         return jax.vjp(loss, lora)[1]
 

@@ -23,7 +23,7 @@ import optax
 import qlora_jax as qlora
 from qlora_jax.models import Decoder, DecoderConfig, llama
 from qlora_jax.nn import QuantizedLinear
-from qlora_jax.train.step import next_token_loss
+from qlora_jax.objectives import SFT
 from scripts.bench.peers.protocol import (
     LINEARS,
     MIB,
@@ -103,10 +103,9 @@ def build(task: Task) -> Contestant:
     del lora, factors
 
     def memory() -> dict:
-        loss_fn = next_token_loss(task.checkpoint)
-
         def loss_of(lora, base, batch):
-            return loss_fn(qlora.join(graphdef, lora, base), batch, None)
+            model = qlora.join(graphdef, lora, base)
+            return SFT(model, batch, None, task.checkpoint)[0]
 
         gradient = jax.jit(jax.value_and_grad(loss_of))
         on_device = jax.tree.map(jnp.asarray, batch)

@@ -1,4 +1,4 @@
-"""The chunked cross-entropy against the plain one, value and gradient."""
+"""Chunked cross-entropy and log-probabilities against plain ones, value and gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from flax import nnx
 
 from pallas_kernels.device import LOGITS_BYTES
 from qlora_jax.nn import Linear, LoRA
-from qlora_jax.train.loss import cross_entropy
+from qlora_jax.objectives import cross_entropy, token_logprobs
 
 BATCH, SEQ, HIDDEN, VOCAB = 3, 7, 32, 50
 SUM_ORDER = 1e-5
@@ -37,6 +37,25 @@ def plain(head, hidden, labels, weights):
     return -jnp.sum(weights * picked)
 
 
+def by_token(head, hidden, labels, weights):
+    """A loss that is no weighted sum: each token's cotangent follows from its value."""
+    logp = token_logprobs(head, hidden, labels)
+    return jnp.sum(weights * (1 - jnp.exp(logp)) * logp)
+
+
+def plain_by_token(head, hidden, labels, weights):
+    log_p = jax.nn.log_softmax(head(hidden).astype(jnp.float32))
+    logp = jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]
+    return jnp.sum(weights * (1 - jnp.exp(logp)) * logp)
+
+
+BOTH = pytest.mark.parametrize(
+    ("chunked", "whole"),
+    [(cross_entropy, plain), (by_token, plain_by_token)],
+    ids=["cross_entropy", "token_logprobs"],
+)
+
+
 def value_and_grads(function, head, hidden, labels, weights):
     graphdef, lora, rest = nnx.split(head, nnx.LoRAParam, ...)
 
@@ -58,12 +77,13 @@ def chunks(request, monkeypatch) -> int:
     return request.param
 
 
+@BOTH
 @pytest.mark.parametrize("lora", [False, True], ids=["plain head", "lora on the head"])
-def test_value_and_gradients_are_those_of_log_softmax(chunks, lora):
+def test_value_and_gradients_are_those_of_log_softmax(chunks, lora, chunked, whole):
     head, *rest = problem()
     head = with_lora(head) if lora else head
-    value, grads = value_and_grads(cross_entropy, head, *rest)
-    wanted, wanted_grads = value_and_grads(plain, head, *rest)
+    value, grads = value_and_grads(chunked, head, *rest)
+    wanted, wanted_grads = value_and_grads(whole, head, *rest)
     assert value == pytest.approx(wanted, rel=SUM_ORDER)
     assert len(grads) == (3 if lora else 1)
     for have, want in zip(grads, wanted_grads, strict=True):
@@ -71,23 +91,23 @@ def test_value_and_gradients_are_those_of_log_softmax(chunks, lora):
         np.testing.assert_allclose(have, want, atol=atol, rtol=SUM_ORDER)
 
 
-def test_the_logits_of_one_chunk_are_all_that_is_alive(monkeypatch):
+@pytest.mark.parametrize("loss", [cross_entropy, by_token])
+def test_the_logits_of_one_chunk_are_all_that_is_alive(monkeypatch, loss):
     monkeypatch.setitem(LOGITS_BYTES, "cpu", 4 * VOCAB * 5)
     head, hidden, labels, weights = problem()
     jaxpr = str(
-        jax.make_jaxpr(jax.grad(cross_entropy, argnums=1))(
-            head, hidden, labels, weights
-        )
+        jax.make_jaxpr(jax.grad(loss, argnums=1))(head, hidden, labels, weights)
     )
     assert f"f32[5,{VOCAB}]" in jaxpr
     assert f"f32[{BATCH},{SEQ},{VOCAB}]" not in jaxpr
     assert f"f32[{BATCH * SEQ},{VOCAB}]" not in jaxpr
 
 
-def test_bfloat16_hidden_states_keep_a_float32_sum():
+@BOTH
+def test_bfloat16_hidden_states_keep_a_float32_sum(chunked, whole):
     head, hidden, labels, weights = problem("bfloat16")
-    value, (d_hidden,) = value_and_grads(cross_entropy, head, hidden, labels, weights)
-    wanted, (d_wanted,) = value_and_grads(plain, head, hidden, labels, weights)
+    value, (d_hidden,) = value_and_grads(chunked, head, hidden, labels, weights)
+    wanted, (d_wanted,) = value_and_grads(whole, head, hidden, labels, weights)
     assert d_hidden.dtype == jnp.bfloat16
     assert value == pytest.approx(wanted, rel=SUM_ORDER)
     # Two roundings to bfloat16 (of d_logits and of the result), 2**-8 each.

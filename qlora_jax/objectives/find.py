@@ -1,0 +1,57 @@
+"""An objective by its name: one of ours, or one of the user's own."""
+
+import importlib
+
+from qlora_jax.errors import ConfigError
+from qlora_jax.objectives.base import Objective
+from qlora_jax.objectives.sft import SFT
+
+OURS = {objective.name: objective for objective in (SFT,)}
+
+
+def find_objective(name: str) -> Objective:
+    """Returns the objective of that name.
+
+    Args:
+      name: One of ours ('sft'), or 'package.module:name' of an `Objective` in a module
+        that Python can import.
+
+    Raises:
+      ConfigError: there is none of that name, its module cannot be imported, or what the
+        name stands for is no Objective.
+    """
+    if name in OURS:
+        return OURS[name]
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        raise ConfigError(
+            f"--train.objective is {name!r}, expected {' or '.join(OURS)}, or "
+            "package.module:name of an Objective of your own"
+        )
+    where = f"--train.objective {name}"
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:  # whatever the user's module raises
+        raise ConfigError(
+            f"{where}: importing {module} failed with {type(error).__name__}: {error}. "
+            "Its folder has to be on Python's path, as PYTHONPATH=FOLDER puts it."
+        ) from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise ConfigError(
+                f"{where}: {module} has no {attribute}; {_objectives_of(module)}"
+            )
+        found = getattr(found, part)
+    if not isinstance(found, Objective):
+        raise ConfigError(
+            f"{where} is of type {type(found).__name__}, expected an Objective, such as "
+            "qlora_jax.objectives.of_hidden_states(name, function) makes; "
+            f"{_objectives_of(module)}"
+        )
+    return found
+
+
+def _objectives_of(module: str) -> str:
+    values = vars(importlib.import_module(module))
+    names = [name for name, value in values.items() if isinstance(value, Objective)]
+    return f"its objectives are {', '.join(names)}" if names else "it has no objective"

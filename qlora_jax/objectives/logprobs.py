@@ -1,0 +1,180 @@
+"""Log-probabilities of tokens, without ever holding [tokens, vocab] in float32.
+
+All goes over chunks of tokens. `cross_entropy`, a weighted sum, makes each chunk's gradient
+in the forward pass, while its logits are there, so that backward multiplies by the
+cotangent and recomputes nothing. Source of the idea: Liger-Kernel's fused linear
+cross-entropy (arXiv 2410.10989). `token_logprobs` gives each token's own, whose cotangents
+come with backward: that makes each chunk's logits again, which is one more product with
+the head.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.device import LOGITS_BYTES, limit
+
+
+def next_tokens(
+    batch: Mapping[str, Any],
+) -> tuple[Int[Array, "batch seq"], Float[Array, "batch seq"]]:
+    """Returns the token that each position predicts, and what predicting it counts.
+
+    Rolled, not cut, so that shapes stay round; the last position has weight 0.
+    """
+    labels = jnp.roll(batch["tokens"], -1, axis=1)
+    weights = jnp.roll(batch["weights"].at[:, 0].set(0), -1, axis=1)
+    return labels, weights
+
+
+def cross_entropy(
+    head: Any,
+    hidden: Float[Array, "batch seq hidden"],
+    labels: Int[Array, "batch seq"],
+    weights: Float[Array, "batch seq"],
+) -> Float[Array, ""]:
+    """Sums weights * -log p(label) over all tokens.
+
+    Args:
+      head: The linear from hidden states to logits; differentiable to its
+        nnx.LoRAParam, if it has any, and to `hidden`.
+      hidden: What the head takes.
+      labels: Token ids, aligned with `hidden` (shifted already, as `next_tokens` gives them).
+      weights: What each position counts; 0 leaves it out. Nothing is differentiated to
+        them.
+
+    Returns:
+      The float32 sum; divide by weights.sum() for the mean.
+    """
+    graphdef, lora, base = nnx.split(head, nnx.LoRAParam, ...)
+    tokens = _in_chunks(head, hidden, labels, weights)
+    return _summed(graphdef, lora, base, *tokens)
+
+
+def token_logprobs(
+    head: Any,
+    hidden: Float[Array, "batch seq hidden"],
+    labels: Int[Array, "batch seq"],
+) -> Float[Array, "batch seq"]:
+    """Returns log p(label) of every position, float32, differentiable as `cross_entropy` is.
+
+    Args:
+      head: The linear from hidden states to logits.
+      hidden: What the head takes.
+      labels: Token ids, aligned with `hidden` (shifted already, as `next_tokens` gives them).
+    """
+    graphdef, lora, base = nnx.split(head, nnx.LoRAParam, ...)
+    tokens = _in_chunks(head, hidden, labels)
+    each = _each(graphdef, lora, base, *tokens)
+    return each.reshape(-1)[: labels.size].reshape(labels.shape)
+
+
+def _in_chunks(head: Any, hidden: Array, *more: Array) -> list[Array]:
+    """Splits what has an entry a token into chunks whose logits fit, (chunks, size, ...)."""
+    count = more[0].size
+    chunks = max(1, -(-count * head.out_features * 4 // limit(LOGITS_BYTES)))
+    size = -(-count // chunks)
+
+    def split(x: Array, *shape: int) -> Array:
+        x = jnp.pad(
+            x.reshape(count, *shape),
+            [(0, chunks * size - count)] + [(0, 0)] * len(shape),
+        )
+        return x.reshape(chunks, size, *shape)
+
+    return [split(hidden, hidden.shape[-1]), *map(split, more)]
+
+
+def _gradients(graphdef, lora, base, h, label, weight):
+    """Returns a chunk's losses, and the gradients of their weighted sum to lora and h."""
+
+    def logits_of(lora, h):
+        return nnx.merge(graphdef, lora, base)(h)
+
+    logits, vjp = jax.vjp(logits_of, lora, h)
+    nll, log_normalizer = _nll(logits, label)
+    p = jnp.exp(logits.astype(jnp.float32) - log_normalizer[:, None])
+    hit = lax.broadcasted_iota(jnp.int32, p.shape, 1) == label[:, None]
+    # In the compute dtype: a float32 one would multiply with an upcast head.
+    d_logits = ((p - hit) * weight[:, None]).astype(logits.dtype)
+    return nll, *vjp(d_logits)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed(graphdef, lora, base, hidden, labels, weights) -> Float[Array, ""]:
+    head = nnx.merge(graphdef, lora, base)
+
+    def body(total, chunk):
+        h, label, weight = chunk
+        nll, _ = _nll(head(h), label)
+        return total + jnp.sum(weight * nll), None
+
+    return lax.scan(body, jnp.float32(0), (hidden, labels, weights))[0]
+
+
+def _summed_fwd(graphdef, lora, base, hidden, labels, weights):
+    def body(carry, chunk):
+        total, d_lora = carry
+        nll, d_chunk, d_h = _gradients(graphdef, lora, base, *chunk)
+        d_lora = jax.tree.map(jnp.add, d_lora, d_chunk)
+        return (total + jnp.sum(chunk[2] * nll), d_lora), d_h
+
+    start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, lora))
+    (total, d_lora), d_hidden = lax.scan(body, start, (hidden, labels, weights))
+    return total, (d_lora, d_hidden)
+
+
+def _summed_bwd(graphdef, residuals, g):
+    d_lora, d_hidden = residuals
+    d_lora = jax.tree.map(lambda d: (d * g).astype(d.dtype), d_lora)
+    return d_lora, None, (d_hidden * g).astype(d_hidden.dtype), None, None
+
+
+_summed.defvjp(_summed_fwd, _summed_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _each(graphdef, lora, base, hidden, labels) -> Float[Array, "chunks size"]:
+    head = nnx.merge(graphdef, lora, base)
+
+    def body(_, chunk):
+        h, label = chunk
+        return None, -_nll(head(h), label)[0]
+
+    return lax.scan(body, None, (hidden, labels))[1]
+
+
+def _each_fwd(graphdef, lora, base, hidden, labels):
+    residuals = lora, base, hidden, labels
+    return _each(graphdef, *residuals), residuals
+
+
+def _each_bwd(graphdef, residuals, g):
+    lora, base, hidden, labels = residuals
+
+    def body(d_lora, chunk):
+        _, d_chunk, d_h = _gradients(graphdef, lora, base, *chunk)
+        return jax.tree.map(jnp.add, d_lora, d_chunk), d_h
+
+    start = jax.tree.map(jnp.zeros_like, lora)
+    d_lora, d_hidden = lax.scan(body, start, (hidden, labels, -g))
+    return d_lora, None, d_hidden, None
+
+
+_each.defvjp(_each_fwd, _each_bwd)
+
+
+def _nll(
+    logits: Float[Array, "tokens vocab"], labels: Int[Array, " tokens"]
+) -> tuple[Float[Array, " tokens"], Float[Array, " tokens"]]:
+    """Returns float32 (-log p(label), log normalizer) of each token."""
+    wide = logits.astype(jnp.float32)
+    log_normalizer = jax.nn.logsumexp(wide, axis=-1)
+    picked = jnp.take_along_axis(wide, labels[:, None], axis=1)[:, 0]
+    return log_normalizer - picked, log_normalizer
