@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jaxtyping import Array
 
@@ -23,7 +22,7 @@ def make_gradient(
     graphdef: nnx.GraphDef,
     objective: Objective,
     checkpoint: Checkpoint,
-    sums: optax.GradientTransformation,
+    sums: Any,
 ) -> Callable[..., tuple[Array, dict[str, Any], nnx.State]]:
     """Makes what a step descends along.
 
@@ -34,7 +33,7 @@ def make_gradient(
       graphdef: From `split`.
       objective: What is minimized.
       checkpoint: What backward recomputes.
-      sums: Adds up what is handed to it; its state says where the sums rest.
+      sums: An optax.trace that adds up what is handed to it, maybe in host memory.
 
     Returns:
       (lora, base, batch, key, factor) -> (loss, metrics, gradients), all sums over the
@@ -44,8 +43,9 @@ def make_gradient(
 
     def gradient(lora, base, batch, key, factor):
         def scaled(lora, batch, index):
-            alone = key is not None and index is not None
-            own = jax.random.fold_in(key, index) if alone else key
+            own = key
+            if key is not None and index is not None:  # not all of them at once
+                own = jax.random.fold_in(key, index)
             loss, metrics = apply(lora, base, batch, own)
             return loss * factor, metrics
 

@@ -209,7 +209,10 @@ def test_objectives_are_found_by_name(focal):
 
 def test_a_trainer_reports_an_objectives_metrics_and_resumes_with_it(focal, tmp_path):
     config = TrainConfig(
-        **{"max_steps": 4, "micro_batch": 2, "grad_accum": 2, "save_every": 2},
+        max_steps=4,
+        micro_batch=2,
+        grad_accum=2,
+        save_every=2,
         compute_dtype="float32",
         learning_rate=5e-3,
     )
@@ -228,10 +231,11 @@ def test_a_trainer_reports_an_objectives_metrics_and_resumes_with_it(focal, tmp_
     held = tiny.rows([8, 8], seed=1)
     whole = trainer("whole")
     whole.fit()
-    assert whole._train_step._cache_size() == whole._eval_step._cache_size() == 1
+    steps: tuple[Any, Any] = (whole._train_step, whole._eval_step)
+    assert [step._cache_size() for step in steps] == [1, 1]
     lines = read_metrics(tmp_path / "whole" / "metrics.jsonl")
-    steps = [line for line in lines if "loss" in line]
-    assert [0 < line["p"] < 1 for line in steps] == 4 * [True]
+    taken = [line for line in lines if "loss" in line]
+    assert [0 < line["p"] < 1 for line in taken] == 4 * [True]
     assert set().union(*lines) - {"p"} <= RESERVED
 
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
@@ -244,7 +248,9 @@ def test_a_trainer_reports_an_objectives_metrics_and_resumes_with_it(focal, tmp_
     assert rows("parts") == rows("whole")
     # What evaluation measures is the objective too: here by numpy, of all logits.
     (batch,) = held.in_order(2)
-    logits = tiny.logits(whole.model, batch["tokens"])[:, :-1].astype(np.float64)
+    logits = tiny.logits(whole.model, jnp.asarray(batch["tokens"]))[:, :-1].astype(
+        np.float64
+    )
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     p = np.take_along_axis(p, batch["tokens"][:, 1:, None], axis=2)[..., 0]
     weights = batch["weights"][:, 1:]
