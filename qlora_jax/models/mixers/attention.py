@@ -103,19 +103,19 @@ class Attention(nnx.Module):
             "scale": c.attention_scale,
             "softcap": c.attention_softcap,
         }
+        new = None
         if cache is None:
-            mixed, new = causal_attention(q, k, v, **options), None
+            mixed = causal_attention(q, k, v, **options)
         else:
+            seen, length = context.seen_positions, context.length
+            assert seen is not None and length is not None
             put = functools.partial(
-                jax.lax.dynamic_update_slice_in_dim, start_index=context.length, axis=1
+                jax.lax.dynamic_update_slice_in_dim, start_index=length, axis=1
             )
-            new = tuple(
-                put(old, y.astype(old.dtype))
-                for old, y in zip(cache, (k, v), strict=True)
-            )
-            mixed = attention(
-                q, *new, context.positions, context.seen_positions, **options
-            )
+            old_k, old_v = cache
+            k, v = put(old_k, k.astype(old_k.dtype)), put(old_v, v.astype(old_v.dtype))
+            new = k, v
+            mixed = attention(q, k, v, context.positions, seen, **options)
         mixed = checkpoint_name(mixed.reshape(*x.shape[:2], -1), "mixed")
         return project(self.o_proj, mixed, key, 3), new
 
