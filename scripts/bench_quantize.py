@@ -22,13 +22,11 @@ import numpy as np
 from bench_record import record
 from safetensors.numpy import save_file
 
-CHILD = """
+WATCH = """
 import json, sys, threading, time
 from pathlib import Path
 import jax, jax.numpy as jnp
 import qlora_jax as qlora
-from qlora_jax.sources.quantize import quantize_folder
-from qlora_jax.sources.source import open_source
 jax.block_until_ready(jnp.zeros(8) + 1)
 def held():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -40,6 +38,13 @@ def watch():
         most = max(most, held())
         time.sleep(0.005)
 threading.Thread(target=watch, daemon=True).start()
+"""
+"""The beginning of a process whose memory is watched: `most` less `idle` bytes."""
+CHILD = (
+    WATCH
+    + """
+from qlora_jax.sources.quantize import quantize_folder
+from qlora_jax.sources.source import open_source
 way, folder, out, shard = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
 began = time.perf_counter()
 if way == "streamed":
@@ -49,6 +54,7 @@ else:
     qlora.save_model(model, out, source=folder, shard_bytes=shard)
 print(json.dumps({"s": round(time.perf_counter() - began, 1), "bytes": most - idle}))
 """
+)
 
 
 def write_model(folder: Path, layers: int, vocab: int) -> dict[str, int]:

@@ -389,7 +389,7 @@ def lora_config(model: nnx.Module) -> LoRAConfig:
 
 
 def _in_a_stack(node: LoRA | LoRAEmbedding) -> bool:
-    return node.lora_a[...].ndim > 2
+    return node.lora_a.get_value().ndim > 2
 
 
 def _layers(node: LoRA | LoRAEmbedding) -> tuple[int, ...]:

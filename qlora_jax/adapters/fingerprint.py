@@ -37,7 +37,7 @@ def fingerprint(model: nnx.Module, *, scales: bool = False) -> str | None:
 
     None while the model is abstract (inside jit or eval_shape). Quantized and dense
     copies of one base have the same structure. With `scales` the object has these too:
-    {name of a 4-bit weight: mean absmax}.
+    {name of a 4-bit weight: mean absmax}, of those that are no shapes alone.
     """
     shapes, values, packed = [], {}, {}
     for path, variable in nnx.to_flat_state(nnx.state(model, FrozenParam)):
@@ -68,17 +68,35 @@ def fingerprint(model: nnx.Module, *, scales: bool = False) -> str | None:
 
 
 def with_scales(mark: str | None, packed: Mapping[str, QuantizedTensor]) -> str | None:
-    """Returns a mark that has the scales of some 4-bit weights, by name."""
-    if mark is None or any(map(_abstract, packed.values())):
+    """Returns a mark that has the scales of some 4-bit weights, by name.
+
+    Weights that are shapes alone have none.
+    """
+    if mark is None:
         return None
+    measured = Scales()
+    for name, q in packed.items():
+        if not _abstract(q):
+            measured.add(name, jax.tree.map(_readable, q))
     parts = json.loads(mark)
-    measured = {
-        name: float(_mean_absmax(jax.tree.map(_readable, q)))
-        for name, q in packed.items()
-    }
-    rounded = {name: float(f"{value:.7g}") for name, value in measured.items()}
-    parts["scales"] = parts.get("scales", {}) | rounded
+    parts["scales"] = parts.get("scales", {}) | measured.rounded()
     return json.dumps(parts)
+
+
+class Scales:
+    """The mean absmax of 4-bit weights, whose layers come together or one by one."""
+
+    def __init__(self):
+        self._means: dict[str, list[float]] = {}
+
+    def add(self, name: str, q: QuantizedTensor) -> None:
+        """Takes in a weight, or one of its layers."""
+        self._means.setdefault(name, []).append(float(_mean_absmax(q)))
+
+    def rounded(self, name: str | None = None) -> dict[str, float]:
+        """Returns {name of a weight: mean absmax}, of one or of all."""
+        names = self._means if name is None else [name]
+        return {x: float(f"{np.mean(self._means[x]):.7g}") for x in names}
 
 
 def _readable(value: Any) -> Any:

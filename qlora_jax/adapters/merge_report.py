@@ -1,7 +1,6 @@
 """What a merge lost: each merged weight against base + adapter in float32."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, get_args
@@ -90,10 +89,10 @@ def merge_report(model: nnx.Module, merged: nnx.Module) -> MergeReport:
             name = ".".join(map(str, path))
             what = "linear" if isinstance(node, LoRA) else "embedding"
             raise AdapterMismatchError(f"{name}: the merged model has no such {what}")
-        stack = _shape(node)[:-2]
-        figures = squares_apart(_applied(node), _applied(other), stack)
-        for index in np.ndindex(*stack):
-            squares[_name(path, index)] = figures[index]
+        pair = _applied(node), _applied(other)
+        for index in np.ndindex(*_shape(node)[:-2]):
+            one = jax.tree.map(lambda leaf, i=index: leaf[i], pair) if index else pair
+            squares[_name(path, index)] = squares_apart(*one)
     return MergeReport.of(squares)
 
 
@@ -137,20 +136,17 @@ class Applied(NamedTuple):
         return cls(weight, Factors(b.T, a.T), jnp.float32(scale))
 
 
-def squares_apart(
-    exact: Applied, got: Applied, stack: tuple[int, ...] = ()
-) -> np.ndarray:
+def squares_apart(exact: Applied, got: Applied) -> np.ndarray:
     """Returns squared norms of what a merge lost, of the exact weight and of its update.
 
     Args:
-      exact: What was to be merged.
+      exact: What was to be merged, of one layer.
       got: What came out.
-      stack: Leading axes of both.
 
     Returns:
-      float64 (..., 3), summed in float32.
+      float64 (3,), summed in float32.
     """
-    return np.asarray(_apart(stack)(exact, got)).astype(np.float64)
+    return np.asarray(_apart(exact, got)).astype(np.float64)
 
 
 def _applied(node: Any) -> Applied:
@@ -163,16 +159,10 @@ def _applied(node: Any) -> Applied:
     return Applied(_weight(node), factors(node), scale)
 
 
-@functools.cache
-def _apart(stack: tuple[int, ...]) -> Any:
-    def one(pair: tuple[Applied, Applied]) -> Float[Array, "3"]:
-        (exact, base), (got, _) = map(_weights, pair)
-        return jnp.stack([jnp.sum(x**2) for x in (got - exact, exact, exact - base)])
-
-    run = one
-    for _ in stack:
-        run = functools.partial(jax.lax.map, run)
-    return jax.jit(lambda a, b: run((a, b)))
+@jax.jit
+def _apart(exact: Applied, got: Applied) -> Float[Array, "3"]:
+    (wanted, base), (made, _) = _weights(exact), _weights(got)
+    return jnp.stack([jnp.sum(x**2) for x in (made - wanted, wanted, wanted - base)])
 
 
 def _weights(applied: Applied) -> tuple[Array, Array]:

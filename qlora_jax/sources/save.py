@@ -16,7 +16,7 @@ from pallas_kernels.layout import QuantizedTensor
 from pallas_kernels.reference import decode_absmax
 from qlora_jax.errors import CheckpointError, OutputExistsError
 from qlora_jax.models import Decoder, DecoderConfig, llama
-from qlora_jax.names import EMBEDDING, HEAD, Table, dotted
+from qlora_jax.names import EMBEDDING, HEAD, Numbered, Table, dotted
 from qlora_jax.quant import (
     Int8Rows,
     dequantize,
@@ -88,33 +88,63 @@ def save_model(
             "the model has adapters attached; merge before save_model"
         )
     origin = None if source is None else open_source(source)
-    if origin is None:
-        hf, names = llama.write_config(model.config), llama.NAMES
-    else:
-        hf, names = origin.hf, origin.family.NAMES
-    config = dataclasses.replace(
-        model.config, tie_word_embeddings=model.lm_head is None
-    )
-    table = Table(names, config.num_layers, config.num_experts)
+    hf = llama.write_config(model.config) if origin is None else origin.hf
+    config = saved_config(model)
     return write_folder(
-        *(_parameters(model, table), config, model.compute_dtype.name, hf, out),
+        *(_parameters(model, saved_names(config, origin)), config),
+        *(model.compute_dtype.name, hf, out),
         origin=origin,
         shard_bytes=shard_bytes,
     )
 
 
-def _parameters(model: Decoder, table: Table) -> Iterator[tuple[str, Any]]:
-    """Yields every parameter by its name, one layer (and expert) at a time."""
+def saved_config(model: Decoder) -> DecoderConfig:
+    """Returns the config of the folder that a model becomes."""
+    tied = model.lm_head is None
+    return dataclasses.replace(model.config, tie_word_embeddings=tied)
+
+
+def saved_names(config: DecoderConfig, origin: Source | None) -> Table:
+    """Returns what a folder calls each parameter: as its source does, or a Llama's."""
+    names = llama.NAMES if origin is None else origin.family.NAMES
+    return Table(names, config.num_layers, config.num_experts)
+
+
+def places(
+    model: Decoder, table: Table
+) -> Iterator[tuple[Numbered, str, nnx.Variable]]:
+    """Yields the place of every parameter, one layer (and expert) each, in a folder's order.
+
+    Args:
+      model: May be shapes alone.
+      table: From `saved_names`.
+
+    Returns:
+      (place, name in the folder, the variable that has it, stacked) in turn.
+    """
     for keys, variable in nnx.to_flat_state(nnx.state(model)):
-        path, value = dotted(keys), variable.get_value()
-        if keys[0] in (EMBEDDING, HEAD) and isinstance(value, QuantizedTensor):
-            value = dequantize(value, model.dtype)
+        path = dotted(keys)
         stack = np.ndindex(*table.stack(path))
         for name, index in zip(table.names(path), stack, strict=True):
-            if isinstance(value, Int8Rows):
-                yield name, value
-            else:
-                yield name, jax.tree.map(lambda leaf, i=index: leaf[i], value)
+            yield Numbered(path, index), name, variable
+
+
+def as_saved(place: Numbered, value: Any, dtype: str) -> Any:
+    """Returns a value as a folder has it: a 4-bit embedding or head is dense there."""
+    outer = place.path.partition(".")[0] in (EMBEDDING, HEAD)
+    if outer and isinstance(value, QuantizedTensor):
+        return dequantize(value, dtype)
+    return value
+
+
+def _parameters(model: Decoder, table: Table) -> Iterator[tuple[str, Any]]:
+    """Yields every parameter by its name, one layer (and expert) at a time."""
+    for place, name, variable in places(model, table):
+        value = variable.get_value()
+        if not isinstance(value, Int8Rows):
+            value = as_saved(place, value, model.dtype)
+            value = jax.tree.map(lambda leaf, i=place.numbers: leaf[i], value)
+        yield name, value
 
 
 def write_folder(
