@@ -1,6 +1,7 @@
 """Memory of merging an adapter into a folder, by the number of layers; before and after.
 
-    python scripts/bench_merge.py [--layers 2 5] [--before FOLDER] [--append FILE]
+    python scripts/bench_merge.py [--layers 2 5] [--ways bfloat16 nf4] [--before FOLDER]
+        [--append FILE]
 
 Makes a bfloat16 folder with layers of a 70B Llama (bench_quantize.py) and an adapter of
 rank 16 on all linears, and runs `qlora merge` in a process each way: into bfloat16, and with
@@ -27,6 +28,8 @@ from bench_record import record
 CHILD = (
     WATCH
     + """
+if Path("/proc/self/oom_score_adj").exists():  # when memory ends, it ends here
+    Path("/proc/self/oom_score_adj").write_text("1000")
 from qlora_jax.cli.main import main
 began = time.perf_counter()
 assert main(sys.argv[1:]) == 0
@@ -34,6 +37,8 @@ print(json.dumps({"s": round(time.perf_counter() - began, 1), "bytes": most - id
 """
 )
 ROOT = Path(__file__).parents[1]
+WAYS = {"bfloat16": [], "nf4": ["--requantize", "nf4"]}
+"""What the base is merged into -> the flags that ask for it."""
 
 
 def write_adapter_of(model: Path, out: Path) -> None:
@@ -100,10 +105,10 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 5])
     parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--before", type=Path, help="a checkout to compare with")
     parser.add_argument("--append", help="a .jsonl file")
     args = parser.parse_args()
-    ways = {"bfloat16": [], "nf4": ["--requantize", "nf4"]}
     figures: dict[str, Any] = {}
     for layers in args.layers:
         with tempfile.TemporaryDirectory() as work:
@@ -111,14 +116,14 @@ def main() -> None:
             model.mkdir()
             figures[str(layers)] = write_model(model, layers, args.vocab)
             write_adapter_of(model, adapter)
-            for way, flags in ways.items():
+            for way in args.ways:
                 trees = {"streamed": ROOT} | (
                     {"before": args.before.absolute()} if args.before else {}
                 )
                 found = figures[str(layers)][way] = {}
                 for name, tree in trees.items():
                     out = Path(work) / f"{way}-{name}"
-                    found[name] = merged(tree, model, adapter, out, flags)
+                    found[name] = merged(tree, model, adapter, out, WAYS[way])
                     print(
                         f"{layers} layers, {way:<10}{name:<10}{found[name]}", flush=True
                     )

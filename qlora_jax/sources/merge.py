@@ -7,6 +7,7 @@ memory; each weight is then read, folded, measured and written before the next i
 import dataclasses
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +40,7 @@ from qlora_jax.nn import Linear, LoRA, LoRAEmbedding, TrainedRows
 from qlora_jax.quant import QuantConfig, Quantized
 from qlora_jax.sources.load import Tables, outline, reading
 from qlora_jax.sources.save import (
+    Place,
     as_saved,
     check_output,
     places,
@@ -141,7 +143,7 @@ class _Weights:
     ):
         quant, tables = merging.quant, merging.tables
         self.source, self.merging = source, merging
-        self.reader, self.wanted, _ = reading(
+        self.reader, _, _ = reading(
             source, quant, "float32", tables["embedding"], tables["head"]
         )
         base = outline(source, quant, **tables).model
@@ -151,21 +153,21 @@ class _Weights:
             lambda state: merge(nnx.merge(graphdef, state), dtype="float32"), state
         )
         self.merged: Decoder = shapes
-        self.table = saved_names(shapes.config, source)
+        self.places = list(places(shapes, saved_names(shapes.config, source)))
         self.nodes = {
-            dotted(path): node
+            path: node
             for path, node in nnx.iter_graph(adapted)
             if isinstance(node, (LoRA, LoRAEmbedding, TrainedRows))
         }
         # Until they are written, values are as `merge` has them: float32 beside 4 bits.
         plain = merging.dtype if merging.requantize is None else "float32"
         self.folding = Folding(plain, merging.requantize)
-        self.marked = _Marked(adapter)
+        self.marked = _Marked(adapter, Counter(x.numbered.path for x in self.places))
         self.squares: dict[str, np.ndarray] = {}
         self.correction = None
         if merging.correction_rank is not None:
             packed = [
-                path
+                dotted(path)
                 for path, node in self.nodes.items()
                 if isinstance(node, LoRA) and not _is_dense_head(path, node)
             ]
@@ -177,81 +179,85 @@ class _Weights:
 
     def parameters(self) -> Iterator[tuple[str, Any]]:
         """Yields every parameter by its name in the folder."""
-        for place, name, variable in places(self.merged, self.table):
-            value = self._value(place, variable.get_value().shape)
+        for place in self.places:
+            value = self._value(place)
             if value is None:
                 continue
-            value = as_saved(place, value, self.merging.dtype)
+            path = place.numbered.path
+            value = as_saved(path, value, self.merging.dtype)
             if self.correction is not None and isinstance(value, QuantizedTensor):
-                self.correction.scales.add(place.path, value)
+                self.correction.scales.add(path, value)
             if isinstance(value, Quantized):
-                yield name, dataclasses.replace(value, dtype=self.merging.dtype)
+                yield place.name, dataclasses.replace(value, dtype=self.merging.dtype)
             else:
-                yield name, value.astype(self.merging.dtype)
+                yield place.name, value.astype(self.merging.dtype)
         self.reader.check(self.source)
 
     def report(self, instead: Mapping[str, np.ndarray]) -> MergeReport:
         """Returns the report, in the order that a model's has; `instead` replaces figures."""
+        names: dict[Any, list[str]] = {path: [] for path in self.nodes}
+        for place in self.places:
+            if (name := _module(place)) in self.squares and place.module in names:
+                if place.numbered.path.endswith((".kernel", ".weight")):
+                    names[place.module].append(name)
         squares = self.squares | instead
-        order: list[str] = []
-        for path, node in self.nodes.items():
-            if isinstance(node, LoRA):
-                indices = np.ndindex(*self.table.stack(f"{path}.kernel"))
-                order += [str(Numbered(path, index)) for index in indices]
-            elif isinstance(node, LoRAEmbedding):
-                order.append(path)
+        order = [name for path in names for name in names[path]]
         return MergeReport.of({name: squares[name] for name in order})
 
-    def _value(self, place: Numbered, stacked: tuple[int, ...]) -> Any:
+    def _value(self, place: Place) -> Any:
         """Returns a merged parameter; None if the base's cannot be used."""
-        own = self.arrays.get(str(place))
+        own = self._factor(str(place.numbered))
         if own is not None:  # which trained in place of the base's
-            return self.folding.trained(jnp.asarray(own, jnp.float32))
-        value = self._base(place, stacked)
-        module, _, leaf = place.path.rpartition(".")
-        node = self.nodes.get(module)
+            return self.folding.trained(own)
+        value = self._base(place)
+        leaf = place.numbered.path.rpartition(".")[2]
+        node = self.nodes.get(place.module)
         if value is None or leaf == "bias":
             return value
         if isinstance(node, LoRA):
-            return self._linear(Numbered(module, place.numbers), node, value)
+            return self._linear(place, node, value)
         if isinstance(node, LoRAEmbedding):
-            a, b = (self._factor(f"{module}.{x}") for x in ("lora_a", "lora_b"))
+            name = _module(place)
+            a, b = (self._factor(f"{name}.{x}") for x in ("lora_a", "lora_b"))
             made = self.folding.table(value, a, b, node.scale)
             exact = Applied.table(value, a, b, node.scale)
-            self.squares[module] = squares_apart(exact, Applied(made))
+            self.squares[name] = squares_apart(exact, Applied(made))
             return made
         if isinstance(node, TrainedRows):
-            return with_rows(value, self._factor(f"{module}.rows"), node.tokens)
+            rows = self._factor(f"{_module(place)}.rows")
+            return with_rows(value, rows, node.tokens)
         if leaf == "kernel":
             return self.folding.kept_linear(value)
         return self.folding.kept_table(value)
 
-    def _base(self, place: Numbered, stacked: tuple[int, ...]) -> Any:
+    def _base(self, place: Place) -> Any:
         """Reads one layer of the base's parameter; an untied head is the embedding."""
-        path = place.path if place.path in self.wanted else _TABLE
-        name = hf_table(self.source.config).name(path, place.numbers)
-        value = self.reader.one(path, name, self.wanted[path].shape)
+        config, (path, numbers) = self.source.config, place.numbered
+        if path == _HEAD and config.tie_word_embeddings:
+            path = _TABLE
+        name = hf_table(config).name(path, numbers)
+        value = self.reader.one(path, name, place.shape)
         if isinstance(value, QuantizedTensor):
-            last = all(i + 1 == n for i, n in zip(place.numbers, stacked, strict=False))
-            self.marked.add(path, value, last)
+            self.marked.add(path, value)
         elif path in (_TABLE, _HEAD) and value is not None:
-            if value.shape[0] < stacked[0]:
-                value = grown(value, stacked[0])
+            if value.shape[0] < place.shape[0]:
+                value = grown(value, place.shape[0])
         return value
 
     def _linear(
-        self, place: Numbered, node: LoRA, kernel: Array | Quantized
+        self, place: Place, node: LoRA, kernel: Array | Quantized
     ) -> Array | Quantized:
-        parts = (f"{place}.{x}" for x in ("lora_a", "lora_b", "magnitude"))
+        name = _module(place)
+        parts = (f"{name}.{x}" for x in ("lora_a", "lora_b", "magnitude"))
         factors = Factors(*map(self._factor, parts))
-        dense = _is_dense_head(place.path, node)
+        dense = _is_dense_head(place.module, node)
         made = self.folding.linear(kernel, factors, node.scale, dense=dense)
         exact = Applied(kernel, factors, jnp.float32(node.scale))
         if self.correction is not None and not dense:
             merged = fold(kernel, factors, scale=node.scale)
-            made, corrected = self.correction.fit(place, merged, made)
-            self.correction.squares[str(place)] = squares_apart(exact, corrected)
-        self.squares[str(place)] = squares_apart(exact, Applied(made))
+            made, corrected = self.correction.fit(name, merged, made)
+            self.correction.squares[name] = squares_apart(exact, corrected)
+        self.squares[name] = squares_apart(exact, Applied(made))
         return made
 
     def _factor(self, name: str) -> Array | None:
@@ -281,7 +287,7 @@ class _Correction:
         self.scales = Scales()
 
     def fit(
-        self, place: Numbered, merged: Array, packed: Quantized
+        self, name: str, merged: Array, packed: Quantized
     ) -> tuple[Quantized, Applied]:
         """Returns one linear's 4-bit weight, and it with its adapter."""
         rank = self.config.rank
@@ -291,8 +297,8 @@ class _Correction:
             scale=self.config.alpha / rank,
             rounds=self.rounds,
         )
-        self.arrays[f"{place}.lora_a"] = np.asarray(fit.lora_a)
-        self.arrays[f"{place}.lora_b"] = np.asarray(fit.lora_b)
+        self.arrays[f"{name}.lora_a"] = np.asarray(fit.lora_a)
+        self.arrays[f"{name}.lora_b"] = np.asarray(fit.lora_b)
         made = fit.base if self.rounds.change_base else packed
         factors = Factors(fit.lora_a, fit.lora_b)
         return made, Applied(made, factors, jnp.float32(self.config.alpha / rank))
@@ -309,13 +315,14 @@ class _Correction:
 class _Marked:
     """Compares the 4-bit weights of a base with those that an adapter was made for."""
 
-    def __init__(self, adapter: str | os.PathLike[str]):
+    def __init__(self, adapter: str | os.PathLike[str], layers: Mapping[str, int]):
         self.adapter = adapter
         self.wanted = base_scales(adapter)
         self.scales = Scales()
+        self.left = dict(layers)
 
-    def add(self, path: str, q: QuantizedTensor, last: bool) -> None:
-        """Takes in one layer of a weight, and compares it with the last one.
+    def add(self, path: str, q: QuantizedTensor) -> None:
+        """Takes in one layer of a weight, and compares the weight after its last one.
 
         Raises:
           AdapterMismatchError: the adapter was made for another weight.
@@ -323,9 +330,16 @@ class _Marked:
         if path not in self.wanted:
             return
         self.scales.add(path, q)
-        if last:
+        self.left[path] -= 1
+        if self.left[path] == 0:
             check_scales(self.adapter, self.scales.rounded(path))
 
 
-def _is_dense_head(path: str, node: LoRA) -> bool:
-    return path == HEAD and isinstance(node.base, Linear)
+def _module(place: Place) -> str:
+    """Returns the numbered name of the module that has a parameter."""
+    path, numbers = place.numbered
+    return str(Numbered(path.rpartition(".")[0], numbers))
+
+
+def _is_dense_head(path: tuple[Any, ...], node: LoRA) -> bool:
+    return path[-1:] == (HEAD,) and isinstance(node.base, Linear)

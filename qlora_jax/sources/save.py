@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -110,28 +110,46 @@ def saved_names(config: DecoderConfig, origin: Source | None) -> Table:
     return Table(names, config.num_layers, config.num_experts)
 
 
-def places(
-    model: Decoder, table: Table
-) -> Iterator[tuple[Numbered, str, nnx.Variable]]:
-    """Yields the place of every parameter, one layer (and expert) each, in a folder's order.
+class Place(NamedTuple):
+    """One layer (and expert) of a parameter.
+
+    Attributes:
+      numbered: What it is called here, without regard to how a model stacks it.
+      name: In the folder.
+      module: Path in the model of the module that has it.
+      variable: Where the model has it, stacked.
+      index: In the variable's leading axes.
+    """
+
+    numbered: Numbered
+    name: str
+    module: tuple[Any, ...]
+    variable: nnx.Variable
+    index: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the one layer."""
+        return self.variable.get_value().shape[len(self.index) :]
+
+
+def places(model: Decoder, table: Table) -> Iterator[Place]:
+    """Yields the places of all parameters, in a folder's order.
 
     Args:
-      model: May be shapes alone.
+      model: May be shapes alone; dense where `Place.shape` is asked for.
       table: From `saved_names`.
-
-    Returns:
-      (place, name in the folder, the variable that has it, stacked) in turn.
     """
     for keys, variable in nnx.to_flat_state(nnx.state(model)):
         path = dotted(keys)
         stack = np.ndindex(*table.stack(path))
         for name, index in zip(table.names(path), stack, strict=True):
-            yield Numbered(path, index), name, variable
+            yield Place(Numbered(path, index), name, keys[:-1], variable, index)
 
 
-def as_saved(place: Numbered, value: Any, dtype: str) -> Any:
+def as_saved(path: str, value: Any, dtype: str) -> Any:
     """Returns a value as a folder has it: a 4-bit embedding or head is dense there."""
-    outer = place.path.partition(".")[0] in (EMBEDDING, HEAD)
+    outer = path.partition(".")[0] in (EMBEDDING, HEAD)
     if outer and isinstance(value, QuantizedTensor):
         return dequantize(value, dtype)
     return value
@@ -139,12 +157,12 @@ def as_saved(place: Numbered, value: Any, dtype: str) -> Any:
 
 def _parameters(model: Decoder, table: Table) -> Iterator[tuple[str, Any]]:
     """Yields every parameter by its name, one layer (and expert) at a time."""
-    for place, name, variable in places(model, table):
-        value = variable.get_value()
+    for place in places(model, table):
+        value = place.variable.get_value()
         if not isinstance(value, Int8Rows):
-            value = as_saved(place, value, model.dtype)
-            value = jax.tree.map(lambda leaf, i=place.numbers: leaf[i], value)
-        yield name, value
+            value = as_saved(place.numbered.path, value, model.dtype)
+            value = jax.tree.map(lambda leaf, i=place.index: leaf[i], value)
+        yield place.name, value
 
 
 def write_folder(

@@ -106,10 +106,8 @@ def mixture(folder: Path) -> Path:
     shapes = nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0)))
     rng = np.random.default_rng(0)
     tensors = {
-        name: rng.standard_normal(
-            variable.get_value().shape[len(place.numbers) :], np.float32
-        )
-        for place, name, variable in places(shapes, hf_table(config))
+        place.name: rng.standard_normal(place.shape, np.float32)
+        for place in places(shapes, hf_table(config))
     }
     save_file(tensors, folder / "model.safetensors")
     return folder
