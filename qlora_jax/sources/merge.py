@@ -25,7 +25,7 @@ from qlora_jax.adapters.fingerprint import Scales, fingerprint
 from qlora_jax.adapters.folding import Factors, Folding, fold, with_rows
 from qlora_jax.adapters.merge import correction_config, correction_key, merge
 from qlora_jax.adapters.merge_report import Applied, MergeReport, squares_apart
-from qlora_jax.adapters.names import flatten
+from qlora_jax.adapters.names import stacked_names
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.exchange.ours import (
     base_scales,
@@ -279,9 +279,8 @@ class _Correction:
             state,
         )
         self.config = lora_config(shapes)
-        self.names = list(
-            jax.eval_shape(flatten, nnx.state(shapes, nnx.LoRAParam)).keys()
-        )
+        lora = nnx.to_flat_state(nnx.state(shapes, nnx.LoRAParam))
+        self.names = [name for parts in lora for name in stacked_names(*parts)]
         self.arrays: dict[str, np.ndarray] = {}
         self.squares: dict[str, np.ndarray] = {}
         self.scales = Scales()
