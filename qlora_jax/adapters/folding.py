@@ -7,6 +7,7 @@ the place of the base's.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -60,9 +61,10 @@ def _folded(
 ) -> Array:
     """Folds stacked layers, one float32 weight alive at a time."""
 
-    def run(parts: tuple) -> Array:
+    def one(parts: tuple) -> Array:
         return fold(*parts, scale=scale).astype(dtype)
 
+    run: Callable[[tuple], Array] = one
     for _ in stack:
         run = functools.partial(jax.lax.map, run)
     return run((kernel, factors))

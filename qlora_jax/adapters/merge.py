@@ -96,8 +96,9 @@ def merge(
                 return _frozen(node, folding)
             kernel = folding.kept_linear(node.quantized)
             return _linear(node, kernel, _bias(node, folding))
-        if isinstance(node, QuantizedEmbedding) and requantize is None:
-            return Embedding(folding.kept_table(node.weight.get_value()))
+        if isinstance(node, QuantizedEmbedding):
+            table = folding.kept_table(node.weight.get_value())
+            return node if isinstance(table, Quantized) else Embedding(table)
         if isinstance(node, (Linear, Embedding, RMSNorm)):
             return _frozen(node, folding)
         return node

@@ -8,10 +8,10 @@ from typing import Any, Literal
 from qlora_jax.cli import options
 from qlora_jax.config.quant import QuantOptions
 from qlora_jax.errors import ConfigError
+from qlora_jax.exchange.merge import Merging, merge_folder
 from qlora_jax.exchange.ours import adapter_tokenizer
 from qlora_jax.quant import QuantConfig
 from qlora_jax.sources.hub import find
-from qlora_jax.sources.merge import Merging, merge_folder
 
 REPORT = "merge_report.json"
 

@@ -118,19 +118,19 @@ class Place(NamedTuple):
       name: In the folder.
       module: Path in the model of the module that has it.
       variable: Where the model has it, stacked.
-      index: In the variable's leading axes.
+      at: Index in the variable's leading axes.
     """
 
     numbered: Numbered
     name: str
     module: tuple[Any, ...]
     variable: nnx.Variable
-    index: tuple[int, ...]
+    at: tuple[int, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the one layer."""
-        return self.variable.get_value().shape[len(self.index) :]
+        return self.variable.get_value().shape[len(self.at) :]
 
 
 def places(model: Decoder, table: Table) -> Iterator[Place]:
@@ -161,7 +161,7 @@ def _parameters(model: Decoder, table: Table) -> Iterator[tuple[str, Any]]:
         value = place.variable.get_value()
         if not isinstance(value, Int8Rows):
             value = as_saved(place.numbered.path, value, model.dtype)
-            value = jax.tree.map(lambda leaf, i=place.index: leaf[i], value)
+            value = jax.tree.map(lambda leaf, i=place.at: leaf[i], value)
         yield place.name, value
 
 

@@ -18,13 +18,13 @@ import qlora_jax as qlora
 from qlora_jax.adapters import Adapter, LoRAConfig, attach, detach
 from qlora_jax.adapters.names import flatten
 from qlora_jax.errors import AdapterMismatchError
+from qlora_jax.exchange.merge import Merged, Merging, merge_folder
 from qlora_jax.exchange.ours import load_adapter, save_adapter
 from qlora_jax.exchange.peft import export_peft
 from qlora_jax.exchange.read import read_adapter
 from qlora_jax.models import Decoder, hf_table
 from qlora_jax.quant import QuantConfig, Quantized
 from qlora_jax.sources.load import Reader, load
-from qlora_jax.sources.merge import Merged, Merging, merge_folder
 from qlora_jax.sources.save import places, save_model
 from qlora_jax.sources.source import open_source
 
@@ -69,25 +69,25 @@ def cast(model: Decoder, dtype: str) -> Decoder:
 def by_model(base: Path, adapter: Path, out: Path, how: Merging) -> Merged:
     """Merges with the whole model in memory."""
     model, _ = load(base, how.quant, "float32", **how.tables)
-    model, corrected = load_adapter(adapter, model), None
+    model = load_adapter(adapter, model)
     if how.requantize is None:
         merged = qlora.merge(model, dtype=how.dtype)
-    elif how.correction_rank is None:
-        merged = qlora.merge(model, requantize=how.requantize)
     else:
-        with_adapter = qlora.merge_corrected(
-            model,
-            how.requantize,
-            rank=how.correction_rank,
-            iterations=how.correction_iterations,
-        )
-        merged = detach(with_adapter)
-        corrected = qlora.merge_report(model, with_adapter)
+        merged = qlora.merge(model, requantize=how.requantize)
+    if how.requantize is None or how.correction_rank is None:
+        saved = save_model(cast(merged, how.dtype), out, source=base)
+        return Merged(saved, qlora.merge_report(model, merged), None)
+    corrected = qlora.merge_corrected(
+        model,
+        how.requantize,
+        rank=how.correction_rank,
+        iterations=how.correction_iterations,
+    )
+    merged, own = detach(corrected), Adapter.of(corrected)
     saved = save_model(cast(merged, how.dtype), out, source=base)
-    if corrected is not None:
-        own = Adapter.of(with_adapter)
-        save_adapter(out / "adapter", own.lora, own.config)
-    return Merged(saved, qlora.merge_report(model, merged), corrected)
+    save_adapter(out / "adapter", own.lora, own.config)
+    reports = (qlora.merge_report(model, x) for x in (merged, corrected))
+    return Merged(saved, *reports)
 
 
 def base_of(model: Callable[[], Decoder]) -> Callable[[Path], Path]:

@@ -154,6 +154,11 @@ class _Weights:
         )
         self.merged: Decoder = shapes
         self.places = list(places(shapes, saved_names(shapes.config, source)))
+        self.reader.read_ahead(
+            self._stored(place)[1]
+            for place in self.places
+            if str(place.numbered) not in self.arrays
+        )
         self.nodes = {
             path: node
             for path, node in nnx.iter_graph(adapted)
@@ -200,7 +205,7 @@ class _Weights:
             if (name := _module(place)) in self.squares and place.module in names:
                 if place.numbered.path.endswith((".kernel", ".weight")):
                     names[place.module].append(name)
-        squares = self.squares | instead
+        squares = self.squares | dict(instead)
         order = [name for path in names for name in names[path]]
         return MergeReport.of({name: squares[name] for name in order})
 
@@ -218,13 +223,13 @@ class _Weights:
             return self._linear(place, node, value)
         if isinstance(node, LoRAEmbedding):
             name = _module(place)
-            a, b = (self._factor(f"{name}.{x}") for x in ("lora_a", "lora_b"))
+            a, b = (self._array(f"{name}.{x}") for x in ("lora_a", "lora_b"))
             made = self.folding.table(value, a, b, node.scale)
             exact = Applied.table(value, a, b, node.scale)
             self.squares[name] = squares_apart(exact, Applied(made))
             return made
         if isinstance(node, TrainedRows):
-            rows = self._factor(f"{_module(place)}.rows")
+            rows = self._array(f"{_module(place)}.rows")
             return with_rows(value, rows, node.tokens)
         if leaf == "kernel":
             return self.folding.kept_linear(value)
@@ -232,10 +237,7 @@ class _Weights:
 
     def _base(self, place: Place) -> Any:
         """Reads one layer of the base's parameter; an untied head is the embedding."""
-        config, (path, numbers) = self.source.config, place.numbered
-        if path == _HEAD and config.tie_word_embeddings:
-            path = _TABLE
-        name = hf_table(config).name(path, numbers)
+        path, name = self._stored(place)
         value = self.reader.one(path, name, place.shape)
         if isinstance(value, QuantizedTensor):
             self.marked.add(path, value)
@@ -243,6 +245,13 @@ class _Weights:
             if value.shape[0] < place.shape[0]:
                 value = grown(value, place.shape[0])
         return value
+
+    def _stored(self, place: Place) -> tuple[str, str]:
+        """Returns the base's path of a parameter, and its name in the source."""
+        config, (path, numbers) = self.source.config, place.numbered
+        if path == _HEAD and config.tie_word_embeddings:
+            path = _TABLE
+        return path, hf_table(config).name(path, numbers)
 
     def _linear(
         self, place: Place, node: LoRA, kernel: Array | Quantized
@@ -253,7 +262,7 @@ class _Weights:
         dense = _is_dense_head(place.module, node)
         made = self.folding.linear(kernel, factors, node.scale, dense=dense)
         exact = Applied(kernel, factors, jnp.float32(node.scale))
-        if self.correction is not None and not dense:
+        if self.correction is not None and isinstance(made, Quantized):
             merged = fold(kernel, factors, scale=node.scale)
             made, corrected = self.correction.fit(name, merged, made)
             self.correction.squares[name] = squares_apart(exact, corrected)
@@ -262,8 +271,10 @@ class _Weights:
 
     def _factor(self, name: str) -> Array | None:
         """Returns one of the adapter's arrays; None of a layer that has none."""
-        array = self.arrays.get(name)
-        return None if array is None else jnp.asarray(array, jnp.float32)
+        return self._array(name) if name in self.arrays else None
+
+    def _array(self, name: str) -> Array:
+        return jnp.asarray(self.arrays[name], jnp.float32)
 
 
 class _Correction:
