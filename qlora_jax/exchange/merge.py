@@ -154,11 +154,6 @@ class _Weights:
         )
         self.merged: Decoder = shapes
         self.places = list(places(shapes, saved_names(shapes.config, source)))
-        self.reader.read_ahead(
-            self._stored(place)[1]
-            for place in self.places
-            if str(place.numbered) not in self.arrays
-        )
         self.nodes = {
             path: node
             for path, node in nnx.iter_graph(adapted)
@@ -237,7 +232,10 @@ class _Weights:
 
     def _base(self, place: Place) -> Any:
         """Reads one layer of the base's parameter; an untied head is the embedding."""
-        path, name = self._stored(place)
+        config, (path, numbers) = self.source.config, place.numbered
+        if path == _HEAD and config.tie_word_embeddings:
+            path = _TABLE
+        name = hf_table(config).name(path, numbers)
         value = self.reader.one(path, name, place.shape)
         if isinstance(value, QuantizedTensor):
             self.marked.add(path, value)
@@ -245,13 +243,6 @@ class _Weights:
             if value.shape[0] < place.shape[0]:
                 value = grown(value, place.shape[0])
         return value
-
-    def _stored(self, place: Place) -> tuple[str, str]:
-        """Returns the base's path of a parameter, and its name in the source."""
-        config, (path, numbers) = self.source.config, place.numbered
-        if path == _HEAD and config.tie_word_embeddings:
-            path = _TABLE
-        return path, hf_table(config).name(path, numbers)
 
     def _linear(
         self, place: Place, node: LoRA, kernel: Array | Quantized

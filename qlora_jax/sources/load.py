@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypedDict, get_args
 
 import jax
@@ -31,7 +31,8 @@ from qlora_jax.quant import (
     quantize_tensor,
 )
 from qlora_jax.sources import bitsandbytes
-from qlora_jax.sources.ahead import ahead
+from qlora_jax.sources.gguf.file import GGUF
+from qlora_jax.sources.safetensors import Checkpoint
 from qlora_jax.sources.source import (
     HF_HEAD,
     Source,
@@ -85,7 +86,6 @@ def load(
     """
     source = open_source(path_or_repo, revision)
     reader, wanted, skeleton = reading(source, quant, dtype, embedding, head, stream)
-    reader.read_ahead(name for entry in wanted.values() for name in entry.names)
     loaded = {path: reader.read(path, entry) for path, entry in wanted.items()}
     reader.check(source)
     return _fill(skeleton, loaded, implementation), source.tokenizer
@@ -336,7 +336,7 @@ class Reader:
 
     def __init__(
         self,
-        checkpoint: Mapping[str, np.ndarray],
+        checkpoint: Checkpoint | GGUF,
         quant: QuantConfig | None,
         dtype: str,
         tables: Mapping[str, TableFormat],
@@ -346,10 +346,6 @@ class Reader:
         self.checkpoint, self.quant, self.dtype = checkpoint, quant, dtype
         self.tables, self.table_quant, self.stream = tables, table_quant, stream
         self.problems: list[str] = []
-
-    def read_ahead(self, names: Iterable[str]) -> None:
-        """Says in which order tensors will be read."""
-        self.checkpoint = ahead(self.checkpoint, names)
 
     def check(self, source: Source) -> None:
         """Raises CheckpointError with everything that could not be used."""

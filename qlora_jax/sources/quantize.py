@@ -54,7 +54,6 @@ def quantize_folder(
 def _parameters(
     reader: Reader, wanted: dict[str, Wanted], source: Source
 ) -> Iterator[tuple[str, Any]]:
-    reader.read_ahead(name for entry in wanted.values() for name in entry.names)
     for path, (names, _, shape) in wanted.items():
         for name in names:
             value = reader.one(path, name, shape)
