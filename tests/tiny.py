@@ -76,7 +76,11 @@ def tokenizer(*, bos: bool = True, chat: bool = True) -> Tokenizer:
 @functools.cache
 def decoder(dtype: str = "float32", seed: int = 0, bias: bool = False) -> Decoder:
     """Returns a dense base whose logits are far from uniform."""
-    config = dataclasses.replace(CONFIG, attention_bias=bias)
+    return drawn(dataclasses.replace(CONFIG, attention_bias=bias), dtype, seed)
+
+
+def drawn(config: DecoderConfig, dtype: str = "float32", seed: int = 0) -> Decoder:
+    """Returns a random model of a config."""
     # Filled by numpy: as many jax.random calls would each be compiled.
     model = nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0), dtype=dtype))
     rng = np.random.default_rng(seed)

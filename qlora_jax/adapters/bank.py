@@ -256,6 +256,7 @@ def _parts(base: Any, adapter: Adapter) -> _Parts:
         if isinstance(node, LoRA) and EXPERTS not in path:
             bias = node.base.bias
             a, b, magnitude, active = factors(node)
+            assert a is not None and b is not None
             if active is not None:
                 b = b * active[..., None, None]
             gain = None

@@ -27,7 +27,7 @@ from qlora_jax.adapters import low_rank
 from qlora_jax.adapters.fingerprint import with_scales
 from qlora_jax.config.lora import Init
 from qlora_jax.errors import AdapterMismatchError, ConfigError
-from qlora_jax.names import dotted
+from qlora_jax.names import dotted, located
 from qlora_jax.nn import Linear, LoRA, QuantizedLinear
 from qlora_jax.nn.dora import row_norms
 from qlora_jax.quant import Quantized
@@ -236,6 +236,15 @@ def compensate(
                 filled[*path, "squared_norms"] = row_norms(base) ** 2
         if node.magnitude is not None:
             filled[*path, "magnitude"] = row_norms(base, a, b, node.scale)
+
+    changed = {located(name)[0] for name in bases}
+    for path, node in nnx.iter_graph(
+        model
+    ):  # stacks of the same linears without adapter
+        name = f"{dotted(path)}.kernel"
+        if isinstance(node, QuantizedLinear) and located(name)[0] in changed:
+            if isinstance(node.quantized, QuantizedTensor):
+                bases.setdefault(name, node.quantized)
 
     def fill(path: tuple, variable: nnx.Variable) -> nnx.Variable:
         if path in filled:

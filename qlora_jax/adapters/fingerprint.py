@@ -10,6 +10,7 @@ mark has a third part, which tells 4-bit copies apart: the mean absmax of each w
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ def fingerprint(model: nnx.Module, *, scales: bool = False) -> str | None:
 
     None while the model is abstract (inside jit or eval_shape). Quantized and dense
     copies of one base have the same structure. With `scales` the object has these too:
-    {name of a 4-bit weight: mean absmax}.
+    {name of a 4-bit weight: mean absmax}, of those that are no shapes alone.
     """
     shapes, values, packed = [], {}, {}
     for name, stacks in _parameters(model).items():
@@ -125,17 +126,41 @@ def _flat(stacks: list[_Stack]) -> Any:
 
 
 def with_scales(mark: str | None, packed: Mapping[str, QuantizedTensor]) -> str | None:
-    """Returns a mark that has the scales of some 4-bit weights, by name."""
-    if mark is None or any(map(_abstract, packed.values())):
+    """Returns a mark that has the scales of some 4-bit weights, by name.
+
+    Weights that are shapes alone have none; the stacks of one weight count as one.
+    """
+    if mark is None:
         return None
+    measured = Scales()
+    for name, q in packed.items():
+        if not _abstract(q):
+            measured.add(located(name)[0], jax.tree.map(_readable, q))
     parts = json.loads(mark)
-    measured = {
-        name: float(_mean_absmax(jax.tree.map(_readable, q)))
-        for name, q in packed.items()
-    }
-    rounded = {name: float(f"{value:.7g}") for name, value in measured.items()}
-    parts["scales"] = parts.get("scales", {}) | rounded
+    parts["scales"] = parts.get("scales", {}) | measured.rounded()
     return json.dumps(parts)
+
+
+class Scales:
+    """The mean absmax of 4-bit weights, whose layers come together or one by one."""
+
+    def __init__(self):
+        self._means: dict[str, list[tuple[float, int]]] = {}
+
+    def add(self, name: str, q: QuantizedTensor) -> None:
+        """Takes in a weight, or some of its layers."""
+        layers = math.prod(stack_of(q))
+        self._means.setdefault(name, []).append((float(_mean_absmax(q)), layers))
+
+    def rounded(self, name: str | None = None) -> dict[str, float]:
+        """Returns {name of a weight: mean absmax}, of one or of all."""
+        names = self._means if name is None else [name]
+        means = {x: _average(self._means[x]) for x in names}
+        return {x: float(f"{mean:.7g}") for x, mean in means.items()}
+
+
+def _average(means: list[tuple[float, int]]) -> float:
+    return sum(mean * count for mean, count in means) / sum(n for _, n in means)
 
 
 def _readable(value: Any) -> Any:

@@ -1,29 +1,23 @@
-"""Folding adapters into the base: W + scale * (a @ b).T, in float32, rounded once.
-
-With DoRA each output's row is then scaled to its magnitude. Rows of tokens, biases and
-modules that trained in full take the place of the base's.
-"""
+"""Folding adapters into the base of a model in memory (folding.py has the arithmetic)."""
 
 import dataclasses
-import functools
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any, TypeVar, cast
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from qlora_jax.adapters.algebra import scale
 from qlora_jax.adapters.attach import attach_zero
 from qlora_jax.adapters.compensate import compensate
+from qlora_jax.adapters.folding import Factors, Folding, fold, with_rows
 from qlora_jax.adapters.value import Adapter
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.errors import AdapterMismatchError, ConfigError
 from qlora_jax.models import Decoder
 from qlora_jax.models.vocabulary import untied
-from qlora_jax.names import HEAD, dotted
+from qlora_jax.names import HEAD, dotted, located, plain
 from qlora_jax.nn import (
     Embedding,
     FrozenParam,
@@ -37,7 +31,7 @@ from qlora_jax.nn.embedding import QuantizedEmbedding, Table
 from qlora_jax.nn.norm import RMSNorm
 from qlora_jax.nn.quantizing import adopted
 from qlora_jax.nn.variables import trains
-from qlora_jax.quant import QuantConfig, Quantized, dequantize, quantize_tensor
+from qlora_jax.quant import QuantConfig, Quantized
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -77,46 +71,36 @@ def merge(
         model = cast(M, untied(model))  # the head does not follow
     plain = getattr(model, "dtype", "float32") if dtype is None else dtype
 
+    folding = Folding(plain, requantize)
+
     def replace(path: tuple, node: object) -> object:
         if isinstance(node, LoRA):
-            base, bias = node.base, _bias(node.base, plain)
-            kernel = base.kernel.get_value()
-            folded = functools.partial(fold, scale=node.scale)
-            arrays = (kernel, *factors(node))
-            dense_head = isinstance(base, Linear) and path[-1:] == (HEAD,)
-            if requantize is None or dense_head:
-                return _dense(base, _layers(folded, base.stack, plain)(*arrays), bias)
-            own = kernel.dtype if isinstance(kernel, Quantized) else kernel.dtype.name
-            parts = [
-                # Of float32 values, rounded once, that are read in the base's dtype.
-                dataclasses.replace(
-                    quantize_tensor(folded(*_layer(arrays, index)), requantize),
-                    dtype=own,
-                )
-                for index in np.ndindex(*base.stack)
-            ]
-            kernel = jax.tree.map(
-                lambda *x: jnp.stack(x).reshape(*base.stack, *x[0].shape), *parts
+            base, bias = node.base, _bias(node.base, folding)
+            kernel = folding.linear(
+                base.kernel.get_value(),
+                factors(node),
+                node.scale,
+                stack=base.stack,
+                dense=isinstance(base, Linear) and path[-1:] == (HEAD,),
             )
-            return QuantizedLinear(kernel, bias, origin=base.origin)
+            return _linear(base, kernel, bias)
         if isinstance(node, LoRAEmbedding):
-            table = _table(node.base)
-            update = jnp.matmul(node.lora_a[...], node.lora_b[...], precision="highest")
-            wide = table.astype(jnp.float32) + node.scale * update
-            return Embedding(wide.astype(plain))
+            a, b = node.lora_a[...], node.lora_b[...]
+            table = node.base.weight.get_value()
+            return Embedding(folding.table(table, a, b, node.scale))
         if isinstance(node, TrainedRows):
-            return _with_rows(node, plain)
+            return _with_rows(node, folding)
         # Not the base inside a LoRA: its wrapper is about to replace it.
         if isinstance(node, QuantizedLinear) and path[:-1] not in adapted:
-            return (
-                _dense(node, node.weight(dtype), _bias(node, plain))
-                if requantize is None
-                else _frozen(node, plain)
-            )
-        if isinstance(node, QuantizedEmbedding) and requantize is None:
-            return Embedding(_table(node).astype(plain))
+            if requantize is not None:
+                return _frozen(node, folding)
+            kernel = folding.kept_linear(node.quantized)
+            return _linear(node, kernel, _bias(node, folding))
+        if isinstance(node, QuantizedEmbedding):
+            table = folding.kept_table(node.weight.get_value())
+            return node if isinstance(table, Quantized) else Embedding(table)
         if isinstance(node, (Linear, Embedding, RMSNorm)):
-            return _frozen(node, plain)
+            return _frozen(node, folding)
         return node
 
     merged = nnx.recursive_map(replace, model)
@@ -154,26 +138,53 @@ def merge_corrected(
     }
     merged = merge(model, requantize=requantize)
     packed = [
-        dotted(path)
+        path
         for path, node in nnx.iter_graph(merged)
         if isinstance(node, QuantizedLinear) and dotted(path) in adapted
     ]
-    if not packed:
-        raise AdapterMismatchError(
-            "no linear with an adapter became 4-bit, so there is nothing to correct"
-        )
 
     def exact(path: str, index: tuple[int, ...]) -> Array:
         node = adapted[path]
-        arrays = (node.base.kernel.get_value(), *factors(node))
-        return fold(*_layer(arrays, index), scale=node.scale)
+        parts = (node.base.kernel.get_value(), factors(node))
+        return fold(*jax.tree.map(lambda leaf: leaf[index], parts), scale=node.scale)
 
-    config = LoRAConfig(
-        rank=rank, alpha=float(rank), targets=tuple(packed), init="loftq"
-    )
-    key = jax.random.key(0)
-    fresh = attach_zero(merged, config, key=key)
+    key = correction_key()
+    fresh = attach_zero(merged, correction_config(packed, rank), key=key)
     return compensate(fresh, exact, key=key, iterations=iterations)[0]
+
+
+def correction_config(packed: Iterable[tuple[Any, ...]], rank: int) -> LoRAConfig:
+    """Returns the config of the adapter for what merging into 4 bits loses.
+
+    Args:
+      packed: Paths, as keys, of the linears that have an adapter and become 4-bit.
+      rank: Of the new adapter; its scale is 1.
+
+    Raises:
+      AdapterMismatchError: there are none.
+    """
+    layers: dict[str, set[int]] = {}
+    for path in packed:
+        layers.setdefault(plain(path), set()).update(located(dotted(path))[1] or ())
+    if not layers:
+        raise AdapterMismatchError(
+            "no linear with an adapter became 4-bit, so there is nothing to correct"
+        )
+    return LoRAConfig(
+        rank=rank,
+        alpha=float(rank),
+        targets=tuple(layers),
+        # Of a linear in several stacks not all may have an adapter.
+        layers_pattern={
+            name: ",".join(map(str, sorted(own))) for name, own in layers.items() if own
+        },
+        init="loftq",
+    )
+
+
+def correction_key() -> Array:
+    """Returns the key of that adapter's subspace iterations: the same in every merge."""
+    return jax.random.key(0)
 
 
 def unmerge(model: M, adapter: Adapter, *, dtype: str | None = None) -> M:
@@ -198,84 +209,43 @@ def unmerge(model: M, adapter: Adapter, *, dtype: str | None = None) -> M:
     return merge(minus, dtype=dtype or str(getattr(model, "dtype", "float32")))
 
 
-def factors(node: LoRA) -> tuple[Array, Array, Array | None, Array | None]:
-    """Returns lora_a, lora_b, magnitude and, of each layer, whether it is adapted."""
-    a, b = node.lora_a[...], node.lora_b[...]
+def factors(node: LoRA) -> Factors:
+    """Returns what an adapter has of a linear."""
     magnitude = None if node.magnitude is None else node.magnitude[...]
     active = None if node.active is None else node.active[...][..., 0, 0]
-    return a, b, magnitude, active
+    return Factors(node.lora_a[...], node.lora_b[...], magnitude, active)
 
 
-def _dense(
-    base: Linear | QuantizedLinear, kernel: Array, bias: Array | None
-) -> Linear | nnx.Linear:
-    """Returns the dense linear that takes the place of one: a stranger's is its own again."""
+def _linear(
+    base: Linear | QuantizedLinear, kernel: Array | Quantized, bias: Array | None
+) -> Linear | QuantizedLinear | nnx.Linear:
+    """Returns the linear that takes the place of one: a stranger's dense one is its own."""
+    if isinstance(kernel, Quantized):
+        return QuantizedLinear(kernel, bias, origin=base.origin)
     if base.origin is None:
         return Linear(kernel, bias)
     return base.origin.linear(kernel, bias)
 
 
-def _with_rows(node: TrainedRows, dtype: str) -> Any:
-    base = node.base
-    table = _table(base)
-    rows = node.rows[...].astype(table.dtype)
-    table = table.at[jnp.asarray(node.tokens)].set(rows)
+def _with_rows(node: TrainedRows, folding: Folding) -> Embedding | Linear:
+    base, rows = node.base, node.rows[...]
     if isinstance(base, Table):
-        return Embedding(table)
-    return Linear(table, _bias(base, dtype))
+        return Embedding(with_rows(base.weight.get_value(), rows, node.tokens))
+    table = with_rows(base.kernel.get_value(), rows, node.tokens)
+    return Linear(table, _bias(base, folding))
 
 
-def _table(module: Any) -> Array:
-    """Returns the dense rows of an embedding or head."""
-    own = module.weight if isinstance(module, Table) else module.kernel
-    value = own.get_value()
-    return dequantize(value) if isinstance(value, Quantized) else value
-
-
-def _frozen(node: Any, dtype: str) -> Any:
+def _frozen(node: Any, folding: Folding) -> Any:
     """Freezes what trained in a module, which is a copy already."""
     for name in ("kernel", "weight", "bias"):
         variable = getattr(node, name, None)
         if isinstance(variable, nnx.LoRAParam):
-            setattr(node, name, nnx.data(FrozenParam(variable[...].astype(dtype))))
+            setattr(node, name, nnx.data(FrozenParam(folding.trained(variable[...]))))
     return node
 
 
-def _bias(linear: Linear | QuantizedLinear, dtype: str) -> Array | None:
+def _bias(linear: Linear | QuantizedLinear, folding: Folding) -> Array | None:
     if linear.bias is None:
         return None
     bias = linear.bias[...]
-    return bias.astype(dtype) if trains(linear.bias) else bias
-
-
-def fold(
-    kernel: Array | Quantized,
-    a: Float[Array, "in rank"],
-    b: Float[Array, "rank out"],
-    magnitude: Float[Array, " out"] | None,
-    active: Float[Array, ""] | None,
-    *,
-    scale: float | Float[Array, ""],
-) -> Float[Array, "out in"]:
-    """Returns one layer's weight with its adapter, in float32; of what `factors` gives."""
-    if isinstance(kernel, Quantized):
-        kernel = dequantize(kernel, "float32")
-    kernel = kernel.astype(jnp.float32)
-    merged = kernel + scale * jnp.matmul(a, b, precision="highest").T
-    if magnitude is not None:
-        norms = jnp.linalg.norm(merged, axis=1)
-        merged = merged * (magnitude / norms)[:, None]
-    return merged if active is None else jnp.where(active > 0, merged, kernel)
-
-
-def _layer(arrays: tuple, index: tuple[int, ...]) -> tuple:
-    return jax.tree.map(lambda leaf: leaf[index], arrays)
-
-
-def _layers(folded, stack: tuple[int, ...], dtype: str | None):
-    """Maps `folded` over stacked layers, one float32 weight alive at a time."""
-
-    run: Callable[[tuple], Array] = lambda arrays: folded(*arrays).astype(dtype)  # noqa: E731
-    for _ in stack:
-        run = functools.partial(jax.lax.map, run)
-    return jax.jit(lambda *arrays: run(arrays))
+    return folding.trained(bias) if trains(linear.bias) else bias

@@ -1,9 +1,9 @@
 """What a merge lost: each merged weight against base + adapter in float32."""
 
 import dataclasses
-import functools
 import math
-from typing import Any, get_args
+from collections.abc import Mapping
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from qlora_jax.adapters.merge import factors, fold
+from qlora_jax.adapters.folding import Factors, fold
+from qlora_jax.adapters.merge import factors
 from qlora_jax.errors import AdapterMismatchError
 from qlora_jax.names import Numbered, dotted, is_stacked
 from qlora_jax.nn import Linear, LoRA, LoRAEmbedding, QuantizedLinear
 from qlora_jax.nn.embedding import Table
 from qlora_jax.nn.quantizing import adopted
-from qlora_jax.quant import Quantized, dequantize
 
 LINEARS = (Linear, QuantizedLinear, LoRA)
 TABLES = (*get_args(Table), LoRAEmbedding)
@@ -37,6 +37,15 @@ class MergeReport:
     relative: dict[str, float]
     of_update: dict[str, float]
     total: tuple[float, float]
+
+    @classmethod
+    def of(cls, squares: Mapping[str, np.ndarray]) -> "MergeReport":
+        """Makes one of what `squares_apart` gives of each weight, in float64."""
+        return cls(
+            {name: _root(lost, whole) for name, (lost, whole, _) in squares.items()},
+            {name: _root(lost, update) for name, (lost, _, update) in squares.items()},
+            _totals(sum(squares.values(), np.zeros(3))),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Returns it as JSON has it."""
@@ -80,15 +89,11 @@ def merge_report(model: nnx.Module, merged: nnx.Module) -> MergeReport:
             name = ".".join(map(str, path))
             what = "linear" if isinstance(node, LoRA) else "embedding"
             raise AdapterMismatchError(f"{name}: the merged model has no such {what}")
-        stack = _shape(node)[:-2]
-        figures = np.asarray(_apart(stack)(_parts(node), _parts(other)))
-        for index in np.ndindex(*stack):
-            squares[_name(path, index)] = figures[index].astype(np.float64)
-    return MergeReport(
-        {name: _root(lost, whole) for name, (lost, whole, _) in squares.items()},
-        {name: _root(lost, update) for name, (lost, _, update) in squares.items()},
-        _totals(sum(squares.values(), np.zeros(3))),
-    )
+        pair = _applied(node), _applied(other)
+        for index in np.ndindex(*_shape(node)[:-2]):
+            one = jax.tree.map(lambda leaf, i=index: leaf[i], pair) if index else pair
+            squares[_name(path, index)] = squares_apart(*one)
+    return MergeReport.of(squares)
 
 
 def _totals(sums: Any) -> tuple[float, float]:
@@ -112,39 +117,61 @@ def _shape(node: Any) -> tuple[int, ...]:
     return (*base.stack, base.out_features, base.in_features)
 
 
-def _parts(node: Any) -> tuple[Any, ...]:
-    """Returns kernel, factors or Nones, and the scale, with the leading axes of a stack."""
+class Applied(NamedTuple):
+    """A weight as a model applies it: the base's kernel, and an adapter's update of it.
+
+    Attributes:
+      kernel: (..., out, in), dense or quantized.
+      factors: The adapter's.
+      scale: float32 (...), what the update is multiplied by.
+    """
+
+    kernel: Any
+    factors: Factors = Factors()
+    scale: Any = None
+
+    @classmethod
+    def table(cls, weight: Any, a: Any, b: Any, scale: float) -> "Applied":
+        """Returns an embedding with an adapter: its rows are the outputs of a linear."""
+        return cls(weight, Factors(b.T, a.T), jnp.float32(scale))
+
+
+def squares_apart(exact: Applied, got: Applied) -> np.ndarray:
+    """Returns squared norms of what a merge lost, of the exact weight and of its update.
+
+    Args:
+      exact: What was to be merged, of one layer.
+      got: What came out.
+
+    Returns:
+      float64 (3,), summed in float32.
+    """
+    return np.asarray(_apart(exact, got)).astype(np.float64)
+
+
+def _applied(node: Any) -> Applied:
     if isinstance(node, LoRAEmbedding):
-        # The rows of a table are the outputs of a linear.
-        a, b = node.lora_b[...].T, node.lora_a[...].T
-        return (_weight(node), a, b, None, None, jnp.float32(node.scale))
+        a, b = node.lora_a[...], node.lora_b[...]
+        return Applied.table(_weight(node), a, b, node.scale)
     if not isinstance(node, LoRA):
-        return (_weight(node), None, None, None, None, None)
+        return Applied(_weight(node))
     scale = jnp.full(node.base.stack, node.scale, jnp.float32)
-    return (_weight(node), *factors(node), scale)
+    return Applied(_weight(node), factors(node), scale)
 
 
-@functools.cache
-def _apart(stack: tuple[int, ...]) -> Any:
-    def one(pair: tuple) -> Float[Array, "3"]:
-        (exact, base), (got, _) = map(_weights, pair)
-        return jnp.stack([jnp.sum(x**2) for x in (got - exact, exact, exact - base)])
-
-    run = one
-    for _ in stack:
-        run = functools.partial(jax.lax.map, run)
-    return jax.jit(lambda a, b: run((a, b)))
+@jax.jit
+def _apart(exact: Applied, got: Applied) -> Float[Array, "3"]:
+    (wanted, base), (made, _) = _weights(exact), _weights(got)
+    return jnp.stack([jnp.sum(x**2) for x in (made - wanted, wanted, wanted - base)])
 
 
-def _weights(parts: tuple[Any, ...]) -> tuple[Array, Array]:
+def _weights(applied: Applied) -> tuple[Array, Array]:
     """Returns the float32 weight that a linear applies, and that of its base."""
-    kernel, a, b, magnitude, active, scale = parts
-    if isinstance(kernel, Quantized):
-        kernel = dequantize(kernel, "float32")
-    kernel = kernel.astype(jnp.float32)
-    if a is None:
-        return kernel, kernel
-    return fold(kernel, a, b, magnitude, active, scale=scale), kernel
+    kernel, factors, scale = applied
+    base = fold(kernel, Factors(), scale=1.0)
+    if factors.a is None:
+        return base, base
+    return fold(base, factors, scale=scale), base
 
 
 def _name(path: tuple[Any, ...], index: tuple[int, ...]) -> str:

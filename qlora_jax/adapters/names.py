@@ -52,15 +52,10 @@ def flatten(lora: nnx.State) -> dict[str, Array]:
     return flat
 
 
-def unflatten(
+def check_names(
     flat: Mapping[str, Array | np.ndarray], lora: nnx.State, where: str = "adapter"
-) -> nnx.State:
-    """Fills a State of the same structure from dotted names.
-
-    Args:
-      flat: What `flatten` gave.
-      lora: A State with the wanted paths, shapes and dtypes.
-      where: Of the adapter, for the error.
+) -> None:
+    """Checks that dotted names and shapes are those of a State, which may be abstract.
 
     Raises:
       AdapterMismatchError: any name is missing, unexpected or misshapen; all are named.
@@ -83,6 +78,22 @@ def unflatten(
         raise AdapterMismatchError(
             gathered(f"{where} does not fit this model", problems)
         )
+
+
+def unflatten(
+    flat: Mapping[str, Array | np.ndarray], lora: nnx.State, where: str = "adapter"
+) -> nnx.State:
+    """Fills a State of the same structure from dotted names.
+
+    Args:
+      flat: What `flatten` gave.
+      lora: A State with the wanted paths, shapes and dtypes.
+      where: Of the adapter, for the error.
+
+    Raises:
+      AdapterMismatchError: any name is missing, unexpected or misshapen; all are named.
+    """
+    check_names(flat, lora, where)
 
     def fill(path: tuple, variable: nnx.Variable) -> nnx.Variable:
         array = variable.get_value()

@@ -21,6 +21,7 @@ from qlora_jax.errors import (
 from qlora_jax.exchange.ours import describe_adapter, misfits
 from qlora_jax.models import hf_table
 from qlora_jax.names import dotted
+from qlora_jax.quant import QuantizedTensor
 from qlora_jax.sources import bitsandbytes
 from qlora_jax.sources.load import outline
 from qlora_jax.sources.source import Source, open_source
@@ -104,8 +105,11 @@ def _model(name: str) -> dict[str, Any]:
     keys = _keys(checkpoint)
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         part = _part(path)
-        parameters[part] += int(np.prod(variable.get_value().shape))
-        for tensor in table.names(dotted(path)):
+        value, names = variable.get_value(), table.names(dotted(path))
+        # The shape of a 4-bit one is that of a layer.
+        each = len(names) if isinstance(value, QuantizedTensor) else 1
+        parameters[part] += each * int(np.prod(value.shape))
+        for tensor in names:
             stored_as = [checkpoint.stored(one) for one in keys[tensor]]
             sizes[part] += sum(size for _, size in stored_as)
             kinds[_stored_kind(tensor, stored_as, checkpoint)] += 1

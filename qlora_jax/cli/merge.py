@@ -5,19 +5,13 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-from flax import nnx
-
-from qlora_jax.adapters import Adapter, detach, merge, merge_corrected
-from qlora_jax.adapters.merge_report import merge_report
 from qlora_jax.cli import options
 from qlora_jax.config.quant import QuantOptions
 from qlora_jax.errors import ConfigError
-from qlora_jax.exchange.ours import adapter_tokenizer, load_adapter, save_adapter
-from qlora_jax.quant import QuantConfig, Quantized
+from qlora_jax.exchange.merge import Merging, merge_folder
+from qlora_jax.exchange.ours import adapter_tokenizer
+from qlora_jax.quant import QuantConfig
 from qlora_jax.sources.hub import find
-from qlora_jax.sources.load import load
-from qlora_jax.sources.save import check_output, save_model
 
 REPORT = "merge_report.json"
 
@@ -28,7 +22,8 @@ class Args:
 
     The base is what --model holds: a 4-bit folder gives its dequantized weights, the
     original folder its own; --quant.codebook nf4 quantizes the original first. What each
-    weight lost against base + adapter in float32 is in merge_report.json.
+    weight lost against base + adapter in float32 is in merge_report.json. One weight at a
+    time is in memory, never the model.
     """
 
     model: str
@@ -70,47 +65,34 @@ def run(args: Args) -> dict[str, Any]:
     """Runs; returns the figures."""
     _check(args)
     source = options.open_base(args.model, args.adapter)
-    check_output(args.out, args.overwrite)
     quant = options.held_linears(args.quant, source, auto=None)
-    # Read in float32, so that original weights are not rounded before folding.
-    model, tokenizer = load(
-        source, quant, "float32", **options.held_tables(args.quant, source)
-    )
-    model = load_adapter(args.adapter, model)
-    corrected = None
-    if args.requantize is None:
-        merged = merge(model, dtype=args.dtype)
-        report = merge_report(model, merged)
-    else:
-        config = QuantConfig(
+    requantize = None
+    if args.requantize is not None:
+        requantize = QuantConfig(
             codebook=args.requantize,
             block_size=args.quant.block_size,
             double_quant=args.quant.double_quant,
         )
-        if args.correction_rank is None:
-            merged = merge(model, requantize=config)
-        else:
-            corrected = merge_corrected(
-                model,
-                config,
-                rank=args.correction_rank,
-                iterations=args.correction_iterations,
-            )
-            merged = detach(corrected)
-        report = merge_report(model, merged)
-    merged = _cast(merged, args.dtype)
-    saved = save_model(merged, args.out, source=source, overwrite=args.overwrite)
+    merging = Merging(
+        quant=quant,
+        tables=options.held_tables(args.quant, source),
+        dtype=args.dtype,
+        requantize=requantize,
+        correction_rank=args.correction_rank,
+        correction_iterations=args.correction_iterations,
+    )
+    saved, report, corrected = merge_folder(
+        source, args.adapter, args.out, merging, overwrite=args.overwrite
+    )
+    tokenizer = source.tokenizer
     if (larger := adapter_tokenizer(args.adapter, tokenizer)) is not tokenizer:
         assert larger is not None
         larger.save_vocabulary(args.out)
     figures = report.to_json()
     said = {"relative_error": report.total[0], "error_of_update": report.total[1]}
     if corrected is not None:
-        after = merge_report(model, corrected)
-        figures["corrected"] = after.to_json()
-        said["corrected_error"], said["corrected_error_of_update"] = after.total
-        adapter = Adapter.of(corrected)
-        save_adapter(args.out / "adapter", adapter.lora, adapter.config, overwrite=True)
+        figures["corrected"] = corrected.to_json()
+        said["corrected_error"], said["corrected_error_of_update"] = corrected.total
     (args.out / REPORT).write_text(json.dumps(figures, indent=2) + "\n")
     columns = {"relative error": report.relative, "of the update": report.of_update}
     options.print_figures(columns, dict(zip(columns, report.total, strict=True)))
@@ -135,19 +117,3 @@ def _check(args: Args) -> None:
         problems.append(f"--correction-iterations is {rounds}, expected at least 1")
     if problems:
         raise ConfigError("; ".join(problems))
-
-
-def _cast(model: Any, dtype: str) -> Any:
-    graphdef, state = nnx.split(model)
-
-    def to_dtype(value: Any) -> Any:
-        if isinstance(value, Quantized):
-            return dataclasses.replace(value, dtype=dtype)
-        return value.astype(dtype)
-
-    cast = nnx.merge(
-        graphdef,
-        jax.tree.map(to_dtype, state, is_leaf=lambda x: isinstance(x, Quantized)),
-    )
-    cast.dtype = dtype
-    return cast

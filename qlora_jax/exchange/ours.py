@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -18,7 +19,13 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from qlora_jax.adapters.attach import attach_zero, base_fingerprint, detach
-from qlora_jax.adapters.names import explicit_layers, flatten, unflatten
+from qlora_jax.adapters.fingerprint import difference
+from qlora_jax.adapters.names import (
+    check_names,
+    explicit_layers,
+    flatten,
+    unflatten,
+)
 from qlora_jax.adapters.value import other_base
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.errors import (
@@ -27,7 +34,13 @@ from qlora_jax.errors import (
     OutputExistsError,
     gathered,
 )
-from qlora_jax.exchange.peft import describe_peft, import_peft, is_peft, peft_misfits
+from qlora_jax.exchange.peft import (
+    describe_peft,
+    fit_peft,
+    import_peft,
+    is_peft,
+    peft_misfits,
+)
 from qlora_jax.models import Decoder
 from qlora_jax.models.vocabulary import resize_tokens
 from qlora_jax.nn import Linear, LoRA
@@ -67,6 +80,37 @@ def save_adapter(
     Raises:
       OutputExistsError: the folder is taken, and is no adapter or overwrite is false.
     """
+    arrays = {name: np.asarray(x) for name, x in flatten(lora).items()}
+    return write_adapter(
+        *(path, arrays, config, base_fingerprint(lora)),
+        layers=explicit_layers(lora, config),
+        tokenizer=tokenizer,
+        overwrite=overwrite,
+    )
+
+
+def write_adapter(
+    path: str | os.PathLike[str],
+    arrays: Mapping[str, np.ndarray],
+    config: LoRAConfig,
+    base: dict[str, Any] | None,
+    *,
+    layers: Mapping[str, list[int]] | None = None,
+    tokenizer: Tokenizer | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Saves an adapter that is in no model.
+
+    Args:
+      path: The folder.
+      arrays: By dotted name, layers numbered, float32.
+      config: What it is to be attached with.
+      base: The fingerprint of its base.
+      layers: Of linears of which the config does not tell them, see `explicit_layers`.
+      tokenizer, overwrite: As `save_adapter` has them.
+
+    Returns and raises as `save_adapter`.
+    """
     path = Path(path).absolute()
     if path.exists() and (path.is_file() or any(path.iterdir())):
         # Without metadata but with nothing else either: a save that was killed.
@@ -82,19 +126,18 @@ def save_adapter(
     path.mkdir(parents=True, exist_ok=True)
     # First away and last written, so that it never describes other arrays.
     (path / METADATA).unlink(missing_ok=True)
-    arrays = {name: np.asarray(x) for name, x in flatten(lora).items()}
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path / ARRAYS, arrays, force=True)
+        checkpointer.save(path / ARRAYS, dict(arrays), force=True)
         checkpointer.wait_until_finished()
     if tokenizer is not None:
         tokenizer.save(path)
     metadata = {
         "format": FORMAT,
         "lora": dataclasses.asdict(config),
-        "base": base_fingerprint(lora),
+        "base": base,
         "arrays": {name: list(x.shape) for name, x in arrays.items()},
     }
-    if layers := explicit_layers(lora, config):
+    if layers:
         metadata["layers"] = layers
     partial = path / (METADATA + ".partial")
     partial.write_text(json.dumps(metadata, indent=2) + "\n")
@@ -233,6 +276,81 @@ def load_adapter(path: str | os.PathLike[str], model: M) -> M:
     folder = find_adapter(path)
     config, metadata = _read_metadata(folder)
     problems = _other_base(model, config, metadata)
+    model = _attached(folder, config, metadata, model, problems)
+    graphdef, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
+    arrays = _restored(folder, metadata)
+    return nnx.merge(graphdef, unflatten(arrays, lora, f"adapter {folder}"), rest)
+
+
+def fit_adapter(
+    path: str | os.PathLike[str], base: Decoder
+) -> tuple[Decoder, Mapping[str, Any]]:
+    """Reads an adapter for a base whose kernels are not there.
+
+    Args:
+      path: A run folder, an adapter folder or a PEFT folder.
+      base: Without adapter; its layers' kernels may be shapes alone (`outline`). The scales
+        of 4-bit ones are not compared then: `check_scales` does it.
+
+    Returns:
+      The base with the adapter, all of it shapes alone, and the adapter's arrays by dotted
+      name, layers numbered; a module that trained in some layers has none in the others.
+
+    Raises:
+      AdapterMismatchError: as `load_adapter`.
+    """
+    if is_peft(path):
+        return fit_peft(path, base)
+    folder = find_adapter(path)
+    config, metadata = _read_metadata(folder)
+    problems = _other_base(base, config, metadata)
+    graphdef, state = nnx.split(base)
+    shapes = nnx.eval_shape(
+        lambda state: _attached(
+            folder, config, metadata, nnx.merge(graphdef, state), problems
+        ),
+        state,
+    )
+    arrays = _restored(folder, metadata)
+    check_names(arrays, nnx.state(shapes, nnx.LoRAParam), f"adapter {folder}")
+    return shapes, arrays
+
+
+def base_scales(path: str | os.PathLike[str]) -> dict[str, float]:
+    """Returns the mean absmax of each 4-bit weight that an adapter was trained on.
+
+    It is empty where the adapter fits its base however that is held.
+    """
+    if is_peft(path):
+        return {}
+    return (_read_metadata(find_adapter(path))[1]["base"] or {}).get("scales", {})
+
+
+def check_scales(path: str | os.PathLike[str], scales: dict[str, float]) -> None:
+    """Compares some 4-bit weights of a base with those that an adapter was trained on.
+
+    Args:
+      path: As `fit_adapter` has it, which compares all else.
+      scales: {path of a weight: its mean absmax}.
+
+    Raises:
+      AdapterMismatchError: they are others.
+    """
+    folder = find_adapter(path)
+    config, metadata = _read_metadata(folder)
+    theirs = metadata["base"]
+    if text := difference(theirs | {"scales": scales}, theirs):
+        raise AdapterMismatchError(_unfit(folder, [_with_advice(text, config)]))
+
+
+def _attached(
+    folder: Path,
+    config: LoRAConfig,
+    metadata: dict[str, Any],
+    model: M,
+    problems: list[str],
+) -> M:
+    """Returns the model with an adapter of the right shape, or raises with all problems."""
     try:
         room = _with_room(model, config, metadata)
         model = attach_zero(room, config, key=jax.random.key(0))
@@ -253,10 +371,13 @@ def load_adapter(path: str | os.PathLike[str], model: M) -> M:
     if problems:
         problems += _shape_problems(metadata, model)
         raise AdapterMismatchError(_unfit(folder, problems))
-    graphdef, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
+    return model
+
+
+def _restored(folder: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Reads an adapter's arrays, by dotted name."""
     with ocp.StandardCheckpointer() as checkpointer:
-        arrays = checkpointer.restore(folder / ARRAYS, _abstract(metadata))
-    return nnx.merge(graphdef, unflatten(arrays, lora, f"adapter {folder}"), rest)
+        return checkpointer.restore(folder / ARRAYS, _abstract(metadata))
 
 
 _ITS_BASE = (
@@ -270,10 +391,13 @@ def _other_base(
 ) -> list[str]:
     """Returns how a model differs from the base that an adapter was trained on."""
     text = other_base(model, metadata["base"])
-    if text is None:
-        return []
+    return [] if text is None else [_with_advice(text, config)]
+
+
+def _with_advice(text: str, config: LoRAConfig) -> str:
+    """Adds to how a base differs which one a changed base is."""
     changed = config.init == "pissa" and "4-bit weights" in text
-    return [f"{text}; its init is pissa, {_ITS_BASE}" if changed else text]
+    return f"{text}; its init is pissa, {_ITS_BASE}" if changed else text
 
 
 def _with_room(model: M, config: LoRAConfig, metadata: dict[str, Any]) -> M:

@@ -29,7 +29,7 @@ def resize_tokens(
     """
     pieces = {row: list(ids) for row, ids in (pieces or {}).items() if ids}
     rows = max(rows, model.config.vocab_size)
-    grow = lambda table: _grown(table, rows, pieces)  # noqa: E731
+    grow = lambda table: grown(table, rows, pieces)  # noqa: E731
     if rows == model.config.vocab_size and not pieces:
         return model
     for name, table in (("embedding", model.embed_tokens), ("head", model.lm_head)):
@@ -60,13 +60,16 @@ def _marked(module: Any, name: str, before: nnx.Variable) -> Any:
     return module
 
 
-def _grown(table: Array, rows: int, pieces: Mapping[int, list[int]]) -> Array:
+def grown(
+    table: Array, rows: int, pieces: Mapping[int, Sequence[int]] | None = None
+) -> Array:
+    """Returns a table with more rows, as `resize_tokens` makes them."""
     wide = table.astype(jnp.float32)
     mean = jnp.broadcast_to(wide.mean(0), (rows - table.shape[0], table.shape[1]))
-    grown = jnp.concatenate([wide, mean])
-    for row, ids in pieces.items():
-        grown = grown.at[row].set(wide[jnp.asarray(ids)].mean(0))
-    return grown.astype(table.dtype)
+    larger = jnp.concatenate([wide, mean])
+    for row, ids in (pieces or {}).items():
+        larger = larger.at[row].set(wide[jnp.asarray(ids)].mean(0))
+    return larger.astype(table.dtype)
 
 
 def untied(model: Decoder) -> Decoder:

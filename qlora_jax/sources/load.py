@@ -168,10 +168,11 @@ def resolve_tables(source: Source, embedding: TableFormat, head: TableFormat) ->
 
 
 class Outline(NamedTuple):
-    """A model whose linears are not read.
+    """A model whose layers' linears are not read.
 
     Attributes:
-      model: Its kernels are shapes alone, other parameters are mapped from the files.
+      model: The kernels of its layers are shapes alone, and so is whatever would be made
+        4-bit or int8; other parameters are mapped from the files.
       notes: What was left out, or read otherwise.
     """
 
@@ -179,8 +180,17 @@ class Outline(NamedTuple):
     notes: list[str]
 
 
-def outline(path_or_repo: str | os.PathLike[str] | Source) -> Outline:
+def outline(
+    path_or_repo: str | os.PathLike[str] | Source,
+    quant: QuantConfig | None = None,
+    *,
+    embedding: TableFormat = "none",
+    head: TableFormat = "none",
+) -> Outline:
     """Opens a model without reading its linears.
+
+    Args:
+      path_or_repo, quant, embedding, head: As `load` has them.
 
     Raises:
       CheckpointError: as `load`.
@@ -190,21 +200,49 @@ def outline(path_or_repo: str | os.PathLike[str] | Source) -> Outline:
     skeleton = abstract(config)
     wanted = _wanted(skeleton, hf_table(config))
     notes = [*source.notes, *_check_names(source, wanted)]
+    tables = resolve_tables(source, embedding, head)
+    formats = {_TABLES[name]: tables[name] for name in _TABLES}
+    reader = Reader(
+        checkpoint, quant, "bfloat16", formats, quant or source.stored, False
+    )
+
+    def packed(path: str) -> Any:
+        """Returns the shapes of what is held in 4 bits or int8; None of what is dense."""
+        if path not in wanted:
+            return None
+        names, stack, shape = wanted[path]
+        if bitsandbytes.scales_name(names[0]) in checkpoint:
+            return bitsandbytes.read_int8(checkpoint, names[0], "bfloat16")
+        stored = source.stored if f"{names[0]}.absmax" in checkpoint else quant
+        if (pack := reader.packing(path, stored)) is None:
+            return None
+        one = jax.eval_shape(pack, jax.ShapeDtypeStruct(shape, jnp.bfloat16))
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((*stack, *x.shape), x.dtype), one
+        )
+
+    def hold(path: tuple, node: Any) -> Any:
+        name = dotted(path)
+        if isinstance(node, Linear) and (q := packed(f"{name}.kernel")) is not None:
+            made = QuantizedLinear(q)
+            made.bias = node.bias
+            return made
+        if isinstance(node, Embedding) and (q := packed(f"{name}.weight")) is not None:
+            return QuantizedEmbedding(q)
+        return node
 
     def fill(path: tuple, variable: nnx.Variable) -> nnx.Variable:
-        names, stack, _ = wanted[".".join(map(str, path))]
-        if path[-1] == "kernel":
+        name, value = dotted(path), variable.get_value()
+        inner = path[-1] == "kernel" and name not in formats
+        if inner or not isinstance(value, jax.ShapeDtypeStruct):
             return variable
-        if bitsandbytes.scales_name(names[0]) in checkpoint:
-            return variable.replace(
-                bitsandbytes.read_int8(checkpoint, names[0], "bfloat16")
-            )
+        names, stack, _ = wanted[name]
         if not stack:
             return variable.replace(checkpoint[names[0]])
-        value = np.stack([checkpoint[name] for name in names])
-        return variable.replace(value.reshape(variable.get_value().shape))
+        whole = np.stack([checkpoint[name] for name in names])
+        return variable.replace(whole.reshape(value.shape))
 
-    graphdef, state = nnx.split(skeleton)
+    graphdef, state = nnx.split(nnx.recursive_map(hold, skeleton))
     flat = [(path, fill(path, v)) for path, v in nnx.to_flat_state(state)]
     return Outline(nnx.merge(graphdef, nnx.from_flat_state(flat)), notes)
 
@@ -355,21 +393,15 @@ class Reader:
         try:
             if f"{name}.absmax" in self.checkpoint:
                 return self._stored(name, shape)
-            table = self.tables.get(path, "none")
             w = self.checkpoint[name]
             scaled = bitsandbytes.scales_name(name) in self.checkpoint
-            if table == "int8" and (scaled or w.dtype == np.int8):
+            if self.tables.get(path) == "int8" and (scaled or w.dtype == np.int8):
                 return bitsandbytes.read_int8(self.checkpoint, name, self.dtype)
             w = jnp.asarray(w)
             if not jnp.issubdtype(w.dtype, jnp.floating):
                 raise ShapeError(f"{w.dtype} values, of which config.json says nothing")
-            if table == "int8":
-                return quantize_rows(w)
-            quant = self.table_quant if table == "4bit" else None
-            if path.endswith(".kernel") and path not in self.tables:
-                quant = self.quant
-            if quant is not None:
-                return quantize_tensor(w, quant)
+            if (pack := self.packing(path, self.quant)) is not None:
+                return pack(w)
             value, finite = _convert(w, self.dtype)
             if not finite:
                 raise ShapeError("NaN or Inf values (or too large for its dtype)")
@@ -378,6 +410,26 @@ class Reader:
             text = str(error)
             self.problems.append(text if text.startswith(name) else f"{name}: {text}")
             return None
+
+    def packing(
+        self, path: str, quant: QuantConfig | None
+    ) -> Callable[[jax.Array], Quantized] | None:
+        """Returns what makes a parameter's dense value 4-bit or int8; None where it stays.
+
+        Args:
+          path: Of the parameter.
+          quant: Of a layer's linear.
+        """
+        table = self.tables.get(path)
+        if table == "int8":
+            return quantize_rows
+        if table is not None:
+            quant = self.table_quant if table == "4bit" else None
+        elif not path.endswith(".kernel"):
+            quant = None
+        if quant is None:
+            return None
+        return functools.partial(quantize_tensor, config=quant)
 
     def _stored(self, name: str, shape: tuple[int, ...]) -> QuantizedTensor:
         q = bitsandbytes.read(self.checkpoint, name)

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,14 @@ from pallas_kernels.layout import QuantizedTensor
 from pallas_kernels.reference import decode_absmax
 from qlora_jax.errors import CheckpointError, OutputExistsError
 from qlora_jax.models import Decoder, DecoderConfig, llama
-from qlora_jax.names import EMBEDDING, HEAD, Table, dotted, template_of
+from qlora_jax.names import (
+    EMBEDDING,
+    HEAD,
+    Numbered,
+    Table,
+    dotted,
+    template_of,
+)
 from qlora_jax.quant import (
     Int8Rows,
     dequantize,
@@ -88,33 +95,81 @@ def save_model(
             "the model has adapters attached; merge before save_model"
         )
     origin = None if source is None else open_source(source)
-    if origin is None:
-        hf, names = llama.write_config(model.config), llama.NAMES
-    else:
-        hf, names = origin.hf, origin.family.NAMES
-    config = dataclasses.replace(
-        model.config, tie_word_embeddings=model.lm_head is None
-    )
-    table = Table(names, config.num_layers, config.num_experts)
+    hf = llama.write_config(model.config) if origin is None else origin.hf
+    config = saved_config(model)
     return write_folder(
-        *(_parameters(model, table), config, model.compute_dtype.name, hf, out),
+        *(_parameters(model, saved_names(config, origin)), config),
+        *(model.compute_dtype.name, hf, out),
         origin=origin,
         shard_bytes=shard_bytes,
     )
 
 
-def _parameters(model: Decoder, table: Table) -> Iterator[tuple[str, Any]]:
-    """Yields every parameter by its name, one layer (and expert) at a time."""
+def saved_config(model: Decoder) -> DecoderConfig:
+    """Returns the config of the folder that a model becomes."""
+    tied = model.lm_head is None
+    return dataclasses.replace(model.config, tie_word_embeddings=tied)
+
+
+def saved_names(config: DecoderConfig, origin: Source | None) -> Table:
+    """Returns what a folder calls each parameter: as its source does, or a Llama's."""
+    names = llama.NAMES if origin is None else origin.family.NAMES
+    return Table(names, config.num_layers, config.num_experts)
+
+
+class Place(NamedTuple):
+    """One layer (and expert) of a parameter.
+
+    Attributes:
+      numbered: What it is called here, without regard to how a model stacks it.
+      name: In the folder.
+      module: Path in the model of the module that has it.
+      variable: Where the model has it, stacked.
+      at: Index in the variable's leading axes.
+    """
+
+    numbered: Numbered
+    name: str
+    module: tuple[Any, ...]
+    variable: nnx.Variable
+    at: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the one layer."""
+        return self.variable.get_value().shape[len(self.at) :]
+
+
+def places(model: Decoder, table: Table) -> Iterator[Place]:
+    """Yields the places of all parameters, in a folder's order.
+
+    Args:
+      model: May be shapes alone; dense where `Place.shape` is asked for.
+      table: From `saved_names`.
+    """
     for keys, variable in nnx.to_flat_state(nnx.state(model)):
-        path, value = dotted(keys), variable.get_value()
-        if keys[0] in (EMBEDDING, HEAD) and isinstance(value, QuantizedTensor):
-            value = dequantize(value, model.dtype)
+        path = dotted(keys)
         stack = np.ndindex(*table.stack(path))
         for name, index in zip(table.names(path), stack, strict=True):
-            if isinstance(value, Int8Rows):
-                yield name, value
-            else:
-                yield name, jax.tree.map(lambda leaf, i=index: leaf[i], value)
+            yield Place(Numbered.at(keys, index), name, keys[:-1], variable, index)
+
+
+def as_saved(path: str, value: Any, dtype: str) -> Any:
+    """Returns a value as a folder has it: a 4-bit embedding or head is dense there."""
+    outer = path.partition(".")[0] in (EMBEDDING, HEAD)
+    if outer and isinstance(value, QuantizedTensor):
+        return dequantize(value, dtype)
+    return value
+
+
+def _parameters(model: Decoder, table: Table) -> Iterator[tuple[str, Any]]:
+    """Yields every parameter by its name, one layer (and expert) at a time."""
+    for place in places(model, table):
+        value = place.variable.get_value()
+        if not isinstance(value, Int8Rows):
+            value = as_saved(place.numbered.path, value, model.dtype)
+            value = jax.tree.map(lambda leaf, i=place.at: leaf[i], value)
+        yield place.name, value
 
 
 def write_folder(

@@ -84,7 +84,7 @@ MUTANTS = (
     ),
     Mutant(
         "merge",
-        "qlora_jax/adapters/merge.py",
+        "qlora_jax/adapters/folding.py",
         "merged = kernel + scale * jnp.matmul",
         "merged = kernel - scale * jnp.matmul",
         "tests/adapters/test_merge.py",

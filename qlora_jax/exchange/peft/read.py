@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -12,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from qlora_jax.adapters.attach import attach_zero
-from qlora_jax.adapters.names import flatten, unflatten
+from qlora_jax.adapters.names import check_names, flatten, unflatten
 from qlora_jax.config.lora import Bias, LoRAConfig
 from qlora_jax.errors import AdapterMismatchError, ConfigError, gathered
 from qlora_jax.exchange.peft.even import evened
@@ -79,21 +80,58 @@ def import_peft(path: str | os.PathLike[str], model: Decoder) -> Decoder:
         cannot represent, or does not fit the model; all problems in one message.
     """
     folder = Path(path)
+    read = _fitting(folder, model)
+    model = _attached(folder, read, model)
+    graphdef, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
+    lora = unflatten(_filled(read, lora), lora, str(folder))
+    _say(folder, read)
+    return nnx.merge(graphdef, lora, rest)
+
+
+def fit_peft(
+    path: str | os.PathLike[str], base: Decoder
+) -> tuple[Decoder, dict[str, np.ndarray]]:
+    """Reads a PEFT folder for a base whose kernels may be shapes alone.
+
+    Args and raises as `import_peft`.
+
+    Returns:
+      The base with the adapter, all of it shapes alone, and the adapter's arrays by dotted
+      name, layers numbered; a module that trained in some layers has none in the others.
+    """
+    folder = Path(path)
+    read = _fitting(folder, base)
+    graphdef, state = nnx.split(base)
+    shapes = nnx.eval_shape(
+        lambda state: _attached(folder, read, nnx.merge(graphdef, state)), state
+    )
+    lora = nnx.state(shapes, nnx.LoRAParam)
+    left = _left(read, jax.eval_shape(flatten, lora))
+    check_names(read.flat | left, lora, str(folder))
+    _say(folder, read)
+    return shapes, read.flat
+
+
+def _fitting(folder: Path, model: Decoder) -> _Understood:
     read = _understood(folder, model)
     if read.problems:
         raise AdapterMismatchError(
             gathered(f"{folder} cannot be imported", read.problems)
         )
+    return read
+
+
+def _attached(folder: Path, read: _Understood, model: Decoder) -> Decoder:
     try:
         model = resize_tokens(model, read.rows)
-        model = attach_zero(model, read.config, key=jax.random.key(0))
+        return attach_zero(model, read.config, key=jax.random.key(0))
     except ConfigError as error:
         raise AdapterMismatchError(f"{folder} cannot be imported: {error}") from None
-    graphdef, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
-    lora = unflatten(_filled(read, lora), lora, str(folder))
+
+
+def _say(folder: Path, read: _Understood) -> None:
     if read.notes:
         logger.warning("%s: %s", folder, "; ".join(read.notes))
-    return nnx.merge(graphdef, lora, rest)
 
 
 def describe_peft(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -139,13 +177,18 @@ def peft_misfits(path: str | os.PathLike[str], model: Decoder) -> list[str]:
 
 
 def _filled(read: _Understood, lora: nnx.State) -> dict[str, Any]:
-    """Returns the adapter's arrays, and the base's own where a module trained elsewhere.
+    """Returns the adapter's arrays, and the base's own where a module trained elsewhere."""
+    return read.flat | _left(read, flatten(lora))
 
-    That is in layers of which PEFT left it as it was; here it trains in all of them.
+
+def _left(read: _Understood, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a module trains that PEFT left as it was, in some layers; notes it.
+
+    Here it trains in all of them.
     """
     missing = {
         name: array
-        for name, array in flatten(lora).items()
+        for name, array in wanted.items()
         if name not in read.flat and name.rpartition(".")[2] in _IN_PLACE
     }
     if missing:
@@ -154,7 +197,7 @@ def _filled(read: _Understood, lora: nnx.State) -> dict[str, Any]:
             f"{', '.join(paths)} trained in some layers only; in the others it is the base's, "
             "and trains too from here on"
         )
-    return read.flat | missing
+    return missing
 
 
 def _understood(folder: Path, model: Decoder) -> _Understood:
