@@ -1,7 +1,7 @@
 """QLoRA in JAX: 4-bit base weights, LoRA adapters trained through them.
 
 The public names, each explained where it is defined. They load on first use, so that
-`qlora_jax.quant` and `pallas_kernels` work on a host with jax and numpy alone.
+`pallas_kernels` works on a host with jax and numpy alone.
 """
 
 import importlib
@@ -10,6 +10,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pallas_kernels.formats import QuantizedTensor as QuantizedTensor
     from qlora_jax.adapters.algebra import chain as chain
     from qlora_jax.adapters.algebra import compress as compress
     from qlora_jax.adapters.algebra import cosine_similarity as cosine_similarity
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from qlora_jax.adapters.value import Adapter as Adapter
     from qlora_jax.config.data import DataConfig as DataConfig
     from qlora_jax.config.lora import LoRAConfig as LoRAConfig
+    from qlora_jax.config.quant import QuantConfig as QuantConfig
     from qlora_jax.config.train import TrainConfig as TrainConfig
     from qlora_jax.data.intake import load_dataset as load_dataset
     from qlora_jax.errors import QLoRAError as QLoRAError
@@ -46,15 +48,13 @@ if TYPE_CHECKING:
     from qlora_jax.generate.sample import generate as generate
     from qlora_jax.memory import Setup as Setup
     from qlora_jax.models.streaming import stream as stream
+    from qlora_jax.nn.packing import dequantize as dequantize
+    from qlora_jax.nn.packing import quantize_tensor as quantize_tensor
     from qlora_jax.nn.quantizing import quantize as quantize
     from qlora_jax.optim.eight_bit import adamw_8bit as adamw_8bit
     from qlora_jax.optim.loss_scale import dynamic_loss_scale as dynamic_loss_scale
     from qlora_jax.optim.offload import offload as offload
     from qlora_jax.plan import plan_memory as plan_memory
-    from qlora_jax.quant import QuantConfig as QuantConfig
-    from qlora_jax.quant import QuantizedTensor as QuantizedTensor
-    from qlora_jax.quant import dequantize as dequantize
-    from qlora_jax.quant import quantize_tensor as quantize_tensor
     from qlora_jax.sources.gguf.write import write_gguf as write_gguf
     from qlora_jax.sources.load import load as load
     from qlora_jax.sources.load import original_kernels as original_kernels
@@ -100,12 +100,9 @@ _HOMES = {
     "qlora_jax.optim.eight_bit": ("adamw_8bit",),
     "qlora_jax.optim.loss_scale": ("dynamic_loss_scale",),
     "qlora_jax.optim.offload": ("offload",),
-    "qlora_jax.quant": (
-        "QuantConfig",
-        "QuantizedTensor",
-        "dequantize",
-        "quantize_tensor",
-    ),
+    "pallas_kernels.formats": ("QuantizedTensor",),
+    "qlora_jax.config.quant": ("QuantConfig",),
+    "qlora_jax.nn.packing": ("dequantize", "quantize_tensor"),
     "qlora_jax.config.train": ("TrainConfig",),
     "qlora_jax.train.loop": ("Trainer",),
     "qlora_jax.train.step": ("make_train_step",),

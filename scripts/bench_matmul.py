@@ -18,8 +18,9 @@ from bench_record import record
 
 from pallas_kernels.packed_matmul import choose, nf4_matmul
 from pallas_kernels.shapes import SHAPES
+from qlora_jax.config.quant import QuantConfig
 from qlora_jax.nn.matmul import frozen_matmul
-from qlora_jax.quant import QuantConfig, quantize_tensor
+from qlora_jax.nn.packing import quantize_tensor
 
 
 def variants(m: int, n: int, k: int, dtype: str) -> dict:

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import codebook as cb
-from pallas_kernels import layout
-from pallas_kernels.layout import QuantizedTensor
+from pallas_kernels.formats import QuantizedTensor
+from pallas_kernels.formats.absmax4 import codebook as cb
+from pallas_kernels.formats.absmax4 import layout
 
 SAMPLE = 64  # tokens that are compared, the last among them
 

@@ -37,7 +37,7 @@ def our_step(task: dict[str, Any], turn: Callable[[], Any]) -> dict[str, Any]:
     from flax import nnx
 
     import qlora_jax as qlora
-    from pallas_kernels import layout
+    from pallas_kernels.formats import QuantizedTensor
     from qlora_jax.models import Decoder, DecoderConfig
     from qlora_jax.nn import Linear, QuantizedLinear
 
@@ -48,7 +48,7 @@ def our_step(task: dict[str, Any], turn: Callable[[], Any]) -> dict[str, Any]:
     def quantized(path, node):
         if isinstance(node, Linear) and "lm_head" not in path:
             stack, n, k = node.kernel.get_value().shape
-            q = layout.abstract_tensor((n, k), (stack,), dtype="bfloat16")
+            q = QuantizedTensor.abstract((n, k), (stack,), dtype="bfloat16")
             return QuantizedLinear(q)
         return node
 

@@ -23,10 +23,10 @@ from typing import Any
 import jax
 
 from qlora_jax.adapters import LoRAConfig
+from qlora_jax.config.quant import QuantConfig
 from qlora_jax.memory import Setup
 from qlora_jax.models import DecoderConfig
 from qlora_jax.models.decoder import LayerKind
-from qlora_jax.quant import QuantConfig
 from qlora_jax.train.compiled import account, compile_step
 
 _TURNS = (LayerKind(window=1024), LayerKind())

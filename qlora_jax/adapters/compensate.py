@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from pallas_kernels.layout import QuantizedTensor
+from pallas_kernels.formats import PackedWeight
 from qlora_jax.adapters import low_rank
 from qlora_jax.adapters.fingerprint import with_scales
 from qlora_jax.config.lora import Init
@@ -30,7 +30,6 @@ from qlora_jax.errors import AdapterMismatchError, ConfigError
 from qlora_jax.names import dotted
 from qlora_jax.nn import Linear, LoRA, QuantizedLinear
 from qlora_jax.nn.dora import row_norms
-from qlora_jax.quant import Quantized
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -209,7 +208,7 @@ def compensate(
     rounds = low_rank.Rounds(iterations, principal)
     errors: dict[str, Compensation] = {}
     filled: dict[tuple, Any] = {}
-    bases: dict[str, QuantizedTensor] = {}
+    bases: dict[str, PackedWeight] = {}
     for path, node in nnx.iter_graph(model):
         if not isinstance(node, LoRA):
             continue
@@ -230,8 +229,7 @@ def compensate(
         if q is not None:
             base = QuantizedLinear(q)
             filled[*path, "base", "kernel"] = q
-            if isinstance(q, QuantizedTensor):
-                bases[f"{name}.kernel"] = q
+            bases[f"{name}.kernel"] = q
             if node.squared_norms is not None:
                 filled[*path, "squared_norms"] = row_norms(base) ** 2
         if node.magnitude is not None:
@@ -303,7 +301,7 @@ def _stack(
     moment: Array | None,
     key: Array,
     rounds: low_rank.Rounds,
-) -> tuple[Quantized | None, Array, Array, Compensation]:
+) -> tuple[PackedWeight | None, Array, Array, Compensation]:
     """Returns the new 4-bit weights if any, both factors, and the error; of a stack."""
     made, stack = [], node.base.stack
     for index in np.ndindex(*stack):

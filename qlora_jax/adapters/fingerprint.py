@@ -15,15 +15,11 @@ from typing import Any
 
 import jax
 import jax.core
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pallas_kernels.layout import QuantizedTensor
-from pallas_kernels.reference import decode_absmax
+from pallas_kernels.formats import PackedWeight
 from qlora_jax.nn import FrozenParam
-from qlora_jax.nn.linear import stack_of
-from qlora_jax.quant import Quantized
 
 _SAMPLES = 8  # of a parameter
 TOLERANCE = 2**-7
@@ -35,18 +31,17 @@ SCALES_TOLERANCE = 1e-4
 def fingerprint(model: nnx.Module, *, scales: bool = False) -> str | None:
     """Returns a JSON object with `structure` (hex) and `sample` ({name: floats}).
 
-    None while the model is abstract (inside jit or eval_shape). Quantized and dense
+    None while the model is abstract (inside jit or eval_shape). PackedWeight and dense
     copies of one base have the same structure. With `scales` the object has these too:
     {name of a 4-bit weight: mean absmax}.
     """
     shapes, values, packed = [], {}, {}
     for path, variable in nnx.to_flat_state(nnx.state(model, FrozenParam)):
         value = variable.get_value()
-        if isinstance(value, Quantized):
+        if isinstance(value, PackedWeight):
             name = ".".join(map(str, path))
-            shapes.append([name, [*stack_of(value), *value.shape]])
-            if isinstance(value, QuantizedTensor):
-                packed[name] = value
+            shapes.append([name, [*value.stack, *value.shape]])
+            packed[name] = value
             continue
         # Rows that were added for new tokens are no part of the base.
         own = variable.get_metadata().get("own_rows")
@@ -67,16 +62,18 @@ def fingerprint(model: nnx.Module, *, scales: bool = False) -> str | None:
     return with_scales(mark, packed) if scales else mark
 
 
-def with_scales(mark: str | None, packed: Mapping[str, QuantizedTensor]) -> str | None:
-    """Returns a mark that has the scales of some 4-bit weights, by name."""
+def with_scales(mark: str | None, packed: Mapping[str, PackedWeight]) -> str | None:
+    """Returns a mark that has the mean scales of some packed weights, by name.
+
+    Formats that need not be told apart (PackedWeight.mean_scale) have none.
+    """
     if mark is None or any(map(_abstract, packed.values())):
         return None
-    parts = json.loads(mark)
-    measured = {
-        name: float(_mean_absmax(jax.tree.map(_readable, q)))
-        for name, q in packed.items()
-    }
-    rounded = {name: float(f"{value:.7g}") for name, value in measured.items()}
+    parts, rounded = json.loads(mark), {}
+    for name, weight in packed.items():
+        scale = jax.tree.map(_readable, weight).mean_scale()
+        if scale is not None:
+            rounded[name] = float(f"{float(scale):.7g}")
     parts["scales"] = parts.get("scales", {}) | rounded
     return json.dumps(parts)
 
@@ -90,17 +87,9 @@ def _readable(value: Any) -> Any:
     return value
 
 
-def _abstract(q: QuantizedTensor) -> bool:
+def _abstract(q: PackedWeight) -> bool:
     kinds = (jax.core.Tracer, jax.ShapeDtypeStruct)
     return any(isinstance(leaf, kinds) for leaf in jax.tree.leaves(q))
-
-
-@jax.jit
-def _mean_absmax(q: QuantizedTensor) -> jax.Array:
-    decode = decode_absmax
-    for _ in range(q.codes.ndim - (1 if q.layout == "flat" else 2)):
-        decode = jax.vmap(decode)
-    return jnp.mean(decode(q))
 
 
 def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:

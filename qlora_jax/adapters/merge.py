@@ -15,11 +15,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from pallas_kernels.formats import PackedWeight
 from qlora_jax.adapters.algebra import scale
 from qlora_jax.adapters.attach import attach_zero
 from qlora_jax.adapters.compensate import compensate
 from qlora_jax.adapters.value import Adapter
 from qlora_jax.config.lora import LoRAConfig
+from qlora_jax.config.quant import QuantConfig
 from qlora_jax.errors import AdapterMismatchError, ConfigError
 from qlora_jax.models import Decoder
 from qlora_jax.models.vocabulary import untied
@@ -35,9 +37,9 @@ from qlora_jax.nn import (
 )
 from qlora_jax.nn.embedding import QuantizedEmbedding, Table
 from qlora_jax.nn.norm import RMSNorm
+from qlora_jax.nn.packing import dequantize, quantize_tensor
 from qlora_jax.nn.quantizing import adopted
 from qlora_jax.nn.variables import trains
-from qlora_jax.quant import QuantConfig, Quantized, dequantize, quantize_tensor
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -86,7 +88,9 @@ def merge(
             dense_head = isinstance(base, Linear) and path[-1:] == (HEAD,)
             if requantize is None or dense_head:
                 return _dense(base, _layers(folded, base.stack, plain)(*arrays), bias)
-            own = kernel.dtype if isinstance(kernel, Quantized) else kernel.dtype.name
+            own = (
+                kernel.dtype if isinstance(kernel, PackedWeight) else kernel.dtype.name
+            )
             parts = [
                 # Of float32 values, rounded once, that are read in the base's dtype.
                 dataclasses.replace(
@@ -229,7 +233,7 @@ def _table(module: Any) -> Array:
     """Returns the dense rows of an embedding or head."""
     own = module.weight if isinstance(module, Table) else module.kernel
     value = own.get_value()
-    return dequantize(value) if isinstance(value, Quantized) else value
+    return dequantize(value) if isinstance(value, PackedWeight) else value
 
 
 def _frozen(node: Any, dtype: str) -> Any:
@@ -249,7 +253,7 @@ def _bias(linear: Linear | QuantizedLinear, dtype: str) -> Array | None:
 
 
 def fold(
-    kernel: Array | Quantized,
+    kernel: Array | PackedWeight,
     a: Float[Array, "in rank"],
     b: Float[Array, "rank out"],
     magnitude: Float[Array, " out"] | None,
@@ -258,7 +262,7 @@ def fold(
     scale: float | Float[Array, ""],
 ) -> Float[Array, "out in"]:
     """Returns one layer's weight with its adapter, in float32; of what `factors` gives."""
-    if isinstance(kernel, Quantized):
+    if isinstance(kernel, PackedWeight):
         kernel = dequantize(kernel, "float32")
     kernel = kernel.astype(jnp.float32)
     merged = kernel + scale * jnp.matmul(a, b, precision="highest").T

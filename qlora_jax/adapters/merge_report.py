@@ -11,13 +11,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from pallas_kernels.formats import PackedWeight
 from qlora_jax.adapters.merge import factors, fold
 from qlora_jax.errors import AdapterMismatchError
 from qlora_jax.names import Numbered, dotted, is_stacked
 from qlora_jax.nn import Linear, LoRA, LoRAEmbedding, QuantizedLinear
 from qlora_jax.nn.embedding import Table
+from qlora_jax.nn.packing import dequantize
 from qlora_jax.nn.quantizing import adopted
-from qlora_jax.quant import Quantized, dequantize
 
 LINEARS = (Linear, QuantizedLinear, LoRA)
 TABLES = (*get_args(Table), LoRAEmbedding)
@@ -139,7 +140,7 @@ def _apart(stack: tuple[int, ...]) -> Any:
 def _weights(parts: tuple[Any, ...]) -> tuple[Array, Array]:
     """Returns the float32 weight that a linear applies, and that of its base."""
     kernel, a, b, magnitude, active, scale = parts
-    if isinstance(kernel, Quantized):
+    if isinstance(kernel, PackedWeight):
         kernel = dequantize(kernel, "float32")
     kernel = kernel.astype(jnp.float32)
     if a is None:

@@ -8,13 +8,13 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 
+from pallas_kernels.formats import PackedWeight
 from qlora_jax.adapters import Adapter, detach, merge, merge_corrected
 from qlora_jax.adapters.merge_report import merge_report
 from qlora_jax.cli import options
-from qlora_jax.config.quant import QuantOptions
+from qlora_jax.config.quant import QuantConfig, QuantOptions
 from qlora_jax.errors import ConfigError
 from qlora_jax.exchange.ours import adapter_tokenizer, load_adapter, save_adapter
-from qlora_jax.quant import QuantConfig, Quantized
 from qlora_jax.sources.hub import find
 from qlora_jax.sources.load import load
 from qlora_jax.sources.save import check_output, save_model
@@ -141,13 +141,13 @@ def _cast(model: Any, dtype: str) -> Any:
     graphdef, state = nnx.split(model)
 
     def to_dtype(value: Any) -> Any:
-        if isinstance(value, Quantized):
+        if isinstance(value, PackedWeight):
             return dataclasses.replace(value, dtype=dtype)
         return value.astype(dtype)
 
     cast = nnx.merge(
         graphdef,
-        jax.tree.map(to_dtype, state, is_leaf=lambda x: isinstance(x, Quantized)),
+        jax.tree.map(to_dtype, state, is_leaf=lambda x: isinstance(x, PackedWeight)),
     )
     cast.dtype = dtype
     return cast

@@ -9,7 +9,7 @@ import tyro
 
 from qlora_jax.cli import options
 from qlora_jax.config.lora import LoRAConfig
-from qlora_jax.config.quant import QuantOptions
+from qlora_jax.config.quant import QuantConfig, QuantOptions
 from qlora_jax.config.train import Optimizer
 from qlora_jax.errors import ConfigError
 from qlora_jax.memory import Memory, Platform, Setup
@@ -21,7 +21,6 @@ from qlora_jax.plan import (
     plan_memory,
     said,
 )
-from qlora_jax.quant import QuantConfig
 from qlora_jax.sources.source import open_source
 
 

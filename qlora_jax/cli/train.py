@@ -12,6 +12,7 @@ import tyro
 from qlora_jax.adapters.attach import attach_zero
 from qlora_jax.cli import options, start
 from qlora_jax.cli.progress import RowsProgress, TrainProgress
+from qlora_jax.config.quant import QuantConfig
 from qlora_jax.config.run import RunConfig, has_run, read_run, write_run
 from qlora_jax.data import Dataset, check_ids, read_dataset
 from qlora_jax.data.dataset import padded_length
@@ -19,7 +20,6 @@ from qlora_jax.data.sources import parse_sources
 from qlora_jax.errors import ConfigError, DataError
 from qlora_jax.memory import Platform, Setup, available_host_bytes, estimate
 from qlora_jax.plan import flags_of, parse_bytes, plan_memory, said
-from qlora_jax.quant import QuantConfig
 from qlora_jax.sources.load import load
 from qlora_jax.sources.save import check_output
 from qlora_jax.sources.source import Source, open_source

@@ -7,20 +7,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pallas_kernels.layout import QuantizedTensor
-from pallas_kernels.reference import decode_absmax
+from pallas_kernels.formats import PackedWeight
 from qlora_jax.errors import CheckpointError, OutputExistsError
 from qlora_jax.models import Decoder, DecoderConfig, llama
 from qlora_jax.names import EMBEDDING, HEAD, Table, dotted
-from qlora_jax.quant import (
-    Int8Rows,
-    dequantize,
-)
 from qlora_jax.sources import bitsandbytes
 from qlora_jax.sources.safetensors import Writer
 from qlora_jax.sources.source import Source, open_source
@@ -107,14 +101,12 @@ def _parameters(model: Decoder, table: Table) -> Iterator[tuple[str, Any]]:
     """Yields every parameter by its name, one layer (and expert) at a time."""
     for keys, variable in nnx.to_flat_state(nnx.state(model)):
         path, value = dotted(keys), variable.get_value()
-        if keys[0] in (EMBEDDING, HEAD) and isinstance(value, QuantizedTensor):
-            value = dequantize(value, model.dtype)
+        packed = isinstance(value, PackedWeight)
+        if keys[0] in (EMBEDDING, HEAD) and packed and value.LISTED_AS is None:
+            value = value.decode(model.dtype)
         stack = np.ndindex(*table.stack(path))
         for name, index in zip(table.names(path), stack, strict=True):
-            if isinstance(value, Int8Rows):
-                yield name, value
-            else:
-                yield name, jax.tree.map(lambda leaf, i=index: leaf[i], value)
+            yield name, value[index]
 
 
 def write_folder(
@@ -130,7 +122,7 @@ def write_folder(
     """Writes a model's folder from its parameters, which need never be there at once.
 
     Args:
-      parameters: Names and values, in order: arrays, QuantizedTensors, Int8Rows.
+      parameters: Names and values, in order: arrays or packed weights.
       config: Of the model.
       dtype: That it computes in.
       hf: A config.json, whose quantization, dtype and vocabulary are replaced.
@@ -184,28 +176,27 @@ def _write(
     skip: list[str] | None,
 ) -> dict[str, Any] | None:
     """Writes all parameters; returns the quantization_config of what is quantized."""
-    linears, in_int8 = None, []
+    linears, tables = None, {}
     for name, value in parameters:
-        if isinstance(value, Int8Rows):
-            _check_range(writer, name, value.dtype, value.absmax)
-            for key, array in bitsandbytes.write_int8(value, name).items():
-                writer.add(key, array)
-            in_int8.append(name.removesuffix(".weight"))
-        elif isinstance(value, QuantizedTensor):
-            _check_range(writer, name, value.dtype, decode_absmax(value))
-            for key, array in bitsandbytes.write(value, name).items():
-                writer.add(key, array)
+        if not isinstance(value, PackedWeight):
+            writer.add(name, np.asarray(value))
+            continue
+        _check_range(writer, name, value)
+        for key, array in value.storage(name).items():
+            writer.add(key, array)
+        if value.LISTED_AS is None:
             linears = bitsandbytes.quantization_config(value, dtype, skip)
         else:
-            writer.add(name, np.asarray(value))
-    return bitsandbytes.with_int8_tables(linears, in_int8) if in_int8 else linears
+            module = name.removesuffix(".weight")
+            tables.setdefault(value.LISTED_AS, []).append(module)
+    return bitsandbytes.with_tables(linears, tables) if tables else linears
 
 
-def _check_range(writer: Writer, name: str, dtype: str, absmax: Any) -> None:
+def _check_range(writer: Writer, name: str, w: PackedWeight) -> None:
     """Refuses a quantized weight whose largest values its dtype cannot hold."""
-    limit, largest = float(jnp.finfo(dtype).max), float(jnp.max(absmax))
+    limit, largest = float(jnp.finfo(w.dtype).max), float(w.largest())
     if not largest <= limit:
         writer.problems.append(
             f"{name}: quantized values up to {largest:.4g}, beyond {limit:.5g}, the largest "
-            f"of {dtype}; save in bfloat16 or float32 (--dtype)"
+            f"of {w.dtype}; save in bfloat16 or float32 (--dtype)"
         )

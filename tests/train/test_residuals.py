@@ -11,7 +11,7 @@ from flax import nnx
 
 from qlora_jax.adapters import join, split
 from qlora_jax.nn import Linear, QuantizedEmbedding, QuantizedLinear
-from qlora_jax.quant import quantize_rows
+from qlora_jax.nn.packing import quantize_rows
 from qlora_jax.train.step import next_token_loss
 
 SEQ = 7

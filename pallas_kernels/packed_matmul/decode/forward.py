@@ -22,10 +22,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import codebook as cb
-from pallas_kernels import reference
 from pallas_kernels.annotations import Array, Float
-from pallas_kernels.layout import QuantizedTensor
+from pallas_kernels.formats import QuantizedTensor
+from pallas_kernels.formats.absmax4 import codebook as cb
 from pallas_kernels.packed_matmul.decode.config import Config
 from pallas_kernels.packed_matmul.decode.steps import GROUPS, SUMS, Steps, table_rows
 
@@ -60,7 +59,7 @@ def forward(
     codes, absmax = w.codes, _absmax_operands(w)
     short = 256 * GROUPS * config.splits - k
     if short > 0:  # a tiny weight; absmax 0 adds nothing
-        plain = jnp.repeat(reference.decode_absmax(w), w.block_size // 64)
+        plain = jnp.repeat(w.decode_absmax(), w.block_size // 64)
         absmax = [jnp.pad(plain.reshape(n, -1), ((0, 0), (0, short // 64)))]
         codes = jnp.pad(codes, ((0, 0), (0, short // 4)))
         x = jnp.pad(x, ((0, 0), (0, short)))

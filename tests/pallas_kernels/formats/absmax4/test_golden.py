@@ -12,10 +12,10 @@ import oracle
 import pytest
 from safetensors.numpy import load_file
 
-from pallas_kernels import codebook, layout
-from pallas_kernels.layout import QuantizedTensor
-from qlora_jax.quant import QuantConfig, dequantize, quantize_tensor
-from qlora_jax.sources import bitsandbytes
+from pallas_kernels.formats import QuantizedTensor
+from pallas_kernels.formats.absmax4 import codebook, layout
+from qlora_jax.config.quant import QuantConfig
+from qlora_jax.nn.packing import dequantize, quantize_tensor
 
 VECTORS = (
     "normal_64x64",
@@ -75,7 +75,7 @@ def decode(q):
 
 @pytest.mark.parametrize("form", ["dq", "nodq"])
 def test_a_loaded_tensor_decodes_to_the_same_bits(vector, form):
-    q = bitsandbytes.read(vector[form], "weight")
+    q = QuantizedTensor.from_storage(vector[form], "weight")
     wide, short = decode(q)
     expected = vector[f"dequant_{form}"]
     # assert_array_equal takes -0 for 0: a zero block may decode to either.
@@ -91,7 +91,7 @@ def test_a_loaded_tensor_decodes_to_the_same_bits(vector, form):
 
 def test_a_large_tensor_with_several_scales_decodes_to_the_same_bits(golden):
     path = golden("vectors/normal_256x256_multi_nested.dq.safetensors")
-    q = bitsandbytes.read(load_file(path), "weight")
+    q = QuantizedTensor.from_storage(load_file(path), "weight")
     assert q.absmax_scale.shape == (4,) and q.layout == "planar256"
     for values in decode(q):
         digest = hashlib.sha256(np.asarray(values)).hexdigest()
