@@ -116,7 +116,7 @@ def decoded(w: QuantizedTensor) -> np.ndarray:
     """Decodes numpy arrays to float32 as QuantizedTensor's invariants say."""
     codes = layout.unpack(w.codes, w.layout, w.shape)
     scale = np.repeat(w.absmax_scale, cb.ABSMAX_BLOCK_SIZE)[: w.blocks]
-    absmax = cb.dynamic_map()[w.absmax_codes] * scale + w.absmax_offset
+    absmax = cb.dynamic_map()[w.absmax_codes.reshape(-1)] * scale + w.absmax_offset
     values = cb.values(w.codebook)[codes].reshape(-1, w.block_size)
     return (values * absmax[:, None]).reshape(w.shape)
 

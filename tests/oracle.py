@@ -50,9 +50,10 @@ def decoded(
     absmax = q.absmax
     if q.double_quant:
         spread = np.repeat(np.asarray(q.absmax_scale), 256)[: q.blocks]
-        product = cb.dynamic_map()[np.asarray(q.absmax_codes)] * spread
+        codes8 = np.asarray(q.absmax_codes).reshape(-1)
+        product = cb.dynamic_map()[codes8] * spread
         absmax = product + np.asarray(q.absmax_offset)
-    values, absmax = cb.values(q.codebook), np.asarray(absmax)
+    values, absmax = cb.values(q.codebook), np.asarray(absmax).reshape(-1)
     if codebook_dtype is not None:
         product = absmax_dtype or np.float64
         values = values.astype(codebook_dtype).astype(product)

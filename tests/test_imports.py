@@ -125,10 +125,10 @@ def asked_formats(tree: ast.AST) -> list[str]:
             parts = [*node.args] if node.func.id in ASKS else []
         if isinstance(node, ast.Compare | ast.match_case):
             parts = [node]
-        for inner in (inner for part in parts for inner in ast.walk(part)):
-            name = getattr(inner, "id", getattr(inner, "value", None))
-            if isinstance(name, str) and name in CONCRETE | LAYOUTS:
-                found.append(f"{ast.unparse(node)} asks for {name}")
+        for part, inner in ((part, i) for part in parts for i in ast.walk(part)):
+            named = getattr(inner, "id", getattr(inner, "attr", None)) in CONCRETE
+            if named or (isinstance(inner, ast.Constant) and inner.value in LAYOUTS):
+                found.append(ast.unparse(part))
     return found
 
 

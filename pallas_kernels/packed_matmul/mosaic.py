@@ -133,7 +133,7 @@ def tiled(
 
 def _scales(w: QuantizedTensor, dtype: jnp.dtype) -> Array:
     """Returns the absmax of every 64 elements, (k/64, n)."""
-    absmax = w.decode_absmax().reshape(w.shape[0], -1)
+    absmax = w.decode_absmax()
     if w.block_size > 64:
         absmax = jnp.repeat(absmax, w.block_size // 64, axis=1)
     return absmax.T.astype(dtype)

@@ -30,7 +30,7 @@ def dequantize(w: QuantizedTensor, dtype: jnp.dtype) -> Float[Array, "n k"]:
     """
     if w.plane_width is None:
         return w.decode_one(dtype)
-    absmax = w.decode_absmax().reshape(w.shape[0], -1)
+    absmax = w.decode_absmax()
     return _decode(w, w.codes, absmax, dtype)
 
 
@@ -91,7 +91,7 @@ def _fold(
     """Folds add(total, decoded rows, first of them) over all of a weight's rows."""
     n, k = w.shape
     pieces = -(-n * k * jnp.dtype(dtype).itemsize // limit(TWO_PASS_PIECE_BYTES))
-    absmax = w.decode_absmax().reshape(n, -1)
+    absmax = w.decode_absmax()
 
     def decoded(total: Array, codes: Array, absmax: Array, start: Array) -> Array:
         return add(total, _decode(w, codes, absmax, dtype), start)

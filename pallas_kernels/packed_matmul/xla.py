@@ -26,7 +26,7 @@ def matmul(x: Float[Array, "m k"], w: QuantizedTensor) -> Float[Array, "m n"]:
     width = w.plane_width
     if width is None or n * k * x.dtype.itemsize <= limit(XLA_WHOLE_BYTES):
         return dot(x, w.decode_one(x.dtype), 1, 1).astype(x.dtype)
-    absmax = w.decode_absmax().reshape(n, -1)
+    absmax = w.decode_absmax()
     x_planes = _split_planes(x, width)
 
     def tile(start: Array, size: int) -> Array:
@@ -50,7 +50,7 @@ def matmul_dx(dy: Float[Array, "m n"], w: QuantizedTensor) -> Float[Array, "m k"
         return dot(dy, w.decode_one(dy.dtype), 1, 0).astype(dy.dtype)
     # A unit of tiling must hold whole groups and whole blocks.
     unit = math.lcm(4 * width, w.block_size)
-    absmax = w.decode_absmax().reshape(n, -1)
+    absmax = w.decode_absmax()
 
     def tile(start: Array, size: int) -> Array:
         columns, blocks = size * unit // 4, size * (unit // w.block_size)

@@ -39,7 +39,8 @@ class Stored(NamedTuple):
 
     Attributes:
       packed: uint8 (ceil(size/2),), the first element of a byte in its high nibble.
-      scales: `absmax`, or `absmax_codes`, `absmax_scale` and `absmax_offset`, flat.
+      scales: `absmax`, or `absmax_codes`, `absmax_scale` and `absmax_offset`; flat as read, in
+        any shape to write.
       shape: Shape of the weight.
       block_size: Elements that share one absmax.
       codebook: 'nf4', 'fp4' or 'int4'.
@@ -118,14 +119,14 @@ def write(stored: Stored, name: str) -> dict[str, np.ndarray]:
     }
     entries = {name: stored.packed.reshape(-1, 1), f"{name}.quant_map": values(kind)}
     if "absmax" in scales:
-        entries[f"{name}.absmax"] = scales["absmax"]
+        entries[f"{name}.absmax"] = scales["absmax"].reshape(-1)
     else:
         state |= {
             "nested_blocksize": ABSMAX_BLOCK_SIZE,
             "nested_dtype": "float32",
             "nested_offset": float(scales["absmax_offset"]),
         }
-        entries[f"{name}.absmax"] = scales["absmax_codes"]
+        entries[f"{name}.absmax"] = scales["absmax_codes"].reshape(-1)
         entries[f"{name}.nested_absmax"] = scales["absmax_scale"]
         entries[f"{name}.nested_quant_map"] = dynamic_map()
     text = json.dumps(state).encode()

@@ -29,12 +29,14 @@ class QuantizedTensor(PackedWeight):
         rounded once to the wanted dtype.
       absmax[b] = dynamic_map[absmax_codes[b]] * absmax_scale[b // 256] + absmax_offset
         when double-quantized; then `absmax` is None. Otherwise the three are None.
-      Blocks follow the row-major order and straddle rows in the flat layout only.
+      Blocks follow the row-major order and straddle rows in the flat layout only. In the
+        others absmax and its codes are (n, k / block_size), so that they are cut with the
+        rows; absmax_scale goes by the row-major order of those all the same.
 
     Attributes:
       codes: Packed codes (see layout.pack).
-      absmax: float32 (blocks,) or None.
-      absmax_codes: uint8 (blocks,) or None.
+      absmax: float32 (n, k / block_size), or (blocks,) if flat; or None.
+      absmax_codes: uint8 of the same shape, or None.
       absmax_scale: float32 (ceil(blocks/256),) or None.
       absmax_offset: float32 () or None.
       block_size: Elements that share one absmax.
@@ -97,15 +99,17 @@ class QuantizedTensor(PackedWeight):
         """
         return layout.plane_width(self.layout)
 
-    def decode_absmax(self) -> Float[Array, " blocks"]:
-        """Returns the float32 absmax of every block of one tensor."""
+    def decode_absmax(self) -> Float[Array, "*blocks"]:
+        """Returns the float32 absmax of one tensor, in the shape that `absmax` has."""
         if self.absmax is not None:
             return self.absmax
-        assert self.absmax_codes is not None and self.absmax_scale is not None
+        codes = self.absmax_codes
+        assert codes is not None and self.absmax_scale is not None
         assert self.absmax_offset is not None
-        return decode.decode_absmax(
-            self.absmax_codes, self.absmax_scale, self.absmax_offset
+        flat = decode.decode_absmax(
+            codes.reshape(-1), self.absmax_scale, self.absmax_offset
         )
+        return flat.reshape(codes.shape)
 
     def decode_planes(
         self,
@@ -123,7 +127,6 @@ class QuantizedTensor(PackedWeight):
         """Decodes one tensor: float32 value times absmax, rounded once."""
         dtype, absmax = jnp.dtype(dtype), self.decode_absmax()
         if width := self.plane_width:
-            absmax = absmax.reshape(self.codes.shape[0], -1)
             planes = self.decode_planes(self.codes, absmax, dtype)
             return decode.interleaved(planes, width).reshape(self.shape)
         codes = jnp.stack([self.codes >> 4, self.codes], -1).reshape(-1)
@@ -141,21 +144,25 @@ class QuantizedTensor(PackedWeight):
         if width := self.plane_width:
             blocks = k // self.block_size
             block = rows[:, None] * blocks + jnp.arange(blocks, dtype=jnp.int32)
-            absmax = self._absmax_of(block)
+            absmax = self._absmax_of(rows, block)
             planes = self.decode_planes(self.codes[rows], absmax, jnp.dtype(dtype))
             return decode.interleaved(planes, width)
         element = rows[:, None] * k + jnp.arange(k, dtype=jnp.int32)
         words = self.codes[element // 2]
         words = jnp.where(element % 2 == 0, words >> 4, words)
-        absmax = self._absmax_of(element // self.block_size)
+        block = element // self.block_size
+        absmax = self._absmax_of(block, block)
         return (decode.decode_codes(words, self.codebook) * absmax).astype(dtype)
 
-    def _absmax_of(self, block: Int[Array, "..."]) -> Float[Array, "..."]:
+    def _absmax_of(
+        self, index: Int[Array, "..."], block: Int[Array, "m blocks"]
+    ) -> Float[Array, "m blocks"]:
+        """Decodes the absmax of some blocks, which lie at `index` of the stored ones."""
         if self.absmax is not None:
-            return self.absmax[block]
+            return self.absmax[index]
         assert self.absmax_codes is not None and self.absmax_scale is not None
         assert self.absmax_offset is not None
-        codes = self.absmax_codes[block].reshape(-1)
+        codes = self.absmax_codes[index].reshape(-1)
         scale = self.absmax_scale[block // cb.ABSMAX_BLOCK_SIZE].reshape(-1)
         absmax = decode.decode_absmax(codes, scale, self.absmax_offset, each=1)
         return absmax.reshape(block.shape)
@@ -238,10 +245,9 @@ class QuantizedTensor(PackedWeight):
         stored = storage.read(tensors, name)
         where = layout.choose_layout(stored.shape, stored.block_size)
         codes = layout.from_bitsandbytes(stored.packed, where, stored.shape)
-        scales = {key: jnp.asarray(value) for key, value in stored.scales.items()}
+        arrays = _by_rows({"codes": codes, **stored.scales}, where)
         return cls(
-            codes=jnp.asarray(codes),
-            **scales,
+            **{name: jnp.asarray(array) for name, array in arrays.items()},
             shape=stored.shape,
             block_size=stored.block_size,
             codebook=stored.codebook,
@@ -273,6 +279,15 @@ class QuantizedTensor(PackedWeight):
         }
 
 
+def _by_rows(arrays: dict[str, Any], where: layout.Layout) -> dict[str, Any]:
+    """Gives the scales of blocks the rows of the codes, where these have rows."""
+    if layout.plane_width(where):
+        rows = arrays["codes"].shape[0]
+        for name in arrays.keys() & {"absmax", "absmax_codes"}:
+            arrays[name] = arrays[name].reshape(rows, -1)
+    return arrays
+
+
 @jax.jit
 def _largest_absmax(w: QuantizedTensor) -> Array:
     return jnp.max(over_stack(QuantizedTensor.decode_absmax, w))
@@ -291,8 +306,7 @@ def _quantize(
     codes, absmax = encode.encode(w, block_size, codebook)
     scales = encode.encode_absmax(absmax) if double_quant else {"absmax": absmax}
     made = QuantizedTensor(
-        codes=layout.pack(codes, where, shape),
-        **scales,
+        **_by_rows({"codes": layout.pack(codes, where, shape), **scales}, where),
         shape=w.shape,
         block_size=block_size,
         codebook=codebook,

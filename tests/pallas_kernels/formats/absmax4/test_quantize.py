@@ -6,6 +6,7 @@ import numpy as np
 import oracle
 import pytest
 
+from pallas_kernels.formats import QuantizedTensor
 from pallas_kernels.formats.absmax4.codebook import CODEBOOKS, dynamic_map
 from qlora_jax.config.quant import QuantConfig
 from qlora_jax.errors import QLoRAError, ShapeError
@@ -87,7 +88,9 @@ def test_no_element_is_further_off_than_half_the_widest_gap():
     w = normal(64, 64)
     q = quantize_tensor(w, QuantConfig(double_quant=False))
     widest = 1 - 0.6961928009986877
-    bound = np.repeat(np.asarray(q.absmax), 64).reshape(w.shape) * widest / 2
+    bound = (
+        np.repeat(np.asarray(q.absmax).reshape(-1), 64).reshape(w.shape) * widest / 2
+    )
     assert (np.abs(oracle.decoded(q) - w) <= bound * (1 + 1e-6)).all()
 
 
@@ -107,11 +110,24 @@ def test_double_quantized_absmax_is_the_nearest_of_the_map():
     for part in (slice(0, 256), slice(256, 300)):
         scale = np.asarray(q.absmax_scale)[part.start // 256]
         np.testing.assert_allclose(scale, np.abs(centred[part]).max(), rtol=1e-6)
-        chosen = dynamic_map()[np.asarray(q.absmax_codes)[part]]
+        chosen = dynamic_map()[np.asarray(q.absmax_codes).reshape(-1)[part]]
         distance = np.abs(centred[part][:, None] / scale - dynamic_map())
         np.testing.assert_allclose(
             np.abs(centred[part] / scale - chosen), distance.min(1), atol=1e-6
         )
+
+
+@pytest.mark.parametrize(
+    ("shape", "block_size", "scales"),
+    [((6, 512), 64, (6, 8)), ((6, 192), 64, (6, 3)), ((3, 2, 64), 64, (6, 1))],
+)
+def test_scales_are_cut_with_the_rows(shape, block_size, scales):
+    for double_quant in (True, False):
+        settings = {"block_size": block_size, "double_quant": double_quant}
+        q = QuantizedTensor.abstract(shape, (2,), **settings)
+        assert (q.absmax_codes or q.absmax).shape == (2, *scales)
+    flat = QuantizedTensor.abstract((7, 33), (2,))  # blocks go on into the next row
+    assert flat.absmax_codes.shape == (2, 4)
 
 
 def test_a_zero_tensor_decodes_to_zero():
