@@ -118,18 +118,20 @@ ABOVE_FORMATS = [file for file in FILES if "formats" not in file.parts]
 
 def asked_formats(tree: ast.AST) -> list[str]:
     """Returns the questions that code asks about the format or layout of a weight."""
-    found = []
+    questions: list[ast.AST] = []
     for node in ast.walk(tree):
-        parts: list[ast.AST] = []
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            parts = [*node.args] if node.func.id in ASKS else []
+            questions += node.args if node.func.id in ASKS else []
         if isinstance(node, ast.Compare | ast.match_case):
-            parts = [node]
-        for part, inner in ((part, i) for part in parts for i in ast.walk(part)):
-            named = getattr(inner, "id", getattr(inner, "attr", None)) in CONCRETE
-            if named or (isinstance(inner, ast.Constant) and inner.value in LAYOUTS):
-                found.append(ast.unparse(part))
-    return found
+            questions.append(node)
+    return [ast.unparse(one) for one in questions if any(map(_named, ast.walk(one)))]
+
+
+def _named(node: ast.AST) -> bool:
+    """Whether code names a concrete format, or has a layout's name for a value."""
+    if isinstance(node, ast.Constant):
+        return node.value in LAYOUTS
+    return getattr(node, "id", getattr(node, "attr", None)) in CONCRETE
 
 
 @pytest.mark.parametrize("file", ABOVE_FORMATS, ids=module_of)
