@@ -1,7 +1,6 @@
 """QuantizedTensor: a weight in 4 bits with one absmax a block (nf4, fp4, int4)."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -316,4 +315,4 @@ def _quantize(
     return made, jnp.isfinite(w).all()
 
 
-_quantize_jit = functools.partial(jax.jit, static_argnums=(1, 2, 3))(_quantize)
+_quantize_jit = jax.jit(_quantize, static_argnums=(1, 2, 3))
