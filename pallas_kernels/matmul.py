@@ -5,6 +5,7 @@ A format that has no kernel of its own is multiplied by `reference_matmul`.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -28,7 +29,7 @@ class Product:
         pays where it is used often.
     """
 
-    plain: Callable[[Array, PackedWeight, str | None], Array]
+    plain: Callable[..., Array]
     with_adapter: Callable[..., Array] | None = None
     decodes: bool = True
 
@@ -50,12 +51,10 @@ def _reference_bwd(w, dy):
 reference_matmul.defvjp(_reference_fwd, _reference_bwd)
 
 
-def _over_rows(
-    matmul: Callable[[Array, PackedWeight], Array],
-) -> Callable[[Array, PackedWeight, str | None], Array]:
-    """Makes a format's product of one that takes (m, k) and knows one implementation."""
+def _over_rows(matmul: Callable[[Array, Any], Array]) -> Callable[..., Array]:
+    """Makes a format's product of one that takes (m, k) and has one implementation."""
 
-    def plain(x: Array, w: PackedWeight, implementation: str | None) -> Array:
+    def plain(x: Array, w: Any, implementation: str | None) -> Array:
         y = matmul(x.reshape(-1, x.shape[-1]), w)
         return y.reshape(*x.shape[:-1], -1)
 

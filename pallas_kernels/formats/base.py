@@ -149,8 +149,8 @@ class PackedWeight(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def quantize(cls: type[W], w: Float[Array, "..."], **settings: Any) -> W:
-        """Quantizes one weight.
+    def quantize(cls: type[W], w: Float[Array, "..."], *_: Any, **settings: Any) -> W:
+        """Quantizes one weight; each format has its own keywords, and takes no others.
 
         Raises:
           FormatError: a shape, dtype or value that the format cannot hold. Under jit values
