@@ -1,8 +1,8 @@
 """QLoRA in JAX: 4-bit base weights, LoRA adapters trained through them.
 
 The public names stand in `__init__.pyi`, beside this file, and each is explained where it
-is defined. They load on first use, so that `qlora_jax.quant` and `pallas_kernels` work on a
-host with jax and numpy alone.
+is defined. They load on first use, so that `pallas_kernels` works on a host with jax and
+numpy alone.
 """
 
 import ast

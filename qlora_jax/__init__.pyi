@@ -1,5 +1,6 @@
 """The public names and where each is defined. `__init__.py` reads this file too."""
 
+from pallas_kernels.formats import QuantizedTensor as QuantizedTensor
 from qlora_jax.adapters.algebra import chain as chain
 from qlora_jax.adapters.algebra import compress as compress
 from qlora_jax.adapters.algebra import cosine_similarity as cosine_similarity
@@ -24,6 +25,7 @@ from qlora_jax.budget.plan import plan_memory as plan_memory
 from qlora_jax.budget.setup import Setup as Setup
 from qlora_jax.config.data import DataConfig as DataConfig
 from qlora_jax.config.lora import LoRAConfig as LoRAConfig
+from qlora_jax.config.quant import QuantConfig as QuantConfig
 from qlora_jax.config.train import TrainConfig as TrainConfig
 from qlora_jax.data.intake import load_dataset as load_dataset
 from qlora_jax.errors import QLoRAError as QLoRAError
@@ -37,14 +39,12 @@ from qlora_jax.exchange.read import read_adapter as read_adapter
 from qlora_jax.inference.sample import SampleConfig as SampleConfig
 from qlora_jax.inference.sample import generate as generate
 from qlora_jax.models.streaming import stream as stream
+from qlora_jax.nn.packing import dequantize as dequantize
+from qlora_jax.nn.packing import quantize_tensor as quantize_tensor
 from qlora_jax.nn.quantizing import quantize as quantize
 from qlora_jax.optim.eight_bit import adamw_8bit as adamw_8bit
 from qlora_jax.optim.loss_scale import dynamic_loss_scale as dynamic_loss_scale
 from qlora_jax.optim.offload import offload as offload
-from qlora_jax.quant import QuantConfig as QuantConfig
-from qlora_jax.quant import QuantizedTensor as QuantizedTensor
-from qlora_jax.quant import dequantize as dequantize
-from qlora_jax.quant import quantize_tensor as quantize_tensor
 from qlora_jax.sources.gguf.write import write_gguf as write_gguf
 from qlora_jax.sources.load import load as load
 from qlora_jax.sources.load import original_kernels as original_kernels

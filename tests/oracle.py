@@ -6,13 +6,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from pallas_kernels import codebook as cb
-from pallas_kernels import layout
-from pallas_kernels.layout import QuantizedTensor
+from pallas_kernels.formats import QuantizedTensor
+from pallas_kernels.formats.absmax4 import codebook as cb
+from pallas_kernels.formats.absmax4 import layout
 
 
 def quantized(
@@ -25,19 +26,16 @@ def quantized(
 ) -> QuantizedTensor:
     """Makes a tensor of random codes and scales, in the layout its shape wants."""
     rng = np.random.default_rng(seed)
-    where = layout.choose_layout(shape, block_size)
-    entries = layout.array_shapes(shape, block_size, where, double_quant)
-    arrays = {}
-    for name, (size, dtype) in entries.items():
-        if dtype == "float32":
-            arrays[name] = jnp.asarray(rng.uniform(0.01, 0.02, size), dtype)
-        else:
-            arrays[name] = jnp.asarray(
-                rng.integers(0, np.iinfo(dtype).max, size), dtype
-            )
-    return QuantizedTensor(
-        **arrays, shape=shape, block_size=block_size, codebook=codebook, layout=where
-    )
+
+    def filled(spec: jax.ShapeDtypeStruct) -> jax.Array:
+        if spec.dtype == jnp.float32:
+            return jnp.asarray(rng.uniform(0.01, 0.02, spec.shape), spec.dtype)
+        largest = np.iinfo(spec.dtype).max
+        return jnp.asarray(rng.integers(0, largest, spec.shape), spec.dtype)
+
+    settings = {"codebook": codebook, "block_size": block_size}
+    spec = QuantizedTensor.abstract(shape, **settings, double_quant=double_quant)
+    return jax.tree.map(filled, spec)
 
 
 def decoded(
@@ -52,9 +50,10 @@ def decoded(
     absmax = q.absmax
     if q.double_quant:
         spread = np.repeat(np.asarray(q.absmax_scale), 256)[: q.blocks]
-        product = cb.dynamic_map()[np.asarray(q.absmax_codes)] * spread
+        codes8 = np.asarray(q.absmax_codes).reshape(-1)
+        product = cb.dynamic_map()[codes8] * spread
         absmax = product + np.asarray(q.absmax_offset)
-    values, absmax = cb.values(q.codebook), np.asarray(absmax)
+    values, absmax = cb.values(q.codebook), np.asarray(absmax).reshape(-1)
     if codebook_dtype is not None:
         product = absmax_dtype or np.float64
         values = values.astype(codebook_dtype).astype(product)

@@ -5,11 +5,14 @@ import graphlib
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import pallas_kernels
 import qlora_jax
+from pallas_kernels.formats import FORMATS
+from pallas_kernels.formats.absmax4.layout import Layout
 
 # Each may import what stands below it and its own kind, never what stands above.
 LAYERS = (
@@ -22,7 +25,6 @@ LAYERS = (
     ("adapters", "models"),
     ("nn", "optim"),
     ("config",),
-    ("quant",),
     ("toml", "names", "user_folder"),
     ("errors",),
     ("pallas_kernels",),
@@ -95,6 +97,67 @@ def test_a_module_imports_nothing_above_it(file):
 def test_layers_list_the_rooms_that_there_are():
     rooms = {room(module_of(file)) for file in FILES} - {None, "__init__"}
     assert rooms == LEVEL.keys()
+
+
+CONCRETE = {form.__name__ for form in FORMATS.values()}
+LAYOUTS = set(get_args(Layout))
+# They make weights of a format that a setting names, or give its name to users. All other
+# files hold PackedWeights, whichever they are; the kernels of 4 bits are in packed_matmul.
+NAMES_A_FORMAT = {
+    "pallas_kernels.__init__",
+    "pallas_kernels.matmul",
+    "qlora_jax.cli.doctor",
+    "qlora_jax.budget.estimate",
+    "qlora_jax.nn.packing",
+    "qlora_jax.sources.bitsandbytes",
+}
+ASKS = ("isinstance", "issubclass", "type")
+ABOVE_FORMATS = [file for file in FILES if "formats" not in file.parts]
+
+
+def asked_formats(tree: ast.AST) -> list[str]:
+    """Returns the questions that code asks about the format or layout of a weight."""
+    questions: list[ast.AST] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            questions += node.args if node.func.id in ASKS else []
+        if isinstance(node, ast.Compare | ast.match_case):
+            questions.append(node)
+    return [ast.unparse(one) for one in questions if any(map(_named, ast.walk(one)))]
+
+
+def _named(node: ast.AST) -> bool:
+    """Whether code names a concrete format, or has a layout's name for a value."""
+    if isinstance(node, ast.Constant):
+        return node.value in LAYOUTS
+    return getattr(node, "id", getattr(node, "attr", None)) in CONCRETE
+
+
+@pytest.mark.parametrize("file", ABOVE_FORMATS, ids=module_of)
+def test_nothing_above_the_formats_asks_which_one_a_weight_has(file):
+    assert not asked_formats(ast.parse(file.read_text()))
+
+
+def test_a_question_about_a_format_is_found():
+    for code in (
+        "isinstance(w, QuantizedTensor | Int8Rows)",
+        "type(w) is Int8Rows",
+        'w.layout == "flat"',
+        "match w:\n case Int8Rows(): pass",
+    ):
+        assert asked_formats(ast.parse(code)), code
+    assert not asked_formats(ast.parse("isinstance(w, PackedWeight)"))
+
+
+def test_few_files_name_a_concrete_format():
+    naming = {
+        module_of(file)
+        for file in ABOVE_FORMATS
+        if "packed_matmul" not in file.parts
+        for _, name in imported(ast.parse(file.read_text()))
+        if name.rpartition(".")[2] in CONCRETE
+    }
+    assert naming == NAMES_A_FORMAT
 
 
 def circle(edges: set[tuple[str, str]]) -> list[str]:
@@ -185,10 +248,11 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 import jax.numpy as jnp
 import pallas_kernels
-from qlora_jax.quant import QuantConfig, dequantize, quantize_tensor
+from pallas_kernels.formats import FORMATS, QuantizedTensor
 
-q = quantize_tensor(jnp.ones((2, 64)), QuantConfig(double_quant=False))
-assert (dequantize(q) == 1).all()
+for form in FORMATS.values():
+    assert (form.quantize(jnp.ones((2, 64))).decode() == 1).all()
+q = QuantizedTensor.quantize(jnp.ones((2, 64)), double_quant=False)
 assert (pallas_kernels.nf4_matmul(jnp.ones((3, 64)), q) == 64).all()
 loaded = {{name.split(".")[0] for name in sys.modules}}
 assert not loaded & set({BLOCKED!r}), loaded
@@ -196,7 +260,7 @@ print("fine")
 """
 
 
-def test_kernels_and_quant_work_with_jax_and_numpy_alone():
+def test_kernels_and_formats_work_with_jax_and_numpy_alone():
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         env={

@@ -13,7 +13,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.annotations import Array, Float
-from pallas_kernels.layout import QuantizedTensor
+from pallas_kernels.formats import QuantizedTensor
 from pallas_kernels.packed_matmul.choice import choose, run
 from pallas_kernels.products import dot
 
@@ -27,7 +27,7 @@ def nf4_matmul(
 ) -> Float[Array, "*batch n"]:
     """Multiplies by a 4-bit weight: x @ w.T.
 
-    Decoded weights are those of `reference.dequantize` in x's dtype; the fused kernels,
+    Decoded weights are those of `w.decode` in x's dtype; the fused kernels,
     unless `exact`, round codebook and absmax to that dtype before they multiply them (three
     roundings: a relative error of less than 3 * 2^-8 a weight in bfloat16). Products
     accumulate in float32. Differentiable to x only.

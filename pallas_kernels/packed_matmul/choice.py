@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels import tuning
 from pallas_kernels.annotations import Array
 from pallas_kernels.device import Device, current_device
-from pallas_kernels.layout import QuantizedTensor
+from pallas_kernels.formats import QuantizedTensor
 from pallas_kernels.packed_matmul import ampere, decode, hopper, two_pass, xla
 from pallas_kernels.packed_matmul.implementation import Addend, Implementation
 from pallas_kernels.tuning import Choice, Direction, Problem

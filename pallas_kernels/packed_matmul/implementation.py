@@ -6,7 +6,7 @@ from typing import Any
 
 from pallas_kernels.annotations import Array
 from pallas_kernels.device import Device
-from pallas_kernels.layout import QuantizedTensor
+from pallas_kernels.formats import QuantizedTensor
 from pallas_kernels.products import dot
 from pallas_kernels.tuning import Choice, Problem
 

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.annotations import Array
 from pallas_kernels.device import Device
-from pallas_kernels.layout import QuantizedTensor
+from pallas_kernels.formats import QuantizedTensor
 from pallas_kernels.packed_matmul.implementation import Addend
-from pallas_kernels.reference import decode_absmax
 from pallas_kernels.tuning import Choice, Problem
 
 MOSAIC_JAX = (0, 11, 2)
@@ -77,7 +76,7 @@ def refuses(
         return f"needs an NVIDIA GPU, this is {device.platform}"
     if problem.dtype == "float32":
         return "multiplies in 16 bits, x is float32"
-    if w.layout != "planar256":
+    if w.plane_width != 64:
         return (
             f"reads the planar256 layout (k a multiple of 256 and of the block size), this "
             f"weight of k={problem.k}, block_size={w.block_size} is {w.layout}"
@@ -134,7 +133,7 @@ def tiled(
 
 def _scales(w: QuantizedTensor, dtype: jnp.dtype) -> Array:
     """Returns the absmax of every 64 elements, (k/64, n)."""
-    absmax = decode_absmax(w).reshape(w.shape[0], -1)
+    absmax = w.decode_absmax()
     if w.block_size > 64:
         absmax = jnp.repeat(absmax, w.block_size // 64, axis=1)
     return absmax.T.astype(dtype)

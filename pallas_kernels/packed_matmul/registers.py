@@ -25,7 +25,7 @@ from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels import codebook as cb
+from pallas_kernels.formats.absmax4 import codebook as cb
 from pallas_kernels.packed_matmul.mosaic import Decoder
 
 TABLE_SHAPE = (256, 64)

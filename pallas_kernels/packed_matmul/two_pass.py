@@ -13,25 +13,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import codebook as cb
-from pallas_kernels import reference
 from pallas_kernels.annotations import Array, Float
 from pallas_kernels.device import TWO_PASS_PIECE_BYTES, TWO_PASS_WHOLE_BYTES, limit
-from pallas_kernels.layout import QuantizedTensor, plane_width
+from pallas_kernels.formats import QuantizedTensor
+from pallas_kernels.formats.absmax4 import codebook as cb
 from pallas_kernels.packed_matmul.implementation import Implementation, plain
 from pallas_kernels.products import dot, fold_rows
 
 
 def dequantize(w: QuantizedTensor, dtype: jnp.dtype) -> Float[Array, "n k"]:
-    """Decodes a planar weight as `reference.dequantize` does, in one GPU fusion.
+    """Decodes a weight to the values of `decode_one`, one of planes in one GPU fusion.
 
     A table gather stays in a GPU's first-level cache and takes fewer instructions than a
     tree of selects; words are broadcast over their four planes, so that nothing is
     interleaved after. (On a CPU both would be slow.)
     """
-    if w.layout == "flat":
-        return reference.dequantize(w, dtype)
-    absmax = reference.decode_absmax(w).reshape(w.shape[0], -1)
+    if w.plane_width is None:
+        return w.decode_one(dtype)
+    absmax = w.decode_absmax()
     return _decode(w, w.codes, absmax, dtype)
 
 
@@ -39,7 +38,8 @@ def _decode(
     w: QuantizedTensor, codes: Array, absmax: Array, dtype: jnp.dtype
 ) -> Float[Array, "rows k"]:
     """Decodes some of a weight's rows: their codes and absmax."""
-    rows, k, width = codes.shape[0], w.shape[1], plane_width(w.layout)
+    rows, k, width = codes.shape[0], w.shape[1], w.plane_width
+    assert width is not None
     words = codes.reshape(rows, -1, 1, width)
     shifts = np.arange(0, 16, 4, dtype=np.uint16).reshape(1, 1, 4, 1)
     table = jnp.asarray(cb.values(w.codebook), jnp.float32)
@@ -79,7 +79,7 @@ def matmul_dx(dy: Float[Array, "m n"], w: QuantizedTensor) -> Float[Array, "m k"
 def _fits(w: QuantizedTensor, dtype: jnp.dtype) -> bool:
     n, k = w.shape
     size = n * k * jnp.dtype(dtype).itemsize
-    return w.layout == "flat" or size <= limit(TWO_PASS_WHOLE_BYTES)
+    return w.plane_width is None or size <= limit(TWO_PASS_WHOLE_BYTES)
 
 
 def _fold(
@@ -91,7 +91,7 @@ def _fold(
     """Folds add(total, decoded rows, first of them) over all of a weight's rows."""
     n, k = w.shape
     pieces = -(-n * k * jnp.dtype(dtype).itemsize // limit(TWO_PASS_PIECE_BYTES))
-    absmax = reference.decode_absmax(w).reshape(n, -1)
+    absmax = w.decode_absmax()
 
     def decoded(total: Array, codes: Array, absmax: Array, start: Array) -> Array:
         return add(total, _decode(w, codes, absmax, dtype), start)

@@ -12,15 +12,9 @@ from jax import lax
 
 from pallas_kernels.annotations import Array, Float
 from pallas_kernels.device import XLA_TILE_BYTES, XLA_WHOLE_BYTES, limit
-from pallas_kernels.layout import QuantizedTensor, plane_width
+from pallas_kernels.formats import QuantizedTensor
 from pallas_kernels.packed_matmul.implementation import Implementation, plain
 from pallas_kernels.products import dot
-from pallas_kernels.reference import (
-    decode_absmax,
-    decode_planes,
-    dequantize,
-    plane_scales,
-)
 
 
 def matmul(x: Float[Array, "m k"], w: QuantizedTensor) -> Float[Array, "m n"]:
@@ -29,15 +23,16 @@ def matmul(x: Float[Array, "m k"], w: QuantizedTensor) -> Float[Array, "m n"]:
     Products accumulate in float32 and are rounded once to x's dtype.
     """
     n, k = w.shape
-    if w.layout == "flat" or n * k * x.dtype.itemsize <= limit(XLA_WHOLE_BYTES):
-        return dot(x, dequantize(w, x.dtype), 1, 1).astype(x.dtype)
-    absmax = decode_absmax(w).reshape(n, -1)
-    x_planes = _split_planes(x, w)
+    width = w.plane_width
+    if width is None or n * k * x.dtype.itemsize <= limit(XLA_WHOLE_BYTES):
+        return dot(x, w.decode_one(x.dtype), 1, 1).astype(x.dtype)
+    absmax = w.decode_absmax()
+    x_planes = _split_planes(x, width)
 
     def tile(start: Array, size: int) -> Array:
         codes = lax.dynamic_slice_in_dim(w.codes, start, size, 0)
-        scales = plane_scales(w, lax.dynamic_slice_in_dim(absmax, start, size, 0))
-        planes = decode_planes(codes, scales, w, x.dtype)
+        scales = lax.dynamic_slice_in_dim(absmax, start, size, 0)
+        planes = w.decode_planes(codes, scales, x.dtype)
         parts = [dot(a, b, 1, 1) for a, b in zip(x_planes, planes, strict=True)]
         return sum(parts[1:], parts[0]).astype(x.dtype)
 
@@ -50,19 +45,19 @@ def matmul_dx(dy: Float[Array, "m n"], w: QuantizedTensor) -> Float[Array, "m k"
     Tiling over k needs no accumulator: each tile of dx is finished when it is made.
     """
     n, k = w.shape
-    if w.layout == "flat" or n * k * dy.dtype.itemsize <= limit(XLA_WHOLE_BYTES):
-        return dot(dy, dequantize(w, dy.dtype), 1, 0).astype(dy.dtype)
-    width = plane_width(w.layout)
+    width = w.plane_width
+    if width is None or n * k * dy.dtype.itemsize <= limit(XLA_WHOLE_BYTES):
+        return dot(dy, w.decode_one(dy.dtype), 1, 0).astype(dy.dtype)
     # A unit of tiling must hold whole groups and whole blocks.
     unit = math.lcm(4 * width, w.block_size)
-    absmax = decode_absmax(w).reshape(n, -1)
+    absmax = w.decode_absmax()
 
     def tile(start: Array, size: int) -> Array:
         columns, blocks = size * unit // 4, size * (unit // w.block_size)
         codes = lax.dynamic_slice_in_dim(w.codes, start * (unit // 4), columns, 1)
         first = start * (unit // w.block_size)
-        scales = plane_scales(w, lax.dynamic_slice_in_dim(absmax, first, blocks, 1))
-        planes = decode_planes(codes, scales, w, dy.dtype)
+        scales = lax.dynamic_slice_in_dim(absmax, first, blocks, 1)
+        planes = w.decode_planes(codes, scales, dy.dtype)
         parts = [dot(dy, p, 1, 0).astype(dy.dtype) for p in planes]
         grouped = [p.reshape(dy.shape[0], -1, width) for p in parts]
         return jnp.stack(grouped, axis=2).reshape(dy.shape[0], size * unit)
@@ -70,8 +65,8 @@ def matmul_dx(dy: Float[Array, "m n"], w: QuantizedTensor) -> Float[Array, "m k"
     return _map_tiles(tile, k // unit, n * unit * dy.dtype.itemsize)
 
 
-def _split_planes(x: Array, w: QuantizedTensor) -> list[Array]:
-    groups = x.reshape(x.shape[0], -1, 4, plane_width(w.layout))
+def _split_planes(x: Array, width: int) -> list[Array]:
+    groups = x.reshape(x.shape[0], -1, 4, width)
     return [groups[:, :, f].reshape(x.shape[0], -1) for f in range(4)]
 
 

@@ -32,7 +32,6 @@ from qlora_jax.nn.embedding import QuantizedEmbedding, Table
 from qlora_jax.nn.norm import RMSNorm
 from qlora_jax.nn.quantizing import check_module
 from qlora_jax.nn.variables import trained, trains
-from qlora_jax.quant import dequantize_rows
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -160,7 +159,7 @@ def _rows(node: Any, tokens: tuple[int, ...]) -> Array:
     """Returns rows of a table or head, float32."""
     ids = jnp.asarray(tokens, jnp.int32)
     if isinstance(node, QuantizedLinear):
-        return dequantize_rows(node.quantized, ids, "float32")
+        return node.quantized.decode_rows(ids, "float32")
     rows = node(ids) if isinstance(node, Table) else node.kernel[...][ids]
     return rows.astype(jnp.float32)
 

@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from pallas_kernels.layout import QuantizedTensor
+from pallas_kernels.formats import PackedWeight
 from qlora_jax.adapters import low_rank
 from qlora_jax.adapters.fingerprint import with_scales
 from qlora_jax.config.lora import Init
@@ -30,7 +30,6 @@ from qlora_jax.errors import AdapterMismatchError, ConfigError
 from qlora_jax.names import dotted, located
 from qlora_jax.nn import Linear, LoRA, QuantizedLinear
 from qlora_jax.nn.dora import row_norms
-from qlora_jax.quant import Quantized
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -209,7 +208,7 @@ def compensate(
     rounds = low_rank.Rounds(iterations, principal)
     errors: dict[str, Compensation] = {}
     filled: dict[tuple, Any] = {}
-    bases: dict[str, QuantizedTensor] = {}
+    bases: dict[str, PackedWeight] = {}
     for path, node in nnx.iter_graph(model):
         if not isinstance(node, LoRA):
             continue
@@ -230,21 +229,18 @@ def compensate(
         if q is not None:
             base = QuantizedLinear(q)
             filled[*path, "base", "kernel"] = q
-            if isinstance(q, QuantizedTensor):
-                bases[f"{name}.kernel"] = q
+            bases[f"{name}.kernel"] = q
             if node.squared_norms is not None:
                 filled[*path, "squared_norms"] = row_norms(base) ** 2
         if node.magnitude is not None:
             filled[*path, "magnitude"] = row_norms(base, a, b, node.scale)
 
     changed = {located(name)[0] for name in bases}
-    for path, node in nnx.iter_graph(
-        model
-    ):  # stacks of the same linears without adapter
+    # Stacks of the same linears without an adapter count with them.
+    for path, node in nnx.iter_graph(model):
         name = f"{dotted(path)}.kernel"
         if isinstance(node, QuantizedLinear) and located(name)[0] in changed:
-            if isinstance(node.quantized, QuantizedTensor):
-                bases.setdefault(name, node.quantized)
+            bases.setdefault(name, node.quantized)
 
     def fill(path: tuple, variable: nnx.Variable) -> nnx.Variable:
         if path in filled:
@@ -312,7 +308,7 @@ def _stack(
     moment: Array | None,
     key: Array,
     rounds: low_rank.Rounds,
-) -> tuple[Quantized | None, Array, Array, Compensation]:
+) -> tuple[PackedWeight | None, Array, Array, Compensation]:
     """Returns the new 4-bit weights if any, both factors, and the error; of a stack."""
     made, stack = [], node.base.stack
     for index in np.ndindex(*stack):

@@ -16,16 +16,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.core
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pallas_kernels.layout import QuantizedTensor
-from pallas_kernels.reference import decode_absmax
+from pallas_kernels.formats import PackedWeight
 from qlora_jax.names import dotted, located
 from qlora_jax.nn import FrozenParam
-from qlora_jax.nn.linear import stack_of
-from qlora_jax.quant import Quantized
 
 _SAMPLES = 8  # of a parameter
 TOLERANCE = 2**-7
@@ -37,7 +33,7 @@ SCALES_TOLERANCE = 1e-4
 def fingerprint(model: nnx.Module, *, scales: bool = False) -> str | None:
     """Returns a JSON object with `structure` (hex) and `sample` ({name: floats}).
 
-    None while the model is abstract (inside jit or eval_shape). Quantized and dense
+    None while the model is abstract (inside jit or eval_shape). PackedWeight and dense
     copies of one base have the same structure. With `scales` the object has these too:
     {name of a 4-bit weight: mean absmax}, of those that are no shapes alone.
     """
@@ -45,10 +41,10 @@ def fingerprint(model: nnx.Module, *, scales: bool = False) -> str | None:
     for name, stacks in _parameters(model).items():
         shapes.append([name, _shape(stacks)])
         for path, _, value in stacks:
-            if isinstance(value, QuantizedTensor):
+            if isinstance(value, PackedWeight):
                 packed[path] = value
         # Kernels may be quantized elsewhere, so only what never is takes part.
-        if name.endswith("kernel") or isinstance(stacks[0].value, Quantized):
+        if name.endswith("kernel") or isinstance(stacks[0].value, PackedWeight):
             continue
         if any(
             isinstance(x, (jax.core.Tracer, jax.ShapeDtypeStruct)) for *_, x in stacks
@@ -106,9 +102,7 @@ def _shape(stacks: list[_Stack]) -> list[int]:
     """Returns the shape of a parameter, with the leading axis of all its layers."""
     value = stacks[0].value
     shape = (
-        [*stack_of(value), *value.shape]
-        if isinstance(value, Quantized)
-        else value.shape
+        [*value.stack, *value.shape] if isinstance(value, PackedWeight) else value.shape
     )
     if len(stacks) == 1:
         return [*shape]
@@ -125,10 +119,11 @@ def _flat(stacks: list[_Stack]) -> Any:
     return whole.reshape(-1)
 
 
-def with_scales(mark: str | None, packed: Mapping[str, QuantizedTensor]) -> str | None:
-    """Returns a mark that has the scales of some 4-bit weights, by name.
+def with_scales(mark: str | None, packed: Mapping[str, PackedWeight]) -> str | None:
+    """Returns a mark that has the mean scales of some packed weights, by name.
 
-    Weights that are shapes alone have none; the stacks of one weight count as one.
+    Weights that are shapes alone have none, nor formats that need not be told apart
+    (PackedWeight.mean_scale); the stacks of one weight count as one.
     """
     if mark is None:
         return None
@@ -142,18 +137,19 @@ def with_scales(mark: str | None, packed: Mapping[str, QuantizedTensor]) -> str 
 
 
 class Scales:
-    """The mean absmax of 4-bit weights, whose layers come together or one by one."""
+    """The mean scales of packed weights, whose layers come together or one by one."""
 
     def __init__(self):
         self._means: dict[str, list[tuple[float, int]]] = {}
 
-    def add(self, name: str, q: QuantizedTensor) -> None:
-        """Takes in a weight, or some of its layers."""
-        layers = math.prod(stack_of(q))
-        self._means.setdefault(name, []).append((float(_mean_absmax(q)), layers))
+    def add(self, name: str, q: PackedWeight) -> None:
+        """Takes in a weight, or some of its layers, if its format has such a scale."""
+        if (mean := q.mean_scale()) is not None:
+            one = float(mean), math.prod(q.stack)
+            self._means.setdefault(name, []).append(one)
 
     def rounded(self, name: str | None = None) -> dict[str, float]:
-        """Returns {name of a weight: mean absmax}, of one or of all."""
+        """Returns {name of a weight: mean scale}, of one or of all."""
         names = self._means if name is None else [name]
         means = {x: _average(self._means[x]) for x in names}
         return {x: float(f"{mean:.7g}") for x, mean in means.items()}
@@ -172,17 +168,9 @@ def _readable(value: Any) -> Any:
     return value
 
 
-def _abstract(q: QuantizedTensor) -> bool:
+def _abstract(q: PackedWeight) -> bool:
     kinds = (jax.core.Tracer, jax.ShapeDtypeStruct)
     return any(isinstance(leaf, kinds) for leaf in jax.tree.leaves(q))
-
-
-@jax.jit
-def _mean_absmax(q: QuantizedTensor) -> jax.Array:
-    decode = decode_absmax
-    for _ in range(q.codes.ndim - (1 if q.layout == "flat" else 2)):
-        decode = jax.vmap(decode)
-    return jnp.mean(decode(q))
 
 
 def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from qlora_jax.quant import QuantConfig, Quantized, dequantize, quantize_tensor
+from pallas_kernels.formats import PackedWeight
+from qlora_jax.config.quant import QuantConfig
+from qlora_jax.nn.packing import dequantize, quantize_tensor
 
 
 class Factors(NamedTuple):
@@ -35,10 +37,10 @@ class Factors(NamedTuple):
 
 
 def fold(
-    kernel: Array | Quantized, factors: Factors, *, scale: float | Float[Array, ""]
+    kernel: Array | PackedWeight, factors: Factors, *, scale: float | Float[Array, ""]
 ) -> Float[Array, "out in"]:
     """Returns one layer's weight with its adapter, in float32."""
-    if isinstance(kernel, Quantized):
+    if isinstance(kernel, PackedWeight):
         kernel = dequantize(kernel, "float32")
     kernel = kernel.astype(jnp.float32)
     a, b, magnitude, active = factors
@@ -53,7 +55,7 @@ def fold(
 
 @functools.partial(jax.jit, static_argnames=("scale", "stack", "dtype"))
 def _folded(
-    kernel: Array | Quantized,
+    kernel: Array | PackedWeight,
     factors: Factors,
     scale: float,
     stack: tuple[int, ...],
@@ -84,13 +86,13 @@ class Folding:
 
     def linear(
         self,
-        kernel: Array | Quantized,
+        kernel: Array | PackedWeight,
         factors: Factors,
         scale: float,
         *,
         stack: tuple[int, ...] = (),
         dense: bool = False,
-    ) -> Array | Quantized:
+    ) -> Array | PackedWeight:
         """Returns the weight of an adapted linear, or of a stack of them.
 
         Args:
@@ -102,7 +104,7 @@ class Folding:
         """
         if self.requantize is None or dense:
             return _folded(kernel, factors, scale, stack, self.dtype)
-        own = kernel.dtype if isinstance(kernel, Quantized) else kernel.dtype.name
+        own = kernel.dtype if isinstance(kernel, PackedWeight) else kernel.dtype.name
         if not stack:
             return self.packed(fold(kernel, factors, scale=scale), own)
         parts = []
@@ -113,26 +115,26 @@ class Folding:
             lambda *x: jnp.stack(x).reshape(*stack, *x[0].shape), *parts
         )
 
-    def packed(self, merged: Float[Array, "out in"], dtype: str) -> Quantized:
+    def packed(self, merged: Float[Array, "out in"], dtype: str) -> PackedWeight:
         """Quantizes float32 values, rounded once, that are read in the base's dtype."""
         return dataclasses.replace(
             quantize_tensor(merged, self.requantize), dtype=dtype
         )
 
-    def kept_linear(self, kernel: Array | Quantized) -> Array | Quantized:
+    def kept_linear(self, kernel: Array | PackedWeight) -> Array | PackedWeight:
         """Returns the weight of a linear without an adapter."""
-        if isinstance(kernel, Quantized) and self.requantize is None:
+        if isinstance(kernel, PackedWeight) and self.requantize is None:
             return dequantize(kernel, self.dtype)
         return kernel
 
-    def kept_table(self, table: Array | Quantized) -> Array | Quantized:
+    def kept_table(self, table: Array | PackedWeight) -> Array | PackedWeight:
         """Returns the weight of an embedding without an adapter."""
-        if isinstance(table, Quantized) and self.requantize is None:
+        if isinstance(table, PackedWeight) and self.requantize is None:
             return dense_table(table).astype(self.dtype)
         return table
 
     def table(
-        self, table: Array | Quantized, a: Array, b: Array, scale: float
+        self, table: Array | PackedWeight, a: Array, b: Array, scale: float
     ) -> Float[Array, "vocab hidden"]:
         """Returns the weight of an embedding with an adapter."""
         update = jnp.matmul(a, b, precision="highest")
@@ -145,13 +147,13 @@ class Folding:
 
 
 def with_rows(
-    table: Array | Quantized, rows: Array, tokens: tuple[int, ...]
+    table: Array | PackedWeight, rows: Array, tokens: tuple[int, ...]
 ) -> Float[Array, "vocab hidden"]:
     """Returns a table or head with the rows of some tokens replaced, in its own dtype."""
     whole = dense_table(table)
     return whole.at[jnp.asarray(tokens)].set(rows.astype(whole.dtype))
 
 
-def dense_table(table: Array | Quantized) -> Float[Array, "vocab hidden"]:
+def dense_table(table: Array | PackedWeight) -> Float[Array, "vocab hidden"]:
     """Returns the rows of an embedding or head, in its own dtype."""
-    return dequantize(table) if isinstance(table, Quantized) else table
+    return dequantize(table) if isinstance(table, PackedWeight) else table

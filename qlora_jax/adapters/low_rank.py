@@ -11,7 +11,6 @@ Source: LoftQ (arXiv 2310.08659), Algorithm 1, which starts with L = 0; PiSSA (a
 2410.06040) has C.
 """
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -19,14 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from qlora_jax.quant import (
-    Int8Rows,
-    QuantConfig,
-    Quantized,
-    dequantize,
-    quantize_rows,
-    quantize_tensor,
-)
+from pallas_kernels.formats import PackedWeight
+from qlora_jax.nn.packing import dequantize, requantize
 
 _OVERSAMPLE = 16
 _STEPS = 12
@@ -65,7 +58,7 @@ class Fit(NamedTuple):
         what this one with its adapter does.
     """
 
-    base: Quantized
+    base: PackedWeight
     lora_a: Float[Array, "in rank"]
     lora_b: Float[Array, "rank out"]
     energies: Float[Array, "3"]
@@ -73,7 +66,7 @@ class Fit(NamedTuple):
 
 def alternate(
     w: Float[Array, "out in"],
-    base: Quantized,
+    base: PackedWeight,
     moment: Array | None,
     key: Array,
     *,
@@ -114,17 +107,12 @@ def alternate(
     return best
 
 
-def _rest(w: Array, a: Array, b: Array, like: Quantized, scale: float) -> Quantized:
+def _rest(
+    w: Array, a: Array, b: Array, like: PackedWeight, scale: float
+) -> PackedWeight:
     """Quantizes what an adapter leaves of a weight."""
     rest = w.astype(jnp.float32) - scale * _dot(a, b).T
-    if isinstance(like, Int8Rows):
-        return dataclasses.replace(quantize_rows(rest), dtype=like.dtype)
-    config = QuantConfig(
-        codebook=like.codebook,
-        block_size=like.block_size,
-        double_quant=like.double_quant,
-    )
-    return dataclasses.replace(quantize_tensor(rest, config), dtype=like.dtype)
+    return requantize(like, rest)
 
 
 def _weigh(
@@ -136,7 +124,7 @@ def _weigh(
 
 
 @jax.jit
-def _lost(w: Array, q: Quantized, moment: Array | None) -> Float[Array, ""]:
+def _lost(w: Array, q: PackedWeight, moment: Array | None) -> Float[Array, ""]:
     error = w.astype(jnp.float32) - dequantize(q, "float32")
     return jnp.sum(error.T * _weigh(error.T, moment))
 
@@ -144,7 +132,7 @@ def _lost(w: Array, q: Quantized, moment: Array | None) -> Float[Array, ""]:
 @functools.partial(jax.jit, static_argnames=("rank", "scale", "balanced"))
 def _factors(
     w: Float[Array, "out in"],
-    q: Quantized | None,
+    q: PackedWeight | None,
     moment: Array | None,
     key: Array,
     *,

@@ -8,12 +8,14 @@ import jax
 from flax import nnx
 from jaxtyping import Array
 
+from pallas_kernels.formats import PackedWeight
 from qlora_jax.adapters.algebra import scale
 from qlora_jax.adapters.attach import attach_zero
 from qlora_jax.adapters.compensate import compensate
 from qlora_jax.adapters.folding import Factors, Folding, fold, with_rows
 from qlora_jax.adapters.value import Adapter
 from qlora_jax.config.lora import LoRAConfig
+from qlora_jax.config.quant import QuantConfig
 from qlora_jax.errors import AdapterMismatchError, ConfigError
 from qlora_jax.models import Decoder
 from qlora_jax.models.vocabulary import untied
@@ -31,7 +33,6 @@ from qlora_jax.nn.embedding import QuantizedEmbedding, Table
 from qlora_jax.nn.norm import RMSNorm
 from qlora_jax.nn.quantizing import adopted
 from qlora_jax.nn.variables import trains
-from qlora_jax.quant import QuantConfig, Quantized
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -98,7 +99,7 @@ def merge(
             return _linear(node, kernel, _bias(node, folding))
         if isinstance(node, QuantizedEmbedding):
             table = folding.kept_table(node.weight.get_value())
-            return node if isinstance(table, Quantized) else Embedding(table)
+            return node if isinstance(table, PackedWeight) else Embedding(table)
         if isinstance(node, (Linear, Embedding, RMSNorm)):
             return _frozen(node, folding)
         return node
@@ -217,10 +218,10 @@ def factors(node: LoRA) -> Factors:
 
 
 def _linear(
-    base: Linear | QuantizedLinear, kernel: Array | Quantized, bias: Array | None
+    base: Linear | QuantizedLinear, kernel: Array | PackedWeight, bias: Array | None
 ) -> Linear | QuantizedLinear | nnx.Linear:
     """Returns the linear that takes the place of one: a stranger's dense one is its own."""
-    if isinstance(kernel, Quantized):
+    if isinstance(kernel, PackedWeight):
         return QuantizedLinear(kernel, bias, origin=base.origin)
     if base.origin is None:
         return Linear(kernel, bias)

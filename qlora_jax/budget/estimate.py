@@ -29,9 +29,10 @@ from pallas_kernels.device import (
     XLA_TILE_BYTES,
     XLA_WHOLE_BYTES,
 )
-from pallas_kernels.layout import abstract_tensor
+from pallas_kernels.formats import Int8Rows, PackedWeight, QuantizedTensor
 from qlora_jax.adapters.attach import attach_zero, split
 from qlora_jax.budget.setup import Setup
+from qlora_jax.config.quant import TableFormat
 from qlora_jax.config.train import Optimizer, TrainConfig
 from qlora_jax.models import Decoder, DecoderConfig, abstract
 from qlora_jax.models.layers import SAVED
@@ -45,7 +46,6 @@ from qlora_jax.nn import (
     QuantizedLinear,
 )
 from qlora_jax.optim.adamw import adamw
-from qlora_jax.quant import Quantized, TableFormat, quantize_rows
 
 Platform = Literal["gpu", "cpu"]
 MARGIN, TURNS_MARGIN = 0.12, 0.4
@@ -117,18 +117,13 @@ def abstract_parts(
     return whole, lora, base
 
 
-def _quantized(weight: Any, held: TableFormat, setup: Setup) -> Quantized:
-    if held == "int8":
-        return jax.eval_shape(quantize_rows, weight)
+def _quantized(weight: Any, held: TableFormat, setup: Setup) -> PackedWeight:
     quant, (*stack, n, k) = setup.quant, weight.shape
+    if held == "int8":
+        return Int8Rows.abstract((n, k), tuple(stack), dtype=weight.dtype.name)
     assert quant is not None
-    return abstract_tensor(
-        (n, k),
-        tuple(stack),
-        block_size=quant.block_size,
-        codebook=quant.codebook,
-        double_quant=quant.double_quant,
-        dtype=setup.dtype,
+    return QuantizedTensor.abstract(
+        (n, k), tuple(stack), **dataclasses.asdict(quant), dtype=setup.dtype
     )
 
 

@@ -4,9 +4,9 @@ import dataclasses
 from typing import Any
 
 from qlora_jax.config.lora import LoRAConfig
+from qlora_jax.config.quant import QuantConfig, TableFormat
 from qlora_jax.config.train import TrainConfig
 from qlora_jax.models import DecoderConfig
-from qlora_jax.quant import QuantConfig, TableFormat
 
 _NF4 = QuantConfig()
 _TRAIN_SETTINGS = {field.name for field in dataclasses.fields(TrainConfig)}

@@ -8,11 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.layout import QuantizedTensor
+from pallas_kernels.formats import QuantizedTensor
 from pallas_kernels.packed_matmul import IMPLEMENTATIONS, choose
 from qlora_jax.cli import options
 from qlora_jax.nn.attention import choose_attention
-from qlora_jax.quant import QuantConfig, quantize_tensor
 
 PACKAGES = (
     "jax",
@@ -41,10 +40,7 @@ def parse(args: list[str], prog: str) -> Args:
 def run(args: Args) -> dict[str, Any]:
     """Prints the findings; returns them."""
     platform_name = jax.default_backend()
-    weight = jax.eval_shape(
-        lambda: quantize_tensor(jnp.zeros((4096, 4096)), QuantConfig())
-    )
-    assert isinstance(weight, QuantizedTensor)
+    weight = QuantizedTensor.abstract((4096, 4096))
     kernels = {
         f"{direction} {m}": dataclasses.asdict(
             choose(direction, m, weight, jnp.dtype(jnp.bfloat16))

@@ -10,6 +10,7 @@ import numpy as np
 import tyro
 from flax import nnx
 
+from pallas_kernels.formats import FORMATS, PackedWeight, stored_format, weight_of
 from qlora_jax.adapters.algebra import cosine_similarity, update_norms
 from qlora_jax.cli import options
 from qlora_jax.errors import (
@@ -21,8 +22,6 @@ from qlora_jax.errors import (
 from qlora_jax.exchange.ours import describe_adapter, misfits
 from qlora_jax.models import hf_table
 from qlora_jax.names import dotted
-from qlora_jax.quant import QuantizedTensor
-from qlora_jax.sources import bitsandbytes
 from qlora_jax.sources.load import outline
 from qlora_jax.sources.source import Source, open_source
 
@@ -106,9 +105,8 @@ def _model(name: str) -> dict[str, Any]:
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         part = _part(path)
         value, names = variable.get_value(), table.names(dotted(path))
-        # The shape of a 4-bit one is that of a layer.
-        each = len(names) if isinstance(value, QuantizedTensor) else 1
-        parameters[part] += each * int(np.prod(value.shape))
+        stack = value.stack if isinstance(value, PackedWeight) else ()
+        parameters[part] += int(np.prod((*stack, *value.shape)))
         for tensor in names:
             stored_as = [checkpoint.stored(one) for one in keys[tensor]]
             sizes[part] += sum(size for _, size in stored_as)
@@ -143,23 +141,22 @@ def _model(name: str) -> dict[str, Any]:
     }
 
 
-_PACKED = ("4-bit", "int8 rows")
+_PACKED = tuple(form.CALLED for form in FORMATS.values())
 
 
 def _keys(tensors: Iterable[str]) -> dict[str, list[str]]:
     """Returns each weight's keys: its own, and those of scales and tables."""
     keys: dict[str, list[str]] = {}
     for name in tensors:
-        keys.setdefault(bitsandbytes.weight_of(name), []).append(name)
+        keys.setdefault(weight_of(name), []).append(name)
     return keys
 
 
 def _stored_kind(
     name: str, stored: Sequence[tuple[str, int]], tensors: Collection[str]
 ) -> str:
-    if len(stored) == 1:
-        return stored[0][0]
-    return "int8 rows" if bitsandbytes.scales_name(name) in tensors else "4-bit"
+    form = stored_format(tensors, name)
+    return stored[0][0] if form is None else form.CALLED
 
 
 def _listed(kinds: Mapping[str, int]) -> str:

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qlora_jax.cli import options
-from qlora_jax.config.quant import QuantOptions
+from qlora_jax.config.quant import QuantConfig, QuantOptions
 from qlora_jax.errors import ConfigError
 from qlora_jax.exchange.merge import Merging, merge_folder
 from qlora_jax.exchange.ours import adapter_tokenizer
-from qlora_jax.quant import QuantConfig
 from qlora_jax.sources.hub import find
 
 REPORT = "merge_report.json"

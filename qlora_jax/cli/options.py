@@ -12,7 +12,7 @@ import tyro
 from qlora_jax.adapters.bank import AdapterBank
 from qlora_jax.adapters.fingerprint import fingerprint
 from qlora_jax.adapters.value import Adapter, other_base
-from qlora_jax.config.quant import QuantOptions
+from qlora_jax.config.quant import QuantConfig, QuantOptions
 from qlora_jax.config.run import has_run, read_run
 from qlora_jax.data import cache
 from qlora_jax.errors import (
@@ -24,7 +24,6 @@ from qlora_jax.errors import (
 from qlora_jax.exchange.ours import adapter_tokenizer, changed_base, load_adapter
 from qlora_jax.exchange.peft import import_peft, is_peft
 from qlora_jax.exchange.read import read_adapter
-from qlora_jax.quant import QuantConfig
 from qlora_jax.sources.hub import find
 from qlora_jax.sources.load import Tables, load, outline, resolve_tables
 from qlora_jax.sources.source import Source, open_source

@@ -20,10 +20,9 @@ from qlora_jax.budget.plan import (
 from qlora_jax.budget.setup import Setup
 from qlora_jax.cli import options
 from qlora_jax.config.lora import LoRAConfig
-from qlora_jax.config.quant import QuantOptions
+from qlora_jax.config.quant import QuantConfig, QuantOptions
 from qlora_jax.config.train import Optimizer
 from qlora_jax.errors import ConfigError
-from qlora_jax.quant import QuantConfig
 from qlora_jax.sources.source import open_source
 
 

@@ -16,13 +16,12 @@ from qlora_jax.adapters import LoRAConfig, attach
 from qlora_jax.cli import options
 from qlora_jax.cli.progress import TrainProgress
 from qlora_jax.cli.train import sizes
-from qlora_jax.config.quant import QuantOptions
+from qlora_jax.config.quant import QuantConfig, QuantOptions
 from qlora_jax.config.run import RunConfig, has_run, write_run
 from qlora_jax.config.train import TrainConfig
 from qlora_jax.data import DataConfig, read_dataset
 from qlora_jax.evaluate import exact_match
 from qlora_jax.evaluate.exact_match import Answer
-from qlora_jax.quant import QuantConfig
 from qlora_jax.sources.load import load
 from qlora_jax.sources.save import check_output, save_model
 from qlora_jax.train.loop import Trainer

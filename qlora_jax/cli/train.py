@@ -17,13 +17,13 @@ from qlora_jax.budget.setup import Setup
 from qlora_jax.cli import options, start
 from qlora_jax.cli.progress import RowsProgress, TrainProgress
 from qlora_jax.config.lora import LoRAConfig
+from qlora_jax.config.quant import QuantConfig
 from qlora_jax.config.run import RunConfig, has_run, read_run, write_run
 from qlora_jax.data import Dataset, check_ids, read_dataset
 from qlora_jax.data.dataset import padded_length
 from qlora_jax.data.sources import parse_sources
 from qlora_jax.errors import ConfigError, DataError
 from qlora_jax.objectives import find_objective
-from qlora_jax.quant import QuantConfig
 from qlora_jax.sources.load import load
 from qlora_jax.sources.save import check_output
 from qlora_jax.sources.source import Source, open_source

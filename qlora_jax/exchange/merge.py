@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from pallas_kernels.layout import QuantizedTensor
+from pallas_kernels.formats import PackedWeight
 from qlora_jax.adapters import low_rank
 from qlora_jax.adapters.attach import attach_zero, lora_config
 from qlora_jax.adapters.fingerprint import Scales, fingerprint
@@ -27,6 +27,7 @@ from qlora_jax.adapters.merge import correction_config, correction_key, merge
 from qlora_jax.adapters.merge_report import Applied, MergeReport, squares_apart
 from qlora_jax.adapters.names import explicit_layers, stacked_names
 from qlora_jax.config.lora import LoRAConfig
+from qlora_jax.config.quant import QuantConfig
 from qlora_jax.exchange.ours import (
     base_scales,
     check_scales,
@@ -37,7 +38,6 @@ from qlora_jax.models import Decoder, hf_table
 from qlora_jax.models.vocabulary import grown
 from qlora_jax.names import EMBEDDING, HEAD, Numbered
 from qlora_jax.nn import Linear, LoRA, LoRAEmbedding, TrainedRows
-from qlora_jax.quant import QuantConfig, Quantized
 from qlora_jax.sources.load import Tables, outline, reading
 from qlora_jax.sources.save import (
     Place,
@@ -185,9 +185,9 @@ class _Weights:
                 continue
             path = place.numbered.path
             value = as_saved(path, value, self.merging.dtype)
-            if self.correction is not None and isinstance(value, QuantizedTensor):
+            if self.correction is not None and isinstance(value, PackedWeight):
                 self.correction.scales.add(path, value)
-            if isinstance(value, Quantized):
+            if isinstance(value, PackedWeight):
                 yield place.name, dataclasses.replace(value, dtype=self.merging.dtype)
             else:
                 yield place.name, value.astype(self.merging.dtype)
@@ -237,7 +237,7 @@ class _Weights:
             path = _TABLE
         name = hf_table(config).name(path, numbers)
         value = self.reader.one(path, name, place.shape)
-        if isinstance(value, QuantizedTensor):
+        if isinstance(value, PackedWeight):
             self.marked.add(path, value)
         elif path in (_TABLE, _HEAD) and value is not None:
             if value.shape[0] < place.shape[0]:
@@ -245,15 +245,15 @@ class _Weights:
         return value
 
     def _linear(
-        self, place: Place, node: LoRA, kernel: Array | Quantized
-    ) -> Array | Quantized:
+        self, place: Place, node: LoRA, kernel: Array | PackedWeight
+    ) -> Array | PackedWeight:
         name = _module(place)
         parts = (f"{name}.{x}" for x in ("lora_a", "lora_b", "magnitude"))
         factors = Factors(*map(self._factor, parts))
         dense = _is_dense_head(place.module, node)
         made = self.folding.linear(kernel, factors, node.scale, dense=dense)
         exact = Applied(kernel, factors, jnp.float32(node.scale))
-        if self.correction is not None and isinstance(made, Quantized):
+        if self.correction is not None and isinstance(made, PackedWeight):
             merged = fold(kernel, factors, scale=node.scale)
             made, corrected = self.correction.fit(name, merged, made)
             self.correction.squares[name] = squares_apart(exact, corrected)
@@ -290,8 +290,8 @@ class _Correction:
         self.scales = Scales()
 
     def fit(
-        self, name: str, merged: Array, packed: Quantized
-    ) -> tuple[Quantized, Applied]:
+        self, name: str, merged: Array, packed: PackedWeight
+    ) -> tuple[PackedWeight, Applied]:
         """Returns one linear's 4-bit weight, and it with its adapter."""
         rank = self.config.rank
         fit = low_rank.alternate(
@@ -328,7 +328,7 @@ class _Marked:
         self.scales = Scales()
         self.left = dict(layers)
 
-    def add(self, path: str, q: QuantizedTensor) -> None:
+    def add(self, path: str, q: PackedWeight) -> None:
         """Takes in one layer of a weight, and compares the weight after its last one.
 
         Raises:

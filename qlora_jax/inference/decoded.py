@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels.device import current_device
-from pallas_kernels.layout import QuantizedTensor
+from pallas_kernels.matmul import product_of
 from qlora_jax.adapters.bank import AdapterBank
 from qlora_jax.budget.host import available_host_bytes
 from qlora_jax.nn import (
@@ -40,8 +40,8 @@ def decoded(model: Any) -> Any:
     `generate` and the evaluations call it. Whoever calls those many times with one model
     passes them decoded(model), so that it is decoded once in all.
 
-    Int8 tables stay (their codes are multiplied as they are), and so do linears for which
-    an implementation was named.
+    Weights whose products do not decode them stay (int8 tables), and so do linears for
+    which an implementation was named.
 
     Args:
       model: A Decoder, with or without an adapter, or an AdapterBank. It is left as it was,
@@ -86,7 +86,7 @@ def _elements(node: Any, model: Any) -> int:
         q, stack = node.weight.get_value(), ()
     else:
         return 0
-    return math.prod((*stack, *q.shape)) if isinstance(q, QuantizedTensor) else 0
+    return math.prod((*stack, *q.shape)) if product_of(q).decodes else 0
 
 
 def _say_once(text: str, *args: Any) -> None:

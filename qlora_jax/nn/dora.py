@@ -21,9 +21,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from pallas_kernels.formats import PackedWeight
 from qlora_jax.nn.linear import Linear, QuantizedLinear
 from qlora_jax.nn.variables import arrive
-from qlora_jax.quant import Quantized, dequantize
 
 
 def row_norms(
@@ -39,8 +39,8 @@ def row_norms(
 
     def of_one(arrays: tuple) -> Array:
         kernel, a, b = arrive(arrays)
-        if isinstance(kernel, Quantized):
-            kernel = dequantize(kernel, "float32")
+        if isinstance(kernel, PackedWeight):
+            kernel = kernel.decode("float32")
         kernel = kernel.astype(jnp.float32)
         if a is not None:
             kernel = kernel + scale * jnp.matmul(a, b, precision="highest").T

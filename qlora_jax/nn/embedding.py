@@ -11,11 +11,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.formats import PackedWeight
 from qlora_jax.nn.linear import DecodedLinear, Linear, QuantizedLinear
 from qlora_jax.nn.lora import adapter_scale
 from qlora_jax.nn.matmul import factor_matmul
 from qlora_jax.nn.variables import FrozenParam, trains
-from qlora_jax.quant import Quantized, dequantize, dequantize_rows
 
 
 class Embedding(nnx.Module):
@@ -44,16 +44,16 @@ class QuantizedEmbedding(nnx.Module):
     """A quantized table of token vectors; rows are decoded as they are read.
 
     Attributes:
-      weight: FrozenParam holding a QuantizedTensor or Int8Rows, (vocab, hidden).
+      weight: FrozenParam holding a PackedWeight, (vocab, hidden).
     """
 
-    def __init__(self, weight: Quantized):
+    def __init__(self, weight: PackedWeight):
         self.weight = FrozenParam(weight)
 
     def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch hidden"]:
         """Returns the tokens' rows, float32."""
         table = self.weight.get_value()
-        rows = dequantize_rows(table, tokens.reshape(-1), "float32")
+        rows = table.decode_rows(tokens.reshape(-1), "float32")
         return rows.reshape(*tokens.shape, -1)
 
     def head(self) -> QuantizedLinear | DecodedLinear:
@@ -67,13 +67,13 @@ class DecodedEmbedding(QuantizedEmbedding):
     Rows are decoded as they are read all the same: they are few.
 
     Attributes:
-      weight: FrozenParam holding a QuantizedTensor, (vocab, hidden).
+      weight: FrozenParam holding a PackedWeight, (vocab, hidden).
       decoded: FrozenParam, the same in the compute dtype.
     """
 
-    def __init__(self, weight: Quantized, dtype: str):
+    def __init__(self, weight: PackedWeight, dtype: str):
         super().__init__(weight)
-        self.decoded = FrozenParam(dequantize(weight, dtype))
+        self.decoded = FrozenParam(weight.decode(dtype))
 
     def head(self) -> DecodedLinear:
         """Returns the head that the tied table is."""

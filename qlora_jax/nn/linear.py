@@ -12,16 +12,11 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from pallas_kernels.layout import QuantizedTensor
-from pallas_kernels.packed_matmul import nf4_lora_matmul, nf4_matmul
-from qlora_jax.nn.matmul import factor_matmul, frozen_matmul, int8_matmul
+from pallas_kernels.formats import PackedWeight
+from pallas_kernels.matmul import product_of
+from qlora_jax.nn.matmul import factor_matmul, frozen_matmul
 from qlora_jax.nn.origin import Origin
 from qlora_jax.nn.variables import FrozenParam, trains
-from qlora_jax.quant import (
-    Int8Rows,
-    Quantized,
-    dequantize,
-)
 
 
 class Linear(nnx.Module):
@@ -88,16 +83,15 @@ class QuantizedLinear(nnx.Module):
     Nothing dense is kept for backward (contract C3).
 
     Attributes:
-      kernel: FrozenParam holding a QuantizedTensor of shape (out, in), or a head's
-        Int8Rows.
+      kernel: FrozenParam holding a PackedWeight of shape (out, in), or a stack of them.
       bias: FrozenParam, (..., out), or None.
-      implementation: Of nf4_matmul; None chooses by device and shape.
+      implementation: Of nf4_matmul, for a 4-bit kernel; None chooses by device and shape.
       origin: What it was in a stranger's module, which says what it computes in; else None.
     """
 
     def __init__(
         self,
-        kernel: Quantized,
+        kernel: PackedWeight,
         bias: Array | None = None,
         implementation: str | None = None,
         origin: Origin | None = None,
@@ -108,7 +102,7 @@ class QuantizedLinear(nnx.Module):
         self.origin = origin
 
     @property
-    def quantized(self) -> Quantized:
+    def quantized(self) -> PackedWeight:
         """The kernel."""
         return self.kernel.get_value()
 
@@ -125,11 +119,11 @@ class QuantizedLinear(nnx.Module):
     @property
     def stack(self) -> tuple[int, ...]:
         """Leading axes: () for one layer, (layers,) for a stack."""
-        return stack_of(self.quantized)
+        return self.quantized.stack
 
     def weight(self, dtype: str | None = None) -> Float[Array, "*stack out in"]:
         """Returns the dequantized kernel."""
-        return dequantize(self.quantized, dtype)
+        return self.quantized.decode(dtype)
 
     def incoming(self, x: Array) -> Array:
         """Returns an input in the dtype to compute in: its own, but for a stranger's."""
@@ -143,15 +137,15 @@ class QuantizedLinear(nnx.Module):
     ) -> Float[Array, "*batch out"]:
         """Computes x @ dequantize(kernel).T in x's dtype, with an adapter (lora_a,
         lora_b, scale) in the same pass where a kernel can."""
-        q = self.quantized
-        if isinstance(q, Int8Rows):
-            rows = x.reshape(-1, x.shape[-1])
-            y = int8_matmul(rows, q.codes, q.absmax)
-            y = y if adapter is None else y + low_rank(rows, *adapter)
-            return y.reshape(*x.shape[:-1], -1)
+        w, name = self.quantized, self.implementation
+        product = product_of(w)
         if adapter is None:
-            return nf4_matmul(x, q, self.implementation)
-        return nf4_lora_matmul(x, q, *adapter, self.implementation)
+            return product.plain(x, w, name)
+        if product.with_adapter is not None:
+            return product.with_adapter(x, w, *adapter, name)
+        rows = x.reshape(-1, x.shape[-1])
+        y = product.plain(rows, w, name) + low_rank(rows, *adapter)
+        return y.reshape(*x.shape[:-1], -1)
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """Applies the layer in the dtype of `incoming`."""
@@ -193,12 +187,6 @@ class DecodedLinear(Linear):
         made = cls(linear.weight(dtype), origin=linear.origin)
         made.bias = linear.bias
         return made
-
-
-def stack_of(q: Quantized) -> tuple[int, ...]:
-    """Returns the leading axes of a quantized tensor; int8 rows have none."""
-    flat = isinstance(q, QuantizedTensor) and q.layout == "flat"
-    return q.codes.shape[: -1 if flat else -2]
 
 
 def low_rank(x: Float[Array, "m in"], a: Array, b: Array, scale: float) -> Array:

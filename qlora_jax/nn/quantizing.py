@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from pallas_kernels.layout import QuantizedTensor
+from pallas_kernels.formats import PackedWeight
+from qlora_jax.config.quant import QuantConfig
 from qlora_jax.errors import ConfigError, ShapeError
 from qlora_jax.names import HEAD
 from qlora_jax.nn.linear import Linear, QuantizedLinear
 from qlora_jax.nn.origin import Origin, is_plain
-from qlora_jax.quant import QuantConfig, quantize_tensor
+from qlora_jax.nn.packing import quantize_tensor
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -130,7 +131,7 @@ def _name_what_is_dense(model: nnx.Module, head: bool) -> None:
         )
 
 
-def _quantize(path: tuple, w: Array, config: QuantConfig) -> QuantizedTensor:
+def _quantize(path: tuple, w: Array, config: QuantConfig) -> PackedWeight:
     if w.ndim > 2:
         parts = [_quantize((*path, i), part, config) for i, part in enumerate(w)]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)

@@ -11,7 +11,7 @@ class FrozenParam(nnx.Variable):
     """A base weight: never differentiated, optimized or checkpointed.
 
     Not an nnx.Param, so that a filter on nnx.Param cannot reach it (contract C4). Its
-    value may be an array or a whole QuantizedTensor.
+    value may be an array or a whole PackedWeight.
     """
 
 

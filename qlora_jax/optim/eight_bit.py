@@ -34,7 +34,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, UInt8
 
-from pallas_kernels.codebook import dynamic_map
+from pallas_kernels.formats.absmax4.codebook import dynamic_map
 from qlora_jax.errors import ConfigError
 
 _BUCKET_BITS = 16

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pallas_kernels.layout import QuantizedTensor
+from pallas_kernels.formats import PackedWeight
+from qlora_jax.config.quant import QuantConfig, TableFormat
 from qlora_jax.errors import CheckpointError, ShapeError, gathered
 from qlora_jax.models import Decoder, abstract, hf_table
 from qlora_jax.names import Table, dotted
@@ -23,13 +24,7 @@ from qlora_jax.nn import (
 )
 from qlora_jax.nn.moe import Router
 from qlora_jax.nn.norm import RMSNorm
-from qlora_jax.quant import (
-    QuantConfig,
-    Quantized,
-    TableFormat,
-    quantize_rows,
-    quantize_tensor,
-)
+from qlora_jax.nn.packing import quantize_rows, quantize_tensor
 from qlora_jax.sources import bitsandbytes
 from qlora_jax.sources.gguf.file import GGUF
 from qlora_jax.sources.safetensors import Checkpoint
@@ -211,9 +206,11 @@ def outline(
         if path not in wanted:
             return None
         names, stack, shape = wanted[path]
-        if bitsandbytes.scales_name(names[0]) in checkpoint:
+        if bitsandbytes.is_packed_table(checkpoint, names[0]):
             return bitsandbytes.read_int8(checkpoint, names[0], "bfloat16")
-        stored = source.stored if f"{names[0]}.absmax" in checkpoint else quant
+        stored = (
+            source.stored if bitsandbytes.is_packed(checkpoint, names[0]) else quant
+        )
         if (pack := reader.packing(path, stored)) is None:
             return None
         one = jax.eval_shape(pack, jax.ShapeDtypeStruct(shape, jnp.bfloat16))
@@ -307,7 +304,7 @@ def _check_names(source: Source, wanted: dict[str, Wanted]) -> list[str]:
             if name not in checkpoint:
                 missing.append(name)
                 problems.append(f"{name} is missing")
-            elif f"{name}.absmax" in checkpoint:
+            elif bitsandbytes.is_packed(checkpoint, name):
                 continue  # packed; its quant_state has the shape
             elif checkpoint.infos[name].shape != shape:
                 have = checkpoint.infos[name].shape
@@ -353,7 +350,7 @@ class Reader:
             )
 
     def read(self, path: str, wanted: Wanted) -> Any:
-        """Returns one parameter: an array, a QuantizedTensor, or a stack of either."""
+        """Returns one parameter: an array, a PackedWeight, or a stack of either."""
         names, lead, shape = wanted
         if not lead:
             return self.one(path, names[0], shape)
@@ -391,10 +388,10 @@ class Reader:
     def one(self, path: str, name: str, shape: tuple[int, ...]) -> Any:
         """Returns one layer of a parameter; None if it is unusable, which `problems` says."""
         try:
-            if f"{name}.absmax" in self.checkpoint:
+            if bitsandbytes.is_packed(self.checkpoint, name):
                 return self._stored(name, shape)
             w = self.checkpoint[name]
-            scaled = bitsandbytes.scales_name(name) in self.checkpoint
+            scaled = bitsandbytes.is_packed_table(self.checkpoint, name)
             if self.tables.get(path) == "int8" and (scaled or w.dtype == np.int8):
                 return bitsandbytes.read_int8(self.checkpoint, name, self.dtype)
             w = jnp.asarray(w)
@@ -413,7 +410,7 @@ class Reader:
 
     def packing(
         self, path: str, quant: QuantConfig | None
-    ) -> Callable[[jax.Array], Quantized] | None:
+    ) -> Callable[[jax.Array], PackedWeight] | None:
         """Returns what makes a parameter's dense value 4-bit or int8; None where it stays.
 
         Args:
@@ -431,13 +428,10 @@ class Reader:
             return None
         return functools.partial(quantize_tensor, config=quant)
 
-    def _stored(self, name: str, shape: tuple[int, ...]) -> QuantizedTensor:
+    def _stored(self, name: str, shape: tuple[int, ...]) -> PackedWeight:
         q = bitsandbytes.read(self.checkpoint, name)
         if q.shape != shape:
             raise ShapeError(f"shape {q.shape}, config.json wants {shape}")
-        scales = q.absmax if q.absmax is not None else q.absmax_scale
-        if not jnp.isfinite(jnp.asarray(scales)).all():
-            raise ShapeError("NaN or Inf in its absmax")
         return q
 
 
@@ -467,7 +461,7 @@ def _fill(
         dotted = ".".join(map(str, path))
         if isinstance(node, Linear):
             kernel, bias = loaded[f"{dotted}.kernel"], loaded.get(f"{dotted}.bias")
-            if isinstance(kernel, Quantized):
+            if isinstance(kernel, PackedWeight):
                 return QuantizedLinear(kernel, bias, implementation)
             return Linear(kernel, bias)
         if isinstance(node, RMSNorm):
@@ -476,7 +470,7 @@ def _fill(
             node.weight = FrozenParam(loaded[f"{dotted}.weight"])
         if isinstance(node, Embedding):
             table = loaded[f"{dotted}.weight"]
-            quantized = isinstance(table, Quantized)
+            quantized = isinstance(table, PackedWeight)
             return QuantizedEmbedding(table) if quantized else Embedding(table)
         return node
 

@@ -7,13 +7,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pallas_kernels.layout import QuantizedTensor
-from pallas_kernels.reference import decode_absmax
+from pallas_kernels.formats import PackedWeight
 from qlora_jax.errors import CheckpointError, OutputExistsError
 from qlora_jax.models import Decoder, DecoderConfig, llama
 from qlora_jax.names import (
@@ -23,10 +21,6 @@ from qlora_jax.names import (
     Table,
     dotted,
     template_of,
-)
-from qlora_jax.quant import (
-    Int8Rows,
-    dequantize,
 )
 from qlora_jax.sources import bitsandbytes
 from qlora_jax.sources.safetensors import Writer
@@ -157,19 +151,16 @@ def places(model: Decoder, table: Table) -> Iterator[Place]:
 def as_saved(path: str, value: Any, dtype: str) -> Any:
     """Returns a value as a folder has it: a 4-bit embedding or head is dense there."""
     outer = path.partition(".")[0] in (EMBEDDING, HEAD)
-    if outer and isinstance(value, QuantizedTensor):
-        return dequantize(value, dtype)
+    if outer and isinstance(value, PackedWeight) and value.LISTED_AS is None:
+        return value.decode(dtype)
     return value
 
 
 def _parameters(model: Decoder, table: Table) -> Iterator[tuple[str, Any]]:
     """Yields every parameter by its name, one layer (and expert) at a time."""
     for place in places(model, table):
-        value = place.variable.get_value()
-        if not isinstance(value, Int8Rows):
-            value = as_saved(place.numbered.path, value, model.dtype)
-            value = jax.tree.map(lambda leaf, i=place.at: leaf[i], value)
-        yield place.name, value
+        value = as_saved(place.numbered.path, place.variable.get_value(), model.dtype)
+        yield place.name, value[place.at]
 
 
 def write_folder(
@@ -185,7 +176,7 @@ def write_folder(
     """Writes a model's folder from its parameters, which need never be there at once.
 
     Args:
-      parameters: Names and values, in order: arrays, QuantizedTensors, Int8Rows.
+      parameters: Names and values, in order: arrays or packed weights.
       config: Of the model.
       dtype: That it computes in.
       hf: A config.json, whose quantization, dtype and vocabulary are replaced.
@@ -239,36 +230,35 @@ def _write(
     skip: list[str] | None,
 ) -> dict[str, Any] | None:
     """Writes all parameters; returns the quantization_config of what is quantized."""
-    linears, in_int8, packed, dense = None, [], set(), []
+    linears, tables, packed, dense = None, {}, set(), []
     for name, value in parameters:
-        if isinstance(value, Int8Rows):
-            _check_range(writer, name, value.dtype, value.absmax)
-            for key, array in bitsandbytes.write_int8(value, name).items():
-                writer.add(key, array)
-            in_int8.append(name.removesuffix(".weight"))
-        elif isinstance(value, QuantizedTensor):
-            _check_range(writer, name, value.dtype, decode_absmax(value))
-            for key, array in bitsandbytes.write(value, name).items():
-                writer.add(key, array)
+        if not isinstance(value, PackedWeight):
+            writer.add(name, np.asarray(value))
+            dense.append(name)
+            continue
+        _check_range(writer, name, value)
+        for key, array in value.storage(name).items():
+            writer.add(key, array)
+        if value.LISTED_AS is None:
             linears = bitsandbytes.quantization_config(value, dtype, skip)
             packed.add(template_of(name))
         else:
-            writer.add(name, np.asarray(value))
-            dense.append(name)
+            module = name.removesuffix(".weight")
+            tables.setdefault(value.LISTED_AS, []).append(module)
     # What other layers have in 4 bits: other tools must be told that it is dense here.
     kept = [name for name in dense if template_of(name) in packed]
     if linears is not None and kept:
         modules = [name.removesuffix(".weight") for name in kept]
         every = dict.fromkeys([*(skip or ["lm_head"]), *modules])
         linears["llm_int8_skip_modules"] = list(every)
-    return bitsandbytes.with_int8_tables(linears, in_int8) if in_int8 else linears
+    return bitsandbytes.with_tables(linears, tables) if tables else linears
 
 
-def _check_range(writer: Writer, name: str, dtype: str, absmax: Any) -> None:
+def _check_range(writer: Writer, name: str, w: PackedWeight) -> None:
     """Refuses a quantized weight whose largest values its dtype cannot hold."""
-    limit, largest = float(jnp.finfo(dtype).max), float(jnp.max(absmax))
+    limit, largest = float(jnp.finfo(w.dtype).max), float(w.largest())
     if not largest <= limit:
         writer.problems.append(
             f"{name}: quantized values up to {largest:.4g}, beyond {limit:.5g}, the largest "
-            f"of {dtype}; save in bfloat16 or float32 (--dtype)"
+            f"of {w.dtype}; save in bfloat16 or float32 (--dtype)"
         )

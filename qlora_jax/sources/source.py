@@ -21,11 +21,13 @@ from typing import Any
 
 import numpy as np
 
+from pallas_kernels.formats import renamed, weight_of
+from pallas_kernels.formats.absmax4.storage import stored_block_size
+from qlora_jax.config.quant import QuantConfig
 from qlora_jax.errors import CheckpointError, gathered
 from qlora_jax.models import FAMILIES, DecoderConfig, hf_table
 from qlora_jax.models.wrappers import WRAPPERS, unwrap, without_wrapper
 from qlora_jax.names import STACK, template_of
-from qlora_jax.quant import QuantConfig
 from qlora_jax.sources import bitsandbytes
 from qlora_jax.sources.gguf.file import GGUF, open_gguf
 from qlora_jax.sources.hub import find, is_gguf
@@ -145,7 +147,7 @@ class Source:
         if self.is_gguf or not asks or not any(self.path.glob("*.safetensors")):
             return hf, config, stored
         if stored is not None:
-            size = bitsandbytes.stored_block_size(self.tensors)
+            size = stored_block_size(self.tensors)
             stored = dataclasses.replace(stored, block_size=size)
             config = with_dense_linears(config, self.tensors)
         if _has_own_head(self.tensors, config):
@@ -220,11 +222,11 @@ def _no_model(folder: Path) -> str:
 
 def _usual(name: str, known: Collection[str], wrapped: bool) -> str:
     """Returns the usual name of a tensor: its own where none fits."""
-    weight = bitsandbytes.weight_of(name)
+    weight = weight_of(name)
     inner = without_wrapper(weight) if wrapped else weight
     for one in (inner, f"model.{inner}", inner.removeprefix("model.")):
         if template_of(one) in known:
-            return bitsandbytes.renamed(name, one)
+            return renamed(name, one)
     return name
 
 
@@ -264,7 +266,7 @@ def left_out(
     """
     kinds: Counter[str] = Counter()
     for name in tensors:
-        weight = bitsandbytes.weight_of(name)
+        weight = weight_of(name)
         if name in wanted or (name != weight and weight in wanted):
             continue
         # A head that is the embedding once more loses nothing.
@@ -330,7 +332,7 @@ def with_dense_linears(
         if not place.numbers or not place.path.endswith(".kernel"):
             continue
         linear = place.path.removeprefix(f"{STACK}.").removesuffix(".kernel")
-        if f"{name}.absmax" in tensors:
+        if bitsandbytes.is_packed(tensors, name):
             packed.add(linear)
         elif name in tensors:
             dense.setdefault(place.numbers[0], set()).add(linear)
@@ -355,7 +357,7 @@ def unlike_experts(
     """
     problems = []
     for path, stack in names.items():
-        packed = [f"{name}.absmax" in tensors for name in stack]
+        packed = [bitsandbytes.is_packed(tensors, name) for name in stack]
         if all(packed) or not any(packed):
             continue
         dense = [name for name, yes in zip(stack, packed, strict=True) if not yes]

@@ -13,8 +13,9 @@ import numpy as np
 
 from pallas_kernels.packed_matmul import choose, nf4_matmul
 from pallas_kernels.shapes import SHAPES
+from qlora_jax.config.quant import QuantConfig
 from qlora_jax.nn.matmul import frozen_matmul
-from qlora_jax.quant import QuantConfig, quantize_tensor
+from qlora_jax.nn.packing import quantize_tensor
 from scripts.bench import harness
 
 

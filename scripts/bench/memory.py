@@ -22,9 +22,9 @@ import jax
 
 from qlora_jax.adapters import LoRAConfig
 from qlora_jax.budget.setup import Setup
+from qlora_jax.config.quant import QuantConfig
 from qlora_jax.models import DecoderConfig
 from qlora_jax.models.spec import AttentionSpec, LayerSpec
-from qlora_jax.quant import QuantConfig
 from qlora_jax.train.compiled import account, compile_step
 from scripts.bench import harness
 

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import codebook as cb
-from pallas_kernels import layout
-from pallas_kernels.layout import QuantizedTensor
+from pallas_kernels.formats import QuantizedTensor
+from pallas_kernels.formats.absmax4 import codebook as cb
+from pallas_kernels.formats.absmax4 import layout
 from scripts.gpu import products
 
 SAMPLE = 64  # tokens that are compared, the last among them
@@ -116,7 +116,7 @@ def decoded(w: QuantizedTensor) -> np.ndarray:
     """Decodes numpy arrays to float32 as QuantizedTensor's invariants say."""
     codes = layout.unpack(w.codes, w.layout, w.shape)
     scale = np.repeat(w.absmax_scale, cb.ABSMAX_BLOCK_SIZE)[: w.blocks]
-    absmax = cb.dynamic_map()[w.absmax_codes] * scale + w.absmax_offset
+    absmax = cb.dynamic_map()[w.absmax_codes.reshape(-1)] * scale + w.absmax_offset
     values = cb.values(w.codebook)[codes].reshape(-1, w.block_size)
     return (values * absmax[:, None]).reshape(w.shape)
 

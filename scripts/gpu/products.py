@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import layout
 from pallas_kernels.device import current_device
+from pallas_kernels.formats import QuantizedTensor
 from pallas_kernels.packed_matmul import (
     IMPLEMENTATIONS,
     choose,
@@ -40,7 +40,7 @@ def build(task: dict[str, Any]) -> Built:
         return _ceiling(task["what"])
     m, n, k, what = task["m"], task["n"], task["k"], task["what"]
     dtype = jnp.dtype(task.get("dtype", "bfloat16"))
-    w = layout.abstract_tensor((n, k), codebook=task.get("codebook", "nf4"))
+    w = QuantizedTensor.abstract((n, k), codebook=task.get("codebook", "nf4"))
     x, dy = spec((m, k), dtype), spec((m, n), dtype)
     factors = [spec((k, RANK), jnp.float32), spec((RANK, n), jnp.float32)]
     if task["section"] == "lora":
@@ -193,7 +193,7 @@ def statistic(repeats: list[list[float]]) -> dict[str, Any]:
 
 def chosen(task: dict[str, Any]) -> dict[str, Any]:
     """Returns a sweep task's config and whether it is what a free choice takes."""
-    w = layout.abstract_tensor((task["n"], task["k"]))
+    w = QuantizedTensor.abstract((task["n"], task["k"]))
     if task["what"] not in IMPLEMENTATIONS:
         return {}
     args = (task["direction"], task["m"], w, jnp.dtype(jnp.bfloat16))

@@ -7,8 +7,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_kernels import layout, tuning
+from pallas_kernels import tuning
 from pallas_kernels.device import Device
+from pallas_kernels.formats import QuantizedTensor
 from pallas_kernels.packed_matmul import IMPLEMENTATIONS, choose
 from pallas_kernels.shapes import SHAPES
 from scripts.gpu import step
@@ -112,7 +113,7 @@ def can(
     exact: bool = False,
 ) -> bool:
     """Returns whether an implementation can run a product, by its own word."""
-    w = layout.abstract_tensor((n, k))
+    w = QuantizedTensor.abstract((n, k))
     try:
         choose(direction, m, w, jnp.dtype(dtype), device=device, name=name, exact=exact)
     except ValueError:

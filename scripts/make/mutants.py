@@ -56,17 +56,18 @@ MUTANTS = (
     ),
     Mutant(
         "codes-layout",
-        "pallas_kernels/layout.py",
+        "pallas_kernels/formats/absmax4/layout.py",
         "return (f0 | (f1 << 4) | (f2 << 8) | (f3 << 12))",
         "return (f0 | (f2 << 4) | (f1 << 8) | (f3 << 12))",
-        "tests/pallas_kernels/test_layout.py",
+        "tests/pallas_kernels/formats/absmax4/test_layout.py",
     ),
     Mutant(
         "absmax-decode",
-        "pallas_kernels/reference.py",
-        "return product + w.absmax_offset",
+        "pallas_kernels/formats/absmax4/decode.py",
+        "return product + offset",
         "return product",
-        "tests/pallas_kernels/test_reference.py tests/quant/test_golden.py",
+        "tests/pallas_kernels/formats/test_formats.py "
+        "tests/pallas_kernels/formats/absmax4/test_golden.py",
     ),
     Mutant(
         "lora-gradient",
@@ -77,10 +78,11 @@ MUTANTS = (
     ),
     Mutant(
         "double-quant",
-        "qlora_jax/quant/tensor.py",
+        "pallas_kernels/formats/absmax4/encode.py",
         "offset = absmax.mean()",
         "offset = absmax.min()",
-        "tests/quant/test_golden.py tests/quant/test_tensor.py",
+        "tests/pallas_kernels/formats/absmax4/test_golden.py "
+        "tests/pallas_kernels/formats/absmax4/test_quantize.py",
     ),
     Mutant(
         "merge",

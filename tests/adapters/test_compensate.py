@@ -17,7 +17,7 @@ from qlora_jax.errors import AdapterMismatchError, ConfigError
 from qlora_jax.exchange.ours import load_adapter, save_adapter
 from qlora_jax.nn import LoRA, QuantizedLinear
 from qlora_jax.nn.linear import Linear
-from qlora_jax.quant import quantize_tensor
+from qlora_jax.nn.packing import quantize_tensor
 
 KEY = jax.random.key(0)
 INITS = ("loftq", "qera-diagonal", "qera")

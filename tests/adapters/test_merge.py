@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_jax.adapters import LoRAConfig, attach, merge, merge_corrected
+from qlora_jax.config.quant import QuantConfig
 from qlora_jax.errors import AdapterMismatchError, ConfigError
 from qlora_jax.nn import Linear, LoRA, QuantizedLinear, quantize
-from qlora_jax.quant import QuantConfig, quantize_tensor
+from qlora_jax.nn.packing import quantize_tensor
 
 SUM_ORDER = 2e-5
 """float32 logits of (W + scale a b) x against W x + scale a (b x), of size about 1."""

@@ -20,10 +20,11 @@ from qlora_jax.adapters import (
 )
 from qlora_jax.adapters.merge import unmerge
 from qlora_jax.adapters.merge_report import merge_report
+from qlora_jax.config.quant import QuantConfig
 from qlora_jax.errors import AdapterMismatchError
 from qlora_jax.exchange.peft import import_peft
 from qlora_jax.models import Decoder
-from qlora_jax.quant import QuantConfig, dequantize
+from qlora_jax.nn.packing import dequantize
 from qlora_jax.sources.load import load
 
 NAME = "layers.1.mlp.down_proj"

@@ -15,12 +15,13 @@ from qlora_jax.adapters.algebra import difference
 from qlora_jax.adapters.attach import base_fingerprint, split
 from qlora_jax.adapters.compensate import compensate
 from qlora_jax.adapters.fingerprint import fingerprint
+from qlora_jax.config.quant import QuantConfig
 from qlora_jax.errors import AdapterMismatchError, ConfigError
 from qlora_jax.exchange.ours import load_adapter, save_adapter
 from qlora_jax.exchange.peft import export_peft
 from qlora_jax.nn import Linear, QuantizedLinear
 from qlora_jax.nn.dora import row_norms
-from qlora_jax.quant import QuantConfig, quantize_tensor
+from qlora_jax.nn.packing import quantize_tensor
 from qlora_jax.sources.load import load
 from qlora_jax.sources.save import save_model
 

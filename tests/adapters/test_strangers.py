@@ -14,10 +14,10 @@ from qlora_jax.adapters import Adapter, LoRAConfig, attach, merge
 from qlora_jax.adapters.attach import join, split
 from qlora_jax.adapters.merge import unmerge
 from qlora_jax.adapters.merge_report import merge_report
+from qlora_jax.config.quant import QuantConfig
 from qlora_jax.errors import CheckpointError, ConfigError
 from qlora_jax.nn import LoRA, QuantizedLinear, quantize
 from qlora_jax.nn.quantizing import check_module
-from qlora_jax.quant import QuantConfig
 from qlora_jax.sources.save import save_model
 from qlora_jax.train.step import make_eval_step, make_train_step
 

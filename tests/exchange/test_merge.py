@@ -15,15 +15,16 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 import qlora_jax as qlora
+from pallas_kernels.formats import PackedWeight
 from qlora_jax.adapters import Adapter, LoRAConfig, attach, detach
 from qlora_jax.adapters.names import flatten
+from qlora_jax.config.quant import QuantConfig
 from qlora_jax.errors import AdapterMismatchError
 from qlora_jax.exchange.merge import Merged, Merging, merge_folder
 from qlora_jax.exchange.ours import load_adapter, save_adapter
 from qlora_jax.exchange.peft import export_peft
 from qlora_jax.exchange.read import read_adapter
 from qlora_jax.models import Decoder, hf_table
-from qlora_jax.quant import QuantConfig, Quantized
 from qlora_jax.sources.load import Reader, load
 from qlora_jax.sources.save import places, save_model
 from qlora_jax.sources.source import open_source
@@ -55,12 +56,12 @@ def cast(model: Decoder, dtype: str) -> Decoder:
     """Returns a model whose every array is saved in a dtype."""
 
     def one(value: Any) -> Any:
-        if isinstance(value, Quantized):
+        if isinstance(value, PackedWeight):
             return dataclasses.replace(value, dtype=dtype)
         return value.astype(dtype)
 
     graphdef, state = nnx.split(model)
-    leaf = {"is_leaf": lambda x: isinstance(x, Quantized)}
+    leaf = {"is_leaf": lambda x: isinstance(x, PackedWeight)}
     made = nnx.merge(graphdef, jax.tree.map(one, state, **leaf))
     made.dtype = dtype
     return made

@@ -19,17 +19,18 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from pallas_kernels import codebook as cb
-from pallas_kernels.layout import QuantizedTensor
+from pallas_kernels.formats import QuantizedTensor, weight_of
+from pallas_kernels.formats.absmax4 import codebook as cb
 from qlora_jax.adapters import merge, split
 from qlora_jax.adapters.attach import lora_config
 from qlora_jax.adapters.names import flatten
 from qlora_jax.cli import inspect
+from qlora_jax.config.quant import QuantConfig
 from qlora_jax.errors import AdapterMismatchError, ConfigError
 from qlora_jax.exchange.ours import load_adapter, save_adapter
 from qlora_jax.exchange.peft import export_peft, import_peft
 from qlora_jax.nn import FrozenParam, Linear, QuantizedLinear, quantize
-from qlora_jax.quant import QuantConfig, dequantize, quantize_tensor
+from qlora_jax.nn.packing import dequantize, quantize_tensor
 from qlora_jax.sources import bitsandbytes
 from qlora_jax.sources.load import load
 from qlora_jax.sources.safetensors import SINGLE
@@ -87,7 +88,7 @@ def test_blocks_that_end_inside_a_row_are_bitsandbytes_bytes(shape, block_size):
     q = quantize_tensor(
         jnp.asarray(w), QuantConfig(block_size=block_size, double_quant=False)
     )
-    written = bitsandbytes.write(q, "w")
+    written = q.storage("w")
     # By the format's own words: flat blocks, nearest of 16, first element high.
     flat = np.append(w.reshape(-1), np.zeros(w.size % 2, np.float32))
     starts = range(0, w.size, block_size)
@@ -116,7 +117,7 @@ def test_a_forward_pass_in_16_bits_leaves_codes_and_scales_as_they_were(
     packed = [name for name in before if f"{name}.absmax" in before]
     assert len(packed) == 7 * model.config.num_layers
     for name, array in before.items():
-        if bitsandbytes.is_part(name) and "quant_state" not in name or name in packed:
+        if weight_of(name) != name and "quant_state" not in name or name in packed:
             same_bits(after[name], array, name)
     for name in packed:
         state = f"{name}.quant_state.bitsandbytes__nf4"

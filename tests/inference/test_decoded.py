@@ -25,7 +25,7 @@ from qlora_jax.nn import (
     QuantizedLinear,
     quantize,
 )
-from qlora_jax.quant import quantize_rows, quantize_tensor
+from qlora_jax.nn.packing import quantize_rows, quantize_tensor
 
 # Of a float32 sum of 4352 products, taken in another order.
 TILED = 2e-5

@@ -12,9 +12,9 @@ import tiny
 from flax import nnx
 from safetensors.numpy import load_file
 
+from pallas_kernels.formats import QuantizedTensor
 from qlora_jax.evaluate import perplexity
 from qlora_jax.models import Decoder
-from qlora_jax.quant import QuantizedTensor
 from qlora_jax.sources.load import load
 
 # Float32 sums in another order; logits are of order 1.

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from pallas_kernels.device import INT8_PIECE_BYTES
-from pallas_kernels.reference import dequantize_rows
+from qlora_jax.config.quant import QuantConfig
 from qlora_jax.nn import (
     Embedding,
     LoRA,
@@ -16,36 +16,11 @@ from qlora_jax.nn import (
     QuantizedLinear,
     TrainedRows,
 )
-from qlora_jax.quant import QuantConfig, dequantize, quantize_rows, quantize_tensor
+from qlora_jax.nn.packing import dequantize, quantize_rows, quantize_tensor
 
 ROUNDING = {"float32": 1e-6, "bfloat16": 2**-8}
 """Of a product's largest value: sums in another order, or one rounding of bfloat16."""
 ROWS = jnp.asarray([3, 0, 49, 3, 17], jnp.int32)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize(
-    ("k", "block_size", "codebook"),
-    [
-        (512, 64, "nf4"),
-        (256, 128, "int4"),
-        (192, 64, "nf4"),
-        (96, 64, "fp4"),
-        (7, 32, "nf4"),
-    ],
-)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rows_are_decoded_as_the_whole_is(k, block_size, codebook, double_quant, dtype):
-    w = jax.random.normal(jax.random.key(0), (50, k))
-    config = QuantConfig(
-        codebook=codebook, block_size=block_size, double_quant=double_quant
-    )
-    q = quantize_tensor(w, config)
-    wanted = np.asarray(dequantize(q, dtype).astype(jnp.float32))[np.asarray(ROWS)]
-    said = jax.jit(dequantize_rows, static_argnums=2)(q, ROWS, dtype)
-    assert said.dtype == dtype
-    np.testing.assert_array_equal(np.asarray(said.astype(jnp.float32)), wanted)
 
 
 @pytest.mark.slow

@@ -7,9 +7,10 @@ import oracle
 import pytest
 from flax import nnx
 
+from pallas_kernels.formats import QuantizedTensor
+from qlora_jax.config.quant import QuantConfig
 from qlora_jax.errors import ShapeError
 from qlora_jax.nn import FrozenParam, Linear, QuantizedLinear, quantize
-from qlora_jax.quant import QuantConfig, QuantizedTensor
 
 
 def normal(*shape: int, dtype: str = "float32") -> jax.Array:

@@ -12,7 +12,7 @@ import tiny
 from flax import nnx
 from optax import ScaleByAdamState
 
-from pallas_kernels.codebook import dynamic_map
+from pallas_kernels.formats.absmax4.codebook import dynamic_map
 from qlora_jax.adapters import split
 from qlora_jax.errors import ConfigError
 from qlora_jax.optim import dynamic_loss_scale, offload

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.codebook import dynamic_map
+from pallas_kernels.formats.absmax4.codebook import dynamic_map
 from qlora_jax.optim.eight_bit import dequantize_moment, quantize_moment
 
 quantize = jax.jit(quantize_moment, static_argnums=(1, 2))

@@ -13,12 +13,13 @@ import tiny
 from flax import nnx
 from safetensors.numpy import load_file
 
-from pallas_kernels.layout import QuantizedTensor
+from pallas_kernels.formats import QuantizedTensor
 from qlora_jax.adapters import Adapter, LoRAConfig, attach
+from qlora_jax.config.quant import QuantConfig
 from qlora_jax.errors import CheckpointError, OutputExistsError, ShapeError
 from qlora_jax.models import Decoder
 from qlora_jax.nn import FrozenParam, Linear, QuantizedLinear, quantize
-from qlora_jax.quant import QuantConfig, dequantize
+from qlora_jax.nn.packing import dequantize
 from qlora_jax.sources import hub
 from qlora_jax.sources.load import load
 from qlora_jax.sources.safetensors import INDEX, SINGLE

@@ -8,8 +8,8 @@ import pytest
 import tiny
 from safetensors.numpy import save_file
 
+from qlora_jax.config.quant import QuantConfig
 from qlora_jax.errors import CheckpointError, OutputExistsError
-from qlora_jax.quant import QuantConfig
 from qlora_jax.sources.load import load
 from qlora_jax.sources.quantize import quantize_folder
 from qlora_jax.sources.safetensors import Checkpoint

@@ -15,6 +15,7 @@ import tiny
 from safetensors.numpy import save_file
 
 import qlora_jax as qlora
+from pallas_kernels.formats import Int8Rows
 from qlora_jax.adapters import LoRAConfig, attach, merge, split
 from qlora_jax.adapters.fingerprint import difference, fingerprint
 from qlora_jax.errors import CheckpointError, ConfigError, ShapeError
@@ -22,7 +23,7 @@ from qlora_jax.exchange.ours import misfits
 from qlora_jax.models import Decoder
 from qlora_jax.models.vocabulary import resize_tokens
 from qlora_jax.nn import Embedding, Linear, QuantizedEmbedding, QuantizedLinear
-from qlora_jax.quant import Int8Rows, dequantize
+from qlora_jax.nn.packing import dequantize
 from qlora_jax.sources.load import outline
 from qlora_jax.sources.safetensors import Checkpoint
 from qlora_jax.sources.save import save_model

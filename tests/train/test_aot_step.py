@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import qlora_jax as qlora
-from pallas_kernels.layout import abstract_tensor
+from pallas_kernels.formats import QuantizedTensor
 from pallas_kernels.packed_matmul import choose
 from qlora_jax.budget.setup import Setup
 from qlora_jax.models import Decoder, DecoderConfig
@@ -157,7 +157,7 @@ def test_a_models_shapes_go_by_the_tuned_table():
     shapes = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]
     with absent_gpu("h200"):  # what the step is traced for
         for shape, direction in itertools.product(shapes, ("forward", "backward")):
-            w = abstract_tensor(shape)
+            w = QuantizedTensor.abstract(shape)
             choice = choose(direction, BATCH * SEQ, w, jnp.dtype(jnp.bfloat16))
             assert choice.implementation == "hopper"
             assert choice.why.startswith("measured on NVIDIA H200"), choice

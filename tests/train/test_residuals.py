@@ -11,8 +11,8 @@ from flax import nnx
 
 from qlora_jax.adapters import join, split
 from qlora_jax.nn import Linear, QuantizedEmbedding, QuantizedLinear
+from qlora_jax.nn.packing import quantize_rows
 from qlora_jax.objectives import SFT
-from qlora_jax.quant import quantize_rows
 
 SEQ = 7
 """An odd one: no activation then has the size of a weight by chance."""

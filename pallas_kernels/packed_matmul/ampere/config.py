@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from pallas_kernels.device import Device
-from pallas_kernels.layout import QuantizedTensor
+from pallas_kernels.formats import QuantizedTensor
 from pallas_kernels.packed_matmul import mosaic
 from pallas_kernels.tuning import Problem
 

@@ -13,8 +13,8 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels import codebook as cb
 from pallas_kernels.annotations import Array
+from pallas_kernels.formats.absmax4 import codebook as cb
 from pallas_kernels.packed_matmul import registers
 from pallas_kernels.packed_matmul.ampere.config import Config
 

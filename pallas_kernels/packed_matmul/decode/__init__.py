@@ -8,7 +8,7 @@ import jax
 
 from pallas_kernels.annotations import Array
 from pallas_kernels.device import Device
-from pallas_kernels.layout import QuantizedTensor
+from pallas_kernels.formats import QuantizedTensor
 from pallas_kernels.packed_matmul.decode import config
 from pallas_kernels.packed_matmul.implementation import Addend, Implementation, added
 from pallas_kernels.tuning import Choice

@@ -22,10 +22,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import codebook as cb
-from pallas_kernels import reference
 from pallas_kernels.annotations import Array, Float
-from pallas_kernels.layout import QuantizedTensor
+from pallas_kernels.formats import QuantizedTensor
+from pallas_kernels.formats.absmax4 import codebook as cb
 from pallas_kernels.packed_matmul.decode.config import Config
 from pallas_kernels.packed_matmul.decode.steps import GROUPS, SUMS, Steps, table_rows
 
@@ -60,8 +59,8 @@ def forward(
     codes, absmax = w.codes, _absmax_operands(w)
     short = 256 * GROUPS * config.splits - k
     if short > 0:  # a tiny weight; absmax 0 adds nothing
-        plain = jnp.repeat(reference.decode_absmax(w), w.block_size // 64)
-        absmax = [jnp.pad(plain.reshape(n, -1), ((0, 0), (0, short // 64)))]
+        plain = jnp.repeat(w.decode_absmax(), w.block_size // 64, axis=1)
+        absmax = [jnp.pad(plain, ((0, 0), (0, short // 64)))]
         codes = jnp.pad(codes, ((0, 0), (0, short // 4)))
         x = jnp.pad(x, ((0, 0), (0, short)))
     kernel = _Kernel(x, n, w, config, len(absmax) > 1, num_sms, interpret)
@@ -70,15 +69,14 @@ def forward(
 
 def _absmax_operands(w: QuantizedTensor) -> list[Array]:
     """Absmax of every 64 elements, (n, k/64): codes, scale and offset, or float32."""
-    n = w.shape[0]
     stored = w.absmax_codes if w.double_quant else w.absmax
     assert stored is not None
     if w.block_size > 64:
-        stored = jnp.repeat(stored, w.block_size // 64)
+        stored = jnp.repeat(stored, w.block_size // 64, axis=1)
     if not w.double_quant:
-        return [stored.reshape(n, -1)]
+        return [stored]
     assert w.absmax_scale is not None and w.absmax_offset is not None
-    return [stored.reshape(n, -1), w.absmax_scale, w.absmax_offset.reshape(1)]
+    return [stored, w.absmax_scale, w.absmax_offset.reshape(1)]
 
 
 class _Kernel(Steps):

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 
-from pallas_kernels import codebook as cb
+from pallas_kernels.formats.absmax4 import codebook as cb
 from pallas_kernels.packed_matmul.decode import plain, warp
 
 GROUPS = 4

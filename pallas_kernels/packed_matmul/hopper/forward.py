@@ -7,8 +7,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import codebook as cb
 from pallas_kernels.annotations import Array, Float, UInt16
+from pallas_kernels.formats.absmax4 import codebook as cb
 from pallas_kernels.packed_matmul import registers, tiles
 from pallas_kernels.packed_matmul.hopper import pipeline
 from pallas_kernels.packed_matmul.hopper.config import Config

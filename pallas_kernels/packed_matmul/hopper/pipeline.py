@@ -10,8 +10,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import codebook as cb
 from pallas_kernels.annotations import Array
+from pallas_kernels.formats.absmax4 import codebook as cb
 from pallas_kernels.packed_matmul import registers
 from pallas_kernels.packed_matmul.hopper.config import MEMORY_REGISTERS, Config
 

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from pallas_kernels.formats import PackedWeight
 from qlora_jax.exchange.peft.names import Tensors
 from qlora_jax.models import Decoder
 from qlora_jax.names import EMBEDDING, HEAD
-from qlora_jax.quant import Quantized
 
 TABLES = (f"{EMBEDDING}.weight", f"{EMBEDDING}.lora_a", f"{HEAD}.kernel")
 """Parameters with a row a token."""
@@ -90,6 +90,6 @@ def _own_weight(model: Decoder, name: str) -> Any:
         table = model.lm_head.kernel.get_value()
     else:
         table = model.embed_tokens.weight.get_value()
-    if isinstance(table, Quantized):  # further from a copy than its rounding
+    if isinstance(table, PackedWeight):  # further from a copy than its rounding
         return jax.ShapeDtypeStruct(table.shape, "float32")
     return table if isinstance(table, jax.ShapeDtypeStruct) else np.asarray(table, "f4")

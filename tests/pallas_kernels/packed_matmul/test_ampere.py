@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import reference
-from qlora_jax.quant import quantize_tensor
+from qlora_jax.nn.packing import quantize_tensor
 
 if jax.__version_info__ < (0, 11, 2):
     pytest.skip("Mosaic GPU kernels need jax >= 0.11.2", allow_module_level=True)
@@ -50,7 +49,7 @@ def test_products_with_stand_ins(case, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(plgpu, "mma", mma)
     rng = np.random.default_rng()
     w = quantize_tensor(jnp.asarray(rng.standard_normal((n, k)) * 0.02, jnp.float32))
-    decoded = np.asarray(reference.dequantize(w, "bfloat16"), np.float64)
+    decoded = np.asarray(w.decode_one("bfloat16"), np.float64)
     right = decoded.T if direction == "forward" else decoded
     x = jnp.asarray(rng.standard_normal((m, right.shape[0])), jnp.bfloat16)
     want, addend = np.asarray(x, np.float64) @ right, None
@@ -63,7 +62,7 @@ def test_products_with_stand_ins(case, monkeypatch: pytest.MonkeyPatch):
     got = product(
         x,
         w.codes,
-        reference.decode_absmax(w).reshape(n, -1).T,
+        w.decode_absmax().reshape(n, -1).T,
         addend,
         config=Config(decoder="select", **fields),
         codebook="nf4",

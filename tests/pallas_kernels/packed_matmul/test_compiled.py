@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import layout, tuning
+from pallas_kernels import tuning
 from pallas_kernels.device import Device
-from pallas_kernels.layout import QuantizedTensor, abstract_tensor
+from pallas_kernels.formats import QuantizedTensor
 from pallas_kernels.packed_matmul import ampere, choose, decode, hopper
 from pallas_kernels.shapes import SHAPES
 from pallas_kernels.tuning import Problem
@@ -108,14 +108,12 @@ class Case:
         kernel = kernel_of(self.implementation, self.direction)
         spec = jax.ShapeDtypeStruct
         if self.implementation == "decode":
-            entries = layout.array_shapes((n, k), 64, "planar256", True)
+            specs, treedef = jax.tree.flatten(QuantizedTensor.abstract((n, k)))
 
             def product(x, *arrays):
-                arrays = dict(zip(entries, arrays, strict=True))
-                w = QuantizedTensor(**arrays, shape=(n, k), layout="planar256")
+                w = jax.tree.unflatten(treedef, arrays)
                 return kernel(x, w, config=config, num_sms=num_sms)
 
-            specs = [spec(s, d) for s, d in entries.values()]
             return aot.mosaic_kernel(target, product, spec((m, k), dtype), *specs)
 
         def product(x, codes, scales, *addend):
@@ -147,7 +145,7 @@ def chosen() -> list[Case]:
     asked = [(None, exact) for exact in (False, True)]
     asked += [(name, False) for name in ("hopper", "decode")]
     for shape in SHAPES.values():
-        w = abstract_tensor((shape.n, shape.k))
+        w = QuantizedTensor.abstract((shape.n, shape.k))
         for name, exact in asked:
             for direction in ("forward", "backward"):
                 for m in (1 << e for e in range(15)):
@@ -248,7 +246,7 @@ def ragged() -> list[Case]:
     for direction, m, n in itertools.product(
         ("forward", "backward"), (16, 512), (1000, 32064)
     ):
-        w, bf16 = abstract_tensor((n, 4096)), jnp.dtype(jnp.bfloat16)
+        w, bf16 = QuantizedTensor.abstract((n, 4096)), jnp.dtype(jnp.bfloat16)
         choice = choose(direction, m, w, bf16, device=H200, name="hopper")
         config = hopper.config.Config(**dict(choice.config))
         case = Case("hopper", direction, m, n, 4096, config, rank=RANK, why="ragged")

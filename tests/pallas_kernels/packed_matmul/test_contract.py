@@ -16,7 +16,7 @@ import oracle
 import pytest
 
 from pallas_kernels import device, nf4_matmul
-from pallas_kernels.layout import QuantizedTensor
+from pallas_kernels.formats import QuantizedTensor
 from pallas_kernels.packed_matmul import IMPLEMENTATIONS, choice, choose, two_pass, xla
 from pallas_kernels.packed_matmul.mosaic import MOSAIC_JAX
 from pallas_kernels.shapes import SHAPES as MODEL_SHAPES

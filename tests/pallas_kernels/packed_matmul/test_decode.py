@@ -19,8 +19,8 @@ import numpy as np
 import oracle
 import pytest
 
-from pallas_kernels import codebook as cb
-from pallas_kernels.layout import QuantizedTensor
+from pallas_kernels.formats import QuantizedTensor
+from pallas_kernels.formats.absmax4 import codebook as cb
 
 if jax.__version_info__ < (0, 11, 2):
     pytest.skip("Mosaic GPU kernels need jax >= 0.11.2", allow_module_level=True)

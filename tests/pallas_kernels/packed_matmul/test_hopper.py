@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import reference
-from qlora_jax.quant import QuantConfig, quantize_tensor
+from qlora_jax.config.quant import QuantConfig
+from qlora_jax.nn.packing import quantize_tensor
 
 if jax.__version_info__ < (0, 11, 2):
     pytest.skip("Mosaic GPU kernels need jax >= 0.11.2", allow_module_level=True)
@@ -68,7 +68,7 @@ def check(case: Case) -> float:
     rng = np.random.default_rng()
     dense = jnp.asarray(rng.standard_normal((case.n, case.k)) * 0.02, jnp.float32)
     w = quantize_tensor(dense, QuantConfig())
-    decoded = np.asarray(reference.dequantize(w, case.dtype), np.float64)
+    decoded = np.asarray(w.decode_one(case.dtype), np.float64)
     right = decoded if case.backward else decoded.T
     x = jnp.asarray(rng.standard_normal((case.m, right.shape[0])), case.dtype)
     want = np.asarray(x, np.float64) @ right
@@ -81,7 +81,7 @@ def check(case: Case) -> float:
     y = (backward.backward if case.backward else forward.forward)(
         x,
         w.codes,
-        reference.decode_absmax(w).reshape(case.n, -1).T,
+        w.decode_absmax().reshape(case.n, -1).T,
         addend,
         config=case.config,
         codebook="nf4",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from ptx import run
 
-from pallas_kernels import codebook as cb
+from pallas_kernels.formats.absmax4 import codebook as cb
 
 pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 if jax.__version_info__ < (0, 11, 2):

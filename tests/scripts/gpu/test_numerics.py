@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from gpu_cases import case
 
-from pallas_kernels import layout, reference
+from pallas_kernels.formats import QuantizedTensor
 from pallas_kernels.packed_matmul import IMPLEMENTATIONS
 from pallas_kernels.packed_matmul.implementation import Implementation
 from scripts.gpu import numerics, report
@@ -63,7 +63,7 @@ def test_what_is_wrong_fails(monkeypatch, direction, change):
 
 def test_weights_that_are_near_are_not_exact(monkeypatch):
     def twice_rounded(x, w, addend, choice, device):
-        w = reference.dequantize(w, "float16").astype(x.dtype)
+        w = w.decode("float16").astype(x.dtype)
         return jnp.dot(x, w.T, preferred_element_type=jnp.float32).astype(x.dtype)
 
     one = Implementation(forward=twice_rounded, backward=None, refuses=lambda *_: None)
@@ -73,9 +73,9 @@ def test_weights_that_are_near_are_not_exact(monkeypatch):
 
 
 def test_the_oracle_decodes_as_the_reference():
-    spec = layout.abstract_tensor((64, 512), codebook="fp4")
+    spec = QuantizedTensor.abstract((64, 512), codebook="fp4")
     w = numerics._random_weight(spec, np.random.default_rng(0))
-    want = reference.dequantize(jax.tree.map(jnp.asarray, w), "float32")
+    want = jax.tree.map(jnp.asarray, w).decode("float32")
     np.testing.assert_array_equal(numerics.decoded(w), want)
 
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import layout, reference, tuning
+from pallas_kernels import tuning
 from pallas_kernels.device import Device
+from pallas_kernels.formats import QuantizedTensor
 from pallas_kernels.packed_matmul import IMPLEMENTATIONS, ampere, choose
 from pallas_kernels.packed_matmul.mosaic import MOSAIC_JAX
 from pallas_kernels.tuning import Problem
@@ -78,7 +79,7 @@ def test_a_candidate_is_the_product(what, direction, rank):
     x, *pair = args = [data(one) for one in built.fixed]
     w = jax.tree.map(data, built.rotated[0])
     got = np.asarray(built.run(*args, w), np.float64)
-    dense = np.asarray(reference.dequantize(w, BF16), np.float64)
+    dense = np.asarray(w.decode(BF16), np.float64)
     want = np.asarray(x, np.float64) @ (dense if direction == "backward" else dense.T)
     if rank:
         u, v = (np.asarray(a, np.float64) for a in pair)
@@ -154,7 +155,7 @@ def test_the_table_has_the_fastest_and_the_failures(tune, tmp_path, capsys):
 
 @needs_mosaic
 def test_the_library_takes_what_was_tuned(tune):
-    w = layout.abstract_tensor((4096, 8192))
+    w = QuantizedTensor.abstract((4096, 8192))
 
     def taken(direction, m):
         return choose(direction, m, w, BF16, device=H200)

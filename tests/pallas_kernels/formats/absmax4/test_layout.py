@@ -1,14 +1,10 @@
 """The storage contract (C1): each layout is an exact permutation of the others."""
 
-import dataclasses
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import layout
-from pallas_kernels.layout import QuantizedTensor
+from pallas_kernels.formats.absmax4 import layout
 
 SHAPES = {
     "planar256": (3, 512),
@@ -22,13 +18,6 @@ def random_codes(shape: tuple[int, ...], where: str = "planar") -> np.ndarray:
     codes = np.random.default_rng(0).integers(0, 16, size).astype(np.uint8)
     # The flat layout pads an odd size with one element.
     return np.append(codes, np.uint8(0)) if where == "flat" and size % 2 else codes
-
-
-def quantized(where: str = "planar64", *, double_quant: bool = True) -> QuantizedTensor:
-    shape = SHAPES[where]
-    entries = layout.array_shapes(shape, 64, where, double_quant)
-    arrays = {name: jnp.zeros(*entry) for name, entry in entries.items()}
-    return QuantizedTensor(**arrays, shape=shape, layout=where)
 
 
 @pytest.mark.parametrize(
@@ -120,43 +109,3 @@ def test_all_layouts_of_one_tensor_hold_the_same_codes():
     ]
     np.testing.assert_array_equal(codes[0], codes[1])
     np.testing.assert_array_equal(codes[0], codes[2])
-
-
-@pytest.mark.parametrize("where", SHAPES)
-def test_array_shapes_tells_what_pack_makes(where):
-    shape = SHAPES[where]
-    stored = layout.pack(random_codes(shape, where), where, shape)
-    entry = layout.array_shapes(shape, 64, where, True)["codes"]
-    assert entry == (stored.shape, stored.dtype.name)
-
-
-def test_a_quantized_tensor_counts_its_bytes_and_blocks():
-    plain = quantized("flat", double_quant=False)
-    double = quantized("flat")
-    assert plain.blocks == double.blocks == 4  # 231 elements: the last is partial
-    assert not plain.double_quant and plain.nbytes == 116 + 4 * 4
-    assert double.double_quant and double.nbytes == 116 + 4 + 4 + 4
-
-
-def test_a_quantized_tensor_passes_through_tree_transformations():
-    q = quantized()
-    leaves, treedef = jax.tree.flatten(q)
-    assert len(leaves) == 4
-    assert jax.tree.unflatten(treedef, leaves).shape == q.shape
-    assert jax.tree.map(lambda leaf: leaf.ndim > 0, q).codes is True
-    shapes = jax.eval_shape(lambda q: q, q)
-    assert shapes.codes.shape == q.codes.shape and shapes.codebook == "nf4"
-    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), q)
-    sums = jax.vmap(lambda q: q.absmax_codes.sum())(stacked)
-    assert sums.shape == (2,)
-
-
-def test_a_quantized_tensors_leaves_have_names():
-    paths = jax.tree_util.tree_flatten_with_path(quantized())[0]
-    names = [jax.tree_util.keystr(path) for path, _ in paths]
-    assert names == [".codes", ".absmax_codes", ".absmax_scale", ".absmax_offset"]
-
-
-def test_a_quantized_tensor_is_frozen():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        quantized().codes = None

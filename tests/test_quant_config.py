@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
+from qlora_jax.config.quant import QuantConfig
 from qlora_jax.errors import ConfigError
-from qlora_jax.quant import QuantConfig
 
 
 def test_the_defaults_are_those_of_the_paper():

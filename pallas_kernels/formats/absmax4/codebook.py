@@ -12,6 +12,9 @@ import numpy as np
 Codebook = Literal["nf4", "fp4", "int4"]
 CODEBOOKS: tuple[Codebook, ...] = get_args(Codebook)
 
+BLOCK_SIZES = tuple(2**i for i in range(5, 13))
+"""Numbers of elements that may share one absmax."""
+
 ABSMAX_BLOCK_SIZE = 256
 """Absmax values that share one `absmax_scale` in double quantization."""
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from pallas_kernels import codebook as cb
+from pallas_kernels.formats.absmax4 import codebook as cb
 
 # bitsandbytes csrc/kernels.cu, dQuantizeNF4: a value above one takes the upper code.
 NF4_THRESHOLDS = (
