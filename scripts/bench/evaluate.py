@@ -86,7 +86,7 @@ class Transformers:
             some = order[start : start + self.batch_size]
             prompts = [rows[i]["prompt"] for i in some]
             for i, ids, gaps in zip(some, *self._generated(prompts), strict=True):
-                found[i] = self._scored(ids, rows[i]["answer"]) | {"gaps": gaps}
+                found[i] = self._scored(ids, rows[i]["completion"]) | {"gaps": gaps}
         return found
 
     def _generated(self, prompts: list[str]) -> tuple[Any, list[list[float]]]:
@@ -158,7 +158,7 @@ def prepared(args: argparse.Namespace) -> Row:
     gsm8k = [
         {
             "prompt": f"{shots}Question: {row['question']}\nAnswer:",
-            "answer": f" {row['answer']}",
+            "completion": f" {row['answer']}",
         }
         for row in read(args.gsm8k)[: args.questions]
     ]
@@ -174,7 +174,6 @@ def ours(args: argparse.Namespace, folder: Path, rows: Row) -> Row:
         "gsm8k": [
             *("--exact-match", "--answer-pattern", "gsm8k", "--stop", STOP),
             *("--max-new-tokens", str(args.new_tokens)),
-            *("--data.input-key", "prompt", "--data.output-key", "answer"),
         ],
     }
     said = {}

@@ -48,7 +48,7 @@ It says that estimate.py still is what was fitted, nothing of other models."""
 HOST = 5e-3
 """Of what is planned for the host, which is counted: XLA's own account differs by a buffer
 or two of a micro-batch's activations."""
-LEFT_OUT = {"gpu": (0.024, 0.174), "cpu": (0.046, 0.137)}
+LEFT_OUT = {"gpu": (0.024, 0.171), "cpu": (0.035, 0.117)}
 """Typical (median) and largest error of a fit on a model that it was made without."""
 BEYOND_THE_MARGIN = {
     ("gpu", "qwen2-0.5b", '{"max_tokens": 1024, "embedding": "4bit"}'),
@@ -165,7 +165,7 @@ UNSEEN = {
     ("gpu", "qwen3-30b-a3b"): 0.07,
     ("cpu", "smollm2-360m"): 0.04,
     ("cpu", "qwen3-4b"): 0.02,
-    ("cpu", "gemma3-1b"): 0.28,
+    ("cpu", "gemma3-1b"): 0.04,
     ("cpu", "qwen3-30b-a3b"): 0.04,
 }
 """The largest error of the plan on models that no fit has had, as it was measured."""
@@ -300,6 +300,7 @@ def test_a_setting_of_training_that_does_not_matter_changes_nothing():
         **{"schedule": "cosine", "warmup_ratio": 0.5, "max_grad_norm": None, "seed": 1},
         **{"weight_decay": 0.1, "beta1": 0.5, "beta2": 0.5, "eval_every": 1},
         **{"save_every": None, "keep_checkpoints": 1, "resident_bytes": 1},
+        "objective": "a.module:OF_ITS_OWN",
     }
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     assert names == others.keys() | MATTERING.keys()
