@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from qlora_jax.adapters.attach import base_fingerprint
+from qlora_jax.adapters.attached import base_fingerprint
 from qlora_jax.adapters.fingerprint import difference
 from qlora_jax.adapters.names import WRAPPED_BIAS, stacked_names, uneven, whole
 from qlora_jax.adapters.value import Adapter

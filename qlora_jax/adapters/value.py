@@ -7,13 +7,8 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
-from qlora_jax.adapters.attach import (
-    attach_zero,
-    base_fingerprint,
-    detach,
-    lora_config,
-    split,
-)
+from qlora_jax.adapters.attach import attach_zero, detach, split
+from qlora_jax.adapters.attached import base_fingerprint, lora_config
 from qlora_jax.adapters.fingerprint import difference, fingerprint
 from qlora_jax.adapters.names import flatten, unflatten
 from qlora_jax.config.lora import LoRAConfig

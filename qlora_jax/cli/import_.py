@@ -4,7 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.adapters.attach import lora_config, split
+from qlora_jax.adapters.attach import split
+from qlora_jax.adapters.attached import lora_config
 from qlora_jax.cli import options
 from qlora_jax.config.quant import QuantOptions
 from qlora_jax.errors import ConfigError

@@ -20,7 +20,8 @@ from jaxtyping import Array
 
 from pallas_kernels.formats import PackedWeight
 from qlora_jax.adapters import low_rank
-from qlora_jax.adapters.attach import attach_zero, lora_config
+from qlora_jax.adapters.attach import attach_zero
+from qlora_jax.adapters.attached import lora_config
 from qlora_jax.adapters.fingerprint import Scales, fingerprint
 from qlora_jax.adapters.folding import Factors, Folding, fold, with_rows
 from qlora_jax.adapters.merge import correction_config, correction_key, merge

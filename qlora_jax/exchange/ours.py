@@ -18,7 +18,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from qlora_jax.adapters.attach import attach_zero, base_fingerprint, detach
+from qlora_jax.adapters.attach import attach_zero, detach
+from qlora_jax.adapters.attached import base_fingerprint
 from qlora_jax.adapters.fingerprint import difference
 from qlora_jax.adapters.names import (
     check_names,

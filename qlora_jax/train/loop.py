@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from qlora_jax.adapters.attach import join, lora_config, split
+from qlora_jax.adapters.attach import join, split
+from qlora_jax.adapters.attached import lora_config
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.config.train import TrainConfig
 from qlora_jax.data import Dataset

@@ -130,8 +130,8 @@ MUTANTS = (
     Mutant(
         "peft-names",
         "qlora_jax/exchange/peft/write.py",
-        'return names[str(first)].rpartition(".")[2]',
-        'return names[str(first)].rpartition(".")[0]',
+        'else names[first].rpartition(".")[2]',
+        'else names[first].rpartition(".")[0]',
         "tests/exchange/test_peft.py",
     ),
     Mutant(

@@ -8,7 +8,7 @@ import tiny
 from flax import nnx
 
 from qlora_jax.adapters import LoRAConfig, attach, join, split
-from qlora_jax.adapters.attach import base_fingerprint, lora_config
+from qlora_jax.adapters.attached import base_fingerprint, lora_config
 from qlora_jax.adapters.fingerprint import fingerprint
 from qlora_jax.errors import AdapterMismatchError, ConfigError
 from qlora_jax.nn import FrozenParam, LoRA, quantize

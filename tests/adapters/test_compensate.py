@@ -11,7 +11,8 @@ from flax import nnx
 from tiny import One
 
 from qlora_jax.adapters import LoRAConfig, attach
-from qlora_jax.adapters.attach import lora_config, split
+from qlora_jax.adapters.attach import split
+from qlora_jax.adapters.attached import lora_config
 from qlora_jax.adapters.compensate import compensate, input_moments
 from qlora_jax.errors import AdapterMismatchError, ConfigError
 from qlora_jax.exchange.ours import load_adapter, save_adapter

@@ -16,7 +16,7 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax.adapters import join, merge, split
-from qlora_jax.adapters.attach import lora_config
+from qlora_jax.adapters.attached import lora_config
 from qlora_jax.adapters.names import flatten
 from qlora_jax.exchange.ours import load_adapter, save_adapter
 from qlora_jax.exchange.peft import export_peft, import_peft

@@ -12,7 +12,8 @@ import tiny
 
 from qlora_jax.adapters import Adapter, LoRAConfig, attach, detach
 from qlora_jax.adapters.algebra import difference
-from qlora_jax.adapters.attach import base_fingerprint, split
+from qlora_jax.adapters.attach import split
+from qlora_jax.adapters.attached import base_fingerprint
 from qlora_jax.adapters.compensate import compensate
 from qlora_jax.adapters.fingerprint import fingerprint
 from qlora_jax.config.quant import QuantConfig

@@ -15,7 +15,7 @@ import tiny
 from flax import nnx
 
 from qlora_jax.adapters import LoRAConfig, attach, join, split
-from qlora_jax.adapters.attach import lora_config
+from qlora_jax.adapters.attached import lora_config
 from qlora_jax.adapters.compensate import input_moments
 from qlora_jax.adapters.names import flatten
 from qlora_jax.config.train import TrainConfig

@@ -16,7 +16,8 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax.adapters import LoRAConfig
-from qlora_jax.adapters.attach import lora_config, split
+from qlora_jax.adapters.attach import split
+from qlora_jax.adapters.attached import lora_config
 from qlora_jax.cli.main import main
 from qlora_jax.errors import AdapterMismatchError, ConfigError, OutputExistsError
 from qlora_jax.exchange.ours import load_adapter, save_adapter

@@ -22,7 +22,8 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax.adapters import Adapter, LoRAConfig, attach, combine, merge
-from qlora_jax.adapters.attach import join, lora_config, split
+from qlora_jax.adapters.attach import join, split
+from qlora_jax.adapters.attached import lora_config
 from qlora_jax.cli.main import main
 from qlora_jax.errors import AdapterMismatchError, ConfigError
 from qlora_jax.exchange.ours import load_adapter, save_adapter

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from pallas_kernels.formats import QuantizedTensor, weight_of
 from pallas_kernels.formats.absmax4 import codebook as cb
 from qlora_jax.adapters import merge, split
-from qlora_jax.adapters.attach import lora_config
+from qlora_jax.adapters.attached import lora_config
 from qlora_jax.adapters.names import flatten
 from qlora_jax.cli import inspect
 from qlora_jax.config.quant import QuantConfig

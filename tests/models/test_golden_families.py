@@ -16,7 +16,7 @@ from models import family_cases as cases
 from safetensors.numpy import save_file
 
 import qlora_jax as qlora
-from qlora_jax.adapters.attach import lora_config
+from qlora_jax.adapters.attached import lora_config
 from qlora_jax.models import FAMILIES, Decoder
 from qlora_jax.models.cache import Cache
 from qlora_jax.nn import Linear, QuantizedLinear

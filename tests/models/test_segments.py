@@ -13,7 +13,7 @@ from flax import nnx
 from models import unlike
 
 import qlora_jax as qlora
-from qlora_jax.adapters.attach import lora_config
+from qlora_jax.adapters.attached import lora_config
 from qlora_jax.adapters.names import flatten
 from qlora_jax.exchange.ours import load_adapter, save_adapter
 from qlora_jax.models import Decoder

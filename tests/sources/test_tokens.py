@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 import qlora_jax as qlora
 from qlora_jax.adapters import LoRAConfig, attach, merge, split
-from qlora_jax.adapters.attach import base_fingerprint
+from qlora_jax.adapters.attached import base_fingerprint
 from qlora_jax.adapters.fingerprint import fingerprint
 from qlora_jax.cli.main import main
 from qlora_jax.errors import ConfigError, ShapeError

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from qlora_jax.adapters.attach import lora_config, split
+from qlora_jax.adapters.attach import split
+from qlora_jax.adapters.attached import lora_config
 from qlora_jax.adapters.names import flatten
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.errors import (
