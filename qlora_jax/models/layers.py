@@ -138,13 +138,13 @@ def through(
     Returns:
       The last layer's output, and for each slot the outputs of its layers, stacked.
     """
-    outputs, at = [], 0
+    outputs, first = [], 0
     for segment in segments:
-        upto = at + len(segment.pattern)
+        end = first + len(segment.pattern)
         run = functools.partial(_segment, segment.repeats, apply, checkpoint)
-        x, made = run(x, stacks[at:upto], extra[at:upto])
+        x, made = run(x, stacks[first:end], extra[first:end])
         outputs += made
-        at = upto
+        first = end
     return x, outputs
 
 
