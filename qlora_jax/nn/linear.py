@@ -41,17 +41,17 @@ class Linear(nnx.Module):
     @property
     def in_features(self) -> int:
         """Size of the last axis of an input."""
-        return self.kernel[...].shape[-1]
+        return self.kernel.get_value().shape[-1]
 
     @property
     def out_features(self) -> int:
         """Size of the last axis of an output."""
-        return self.kernel[...].shape[-2]
+        return self.kernel.get_value().shape[-2]
 
     @property
     def stack(self) -> tuple[int, ...]:
         """Leading axes: () for one layer, (layers,) for a stack."""
-        return self.kernel[...].shape[:-2]
+        return self.kernel.get_value().shape[:-2]
 
     def weight(self, dtype: str | None = None) -> Float[Array, "*stack out in"]:
         """Returns the dense kernel, in its own dtype unless one is given."""

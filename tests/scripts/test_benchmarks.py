@@ -204,4 +204,5 @@ def test_files_that_are_named_are_there():
         for word in words:
             places = ["", "scripts", "scripts/results", "pallas_kernels"]
             places += [f"pallas_kernels/packed_matmul{one}" for one in ("", "/decode")]
+            places += [f"pallas_kernels/formats{one}" for one in ("", "/absmax4")]
             assert any((ROOT / place / word).exists() for place in places), (text, word)
