@@ -18,7 +18,7 @@ from pallas_kernels.products import dot
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Product:
-    """How weights of one format are multiplied. Both functions accumulate in float32.
+    """Says how weights of one format are multiplied. Both functions accumulate in float32.
 
     Attributes:
       plain: (x (*batch, k), w, implementation) -> x @ w.T, (*batch, n) in x's dtype.

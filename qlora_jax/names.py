@@ -1,4 +1,4 @@
-"""How a parameter is called: the one grammar of names (design.md, C9).
+"""Defines what a parameter is called: the one grammar of names (design.md, C9).
 
 A **path** names a parameter of a model in memory, whose layers are stacked, such as
 `layers.attn.q_proj.lora_a` and `layers.mlp.experts.up_proj.kernel`. A **numbered name** names

@@ -1,4 +1,4 @@
-"""Where a user's caches lie."""
+"""Finds the folders that a user's caches lie in."""
 
 import os
 from pathlib import Path

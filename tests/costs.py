@@ -1,4 +1,4 @@
-"""Where the tests' time goes: `scripts/test -p costs ...` ends with a table by file.
+"""Tells where the tests' time goes: `scripts/test -p costs ...` ends with a table by file.
 
 Every test reports the seconds that jax spent in tracing, in lowering and in the compilers
 (XLA, LLVM and, for a GPU, ptxas), how many programs it compiled, how many it found in the

@@ -121,4 +121,4 @@ CASES = {
     "int8 rows": Case("int8_rows", (40, 24), 0.01, _int8),
     "float8 rows": Case("float8_rows", (6, 24), 0.04, _float8),
 }
-"""Of every format at least one."""
+"""Cases by name; every format has at least one."""

@@ -25,7 +25,7 @@ EXCUSED = (
     "needs the golden case",
     "needs models that no registry is asked for",
 )
-"""How reasons begin for which a test may run nowhere: the project passes without these."""
+"""Reasons for which a test may run nowhere begin so: the project passes without these."""
 
 DAY = int(time.time() // 86400)
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9.-]*[a-z0-9]")
 OTHERS = {"--debug", "--no-compile-cache", "--help", "--max-steps"}
-"""Of the command itself, and of scripts."""
+"""Flags that are the command's own, or those of scripts."""
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""How a frozen weight is stored: one class a format, which answers for itself.
+"""Defines how a frozen weight is stored: each format is one class, which answers for itself.
 
 Everything above holds a `PackedWeight` and asks it (base.py says what). A format is added
 by its file here, a line in `FORMATS`, and a line in the tests' table

@@ -27,7 +27,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "two_pass": two_pass.IMPLEMENTATION,
     "xla": xla.IMPLEMENTATION,
 }
-"""By name, best first. 'two_pass' and 'xla' run everywhere; 'xla' stays last."""
+"""The names stand best first. 'two_pass' and 'xla' run everywhere; 'xla' stays last."""
 
 
 def choose(

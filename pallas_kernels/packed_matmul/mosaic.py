@@ -21,7 +21,7 @@ MOSAIC_JAX = (0, 11, 2)
 """The first jax whose Mosaic GPU dialect the kernels are written in."""
 
 Decoder = Literal["select", "permute", "table", "table_exact"]
-"""How codes become values; see registers.py."""
+"""Codes become values in one of these ways; registers.py has them."""
 
 
 def decodes_exactly(decoder: Decoder) -> bool:
@@ -31,7 +31,7 @@ def decodes_exactly(decoder: Decoder) -> bool:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiling:
-    """How output tiles are cut and walked over; what the kernels' Configs begin with.
+    """Says how output tiles are cut and walked over, with which the kernels' Configs begin.
 
     Attributes:
       block_m: Tokens of an output tile, a power of two.

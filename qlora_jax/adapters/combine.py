@@ -234,7 +234,7 @@ def _check_ranks(parts: Sequence[Updates], method: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Mixing:
-    """How matrices of one shape, one of each adapter, become one.
+    """Says how matrices of one shape, one of each adapter, become one.
 
     Attributes:
       method: One of PEFT's on factors.

@@ -41,7 +41,8 @@ Moments = Mapping[str, Array]
 
 
 PISSA_ROUNDS = 5
-"""Of quantizing what the adapter leaves, and fitting the adapter: PiSSA's T."""
+"""Init 'pissa' goes so many rounds, each of which quantizes what the adapter leaves and fits
+the adapter again: T in its paper (arXiv 2404.02948, section 3.2)."""
 
 
 class Compensation(NamedTuple):

@@ -29,7 +29,7 @@ _dot = functools.partial(jnp.matmul, precision="highest")
 
 
 class Rounds(NamedTuple):
-    """How `alternate` goes.
+    """Says how many rounds `alternate` goes, and from where.
 
     Attributes:
       iterations: Rounds of quantizing w less the adapter, then fitting the adapter. The
@@ -43,7 +43,7 @@ class Rounds(NamedTuple):
 
     @property
     def change_base(self) -> bool:
-        """Whether the base becomes another."""
+        """The 4-bit base becomes another if this is true."""
         return self.iterations > 1 or self.principal
 
 

@@ -55,7 +55,7 @@ class Update:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the update: (..., in, out)."""
+        """The shape of the update, (..., in, out)."""
         return (*self.lora_a.shape[:-1], self.lora_b.shape[-1])
 
     @property

@@ -1,4 +1,4 @@
-"""How much memory the host can still give."""
+"""Finds how many bytes of host memory a run may still take."""
 
 from pathlib import Path
 

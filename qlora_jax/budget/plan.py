@@ -38,10 +38,12 @@ _CHECKPOINT_COST = {"none": 1.0, "attention": 1.25, "layer": 1.33, "host": 1.36}
 activations, of which no weight has its own."""
 _SMALL_COST = 0.02  # of paging the optimizer, and of 4-bit tables
 _TABLE_COST = {"none": 0.0, "int8": 0.5, "4bit": 1.0}
-"""In those; by it int8, which costs least perplexity, is taken before 4-bit tables are."""
+"""The cost of a table's format, in multiples of _SMALL_COST. It makes a plan take int8, which
+costs least perplexity, before it takes 4-bit tables."""
 _STREAM_COST = 1.5
-"""At the least. An H200 took 1.15 with 4 micro-batches of 8B; 1.8 with one, when a layer's
-copies had only its own turn. Copied ahead, as they are now, they are not measured yet."""
+"""A streamed step is taken to last at least so many times as long. An H200 took 1.15 with 4
+micro-batches of 8B; 1.8 with one, when a layer's copies had only its own turn. Copied ahead, as
+they are now, they are not measured yet."""
 _DECODE_TOKENS = 300  # a micro-batch costs as if it had so many tokens more
 PCIE_BYTES_PER_S = 44e9
 FLOPS = 550e12

@@ -27,8 +27,9 @@ VARIABLE = "QLORA_JAX_COMPILE_CACHE"
 FLAG = "--no-compile-cache"
 
 MAX_BYTES = 256 << 20
-"""Of one folder; the entries used longest ago go first. A fine-tune and what follows it take
-1 to 5 MB. jax looks at every entry as it adds one, which forbids far larger folders."""
+"""A folder of compiled programs is kept to this size; the entries used longest ago go first. A
+fine-tune and what follows it take 1 to 5 MB. jax looks at every entry as it adds one, which
+forbids far larger folders."""
 
 MIN_COMPILE_SECONDS = 0.1
 """Programs that compile faster are not kept (scripts/results/README.md)."""

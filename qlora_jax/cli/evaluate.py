@@ -89,18 +89,19 @@ class Args:
     "subject"."""
 
     choices_as: ChoicesAs = "letters"
-    """With --choices: letters lists the choices in the prompt and scores A, B, ... (as MMLU
-    does); texts lists none and scores the choices' own texts (as ARC does)."""
+    """The way in which --choices asks: letters lists the choices in the prompt and scores A, B,
+    ... (as MMLU does); texts lists none and scores the choices' own texts (as ARC does)."""
 
     shots: int = 0
-    """With --choices: examples with answers that go before each question, of its subject."""
+    """With --choices so many answered examples, of the question's subject, go before each
+    question. MMLU is usually given five."""
 
     shots_data: Path | None = None
-    """With --shots: the rows that examples are taken from; None for the other rows of the
+    """The rows that the examples of --shots are taken from; None takes the other rows of the
     same file."""
 
     predictions: Path | None = None
-    """With --exact-match or --choices: write every answer there (.jsonl)."""
+    """Every answer of --exact-match or --choices is written to this file (.jsonl)."""
 
     window: int | None = None
     """Text: tokens of a window, BOS not counted; None for what the model was made for."""

@@ -40,10 +40,10 @@ class Args:
     """Instead: a .jsonl file of prompts, answered in batches."""
 
     out: Path | None = None
-    """With --prompts: the .jsonl file to write, the same rows with a "completion"."""
+    """With --prompts this .jsonl file is written: the same rows, each with a "completion"."""
 
     batch_size: int = 8
-    """With --prompts: rows at once."""
+    """With --prompts so many rows are answered at once; fewer need less memory."""
 
     adapter: str | None = None
     """Run folder, adapter folder or PEFT folder."""
@@ -53,7 +53,7 @@ class Args:
     "adapter" field; base, or no such field, is the model alone."""
 
     route: tuple[str, ...] = ()
-    """With --prompt and --adapters: the name for each prompt, or base."""
+    """With --prompt and --adapters each prompt takes the adapter of this name, or base."""
 
     quant: QuantOptions = QuantOptions()
     """auto: a dense folder stays dense, or is held as the adapter's run held it."""

@@ -41,8 +41,9 @@ class Args:
     """Save merged linears in 4 bits instead, which loses a part of the adapter."""
 
     correction_rank: int | None = None
-    """With --requantize: the best adapter of this rank for what that lost, written to
-    adapter/ in --out, to be loaded with it."""
+    """With --requantize this writes, to adapter/ in --out, the best adapter of this rank for
+    what that lost, to be loaded with the merged folder. A higher rank makes up for more of
+    it."""
 
     correction_iterations: int = 1
     """Rounds of quantizing anew what that adapter leaves, and fitting it again. More than one

@@ -1,4 +1,4 @@
-"""How a run's adapter starts, where it starts from more than zero (`--lora.init`)."""
+"""Starts a run's adapter that begins with more than zeros (`--lora.init`)."""
 
 import shutil
 import sys
@@ -22,7 +22,8 @@ from qlora_jax.sources.save import save_model
 from qlora_jax.sources.source import Source
 
 CALIBRATION_TOKENS = 16384
-"""Of the training rows, for the moments that --lora.init qera needs."""
+"""So many tokens of the training rows are run to measure the moments that --lora.init qera
+needs. More make them steadier, and take longer."""
 
 
 def compensated(

@@ -7,13 +7,13 @@ from pallas_kernels.formats.absmax4.codebook import BLOCK_SIZES, CODEBOOKS, Code
 from qlora_jax.errors import ConfigError
 
 TableFormat = Literal["none", "4bit", "int8"]
-"""Of embedding or head: 'none' leaves it dense; '4bit' is as QuantConfig has linears; 'int8'
-has one absmax a row of the vocabulary."""
+"""An embedding or a head is held so: 'none' leaves it dense; '4bit' stores it as QuantConfig
+says of linears; 'int8' stores one byte a value and one absmax a row."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantConfig:
-    """How a weight becomes 4 bits. The defaults are those of the QLoRA paper."""
+    """Says how a weight becomes 4 bits. The defaults are those of the QLoRA paper."""
 
     codebook: Codebook = "nf4"
     """The 16 values: nf4 (NormalFloat), fp4 (E2M1) or int4 (symmetric)."""

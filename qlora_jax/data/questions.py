@@ -21,8 +21,8 @@ from qlora_jax.data.records import read_rows
 from qlora_jax.errors import ConfigError, DataError, gathered
 
 ChoicesAs = Literal["letters", "texts"]
-"""How a choice is answered: by its letter, all choices standing in the prompt, or by its
-own text, none of them standing there."""
+"""A choice is answered by its letter, all choices standing in the prompt, or by its own text,
+none of them standing there."""
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _HEADER = re.compile(r"The following are multiple choice questions[^\n]*\n\n")

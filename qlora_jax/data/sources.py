@@ -1,4 +1,4 @@
-"""Where rows come from: files, folders and ids of the hub's datasets, with a share each.
+"""Finds the sources of rows: files, folders and ids of the hub's datasets, each with a share.
 
     rows.jsonl                     a file of rows (data/records.py has the kinds)
     rows.jsonl:0.3                 0.3 of its rows in each epoch, other ones in the next

@@ -57,7 +57,8 @@ _DENSE = Tables(embedding="none", head="none")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Merging:
-    """How the weights of a base are held, and what they become."""
+    """Says in which formats a merge reads the weights of a base, and in which it writes
+    them."""
 
     quant: QuantConfig | None = None
     """Quantize the linears of a dense source first, and merge onto that; None takes the
@@ -73,7 +74,7 @@ class Merging:
     """Quantize the merged linears; None leaves all dense."""
 
     correction_rank: int | None = None
-    """With requantize: the rank of an adapter for what that loses; None makes none."""
+    """With requantize an adapter of this rank is made for what that loses; None makes none."""
 
     correction_iterations: int = 1
     """Rounds of quantizing anew what that adapter leaves, and fitting it again."""

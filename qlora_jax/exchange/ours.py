@@ -53,7 +53,8 @@ logger = logging.getLogger(__name__)
 METADATA = "adapter.json"
 ARRAYS = "arrays"
 ADAPTER, BASE = "adapter", "base"
-"""In a run folder: its adapter, and the 4-bit base that init 'pissa' made for it."""
+"""Folders that a run folder has: the adapter, and the 4-bit base that init 'pissa' made for
+it."""
 FORMAT = 1
 M = TypeVar("M", bound=nnx.Module)
 

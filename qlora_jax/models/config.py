@@ -39,13 +39,15 @@ class DecoderConfig:
     output_bias: bool = False
     """Bias on the attention's output projection (Llama's attention_bias alone)."""
     sliding_window: int | None = None
-    """Of every layer, where `layers` is empty."""
+    """Every layer attends to so many positions, itself included; None for all before it. Where
+    layers differ in it, `layers` says it instead."""
     layers: tuple[LayerSpec, ...] = ()
     """One spec a layer; empty where all are the same (see `specs`)."""
     max_position_embeddings: int = 2048
     activation: Literal["silu", "gelu_tanh", "gelu"] = "silu"
     norms: Literal["pre", "post", "both"] = "pre"
-    """Whether mixer and feed-forward have a norm before, after, or both (Gemma 2)."""
+    """Mixer and feed-forward have a norm before them, after them (OLMo 2), or both (Gemma
+    2)."""
     norm_offset: float = 0.0
     """Added to norms' stored weights (1 for Gemma)."""
     qk_norm: Literal["none", "head", "all"] = "none"
@@ -53,18 +55,19 @@ class DecoderConfig:
     fused: bool = False
     """One linear for q, k and v, and one for gate and up (Phi-3)."""
     attention_scale: float | None = None
-    """Of scores; None for head_dim**-0.5."""
+    """Attention scores are multiplied by it; None stands for head_dim**-0.5."""
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
-    """What mixer and feed-forward are multiplied by before they are added."""
+    """The outputs of mixer and feed-forward are multiplied by it before they are added to the
+    residual stream (Granite); 1 in other families."""
     logit_scale: float = 1.0
     num_experts: int = 0
     """Feed-forwards to choose from; 0 for one that all tokens take."""
     experts_per_token: int = 2
     normalize_experts: bool = True
-    """Whether the chosen experts' weights are scaled to sum to 1."""
+    """The chosen experts' weights are scaled to sum to 1 if this is true."""
 
     @property
     def specs(self) -> tuple[LayerSpec, ...]:

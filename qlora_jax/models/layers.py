@@ -34,8 +34,8 @@ SAVED = (
 residual stream. Norms, rotations and the gated product are made again from them."""
 
 IN_TURN = 3
-"""From so many layers in a scan's body on, each is recomputed when its gradient is there. For
-an H200 a step of gemma3-1b, which has six, then takes 2.22 GB in place of 2.37; one of
+"""A scan's body with at least so many layers recomputes each when its gradient is there. For an
+H200 a step of gemma3-1b, which has six, then takes 2.22 GB in place of 2.37; one of
 gemma2-2b, which has two, would take 3.48 in place of 3.33."""
 
 Applied = tuple[Array, Any]

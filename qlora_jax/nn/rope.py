@@ -17,7 +17,7 @@ Kind = Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How frequencies change beyond the pretraining length.
+    """Says how rotary frequencies change for texts longer than those of pretraining.
 
     Attributes:
       kind: 'linear' and 'dynamic' use factor alone; 'dynamic' and 'longrope' depend on the

@@ -38,7 +38,8 @@ from pallas_kernels.formats.absmax4.codebook import dynamic_map
 from qlora_jax.errors import ConfigError
 
 _BUCKET_BITS = 16
-"""Of a float32 that find its nearest value: sign, exponent, 7 bits of the mantissa."""
+"""So many leading bits of a float32 are enough to find its nearest value: the sign, the
+exponent, and 7 bits of the mantissa."""
 
 
 class BlockwiseMoment(NamedTuple):

@@ -36,7 +36,8 @@ _SPACES = {
     "device": jax.memory.Space.Device,
 }
 _MOST_SLICES = 128
-"""Of an array; those with a longer leading axis take several rows a slice."""
+"""An array is copied in at most so many slices along its leading axis; one with more rows
+takes several rows a slice."""
 
 _ELEMENTWISE = frozenset(
     "abs add add_any and clamp convert_element_type copy copy_p cos device_put div eq exp "

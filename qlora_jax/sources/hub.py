@@ -1,4 +1,4 @@
-"""Where a model is: a folder, a GGUF file, or a download from the hub."""
+"""Finds a model: in a folder, in a GGUF file, or by a download from the hub."""
 
 import os
 import re

@@ -39,7 +39,7 @@ _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 class TensorInfo(NamedTuple):
-    """Where a tensor lies: its file, dtype, shape and first byte in the file."""
+    """Says where a tensor lies: its file, dtype, shape and first byte in the file."""
 
     file: Path
     dtype: np.dtype

@@ -130,7 +130,7 @@ class Place(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the one layer."""
+        """One layer's parameter has this shape; the leading axes of the stack are not in it."""
         return self.variable.get_value().shape[len(self.at) :]
 
 

@@ -1,4 +1,4 @@
-"""Where chat templates run: transformers' environment, in a sandbox with limits.
+"""Runs chat templates in transformers' environment, in a sandbox with limits.
 
 Templates are programs that come with a download. Jinja's immutable sandbox keeps them from
 what lies outside their variables. The limits here end those that would not end by

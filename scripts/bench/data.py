@@ -1,4 +1,4 @@
-"""How long rows take to be ready: tokenized by several processes, by one, and kept.
+"""Times how long rows take to be ready: tokenized by several processes, by one, and kept.
 
     python -m scripts.bench.data --model DIR --chats FILE [--rows 100000]
         [--chat-template FILE] [--append FILE]

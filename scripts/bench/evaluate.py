@@ -33,7 +33,7 @@ TIE = 1e-3
 
 
 class Transformers:
-    """The same tasks by transformers alone, in a Python that has torch."""
+    """Does the same tasks with transformers alone; it runs in a Python that has torch."""
 
     def __init__(self, folder: str, new_tokens: int, batch_size: int):
         import torch

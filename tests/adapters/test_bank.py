@@ -18,7 +18,7 @@ from qlora_jax.models import Decoder
 from qlora_jax.nn.multi_lora import MultiLoRA
 
 ROUNDING = 1e-5
-"""Of the largest logit: float32 sums in another order."""
+"""The error allowed, relative to the largest logit: that of float32 sums in another order."""
 TOKENS = tiny.tokens(14, 12)
 KINDS = {
     "plain": {"rank": 4},

@@ -23,7 +23,8 @@ from qlora_jax.nn.packing import quantize_tensor
 KEY = jax.random.key(0)
 INITS = ("loftq", "qera-diagonal", "qera")
 NEAR_BEST = 0.99
-"""Of the energy that the best rank-r matrix takes away; see _ITERATIONS."""
+"""At least this part of the energy that the best rank-r matrix takes away must be taken
+away."""
 
 
 @functools.cache

@@ -47,7 +47,7 @@ def made() -> object:
 
 
 def left(model, dense) -> float:
-    """Of the weight, in float64, what base and adapter together do not say."""
+    """Returns the part of the weight, in float64, that base and adapter together do not say."""
     node = model.linear
     a, b = (np.asarray(x[...], np.float64) for x in (node.lora_a, node.lora_b))
     said = np.asarray(node.base.weight("float32"), np.float64) + node.scale * (a @ b).T

@@ -46,8 +46,8 @@ IN_SAMPLE = {"gpu": 0.036, "cpu": 0.042}
 """The largest error of the coefficients on the rows they were fitted to, of a step's all.
 It says that estimate.py still is what was fitted, nothing of other models."""
 HOST = 5e-3
-"""Of what is planned for the host, which is counted: XLA's own account differs by a buffer
-or two of a micro-batch's activations."""
+"""The error allowed, relative to what is planned for the host, which is counted: XLA's own
+account differs by a buffer or two of a micro-batch's activations."""
 LEFT_OUT = {"gpu": (0.024, 0.171), "cpu": (0.035, 0.117)}
 """Typical (median) and largest error of a fit on a model that it was made without."""
 BEYOND_THE_MARGIN = {

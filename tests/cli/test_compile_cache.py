@@ -181,7 +181,7 @@ def test_usage_names_flag_and_variable(capsys: pytest.CaptureFixture[str]):
 
 
 def _no_cache_of_jax(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a new process: no folder is set, and none is by what follows."""
+    """Makes jax one that has no folder, as in a new process, and refuses to be given one."""
     import jax
 
     class Unset:

@@ -226,7 +226,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 
 
 LONG = ({"input": "a", "output": "b"}, {"input": "aaaa", "output": "bbbbbb"})
-"""Of 4 and 12 tokens, BOS and EOS included."""
+"""Rows of 4 and 12 tokens, BOS and EOS included."""
 
 
 def test_a_row_too_long_is_an_error_that_counts_and_names(tmp_path):

@@ -1,4 +1,4 @@
-"""Where rows come from: what a name means, several sources, their weights."""
+"""Sources of rows: what a name means, several sources, their weights."""
 
 import dataclasses
 import json

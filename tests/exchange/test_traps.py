@@ -1,4 +1,4 @@
-"""Where folders of bitsandbytes, PEFT and transformers are commonly got wrong.
+"""The places where folders of bitsandbytes, PEFT and transformers are commonly got wrong.
 
 What else those formats ask for is in the tests of each format; training's own traps are
 in tests/train/test_traps.py.

@@ -84,7 +84,7 @@ def chosen(**config) -> np.ndarray:
 
 
 THREE_SIGMA = 0.03
-"""Of a share of 0.5 among 4000 draws it is 0.024."""
+"""The deviation allowed: three standard errors of a share of 0.5 among 4000 draws are 0.024."""
 
 
 @pytest.mark.parametrize(

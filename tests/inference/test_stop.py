@@ -26,7 +26,7 @@ def whole(model) -> list[list[int]]:
 
 @pytest.fixture
 def steps(monkeypatch) -> list[int]:
-    """How many tokens each call of the loop was asked to reach."""
+    """Collects the number of tokens that each call of the loop was asked to reach."""
     asked, real = [], sample._continue
 
     def spy(*args):

@@ -22,8 +22,9 @@ from qlora_jax.models.cache import Cache
 from qlora_jax.nn import Linear, QuantizedLinear
 
 LOGITS_RTOL = 2e-5
-"""Of the largest logit. Both sides compute in float32 and differ in the order of their
-sums: 2e-6 here. The nearest wrong formula, erf for tanh in GELU, is off by 1e-4."""
+"""The error allowed, relative to the largest logit. Both sides compute in float32 and differ in
+the order of their sums: 2e-6 here. The nearest wrong formula, erf for tanh in GELU, is off by
+1e-4."""
 FAMILY = {cases.CASES[case]["model_type"]: case for case in reversed(cases.CASES)}
 """Model type -> its first case."""
 # Not llama_dynamic: its frequencies change with each token, and keys in a cache stay.

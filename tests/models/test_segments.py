@@ -23,7 +23,8 @@ from qlora_jax.names import stack_key
 from qlora_jax.nn import quantize
 
 RTOL = 2e-5
-"""Of the largest logit: both sides compute in float32, in programs of another shape."""
+"""The error allowed, relative to the largest logit: both sides compute in float32, in programs
+of another shape."""
 
 
 @pytest.fixture(autouse=True)

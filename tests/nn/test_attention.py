@@ -50,7 +50,7 @@ def test_it_is_the_softmax_over_seen_keys(blocks, window, padding):
 
 
 def plain(q, k, v):
-    """The same in jax, for autodiff."""
+    """Computes the same in jax, for autodiff."""
     k, v = (jnp.repeat(x, HEADS // KV_HEADS, axis=2) for x in (k, v))
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / HEAD_DIM**0.5
     causal = jnp.tril(jnp.ones((SEQ, SEQ), bool))

@@ -19,7 +19,8 @@ from qlora_jax.nn import (
 from qlora_jax.nn.packing import dequantize, quantize_rows, quantize_tensor
 
 ROUNDING = {"float32": 1e-6, "bfloat16": 2**-8}
-"""Of a product's largest value: sums in another order, or one rounding of bfloat16."""
+"""The error allowed, relative to a product's largest value: that of sums in another order, or
+of one rounding of bfloat16."""
 ROWS = jnp.asarray([3, 0, 49, 3, 17], jnp.int32)
 
 

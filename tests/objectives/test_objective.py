@@ -55,7 +55,8 @@ def focal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[types.ModuleType
 
 @pytest.fixture(scope="module")
 def by_rows(focal: types.ModuleType) -> Objective:
-    """The same loss a row, not a token, with a metric that has its own normalizer."""
+    """Computes the loss a row, where sft's is a token's, and a metric with a normalizer of its
+    own."""
 
     def loss(head: Any, hidden: Any, batch: Any) -> tuple[Any, dict]:
         total, metrics = focal.loss(head, hidden, batch)

@@ -411,7 +411,7 @@ def test_damaged_4_bit_weights_are_all_named(golden, tmp_path):
 
 
 def test_a_folder_may_keep_linears_of_some_layers_dense(tmp_path, golden):
-    """As Unsloth's dynamic 4-bit folders do."""
+    """Unsloth's dynamic 4-bit folders do so."""
     source = golden("models/llama_bnb_nf4_dq_float32")
     whole, _ = load(source, dtype="float32")
     stored = dict(load_file(source / SINGLE))

@@ -144,7 +144,8 @@ def test_experts_and_layers_that_differ_use_the_kernels_too():
 
 @pytest.mark.slow
 def test_a_models_shapes_go_by_the_tuned_table():
-    """Of shapes alone: two layers of Llama-3 8B, whose linears the table has."""
+    """Returns a model of shapes alone: two layers of Llama-3 8B, whose linears the table
+    has."""
     needs_compiler()
     config = dataclasses.replace(
         CONFIG,

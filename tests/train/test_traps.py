@@ -1,4 +1,5 @@
-"""Where fine-tuning is commonly got wrong: BOS, EOS, held-out rows, options without effect.
+"""The places where fine-tuning is commonly got wrong: BOS, EOS, held-out rows, options without
+effect.
 
 The traps of file formats are in tests/io/test_traps.py.
 """

@@ -11,7 +11,7 @@ from pallas_kernels.tuning import Problem
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(mosaic.Tiling):
-    """How a kernel is tiled; all of it static.
+    """Says how a kernel is tiled; all of it is static.
 
     Attributes:
       block_m: Tokens of an output tile: 8 to 128, a power of two.

@@ -126,7 +126,7 @@ def launch(
 
 
 def swizzled(columns: int, rows: int = 64) -> tuple[Any, ...]:
-    """How 16-bit tiles lie in shared memory, for loads without bank conflicts.
+    """Returns the layout of 16-bit tiles in shared memory that loads have no bank conflicts in.
 
     Each warp copies some of the pieces of 8 rows: there must be four or more.
     """

@@ -22,7 +22,7 @@ _SUMS = 155 << 10
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """How the kernel is cut; all of it static.
+    """Says how a product is cut into blocks and splits; all of it is static.
 
     Attributes:
       teams: Tiles that a block has in work at a time.

@@ -39,7 +39,8 @@ def _flat(array: Any) -> list[Value]:
 
 
 class _Lane:
-    """Where the thread stands in its warpgroup: warp, row g and quarter t of a lane."""
+    """Says where a thread stands in its warpgroup: its warp, and row g and quarter t of its
+    lane."""
 
     def __init__(self):
         thread = utils.thread_idx()
@@ -221,7 +222,7 @@ def _load(pointer: Value, index: Value, dtype: ir.Type, count: int) -> Value:
 
 
 def _x_addresses(kernel, x: Value, stride: int, group: Value) -> list[Value]:
-    """Where a lane's x of `group` + warp begins in rows of x, by token block.
+    """Returns where a lane's x of `group` + warp begins in rows of x, by token block.
 
     Tokens behind the last are read from it.
     """
@@ -299,7 +300,7 @@ class Product:
         return llvm.load(self.i32, pointer)
 
     def pairs(self, a: Value, b: Value):
-        """Of words (e, e+1) and (e+2, e+3): their codes, a byte (e, e+1) a plane.
+        """Returns the codes of words (e, e+1) and (e+2, e+3), a byte (e, e+1) a plane.
 
         Bytes 0 to 3 of the first result: plane 0 of e, plane 2 of e, plane 0 of e+2,
         plane 2 of e+2. Of the second: planes 1 and 3.

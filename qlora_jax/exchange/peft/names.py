@@ -53,8 +53,9 @@ ENDS = (
 )
 _DEFAULT = re.compile(r"\.default(?=(\.weight|\.bias)?$)")
 _WRAPPERS = (("model.language_model.", "model."), ("language_model.", ""))
-"""Where the text part of a multimodal model has its modules -> what they are called alone:
-in transformers 5, and as transformers 4 had them."""
+"""Each pair is the beginning of the names that the text part of a multimodal model has, and
+what stands in its place when that part is alone: first as transformers 5 has it, then as 4
+had."""
 
 
 def is_peft(path: str | os.PathLike[str]) -> bool:

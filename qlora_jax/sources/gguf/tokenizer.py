@@ -45,7 +45,7 @@ PROBE = (
 
 
 class _Pre(NamedTuple):
-    """How text is cut into words.
+    """Says how text is cut into words before it is cut into tokens.
 
     Attributes:
       words: The expression; None for GPT-2's own.

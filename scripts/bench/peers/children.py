@@ -22,10 +22,10 @@ SPARE_MEMORY_MIB = 3072
 """No child is started when less than this is free: the others would be killed."""
 STDERR_TAIL_LINES = 15
 NOISY_SHARE = 0.05
-"""Of the processors, used by other programs during a turn; more disturbs it. PyTorch
-suffers most from it, tenfold: its threads wait for each other many times a step."""
+"""A turn during which other programs use more than this share of the processors is disturbed.
+PyTorch suffers most from it, tenfold: its threads wait for each other many times a step."""
 PAUSE_S = 2
-"""Before a disturbed turn is run again."""
+"""Seconds to wait before a disturbed turn is run again."""
 
 
 class ChildError(RuntimeError):

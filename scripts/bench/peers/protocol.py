@@ -43,7 +43,7 @@ class Task:
     quantized: bool
     """NF4 base weights; otherwise dense ones in `dtype`."""
     dtype: str
-    """Of the base, the activations and the matmuls: "bfloat16" or "float32"."""
+    """The base, the activations and the matmuls have this dtype: "bfloat16" or "float32"."""
     vocab_size: int
     hidden_size: int = 1024
     intermediate_size: int = 2816
@@ -116,7 +116,7 @@ class Contestant:
     facts: dict = field(default_factory=dict)
     """Figures that do not change, for the ready line."""
     measures: dict[str, Callable[[], dict]] = field(default_factory=dict)
-    """By mode: what is measured, instead of steps, when the task's mode is this."""
+    """When the task has one of these modes, its function is measured instead of steps."""
 
 
 def peak_rss_mib() -> float:

@@ -14,7 +14,8 @@ from pallas_kernels.matmul import product_of
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 ROUNDING = {"float32": 2**-21, "bfloat16": 2**-7}
-"""Of a decoded value: float32 arithmetic with two roundings, and one to the dtype."""
+"""The relative error allowed in a decoded value: that of float32 arithmetic with two roundings,
+and of one rounding to the dtype."""
 
 
 @pytest.fixture(params=CASES)

@@ -8,7 +8,8 @@ import pytest
 from pallas_kernels.formats import Int8Rows
 
 HALF_STEP = 0.5 * (1 + 1e-5)
-"""Of a row's scale: what rounding to the nearest code may cost, and float32's own part."""
+"""The error allowed in units of a row's scale: what rounding to the nearest code may cost, and
+float32's own part."""
 
 
 def table(dtype: str) -> jax.Array:

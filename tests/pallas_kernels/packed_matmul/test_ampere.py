@@ -22,7 +22,8 @@ from pallas_kernels.packed_matmul.ampere.config import Config  # noqa: E402
 
 EXACT_BFLOAT16 = 2.5e-3
 EXACT_FLOAT32_PARTS = 1e-6
-"""As in test_hopper.py: the rounding of the result, and of float32 sums."""
+"""The error allowed is that of test_hopper.py: the rounding of the result, and of float32
+sums."""
 
 PRODUCTS = [  # direction, m, n, k, rank, fields of Config
     ("forward", 64, 256, 512, 0, {"rows": 128}),

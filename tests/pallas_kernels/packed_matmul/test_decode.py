@@ -96,7 +96,7 @@ def test_products_without_races(case: Case, capfd: pytest.CaptureFixture):
 
 
 def test_teams_in_a_cluster_without_races():
-    """In a process of its own: eight warpgroups need as many threads of XLA's pool."""
+    """Runs in a process of its own: eight warpgroups need as many threads of XLA's pool."""
     code = (
         "import sys; sys.path[:0] = sys.argv[1:3]\n"
         "import test_decode as t\n"

@@ -110,7 +110,7 @@ def test_products_without_races(case: Case, capfd: pytest.CaptureFixture):
 
 
 def test_four_warpgroups_in_the_interpreter():
-    """In a process of its own: five warpgroups need as many threads of XLA's pool."""
+    """Runs in a process of its own: five warpgroups need as many threads of XLA's pool."""
     code = (
         "import sys; sys.path[:0] = sys.argv[1:3]\n"
         "import test_hopper as t\n"
