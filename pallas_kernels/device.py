@@ -58,7 +58,7 @@ class Device:
 
     Attributes:
       platform: 'gpu', 'cpu', ...
-      kind: As jax names it, 'NVIDIA H200'; empty if no GPU.
+      kind: The device's name in jax, such as 'NVIDIA H200'; empty without a GPU.
       capability: CUDA compute capability, (0, 0) if unknown or no GPU.
       cores: Streaming multiprocessors; 0 if unknown or no GPU.
     """

@@ -35,8 +35,8 @@ def fold_rows(
     Args:
       add: Takes the total so far, a piece of each array, and where it starts (int32
         scalar); returns the new total.
-      total: To begin with.
-      arrays: With the rows along the first axis, the same number in each.
+      total: The total to begin with.
+      arrays: Arrays with the rows along the first axis, the same number in each.
       size: Rows of a piece.
     """
     rows = arrays[0].shape[0]

@@ -65,7 +65,7 @@ class Numbered(NamedTuple):
     """A path, and which layer and expert of it.
 
     Attributes:
-      path: Without numbers.
+      path: The path without numbers.
       numbers: () where nothing is numbered.
     """
 
@@ -112,8 +112,8 @@ class Table:
 
     Args:
       templates: {path: name}, where `{}` is the layer, and a second one the expert.
-      layers: Of the model.
-      experts: Of a mixture, else 0.
+      layers: The number of layers of the model.
+      experts: The number of experts of a mixture, else 0.
     """
 
     def __init__(self, templates: Mapping[str, str], layers: int, experts: int = 0):

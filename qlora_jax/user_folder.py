@@ -8,8 +8,8 @@ def cache_folder(variable: str, name: str) -> Path | None:
     """Returns the folder of one of this program's caches; None where the user wants none.
 
     Args:
-      variable: Of the environment: it names another folder, or says `off`.
-      name: Of the folder below the user's own for this program.
+      variable: The environment variable that names another folder, or says `off`.
+      name: The folder's name below the one that this program has in the user's cache.
 
     Raises:
       RuntimeError: there is no home folder.

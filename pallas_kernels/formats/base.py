@@ -172,7 +172,7 @@ class PackedWeight(abc.ABC):
           shape: Shape of one weight.
           stack: Leading axes.
           dtype: Name of the dtype it would be quantized from.
-          settings: As `quantize` takes them.
+          settings: Keyword arguments of the format's `quantize`, such as block_size.
         """
         one = _shapes(cls, shape, dtype, tuple(settings.items()))
         return jax.tree.map(

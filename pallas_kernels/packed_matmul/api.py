@@ -70,7 +70,7 @@ def nf4_lora_matmul(
     the factors' dtype.
 
     Args:
-      x, w, implementation, exact: As in `nf4_matmul`.
+      x, w, implementation, exact: See `nf4_matmul`.
       lora_a: (k, rank), any float dtype; multiplied in x's.
       lora_b: (rank, n).
       scale: alpha / rank.

@@ -47,11 +47,11 @@ def choose(
 
     Args:
       direction: 'forward' or 'backward'.
-      m: Tokens.
+      m: The number of tokens, which are the rows of x or dy.
       w: The weight.
-      dtype: Of x or dy.
+      dtype: The dtype of x, or of dy in backward.
       device: What to choose for; None is the one being traced for.
-      name: An implementation to take.
+      name: The implementation to take; None chooses freely.
       exact: Whether weights must be decoded exactly.
 
     Raises:

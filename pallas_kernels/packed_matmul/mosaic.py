@@ -35,7 +35,7 @@ class Tiling:
 
     Attributes:
       block_m: Tokens of an output tile, a power of two.
-      decoder: How codes become values; see registers.py.
+      decoder: The method that turns codes into values; see registers.py.
       minor: Axis that consecutive tiles run along, 'm' or 'n' ('n' is k in backward).
       width: Tiles they run along it before they step along the other.
       split_k: Parts that the contraction is cut in, so that few tiles fill all SMs.
@@ -66,8 +66,9 @@ def refuses(
       problem: The product.
       w: Its weight.
       device: What it is to run on.
-      capabilities: Of the GPUs that the kernel is written for.
-      wanted: Those in words.
+      capabilities: The compute capabilities of the GPUs that the kernel is written for,
+        such as ((9, 0),).
+      wanted: Those GPUs in words, for the reason.
     """
     if jax.__version_info__ < MOSAIC_JAX:
         least = ".".join(map(str, MOSAIC_JAX))

@@ -131,10 +131,10 @@ def decode_pair(
     Args:
       words: uint16 tile in registers, two neighbours a register (WGMMA, MMA_LHS, ...).
       half: 0 or 1, static.
-      decoder: How.
-      codebook: Of the codes.
+      decoder: The method that turns codes into values (module docstring).
+      codebook: The 16 values that codes stand for: 'nf4', 'fp4' or 'int4'.
       dtype: bfloat16 or float16, of the operand that the values are for.
-      layout: Of `words`.
+      layout: The register layout of `words`.
       table: The SMEM ref of TABLE_SHAPE for the table decoders.
       shift: int32 scalar, bits to shift every register right by first, for a half known
         only on the device: pass half 0 and `half * pair_shift(decoder)`.

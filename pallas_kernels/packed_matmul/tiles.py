@@ -57,10 +57,11 @@ def scaled(
 
     Args:
       values: (rows, columns).
-      scale: Along `axis`, in values' dtype.
+      scale: One scale for each index of `axis`, in values' dtype.
       axis: 0 or 1.
-      dtype: Of the result.
-      layout: Of `values`, where it is not what broadcasting `scale` gives.
+      dtype: The dtype of the result.
+      layout: The register layout of `values`, where it is not what broadcasting `scale`
+        gives.
     """
     scale = lax.broadcast_in_dim(scale, values.shape, (axis,))
     if layout is not None:

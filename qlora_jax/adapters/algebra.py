@@ -57,7 +57,7 @@ def scale(adapter: Adapter, factor: Weight) -> Adapter:
     """Multiplies every update by a number, which may be negative or 0.
 
     Args:
-      adapter: Left as it was.
+      adapter: The adapter, which is left as it was.
       factor: A number; with 1 the adapter itself comes back.
 
     Returns:
@@ -121,8 +121,8 @@ def chain(first: Adapter, second: Adapter) -> Adapter:
     what merge loses there is the result's error.
 
     Args:
-      first: Of the base.
-      second: Of the base with first merged.
+      first: An adapter of the base.
+      second: An adapter of the base with `first` merged into it.
 
     Returns:
       An adapter of first's base; its ranks are the sums of theirs.
@@ -154,9 +154,10 @@ def compress(
     of rank and tolerance is given; with rank it can be traced by jit.
 
     Args:
-      adapter: Left as it was. Of one that holds a part of its base, that part is
-        approximated too.
-      rank: Of every linear; one whose rank is lower keeps its own.
+      adapter: The adapter, which is left as it was. If it holds a part of its base, that
+        part is approximated too.
+      rank: The rank of every linear's update; a linear whose rank is lower keeps its own. A
+        lower rank makes the adapter smaller and less exact.
       tolerance: The largest relative Frobenius error of a linear, 0 <= tolerance < 1. The
         ranks then differ by linear; a stack's layers share the largest that one needs.
 

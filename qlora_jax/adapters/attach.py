@@ -53,9 +53,12 @@ def attach(
     Args:
       model: Any nnx.Module with qlora_jax linears. It is left as it was.
       config: The adapter's shape and targets.
-      key: For lora_a. Each linear's values depend on the key and its path alone.
-      original: The dense weights, for another init than zero.
-      moments: From `input_moments`, for init 'qera' and 'qera-diagonal'.
+      key: The random key for lora_a. Each linear's values depend on the key and its path
+        alone.
+      original: The dense weights that the base was quantized from, for another init than
+        'zero'.
+      moments: The second moments of the linears' inputs, from `input_moments`, for init
+        'qera' and 'qera-diagonal'.
 
     Returns:
       A model with LoRA modules in place of the targeted linears.

@@ -56,7 +56,8 @@ class AdapterBank:
 
     Attributes:
       base: The model without adapters.
-      model: The same arrays, with MultiLoRA in place of adapted linears.
+      model: The base with MultiLoRA in place of adapted linears; it shares the base's
+        arrays.
       names: What is in each slot; None where nothing is.
     """
 
@@ -79,10 +80,11 @@ class AdapterBank:
         DoRA and trained biases may differ between adapters.
 
         Args:
-          base: Without adapters; it is left as it was.
-          adapters: By the names that rows choose them by.
-          slots: How many adapters there is room for; None for as many as are given.
-          rank: The highest that fits; None for the highest of the adapters, which each
+          base: A model without adapters; it is left as it was.
+          adapters: The adapters, by the names that rows choose them by.
+          slots: The number of adapters that there is room for; None makes room for those
+            given. Give more to `put` others in later without compiling again.
+          rank: The highest rank that fits; None for the highest of the adapters, which each
             linear has for itself.
 
         Raises:

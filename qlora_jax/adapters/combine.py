@@ -100,15 +100,15 @@ def combine(
     are differentiable; in a weight of 0, the slope of linear's square root is infinite.
 
     Args:
-      adapters: Of one base. Ranks, alphas, targets and layers may differ, but linear and
-        the methods on factors need equal ranks of a linear.
-      weights: One each; negative ones subtract.
+      adapters: Adapters of one base. Ranks, alphas, targets and layers may differ, but
+        linear and the methods on factors need equal ranks of a linear.
+      weights: One weight for each adapter; a negative one subtracts it.
       method: One of METHODS.
-      rank: Of the result, for svd and M_svd; the largest of all unless given (or what a
-        linear of a smaller shape, or a sum of smaller ranks, can have).
+      rank: The rank of the result, for svd and M_svd; None takes the largest of all (or
+        what a linear of a smaller shape, or a sum of smaller ranks, can have).
       density: The part of the entries that ties, dare and magnitude_prune keep, above 0.
       majority_sign: 'total' or 'frequency', for the methods with ties.
-      key: What dare draws with.
+      key: The random key for dare's mask.
 
     Returns:
       An adapter with alpha equal to rank, and the rest of the config of the first; one
@@ -237,9 +237,9 @@ class _Mixing:
     """Says how matrices of one shape, one of each adapter, become one.
 
     Attributes:
-      method: One of PEFT's on factors.
-      density: Part of the entries that stays.
-      majority_sign: What elects a sign.
+      method: The name of one of PEFT's methods on factors.
+      density: The part of the entries that stays.
+      majority_sign: The way that a sign is elected, 'total' or 'frequency'.
     """
 
     method: str

@@ -49,8 +49,8 @@ class Compensation(NamedTuple):
     """What quantization lost of a linear's output, relative to it, root mean square.
 
     Attributes:
-      before: Of the quantized linear alone.
-      after: With the new adapter.
+      before: The error of the quantized linear alone.
+      after: The error with the new adapter.
     """
 
     before: float
@@ -125,15 +125,17 @@ def input_moments(
     pass, whose real gradients are not computed.
 
     Args:
-      model: Without adapters.
+      model: A model without adapters.
       batches: Inputs; token ids (batch, seq) without padding for a Decoder.
-      paths: Which linears, by dotted path.
-      diagonal: Only the squares' means: in rather than in * in floats a linear.
+      paths: Says of a linear's dotted path whether to measure that linear.
+      diagonal: Whether to keep only the means of squares: in rather than in * in floats a
+        linear.
       outputs: (model, batch) -> what the model makes of a batch; None for a Decoder's
         hidden states.
 
     Returns:
-      Float32, on the device; full moments take 4 * in**2 bytes a linear and layer.
+      The moments by dotted path, float32, on the device; full moments take 4 * in**2 bytes
+      a linear and layer.
     """
     apply = outputs or (
         lambda model, tokens: model.hidden_states(tokens, checkpoint="layer")
@@ -185,11 +187,12 @@ def compensate(
     lora_a gets the size that a new one has, so that learning rates carry over.
 
     Args:
-      model: With new adapters on a quantized base. It is left as it was.
+      model: A model with new adapters on a quantized base. It is left as it was.
       original: The dense weights: a model of the same structure, or a function that
         reads one kernel at a time.
-      moments: From `input_moments`; None weighs all input directions alike.
-      key: For the subspace iteration's start.
+      moments: The second moments of the linears' inputs, from `input_moments`; None weighs
+        all input directions alike.
+      key: The random key for the subspace iteration's start.
       iterations: Rounds of LoftQ's alternation; a matrix keeps its best one.
       principal: Begin with the principal part of the original weights, as PiSSA does,
         and with its factors' sizes.

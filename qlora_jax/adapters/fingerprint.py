@@ -64,9 +64,10 @@ class _Stack(NamedTuple):
     """A parameter's value in one stack of layers.
 
     Attributes:
-      path: Dotted, with the stack's key.
-      layers: That the key names; None without one.
-      value: Rows that were added for new tokens are no part of the base, and not in it.
+      path: The parameter's dotted path, with the stack's key.
+      layers: The layers that the key names; None without a key.
+      value: The value, without the rows that were added for new tokens: these are no part
+        of the base.
     """
 
     path: str

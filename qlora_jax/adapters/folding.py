@@ -77,8 +77,8 @@ class Folding:
     """The weights that a merge makes.
 
     Attributes:
-      dtype: Of what becomes dense: 'bfloat16', 'float16' or 'float32'.
-      requantize: How merged linears are quantized; None makes all dense.
+      dtype: The dtype of the weights that become dense: 'bfloat16', 'float16' or 'float32'.
+      requantize: The settings to quantize merged linears with; None makes all dense.
     """
 
     dtype: str
@@ -96,10 +96,10 @@ class Folding:
         """Returns the weight of an adapted linear, or of a stack of them.
 
         Args:
-          kernel: The base's, (..., out, in).
-          factors: The adapter's.
+          kernel: The base's weight, (..., out, in).
+          factors: The adapter's part of it.
           scale: What the update is multiplied by.
-          stack: Leading axes.
+          stack: The leading axes; () for one linear.
           dense: Whether it stays dense whatever `requantize` says, as a dense head does.
         """
         if self.requantize is None or dense:

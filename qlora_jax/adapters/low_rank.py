@@ -54,8 +54,8 @@ class Fit(NamedTuple):
       base: The 4-bit weight.
       lora_a: float32 (in, rank).
       lora_b: float32 (rank, out).
-      energies: Of the output, of what the given 4-bit weight alone lacks of it, and of
-        what this one with its adapter does.
+      energies: float32 (3,), the energy of the output, of what the given 4-bit weight alone
+        lacks of it, and of what this one with its adapter lacks.
     """
 
     base: PackedWeight
@@ -78,12 +78,12 @@ def alternate(
 
     Args:
       w: The dense weight.
-      base: It in 4 bits; says how to quantize again.
+      base: The weight in 4 bits; it also says how to quantize again.
       moment: C, or its diagonal; None for the identity.
-      key: For the subspace iteration's start.
-      rank: Of the adapter.
-      scale: Of the adapter.
-      rounds: How many, and from where.
+      key: The random key for the subspace iteration's start.
+      rank: The rank of the adapter.
+      scale: The factor of the adapter's update.
+      rounds: The number of rounds, and what the first one starts from.
 
     Returns:
       The best of all rounds: one that makes matters worse is not taken.

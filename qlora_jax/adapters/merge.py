@@ -47,8 +47,8 @@ def merge(
     with `requantize`), so that the result is of one kind.
 
     Args:
-      model: With adapters attached. It is left as it was.
-      dtype: Of the merged dense weights: 'bfloat16', 'float16' or 'float32'.
+      model: A model with adapters attached. It is left as it was.
+      dtype: The dtype of the merged dense weights: 'bfloat16', 'float16' or 'float32'.
       requantize: Quantize the merged weights instead. This rounds them to 4 bits once
         more and loses a part of the adapter. A dense head stays dense, as `quantize`
         leaves it.
@@ -118,9 +118,9 @@ def merge_corrected(
     One weight at a time is dense.
 
     Args:
-      model: With adapters attached. It is left as it was.
-      requantize: How to quantize the merged weights.
-      rank: Of the new adapter.
+      model: A model with adapters attached. It is left as it was.
+      requantize: The settings to quantize the merged weights with.
+      rank: The rank of the new adapter; a higher one makes up for more of what is lost.
       iterations: Rounds of LoftQ's alternation; with more than one the 4-bit weights suit
         the new adapter, and are worse without it (`compensate`).
 
@@ -159,7 +159,7 @@ def correction_config(packed: Iterable[tuple[Any, ...]], rank: int) -> LoRAConfi
 
     Args:
       packed: Paths, as keys, of the linears that have an adapter and become 4-bit.
-      rank: Of the new adapter; its scale is 1.
+      rank: The rank of the new adapter; its scale is 1.
 
     Raises:
       AdapterMismatchError: there are none.
@@ -192,9 +192,9 @@ def unmerge(model: M, adapter: Adapter, *, dtype: str | None = None) -> M:
     """Takes an adapter out of a dense model that it was merged into.
 
     Args:
-      model: What `merge` made. It is left as it was.
-      adapter: What was merged.
-      dtype: Of the result; None for the model's own.
+      model: The model that `merge` made. It is left as it was.
+      adapter: The adapter that was merged.
+      dtype: The dtype of the result; None keeps the model's own.
 
     Returns:
       The base, but for two roundings: of a weight merged in bfloat16 at most 2**-8 of it

@@ -29,8 +29,8 @@ class MergeReport:
 
     Attributes:
       relative: {dotted name with the layer's number: ||got - exact|| / ||exact||}.
-      of_update: The same error over the norm of the adapter's update: the part of what
-        was learned that is lost (1 and more: nothing of it is left).
+      of_update: {dotted name: ||got - exact|| over the norm of the adapter's update}, the
+        part of what was learned that is lost (1 and more: nothing of it is left).
       total: (relative, of_update) of all weights together.
     """
 
@@ -67,7 +67,7 @@ def merge_report(model: nnx.Module, merged: nnx.Module) -> MergeReport:
     at a time.
 
     Args:
-      model: With the adapter attached.
+      model: The model with the adapter attached.
       merged: What `merge` made of it, dense or 4-bit; or that with an adapter of its own,
         such as one that makes up for what quantizing again lost.
 
@@ -122,7 +122,7 @@ class Applied(NamedTuple):
 
     Attributes:
       kernel: (..., out, in), dense or quantized.
-      factors: The adapter's.
+      factors: The adapter's part of it.
       scale: float32 (...), what the update is multiplied by.
     """
 

@@ -88,7 +88,7 @@ def unflatten(
     Args:
       flat: What `flatten` gave.
       lora: A State with the wanted paths, shapes and dtypes.
-      where: Of the adapter, for the error.
+      where: The adapter's name or path, for the error.
 
     Raises:
       AdapterMismatchError: any name is missing, unexpected or misshapen; all are named.
@@ -135,7 +135,7 @@ def whole(lora: nnx.State, apart: Collection[str] = ()) -> nnx.State:
     on; layers without a part are zero, and `layers` in the metadata says which have one.
 
     Args:
-      lora: Of a model, or as this function gave it.
+      lora: The State of a model's adapter, or one that this function returned.
       apart: Linears whose layers are of several shapes (`uneven`): each layer of them
         becomes a stack of its own.
     """

@@ -72,7 +72,7 @@ def read(adapters: Sequence[Adapter], *, same_base: bool = True) -> list[Updates
     """Takes adapters apart into their updates.
 
     Args:
-      adapters: Of one base.
+      adapters: Adapters of one base.
       same_base: Whether to compare the marks of their bases.
 
     Returns:
@@ -117,7 +117,7 @@ def assemble(
       factors: The path of each linear -> lora_a and lora_b.
       adapters: What the factors were made of. The first gives the base's mark and what
         the config says besides shape and place; together they give the layers.
-      init: Of the result; the first's unless given.
+      init: The init in the result's config; None takes the first adapter's.
 
     Returns:
       An adapter with alpha equal to rank in every linear, so that its scale is 1.
@@ -346,10 +346,10 @@ def _adapted(
     has no part in a layer in which its config asks for one.
 
     Args:
-      path: Of the linear.
-      layers: The ones that are adapted, () for all.
-      count: Of the stack.
-      adapters, flats: What tells.
+      path: The path of the linear.
+      layers: The layers that are adapted, () for all.
+      count: The number of layers in the linear's stack.
+      adapters, flats: The adapters that tell, and the parameters of each by path.
     """
     lacking: set[int] = set()
     for adapter, flat in zip(adapters, flats, strict=True):

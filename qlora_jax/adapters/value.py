@@ -31,8 +31,8 @@ class Adapter:
     """An adapter's parameters and what they mean; a pytree, so that jit takes it.
 
     Attributes:
-      lora: As `split` gives it: float32 factors, layers stacked.
-      config: What it is attached with; static.
+      lora: The parameters, as `split` gives them: float32 factors, layers stacked.
+      config: The LoRAConfig that it is attached with; static.
     """
 
     lora: nnx.State

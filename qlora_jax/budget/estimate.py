@@ -62,7 +62,8 @@ class Memory:
     Attributes:
       device: What it takes of device memory at its peak.
       host: What it takes of pinned host memory.
-      margin: How much more than the estimate a run may need of the device, as a part of it.
+      margin: The share of the device's estimate that a run may need beyond it, such as
+        0.12.
     """
 
     device: dict[str, int]
@@ -178,7 +179,7 @@ def estimate(
 
     Args:
       setup: What is trained, and how.
-      platform: Whose memory, a GPU's or a CPU's.
+      platform: Which fitted memory model to use, 'gpu' or 'cpu'.
       fitted: The coefficients; others than the library's are for judging a fit.
     """
     parts = _resident(setup)
@@ -275,7 +276,7 @@ class _Slot(NamedTuple):
     """What memory depends on of the layers of one slot.
 
     Attributes:
-      layers: How many there are.
+      layers: The number of layers.
       kept: Features a token by the checkpoint names that they are kept under.
       wide: Features between gate and down that a token meets.
     """

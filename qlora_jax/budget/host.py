@@ -9,7 +9,7 @@ def available_host_bytes(root: Path = Path("/")) -> int | None:
     In a container with a limit of its own (cgroup v2) it is what that leaves, if less.
 
     Args:
-      root: Where /proc and /sys lie.
+      root: The folder where /proc and /sys lie.
     """
 
     def numbers(path: str) -> dict[str, int]:

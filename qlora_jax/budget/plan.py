@@ -87,7 +87,7 @@ def plan_memory(
       memory_bytes: Device memory that the run may take.
       rows: The rows of a step, which are micro_batch times grad_accum; None for the setup's.
       host_bytes: Host memory that may be pinned; None for no limit.
-      platform: Whose memory is estimated, a GPU's or a CPU's.
+      platform: Which fitted memory model to use, 'gpu' or 'cpu'.
       fixed: Names of settings (see PICKED) that stay as they are. Where offload is not
         among them, and is needed, resident_bytes is as much of the optimizer state as fits
         on the device.

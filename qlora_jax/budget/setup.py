@@ -21,12 +21,13 @@ class Setup:
 
     Attributes:
       config: The model's shape.
-      train: How it trains. Where it is not given, micro_batch and grad_accum are 1 and
-        checkpoint is "layer".
+      train: The settings of training. Where they are not given, micro_batch and grad_accum
+        are 1 and checkpoint is "layer".
       lora: The adapter's shape and place.
-      quant: How the layers' linears are held; None for a dense base.
-      embedding: How the embedding is held, and a head that is tied to it.
-      head: How a head of its own is held.
+      quant: The quantization of the layers' linears; None for a dense base.
+      embedding: The format of the embedding, and of a head that is tied to it: 'none'
+        (dense), '4bit' or 'int8'.
+      head: The format of a head of its own, in the same terms.
       max_tokens: Tokens of the longest row.
     """
 

@@ -119,7 +119,8 @@ class Result(NamedTuple):
     """What a model, or a bank, gave for rows or questions.
 
     Attributes:
-      figures: Of some rows, by index.
+      figures: Takes the indices of some rows or questions, and returns the figures over
+        them.
       lines: What --predictions says of each row.
     """
 

@@ -50,9 +50,9 @@ def held_linears(
     """Returns how to quantize a source; None to take its weights as they are.
 
     Args:
-      quant: As asked for.
-      source: Of the model.
-      auto: What 'auto' does with a dense one.
+      quant: The user's flags for quantization.
+      source: The opened checkpoint of the model.
+      auto: The settings that 'auto' quantizes a dense source with; None leaves it dense.
 
     Raises:
       ConfigError: 'none' for a folder that is 4-bit.

@@ -48,8 +48,9 @@ def digest_of(identity: Path | str, tokenizer: Tokenizer, config: DataConfig) ->
 
     Args:
       identity: The file, or what stands for its content.
-      tokenizer: With the chat template that counts.
-      config: Whose settings after tokenizing (length, held-out rows) do not matter here.
+      tokenizer: The tokenizer, with the chat template that counts.
+      config: The settings of the data; those after tokenizing (length, held-out rows) do
+        not matter here.
     """
     parts: dict[str, Any] = {"tokenizer": tokenizer.identity}
     if isinstance(identity, Path):

@@ -14,7 +14,7 @@ class Share:
     """Rows of one source, and how often an epoch has each of them.
 
     Attributes:
-      rows: Their numbers, int (n,).
+      rows: The numbers of its rows in the dataset, int (n,).
       weight: 0.3: other 30 % of them in each epoch. 2: each twice.
     """
 
@@ -31,10 +31,11 @@ class Dataset:
     """Tokenized rows.
 
     Attributes:
-      rows: In file order, one file after another.
+      rows: The tokenized rows in file order, one file after another.
       max_tokens: Longest batch.
       dropped: Rows left out, for their length or because nothing of them trains.
-      shares: Of the sources, where their weights differ from 1; else empty.
+      shares: The rows and the weight of each source, where a weight differs from 1; else
+        empty.
     """
 
     def __init__(
@@ -96,8 +97,8 @@ class Dataset:
 
         Args:
           step: 0, 1, 2, ...: all that the data position is.
-          batch_size: Rows.
-          seed: Of the order; each epoch has its own.
+          batch_size: The number of rows.
+          seed: The random seed of the rows' order; each epoch has an order of its own.
 
         Returns:
           tokens int32 and weights float32, (batch_size, seq), padded right to the
@@ -131,9 +132,10 @@ class Dataset:
         """Returns rows laid end to end, with no padding, to measure a model on.
 
         Args:
-          count: Sequences.
-          length: Tokens of each.
-          seed: Of the rows' order; few rows are repeated.
+          count: The number of sequences.
+          length: The number of tokens in each.
+          seed: The random seed of the rows' order; if the rows are too few, they are
+            repeated.
 
         Returns:
           int32 (count, length).

@@ -38,12 +38,13 @@ class Formed(NamedTuple):
     """Tokenized rows, and what is to be said of them.
 
     Attributes:
-      rows: In order.
-      places: Of each row's record in its file.
-      read: Records.
-      forms: How many records had each form.
-      unused: How many records had each field that nothing reads.
-      unread: The same of fields that the chat template has no name for.
+      rows: The tokenized rows, in the records' order.
+      places: For each row, the place of its record in the file.
+      read: The number of records.
+      forms: {form: the number of records that had it}.
+      unused: {field that nothing reads: the number of records that had it}.
+      unread: {field that the chat template was given and has no name for: the number of
+        records that had it}.
       problems: (place, message) of records that cannot be used.
       lines: Whether places are lines of the file.
     """
@@ -75,8 +76,8 @@ class Forming(NamedTuple):
     """All that making rows of records depends on; it is pickled for the worker processes.
 
     Attributes:
-      tokenizer: With the chat template that counts.
-      config: How rows are read.
+      tokenizer: The tokenizer, with the chat template that counts.
+      config: The settings that rows are read by.
       adapters: Names that a row's "adapter" field may have; () where it is not read.
     """
 
@@ -124,8 +125,8 @@ class Forming(NamedTuple):
         """Makes rows of all records.
 
         Args:
-          records: In order.
-          progress: Is told how many are done.
+          records: The records, in their order in the file.
+          progress: Called with the number of records that are done.
 
         Raises:
           ConfigError: settings that no row could go with.

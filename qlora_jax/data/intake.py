@@ -30,7 +30,7 @@ class Intake(NamedTuple):
     """One source's rows, tokenized, before any is left out for its length.
 
     Attributes:
-      source: Where they come from.
+      source: The source that they come from.
       formed: The rows, and what is to be said of them.
       problems: Names their places.
     """
@@ -54,11 +54,11 @@ def load_dataset(
 
     Args:
       path: A file, or several; see data/sources.py.
-      tokenizer: From `load`.
+      tokenizer: The tokenizer, from `load`.
       batch_size: Rows of a batch.
       max_tokens: Longest row.
       config: More choices; its max_tokens is replaced.
-      seed: Of the order.
+      seed: The random seed of the rows' order.
       epochs: Passes over the data; the last batch wraps around to be full.
 
     Returns:
@@ -89,12 +89,12 @@ def read_dataset(
     Args:
       path: A file, a folder, a dataset's id, or several, each with a weight if wanted
         (data/sources.py).
-      tokenizer: From `load`.
-      config: How to read the rows.
+      tokenizer: The tokenizer, from `load`.
+      config: The settings that rows are read by, such as max_tokens and too_long.
       adapters: Names that a row's "adapter" field may have; without any, the field is
         like any other that nobody asked for.
       keep: A folder for tokenized rows, which are read there the next time.
-      progress: Is told the source, and how many of its rows are done.
+      progress: Called with the source's name, and the number of its rows that are done.
 
     Raises:
       DataError: no file, no rows, rows that cannot be used (by kind), rows longer than
@@ -295,11 +295,12 @@ class Taken(NamedTuple):
     """What of a source's rows a run takes.
 
     Attributes:
-      rows: Within the length, and with something to learn.
-      cut: How many of them were cut.
-      long: How many were left out for their length.
-      refused: How many are too long where that is an error.
-      empty: How many were left out since nothing of them trains.
+      rows: The rows within the length that have something to learn.
+      cut: The number of rows that were cut, those that were then left out as empty
+        included.
+      long: The number of rows that were left out for their length.
+      refused: The number of rows that are too long, where that is an error.
+      empty: The number of rows that were left out since nothing of them trains.
     """
 
     rows: list[Row]

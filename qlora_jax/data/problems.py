@@ -9,7 +9,7 @@ class Problems:
     """Problems of one file's rows: those with the same words are one kind.
 
     Attributes:
-      name: Of the file, as the user gave it.
+      name: The file's name, as the user gave it.
       lines: Whether a row's place is a line of the file, else its number.
     """
 

@@ -32,9 +32,9 @@ class Question(NamedTuple):
     """A question with choices.
 
     Attributes:
-      question: Its text.
-      choices: Their texts, at least two.
-      answer: Index of the right one.
+      question: The question's text.
+      choices: The texts of its choices, at least two.
+      answer: The index of the right choice.
       subject: What it is about, as the row names it; None where it does not.
       header: What a prompt of lettered choices begins with, once.
       cue: The line after the choices, which the answer follows.
@@ -194,9 +194,9 @@ def shots_of(
     serve all.
 
     Args:
-      questions: To ask.
-      count: Examples of each.
-      pool: Where examples come from; None for the other questions.
+      questions: The questions to ask.
+      count: The number of examples of each.
+      pool: The questions that examples come from; None for the other questions.
 
     Raises:
       ConfigError: count is below 0.

@@ -140,7 +140,8 @@ def read_records(path: Path, problems: Problems) -> Iterator[Record]:
     """Yields the rows of a file; empty lines are passed over.
 
     Args:
-      path: Of any kind that has rows.
+      path: A file of any kind that has rows: JSON lines, a JSON array, .csv, .tsv or
+        Parquet.
       problems: Gets what is no row; its `lines` is set to how places count here.
 
     Raises:
@@ -170,7 +171,7 @@ def read_rows(path: Path, parse: Callable[[dict[str, Any]], T]) -> list[T]:
     """Reads a file whole.
 
     Args:
-      path: Of any kind that has rows.
+      path: A file of any kind that has rows, as in `read_records`.
       parse: Makes something of a row, or raises DataError.
 
     Raises:
@@ -330,9 +331,9 @@ def _text(data: bytes, path: Path, line: int = 1) -> str:
     """Decodes UTF-8.
 
     Args:
-      data: Of the file from the beginning of a line.
-      path: To name.
-      line: That line.
+      data: Bytes of the file, from the beginning of a line.
+      path: The file to name in an error.
+      line: The number of that line.
 
     Raises:
       DataError: it is something else; with line and byte.

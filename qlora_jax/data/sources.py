@@ -36,10 +36,11 @@ class Source:
     Attributes:
       name: A path, or the hub's owner/name.
       local: Whether it is on this disk.
-      config: Of the hub's dataset.
-      revision: Of the hub's dataset.
-      split: Of a dataset.
-      weight: How often an epoch has each row.
+      config: The configuration of a dataset of the hub; None where none is named.
+      revision: The revision of a dataset of the hub; None where none is named.
+      split: The split of a dataset; None where none is named.
+      weight: The number of times that an epoch has each row: 2 has each twice, 0.3 has
+        other 30 % of them in each epoch.
     """
 
     name: str

@@ -33,9 +33,9 @@ class Scored(NamedTuple):
 
     Attributes:
       question: The question.
-      prompt: How it was asked.
-      choices: What answers it, after a space.
-      log_likelihoods: Of each choice, in nats.
+      prompt: The text that the question was asked with, examples included.
+      choices: The texts that answer it, after a space.
+      log_likelihoods: The log-probability of each choice, in nats.
     """
 
     question: Question
@@ -78,7 +78,7 @@ class _Item(NamedTuple):
     """A row to run: what it says of one choice, or of all that are one token.
 
     Attributes:
-      question: Index.
+      question: The index of the question.
       choices: Indices of the choices.
       tokens: Ids; the last label is left out, since nothing follows it.
       labels: int (tokens of the choice, choices).
@@ -94,9 +94,9 @@ class Asked(NamedTuple):
     """Questions, tokenized.
 
     Attributes:
-      questions: Those that are short enough.
-      prompts: Of each.
-      form: How choices answer.
+      questions: The questions that were not left out for their length.
+      prompts: The prompt of each question.
+      form: The way that choices answer: 'letters' or 'texts' (see `ask`).
       items: Rows to run.
       dropped: Questions left out for their length.
       max_tokens: Longest row.
@@ -123,12 +123,13 @@ def ask(
 
     Args:
       questions: At least one.
-      tokenizer: From `load`.
+      tokenizer: The tokenizer, from `load`.
       config: max_tokens, and too_long: 'drop' leaves a question out, 'truncate' cuts the
         beginning of its prompt.
-      form: How choices answer.
+      form: 'letters' puts all choices into the prompt and scores their letters; 'texts'
+        leaves them out and scores their texts.
       shots: Examples before each question (`shots_of`).
-      pool: Where they come from; None for the other questions.
+      pool: The questions that examples come from; None for the other questions.
 
     Raises:
       DataError: questions that are too long, or choices without tokens; all are named.
@@ -205,7 +206,7 @@ def score_choices(model: Any, asked: Asked, batch_size: int = 8) -> list[Scored]
     Args:
       model: A Decoder, with or without an adapter; or an AdapterBank, of which each
         question takes the adapter that it names (None: the base).
-      asked: From `ask`.
+      asked: The tokenized questions, from `ask`.
       batch_size: Rows at once, by length.
     """
     model = decoded(model)

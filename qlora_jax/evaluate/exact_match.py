@@ -15,7 +15,7 @@ class Answer(NamedTuple):
     """A prompt, the expected and the given answer, all as text.
 
     Attributes:
-      prompt: With special tokens left out.
+      prompt: The prompt's text, special tokens left out.
       expected: The row's answer.
       given: The model's, up to what ends it.
       extracted: Where a pattern was given, (expected, given) as it takes them out; the
@@ -79,9 +79,9 @@ def exact_match(
       model: A Decoder, with or without an adapter; or an AdapterBank, of which each row
         takes the adapter that it names.
       dataset: Rows; of a conversation the last answer that trains is asked for.
-      tokenizer: From `load`.
+      tokenizer: The tokenizer, from `load`.
       batch_size: Rows at once; they are sorted by length first.
-      max_new_tokens: Where a wrong answer is cut off.
+      max_new_tokens: The most tokens of an answer; a longer one is cut off there.
       extract: Takes the answer out of a text (`answers.extractor`); None compares texts.
       stop: Texts that end an answer; they and what follows them are left out.
 

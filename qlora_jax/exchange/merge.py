@@ -85,8 +85,9 @@ class Merged(NamedTuple):
 
     Attributes:
       saved: {"out": path, "bytes": of all tensors}.
-      report: Of the folder's weights.
-      corrected: Of these with the correction's adapter, if there is one.
+      report: The errors of the folder's weights.
+      corrected: The errors of these weights with the correction's adapter; None without
+        one.
     """
 
     saved: dict[str, Any]
@@ -112,7 +113,7 @@ def merge_folder(
       source: The base.
       adapter: A run folder, an adapter folder or a PEFT folder.
       out: The folder; a correction's adapter goes to `adapter/` in it.
-      merging: How.
+      merging: The quantization of the base, and the dtype and quantization of the result.
       overwrite: Write into a folder that is not empty.
       shard_bytes: Largest size of a file.
 

@@ -71,8 +71,8 @@ def save_adapter(
 
     Args:
       path: The folder.
-      lora: From `split`.
-      config: What it was attached with.
+      lora: The adapter's parameters, from `split`.
+      config: The LoRAConfig that it was attached with.
       tokenizer: Saved along, where tokens were added; `load_tokenizer` reads it.
       overwrite: Replace an adapter that is there.
 
@@ -105,11 +105,12 @@ def write_adapter(
 
     Args:
       path: The folder.
-      arrays: By dotted name, layers numbered, float32.
+      arrays: {dotted name, layers numbered: float32 array}.
       config: What it is to be attached with.
       base: The fingerprint of its base.
-      layers: Of linears of which the config does not tell them, see `explicit_layers`.
-      tokenizer, overwrite: As `save_adapter` has them.
+      layers: {linear: its layers}, for linears whose layers the config does not tell; see
+        `explicit_layers`.
+      tokenizer, overwrite: See `save_adapter`.
 
     Returns and raises as `save_adapter`.
     """
@@ -291,8 +292,8 @@ def fit_adapter(
 
     Args:
       path: A run folder, an adapter folder or a PEFT folder.
-      base: Without adapter; its layers' kernels may be shapes alone (`outline`). The scales
-        of 4-bit ones are not compared then: `check_scales` does it.
+      base: The base without adapter; its layers' kernels may be shapes alone (`outline`).
+        The scales of 4-bit ones are not compared then: `check_scales` does it.
 
     Returns:
       The base with the adapter, all of it shapes alone, and the adapter's arrays by dotted
@@ -332,7 +333,7 @@ def check_scales(path: str | os.PathLike[str], scales: dict[str, float]) -> None
     """Compares some 4-bit weights of a base with those that an adapter was trained on.
 
     Args:
-      path: As `fit_adapter` has it, which compares all else.
+      path: The adapter's path, as `fit_adapter` takes it, which compares all else.
       scales: {path of a weight: its mean absmax}.
 
     Raises:

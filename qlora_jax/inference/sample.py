@@ -78,7 +78,7 @@ def generate(
     Args:
       model: A Decoder, with or without an adapter.
       prompts: Token ids of each prompt, at least one token.
-      config: How to choose tokens.
+      config: The settings that tokens are chosen by; None takes the likeliest each time.
       eos_ids: Ids that end a row.
       stop: Instead of eos_ids: ids and texts that end a row (`Stop.of`).
 

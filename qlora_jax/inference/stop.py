@@ -26,7 +26,7 @@ class Stop(NamedTuple):
         """Returns what ends answers.
 
         Args:
-          tokenizer: From `load`.
+          tokenizer: The tokenizer, from `load`.
           texts: Texts that end an answer besides. A special token's text counts as its id,
             since decoded text does not show it.
           chat: Answers are turns of a chat template, which may end in a token that is

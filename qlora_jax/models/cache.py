@@ -28,7 +28,7 @@ class Context:
     """What all layers of one pass over some tokens share.
 
     Attributes:
-      positions: Of the tokens, int32 (batch, seq); -1 for padding.
+      positions: The position of each token, int32 (batch, seq); -1 for padding.
       shared: What the mixers' `shared` made of them.
       seen_positions: While decoding, int32 (batch, capacity): those of the cache, these
         tokens' among them.

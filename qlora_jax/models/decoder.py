@@ -155,7 +155,7 @@ class Decoder(nnx.Module):
           tokens: Token ids. Padding belongs to the right, where causality hides it. With
             a third axis in front, each layer goes over all micro-batches before the next:
             a layer that comes from host memory comes once for all of them.
-          key: For LoRA dropout; None switches it off.
+          key: The random key for LoRA dropout; None switches it off.
           checkpoint: What backward recomputes.
         """
         *micro, batch, seq = tokens.shape
@@ -206,7 +206,7 @@ class Decoder(nnx.Module):
         Args:
           tokens: The next tokens; padding belongs to the left.
           positions: int32 (batch, seq); -1 for padding.
-          cache: From `empty_cache`, or from the last call.
+          cache: The cache from `empty_cache`, or from the last call.
 
         Returns:
           Float32 logits after the last token, and the cache with the tokens added.

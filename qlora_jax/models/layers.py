@@ -95,7 +95,7 @@ class DecoderLayer(nnx.Module):
           x: (batch, seq, hidden).
           context: What all layers share.
           cache: What the mixer remembers; None while training.
-          key: For LoRA dropout; None switches it off.
+          key: The random key for LoRA dropout; None switches it off.
         """
         before, after = self.config.norms != "post", self.config.norms != "pre"
         scale = self.config.residual_scale
@@ -127,7 +127,7 @@ def through(
     turn ahead where `copies_ahead`.
 
     Args:
-      segments: Of the model.
+      segments: The segments of the model.
       stacks: A stack of layers for each slot of the segments, in their order.
       x: The first layer's input, (batch, seq, hidden), or (micro, batch, seq, hidden).
       extra: For each slot a pytree whose leaves have a leading axis of its layers.

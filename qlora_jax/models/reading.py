@@ -53,13 +53,13 @@ def read(
 
     Args:
       hf: The object of config.json.
-      problems: Found already.
+      problems: Problems that were found already.
       rope: Rotary settings, where they are not at their usual place.
       types: What layer_types is where config.json has none; None for a family whose
         layers are all alike.
       sliding_rope: The rotary positions of sliding layers, an AttentionSpec's.
       feed_forwards: A spec a layer, where layers differ in it.
-      **fields: Of DecoderConfig, as this family has them.
+      **fields: The values that this family gives to fields of DecoderConfig.
     """
     found = [f"{key} is missing" for key in REQUIRED if hf.get(key) is None]
     act = hf.get("hidden_act") or hf.get("hidden_activation") or "silu"
@@ -129,7 +129,7 @@ def with_layers(
     Args:
       config: What layers share.
       mixers: A spec a layer; None leaves them as they are.
-      feed_forwards: The same.
+      feed_forwards: A spec a layer; None leaves them as they are.
     """
     plain, specs = dataclasses.replace(config, layers=()), list(config.specs)
     for field, given in (("mixer", mixers), ("feed_forward", feed_forwards)):

@@ -62,7 +62,7 @@ class Segment:
     Attributes:
       start: Number of its first layer.
       pattern: One spec a slot.
-      repeats: How often the pattern comes.
+      repeats: The number of times that the pattern comes.
     """
 
     start: int

@@ -25,10 +25,11 @@ def stream(base: nnx.State) -> nnx.State:
     """Puts the layers' weights of a base in pinned host memory.
 
     Args:
-      base: From `split`. Its arrays may be donated to no one else meanwhile.
+      base: The base, from `split`. Do not donate its arrays elsewhere while the returned
+        State is in use: both share those that are not moved.
 
     Returns:
-      The same State, for the same train step.
+      A State of the same structure, for the same train step.
     """
 
     def place(path: tuple, variable: Any) -> Any:
@@ -56,8 +57,9 @@ def copies_ahead(layers: int, micro_batches: int, checkpoint: str | None) -> boo
     70B (scripts/results/README.md).
 
     Args:
-      layers: How many follow each other in a segment.
-      micro_batches: That go through a layer before the next does.
+      layers: The number of layers that follow each other in a segment.
+      micro_batches: The number of micro-batches that go through a layer before the next
+        one.
       checkpoint: What backward recomputes; None where there is no backward.
     """
     return micro_batches == 1 and checkpoint in ("layer", "host") and layers > 1

@@ -19,8 +19,8 @@ def resize_tokens(
     """Grows embedding and untied head to a number of rows; never shrinks them.
 
     Args:
-      model: Without adapter. It is left as it was.
-      rows: Wanted; fewer than there are change nothing.
+      model: A model without adapter. It is left as it was.
+      rows: The number of rows wanted; fewer than there are change nothing.
       pieces: Row -> tokens whose mean it begins as, among old rows too; other new rows
         are the mean of all.
 

@@ -39,7 +39,7 @@ def causal_attention(
     """Softmax attention in whole sequences: token i sees the tokens up to i.
 
     Args:
-      q, k, v, window, scale, softcap: As in `attention`; padding belongs to the right.
+      q, k, v, window, scale, softcap: See `attention`; padding belongs to the right.
       implementation: 'xla' is `attention`; 'cudnn' is jax.nn.dot_product_attention's, for
         16-bit heads on an NVIDIA GPU of sm_80 or later. None takes cuDNN's where it runs;
         $QLORA_JAX_ATTENTION names one for all.
@@ -152,7 +152,7 @@ def attention(
       k_positions: Position of each key; a negative one is never seen (padding, unused
         cache).
       window: Only the last `window` positions are seen; None for all.
-      scale: Of the scores; None for head_dim**-0.5.
+      scale: The factor of the scores; None for head_dim**-0.5.
       softcap: Scores s become softcap * tanh(s / softcap) (Gemma 2); None leaves them.
 
     Returns:

@@ -67,8 +67,8 @@ def adapted_norms(
       squared: Squares of the norms of its rows.
       a: lora_a.
       b: lora_b.
-      scale: Of the update.
-      dtype: What W a is computed in; its part is small.
+      scale: The factor of the update.
+      dtype: The dtype that W a is computed in; its part is small.
     """
     a, b = lax.stop_gradient((a, b))
     cross = base.product(a.T.astype(dtype)).astype(jnp.float32)

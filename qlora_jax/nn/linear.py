@@ -85,7 +85,8 @@ class QuantizedLinear(nnx.Module):
     Attributes:
       kernel: FrozenParam holding a PackedWeight of shape (out, in), or a stack of them.
       bias: FrozenParam, (..., out), or None.
-      implementation: Of nf4_matmul, for a 4-bit kernel; None chooses by device and shape.
+      implementation: The implementation of nf4_matmul for a 4-bit kernel, such as 'xla' or
+        'hopper'; None chooses by device and shape.
       origin: What it was in a stranger's module, which says what it computes in; else None.
     """
 

@@ -39,7 +39,8 @@ class LoRA(nnx.Module):
         None where all have one.
       scale: alpha / rank, or alpha / sqrt(rank) with rslora (arXiv 2312.03732).
       dropout: Probability that an input feature of the adapter is dropped.
-      init: How the factors started; unless 'zero', they hold a part of the base.
+      init: The way that the factors started; unless it is 'zero', they hold a part of the
+        base.
     """
 
     def __init__(

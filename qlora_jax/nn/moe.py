@@ -52,7 +52,7 @@ class Experts(nnx.Module):
     Attributes:
       router: Router.
       experts: One feed-forward module, every array with a leading axis of experts.
-      count: Of experts.
+      count: The number of experts.
     """
 
     def __init__(self, router: Router, experts: Any, count: int):
@@ -103,9 +103,9 @@ def grouped(
 
     Args:
       x: Tokens.
-      weights: Of each token's experts.
+      weights: The weight of each of a token's experts.
       chosen: Their indices, below count.
-      count: Of experts.
+      count: The number of experts.
       prepare: (expert of each block) -> pytree with a leading axis of blocks.
       apply: (one of these, block index, rows (block, hidden)) -> rows.
 

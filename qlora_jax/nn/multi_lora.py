@@ -40,7 +40,7 @@ class MultiLoRA(nnx.Module):
         where no adapter does.
       bias: FrozenParam, float32 (..., slots, out), in place of the base's; None where no
         adapter trained one.
-      slots: Which adapter each row takes; the number of slots means none.
+      slots: The slot of the adapter that each row takes; the number of slots means none.
     """
 
     def __init__(

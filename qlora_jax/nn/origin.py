@@ -18,9 +18,9 @@ class Origin:
     """A flax.nnx.Linear without its arrays; static, so that it can be a module's field.
 
     Attributes:
-      graphdef: Of the nnx.Linear.
-      dtype: What it computes in; None for what inputs and parameters promote to.
-      metadata: Of its parameters, by name.
+      graphdef: The graphdef of the nnx.Linear.
+      dtype: The dtype it computes in; None for what inputs and parameters promote to.
+      metadata: The metadata of each of its parameters, by the parameter's name.
     """
 
     graphdef: nnx.GraphDef

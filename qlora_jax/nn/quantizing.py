@@ -37,7 +37,8 @@ def quantize(model: M, config: QuantConfig | None = None, *, head: bool = False)
 
     Args:
       model: Any nnx.Module. It is left as it was.
-      config: How to quantize; the default is NF4, block 64, double quantization.
+      config: The settings to quantize with; the default is NF4, block 64, double
+        quantization.
       head: Whether lm_head becomes 4-bit too.
 
     Returns:

@@ -20,15 +20,22 @@ class RopeScaling:
     """Says how rotary frequencies change for texts longer than those of pretraining.
 
     Attributes:
-      kind: 'linear' and 'dynamic' use factor alone; 'dynamic' and 'longrope' depend on the
-        length of the sequence.
-      factor: Of the context.
-      low_freq_factor, high_freq_factor: Of llama3.
+      kind: 'linear' uses factor alone, 'dynamic' factor and original_max_position;
+        'dynamic' and 'longrope' depend on the length of the sequence.
+      factor: The factor that the context is stretched by. Frequencies are divided by it:
+        all of them for 'linear', the low ones for 'llama3' and 'yarn'.
+      low_freq_factor, high_freq_factor: For 'llama3': frequencies that turn fewer than
+        low_freq_factor times within the pretraining length are divided by factor, those
+        that turn more than high_freq_factor times stay, the others are blended.
       original_max_position: Pretraining length; for 'dynamic' the length from which on
         frequencies change.
       attention_factor: What cosines and sines are multiplied by (yarn, longrope).
-      beta_fast, beta_slow, truncate: Of yarn.
-      short_factor, long_factor: Of longrope, one a frequency.
+      beta_fast, beta_slow, truncate: For 'yarn': frequencies that turn more than beta_fast
+        times within the pretraining length stay, those that turn fewer than beta_slow times
+        are divided by factor, the others are blended. truncate rounds both bounds outward
+        to whole features.
+      short_factor, long_factor: For 'longrope': what each frequency is divided by, in
+        sequences up to the pretraining length and in longer ones.
     """
 
     kind: Kind
@@ -56,7 +63,7 @@ def inverse_frequencies(
       dim: Rotated features of a head.
       theta: The base.
       scaling: None for plain RoPE.
-      length: Of the longest sequence, for 'dynamic' and 'longrope'.
+      length: The tokens of the longest sequence, for 'dynamic' and 'longrope'.
     """
     exponents = np.arange(0, dim, 2, dtype=np.float32) / dim
     frequencies = (1.0 / theta**exponents).astype(np.float32)

@@ -77,7 +77,7 @@ class Objective:
         Args:
           model: A whole model, as `join` makes it.
           batch: See `Batch`.
-          key: For dropout; None switches it off.
+          key: The random key for dropout; None switches it off.
           checkpoint: What backward recomputes.
 
         Raises:

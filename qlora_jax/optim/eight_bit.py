@@ -79,7 +79,8 @@ def adamw_8bit(
       b2: Decay of the second moment.
       eps: Added to the root of the second moment after bias correction.
       weight_decay: Decoupled, times the learning rate.
-      mask: Which parameters decay: a tree of bools or a function of the parameters to one.
+      mask: The parameters that decay: a tree of bools or a function of the parameters to
+        one.
       block_size: Elements that share one absmax.
       smallest: Matrices (the last two axes) of fewer elements keep float32 moments.
 
@@ -172,7 +173,7 @@ def quantize_moment(
 
     Args:
       x: float32, (*stack, in, out) or of fewer axes; blocks run through the last two.
-      signed: Which map; without signs x must not be negative.
+      signed: Whether the map has negative values; if not, x must not be negative.
       block_size: Elements that share one absmax; the last block of a matrix may be partial.
 
     Returns:

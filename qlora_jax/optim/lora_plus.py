@@ -19,7 +19,7 @@ def lora_plus(ratio: float) -> optax.GradientTransformation:
     """Multiplies the updates of every lora_b but the embedding's by a number.
 
     Args:
-      ratio: Of lora_b's learning rate to all others'.
+      ratio: The learning rate of lora_b as a multiple of all others'; 1 changes nothing.
 
     Returns:
       A stateless optax transform, for the end of a chain.

@@ -61,10 +61,11 @@ def offload(
 
     Args:
       inner: Any optax transform; elementwise ones go slice by slice (module docstring).
-      memory_kind: Where the state rests: 'pinned_host' or 'device'. ('unpinned_host'
-        is refused: inside jit it silently lands on the device.)
-      resident_bytes: Of state that stay on the device all the same, smallest arrays first
-        (`plan_memory` says how many fit).
+      memory_kind: The memory where the state rests: 'pinned_host' or 'device'.
+        ('unpinned_host' is refused: inside jit it silently lands on the device.)
+      resident_bytes: The most bytes of state that stay on the device all the same, smallest
+        arrays first (`plan_memory` says how many fit). More means less to copy in each
+        step.
 
     Returns:
       A transform with the state of `inner`.
@@ -105,7 +106,7 @@ def paged(leaves: Sequence[Any], resident_bytes: int) -> list[int]:
 
     Args:
       leaves: Arrays or shapes.
-      resident_bytes: What the smallest may take of the device.
+      resident_bytes: The most bytes that the smallest may take of the device.
     """
     arrays = [i for i, leaf in enumerate(leaves) if jnp.ndim(leaf)]
     arrays.sort(key=lambda i: leaves[i].size * leaves[i].dtype.itemsize)

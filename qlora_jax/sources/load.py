@@ -62,15 +62,17 @@ def load(
         the model is left out, which one warning says.
       quant: Quantize the linears as they stream in (all but the head); None keeps a
         dense model dense. A folder with bitsandbytes 4-bit weights is read as it is.
-      dtype: Of everything that stays dense, and so of the computation: 'bfloat16',
-        'float16' or 'float32'.
+      dtype: The dtype of everything that stays dense, and so of the computation:
+        'bfloat16', 'float16' or 'float32'.
       embedding: Make the embedding '4bit' or 'int8' too, and a tied head with it. A folder
         that has it in int8 is read as it is.
-      head: The same of an untied head.
+      head: Make a head that is not tied to the embedding '4bit' or 'int8' too. A folder
+        that has it in int8 is read as it is.
       stream: Put the layers' weights in pinned host memory as they load (`stream` does it
         to a base that is on the device); the device then never holds them all.
-      implementation: Of nf4_matmul in every quantized linear; None chooses.
-      revision: Of a hub id.
+      implementation: The implementation of nf4_matmul in every quantized linear, such as
+        'xla' or 'hopper'; None chooses by device and shape.
+      revision: The branch, tag or commit of a hub id.
 
     Returns:
       The model, every weight a FrozenParam, and its tokenizer (None without one).
@@ -97,8 +99,8 @@ def reading(
     """Prepares to read a source, and says what of it will be left out.
 
     Args:
-      source: To read.
-      quant, dtype, embedding, head, stream: As `load` has them.
+      source: The opened checkpoint to read.
+      quant, dtype, embedding, head, stream: See `load`.
 
     Returns:
       (reader, what it is to read, a model of shapes).
@@ -185,7 +187,7 @@ def outline(
     """Opens a model without reading its linears.
 
     Args:
-      path_or_repo, quant, embedding, head: As `load` has them.
+      path_or_repo, quant, embedding, head: See `load`.
 
     Raises:
       CheckpointError: as `load`.
@@ -274,9 +276,9 @@ class Wanted(NamedTuple):
     """A parameter's Hugging Face names, and how they are stacked.
 
     Attributes:
-      names: In order.
+      names: The Hugging Face names, in the order of the stack.
       stack: Leading axes: (), (layers,) or (layers, experts).
-      shape: Of one.
+      shape: The shape of one, without the stack's axes.
     """
 
     names: list[str]
@@ -414,8 +416,8 @@ class Reader:
         """Returns what makes a parameter's dense value 4-bit or int8; None where it stays.
 
         Args:
-          path: Of the parameter.
-          quant: Of a layer's linear.
+          path: The dotted path of the parameter.
+          quant: The quantization of a layer's linear; None leaves it dense.
         """
         table = self.tables.get(path)
         if table == "int8":

@@ -26,12 +26,13 @@ def quantize_folder(
     Memory holds one tensor, and the file that is being filled.
 
     Args:
-      source: Dense.
+      source: The opened dense checkpoint.
       out: The folder.
-      quant: Of the linears.
-      dtype: Of what stays dense.
-      embedding: 'int8', or 'none' for dense.
-      head: The same of an untied head.
+      quant: The quantization of the linears.
+      dtype: The dtype of everything that stays dense: 'bfloat16', 'float16' or 'float32'.
+      embedding: The format of the embedding, and of a tied head: 'int8', or 'none' for
+        dense.
+      head: The format of an untied head: 'int8', or 'none' for dense.
       overwrite: Write into a folder that is not empty.
       shard_bytes: Largest size of a file.
 

@@ -60,7 +60,7 @@ def save_model(
     is, in a folder that opens in qlora_jax alone.
 
     Args:
-      model: Without adapters (merge first).
+      model: A model without adapters (merge first).
       out: The folder.
       source: The model's original folder or file, whose config and tokenizer go along;
         without it the config is written as a Llama's.
@@ -116,9 +116,9 @@ class Place(NamedTuple):
 
     Attributes:
       numbered: What it is called here, without regard to how a model stacks it.
-      name: In the folder.
+      name: The name in the folder.
       module: Path in the model of the module that has it.
-      variable: Where the model has it, stacked.
+      variable: The model's variable that holds it, stacked.
       at: Index in the variable's leading axes.
     """
 
@@ -139,7 +139,7 @@ def places(model: Decoder, table: Table) -> Iterator[Place]:
 
     Args:
       model: May be shapes alone; dense where `Place.shape` is asked for.
-      table: From `saved_names`.
+      table: The names in the folder, from `saved_names`.
     """
     for keys, variable in nnx.to_flat_state(nnx.state(model)):
         path = dotted(keys)
@@ -177,11 +177,11 @@ def write_folder(
 
     Args:
       parameters: Names and values, in order: arrays or packed weights.
-      config: Of the model.
-      dtype: That it computes in.
+      config: The config of the model.
+      dtype: The name of the dtype that the model computes in.
       hf: A config.json, whose quantization, dtype and vocabulary are replaced.
       out: The folder; what is there is replaced when all was written.
-      origin: Whose tokenizer goes along.
+      origin: The source whose tokenizer goes along; None for no tokenizer.
       shard_bytes: Largest size of a file; so much waits in memory.
 
     Returns:

@@ -44,7 +44,7 @@ class Source:
     """An opened checkpoint: a folder, or a GGUF file. Whatever is asked of it is read once.
 
     Attributes:
-      path: Of the folder or file.
+      path: The path of the folder or file.
     """
 
     def __init__(self, path: Path):
@@ -262,7 +262,7 @@ def left_out(
       tensors: Names in the files.
       wanted: Names that the model is made of.
       family: Its module; what that ignores is not named.
-      layers: Of the model.
+      layers: The number of layers of the model.
     """
     kinds: Counter[str] = Counter()
     for name in tensors:
@@ -322,7 +322,7 @@ def with_dense_linears(
     Only what is 4-bit in other layers is marked: layers of one stack must be stored alike.
 
     Args:
-      config: Of the model.
+      config: The config of the model.
       tensors: Names in the folder's files.
     """
     table = hf_table(config)

@@ -19,7 +19,8 @@ def add_tokens(
     """Adds tokens to a vocabulary; pure.
 
     Args:
-      model: Without adapter. Its tables grow only if they have no spare rows (Qwen's have).
+      model: A model without adapter. Its tables grow only if they have no spare rows
+        (Qwen's have).
       tokenizer: Its tokenizer.
       tokens: Texts that become one token each; those that are one already stay so.
 

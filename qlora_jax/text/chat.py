@@ -29,7 +29,7 @@ class ChatTemplate:
     """A template with the special tokens of its tokenizer.
 
     Attributes:
-      source: In Jinja's language.
+      source: The template's text, in Jinja's language.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None):

@@ -56,7 +56,7 @@ class Parts(NamedTuple):
     """What a folder says of its tokenizer.
 
     Attributes:
-      tokenizer: With every token that any of the files declares.
+      tokenizer: The tokenizer, with every token that any of the files declares.
       special_tokens: Name ("bos_token") -> text, as chat templates get them.
       bos_id: Id of the BOS; None where there is none.
       eos_ids: Ids that end a text, the tokenizer's first.

@@ -49,8 +49,8 @@ def examples_of(
     """Renders a conversation; one example, or one for each assistant turn.
 
     Args:
-      messages: As `checked_messages` returns them.
-      template: To render them with.
+      messages: The conversation, as `checked_messages` returns it.
+      template: The template to render it with.
       variables: `tools`, `documents`, and what else the template takes.
 
     Raises:

@@ -31,9 +31,9 @@ class Account(NamedTuple):
     """Bytes by XLA's buffer assignment.
 
     Attributes:
-      arguments: Of device memory that is there before the step.
-      temporaries: Of device memory during the step, at its peak.
-      host: Of host memory, both.
+      arguments: The bytes of device memory that are taken before the step.
+      temporaries: The bytes of device memory that the step takes besides, at its peak.
+      host: The bytes of host memory, arguments and temporaries together.
     """
 
     arguments: int
@@ -64,7 +64,7 @@ def compile_step(
     Args:
       setup: What is trained, and how.
       target: 'h200', 'a100', 'rtx4090', 'rtx3090'; None for this process's device.
-      options: XLA's, by flag.
+      options: XLA's compiler options, by flag; None leaves its defaults.
 
     Returns:
       A jax.stages.Compiled.

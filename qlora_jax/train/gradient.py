@@ -30,7 +30,7 @@ def make_gradient(
     can take them all at once and layers have to come from host memory for it.
 
     Args:
-      graphdef: From `split`.
+      graphdef: The graphdef of the model, from `split`.
       objective: What is minimized.
       checkpoint: What backward recomputes.
       sums: An optax.trace that adds up what is handed to it, maybe in host memory.

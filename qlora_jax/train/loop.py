@@ -65,15 +65,16 @@ class Trainer:
         """Prepares a run; nothing is written yet.
 
         Args:
-          model: With an adapter attached.
+          model: A model with an adapter attached.
           train: Rows to train on.
-          config: How.
+          config: The settings of training.
           out: The run folder.
           evaluation: Held-out rows.
-          lora: What the adapter was attached with; None reads it off the model.
+          lora: The LoRAConfig that the adapter was attached with; None reads it off the
+            model.
           objective: What is minimized, in place of the one that `config` names.
           tokenizer: Saved with the adapter, where tokens were added.
-          progress: Called with metrics.
+          progress: Called with each step's metrics, and with eval losses.
 
         Raises:
           ConfigError: there is no such objective, or rows have not what it needs.

@@ -43,10 +43,11 @@ def make_train_step(
     is scaled by its state.
 
     Args:
-      graphdef: Of the model.
+      graphdef: The graphdef of the model, from `split`.
       tx: Any optax transform; see `offload` for keeping its state in host memory.
-      checkpoint: What backward recomputes: 'none' elementwise work only, 'layer' each
-        whole layer (less memory, about a third more work).
+      checkpoint: What backward recomputes: 'none' elementwise work only, 'layer' each whole
+        layer (less memory, about a third more work), 'attention' all of a layer but
+        attention's output; 'host' is 'layer' with the layers' inputs in host memory.
       loss_fn: Replaces the next-token cross-entropy; it runs the model itself, so that
         `checkpoint` does not reach it, and sees one micro-batch at a time.
       objective: Replaces it too (`qlora_jax.objectives`); give one or the other.
@@ -98,7 +99,7 @@ def make_eval_step(
     """Makes eval_step(lora, base, batch) -> (sum of losses, its normalizer), of a 2-D batch.
 
     Args:
-      graphdef: Of the model.
+      graphdef: The graphdef of the model, from `split`.
       loss_fn: See `make_train_step`.
       objective: See `make_train_step`. The normalizer is the objective's, the sum of the
         weights of predicted tokens unless it has another.

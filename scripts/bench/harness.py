@@ -51,7 +51,7 @@ def take_turns(
 
     Args:
       runs: Calls by name. Each returns only when its work is done.
-      rounds: How many times of each are returned.
+      rounds: The number of timed rounds, and so of the times returned for each call.
       warm_up: Rounds before those, which compile.
       clock: Returns what a call's time is the difference of.
 

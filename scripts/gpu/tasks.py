@@ -38,8 +38,8 @@ def tasks(
     Args:
       device: What they run on. Implementations that refuse it are left out; without a GPU
         only numerics are left.
-      sections: Of SECTIONS.
-      wheels: Which of 'bitsandbytes' and 'peft' are installed.
+      sections: The sections to include, some of SECTIONS.
+      wheels: The ones of 'bitsandbytes' and 'peft' that are installed.
     """
     found = []
     gpu = device.platform == "gpu"

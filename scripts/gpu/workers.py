@@ -159,9 +159,9 @@ class Run:
         """Prepares a run.
 
         Args:
-          command: Starts a worker.
+          command: The command that starts a worker.
           out: Rows are appended here; what workers print, to the same name with .log.
-          end: Of the run, as time.time() counts.
+          end: The time when the run ends, as time.time() counts.
           seconds: A task's time to compile and on the GPU, after which it hangs.
           size: The device bytes that a task takes.
         """

@@ -51,7 +51,7 @@ def plane_scales(
     """Spreads absmax to the nibble planes of each group: 4 of them, or 1 for all.
 
     Args:
-      absmax: Of every block of some rows.
+      absmax: The absmax of every block of some rows.
       block_size: Elements of a block.
       width: Elements of a plane; a group has four times as many.
     """

@@ -44,7 +44,7 @@ def pack(codes: Any, layout: Layout, shape: tuple[int, ...]) -> Any:
     Args:
       codes: uint8 (size,), values 0 to 15, in row-major order of `shape`; in the flat
         layout one more behind an odd size.
-      layout: Where they go.
+      layout: The layout to pack into: 'planar256', 'planar64' or 'flat'.
       shape: Shape of the tensor.
 
     Returns:

@@ -32,7 +32,10 @@ def backward(
 
     Args:
       dy: bfloat16 or float16; m a multiple of config.block_m, n of 64 * config.split_k.
-      codes, scales, addend, config, codebook, num_sms, interpret: As in `forward`.
+      codes: planar256 words, uint16 (n, k/4).
+      scales: One a block of 64, (k/64, n): float32 for exact decoders, else dy's dtype.
+      addend: The pair (u, v) in dy's dtype, r a multiple of 64; None adds nothing.
+      config, codebook, num_sms, interpret: See `forward`.
 
     Returns:
       (m, k) in dy's dtype; with split_k > 1 float32 parts (split_k, k, m) to be summed.

@@ -15,7 +15,8 @@ class Config(mosaic.Tiling):
 
     Attributes:
       block_m: Tokens of an output tile: 8 to 128, a power of two.
-      decoder: How codes become values; the tables take 64 KiB.
+      decoder: The method that turns codes into values (registers.py); the tables take 64
+        KiB of shared memory.
       rows: Rows of an output tile. Forward: of n, 64 or 128. Backward: of k, 128 or 256,
         which are two or four nibble planes of 64 words.
       depth: Forward: words along k of a step, 32, or 64 for small block_m.

@@ -34,9 +34,9 @@ def forward(
       x: bfloat16 or float16; m a multiple of config.block_m, k of 256 * config.split_k.
       codes: planar256 words, (n, k/4); n a multiple of config.rows.
       scales: One a block of 64, (k/64, n): float32 for exact decoders, else x's dtype.
-      addend: In x's dtype, r a multiple of 64.
+      addend: The pair (u, v) in x's dtype, r a multiple of 64; None adds nothing.
       config: Tiling.
-      codebook: Of the codes.
+      codebook: The 16 values that codes stand for: 'nf4', 'fp4' or 'int4'.
       num_sms: Streaming multiprocessors of the device.
       interpret: Parameters of the interpreter, which knows neither mma nor cp.async.
 

@@ -44,7 +44,7 @@ def forward(
     Args:
       x: bfloat16 or float16, (m, k).
       w: A weight (n, k) in the planar256 layout; n a multiple of config.rows.
-      config: How it is cut.
+      config: The kernel's tiling: how rows and k are divided among blocks and warps.
       num_sms: Streaming multiprocessors of the device.
       interpret: False, or plgpu.InterpretGPUParams to run on a CPU; then what a warp
         does in registers is plain jax.numpy, all else is the same.

@@ -39,8 +39,8 @@ class Steps:
     """The steps for one product, whose shapes forward._Kernel sets.
 
     Attributes:
-      m, n, k: Of the product.
-      dtype: Of x.
+      m, n, k: The sizes of the product: x (m, k), w (n, k), result (m, n).
+      dtype: The dtype of x.
       config: A config.Config.
       interpret: Whether the interpreter runs it.
       double_quant: Whether absmax comes in 8 bits.

@@ -88,7 +88,7 @@ def keep(target: Value, sums: Any, add: Any | None = None) -> None:
     """Stores a warpgroup's sums, each (64, 8), one behind the other in shared memory.
 
     Args:
-      target: Where to.
+      target: The place in shared memory that they go to.
       sums: The fragments.
       add: Whether to add to what is there (int32 scalar).
     """
@@ -179,9 +179,9 @@ def load_tile(kernel, refs, row: Value, group: Value) -> list[list[Value]]:
     """Loads a lane's part of a tile at `row` and `group`.
 
     Args:
-      kernel: For its shapes.
-      refs: In global memory, words (n, k/4), absmax or its codes (n, k/64) and, with
-        codes, absmax_scale (one of so many flat blocks).
+      kernel: The kernel, read for its shapes.
+      refs: The weight in global memory: words (n, k/4), absmax or its codes (n, k/64) and,
+        with codes, absmax_scale (one for every kernel.scale_blocks flat blocks of 64).
       row: First row of the tile.
       group: Word group of the first warp; the others take the next.
 

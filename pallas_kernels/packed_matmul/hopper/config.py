@@ -24,7 +24,8 @@ class Config(mosaic.Tiling):
       x_stages: Tiles of x in flight.
       x_depth: Features of such a tile: 64, or 256 in forward for small block_m, where
         fewer and larger copies keep up with the products.
-      warpgroups: That compute: 2, or 4 for small m, where more warps hide latency.
+      warpgroups: Warpgroups that compute: 2, or 4 for small m, where more warps hide
+        latency.
       planes: Nibble planes a warpgroup owns in backward: 2, or 1 (with 4 warpgroups, or
         for block_m 256), which needs a table decoder.
       out_stages: Buffers of 64 tokens that a warpgroup's results leave through.

@@ -34,10 +34,10 @@ def forward(
         64 * config.warpgroups. Of a ragged n the last tile does rows of the one before
         once more.
       scales: One a block of 64, (k/64, n): float32 for exact decoders, else x's dtype.
-      addend: In x's dtype, r a multiple of 64.
+      addend: The pair (u, v) in x's dtype, r a multiple of 64; None adds nothing.
       config: Tiling.
-      codebook: Of the codes.
-      num_sms: Blocks to launch.
+      codebook: The 16 values that codes stand for: 'nf4', 'fp4' or 'int4'.
+      num_sms: The most blocks to launch, one for each streaming multiprocessor.
       interpret: Parameters of the interpreter; needs the 'select' decoder.
 
     Returns:

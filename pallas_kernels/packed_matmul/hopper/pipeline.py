@@ -141,9 +141,9 @@ class Multiplier:
         """Computes acc += a @ x[slot].T for each (acc, a); leaves them in flight.
 
         Args:
-          slot: Of the x ring.
+          slot: The slot of the x ring to multiply by.
           products: Accumulators and register operands.
-          column: Of the buffer, where the 64 features lie.
+          column: The column of the slot's buffer where the 64 features begin.
           first: Whether no product is in flight from before (bool, or traced).
           starts: Whether these are the first products of this slot's use.
           ends: Whether they are the last.
@@ -237,10 +237,10 @@ def scratch_types(
 
     Args:
       config: Tiling.
-      dtype: Of x.
-      words: Shape of a word tile.
-      scales: Of its scales.
-      scale_dtype: Of these.
+      dtype: The dtype of x, or of dy in backward.
+      words: The shape of a word tile.
+      scales: The shape of a word tile's scales.
+      scale_dtype: The dtype of the scales.
     """
     bm, chunk = config.block_m, min(64, config.block_m)
     scratch: dict[str, Any] = {

@@ -25,8 +25,10 @@ class Architecture(NamedTuple):
 
     Attributes:
       model_type: Hugging Face's name of it.
-      settings: Of config.json that no metadata holds.
-      window: The sliding window where no metadata says one; None for no windows at all.
+      settings: Settings of config.json that llama.cpp takes for granted: no metadata holds
+        them.
+      window: The sliding window where no metadata says one, 0 for none; None if the
+        architecture has no windows at all.
       largest: Layers of the one size whose scores are scaled by hidden/heads (Gemma).
       scalings: Kinds of rotary scaling it can hold.
     """

@@ -246,8 +246,8 @@ def write(folder: Path, source: dict[str, Any], vocab_size: int) -> dict[str, An
     """Returns the metadata of a folder's tokenizer.
 
     Args:
-      folder: With tokenizer.json and tokenizer_config.json.
-      source: Its config.json.
+      folder: A folder with tokenizer.json and tokenizer_config.json.
+      source: The object of its config.json.
       vocab_size: Tokens that the model has; those the tokenizer lacks are unused.
 
     Raises:

@@ -38,10 +38,10 @@ def write_gguf(
     """Writes a dense Hugging Face folder as a GGUF file, one tensor at a time.
 
     Args:
-      folder: With config.json, safetensors and tokenizer.json.
+      folder: A dense folder with config.json, safetensors and tokenizer.json.
       out: The file.
-      dtype: Of matrices: 'f16', 'q8_0', 'bf16' or 'f32'. Vectors are float32, and rows
-        that q8_0's blocks of 32 do not divide are float16.
+      dtype: The dtype of matrices: 'f16', 'q8_0', 'bf16' or 'f32'. Vectors are float32, and
+        rows that q8_0's blocks of 32 do not divide are float16.
       overwrite: Replace a file that exists.
 
     Returns:

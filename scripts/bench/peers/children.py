@@ -148,7 +148,7 @@ def measure_once(python: str, task: Task) -> dict:
 
     Args:
       python: Interpreter of the child.
-      task: With the mode.
+      task: The task, whose mode says what to measure.
 
     Returns:
       Its figures.
@@ -163,9 +163,9 @@ def take_turn(child: Child, steps: int, retries: int) -> float:
     """Runs one turn, and again while other programs disturb it.
 
     Args:
-      child: Whose turn it is.
-      steps: Of the turn.
-      retries: How often a disturbed turn is run again, each after a pause.
+      child: The child whose turn it is.
+      steps: The number of training steps in the turn.
+      retries: The most times that a disturbed turn is run again, each after a pause.
 
     Returns:
       The share of the processors that other programs used during the turn kept.
@@ -191,9 +191,9 @@ def race(
 
     Args:
       entries: Interpreter and task of each contestant; all of one dtype.
-      rounds: How often each gets its turn.
+      rounds: The number of turns that each contestant gets.
       steps: Training steps a turn.
-      retries: How often a turn that other programs disturb is run again.
+      retries: The most times that a turn that other programs disturb is run again.
 
     Returns:
       One row a contestant, in the order given; a failed one has "error" in it.

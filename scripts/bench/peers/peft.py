@@ -80,9 +80,9 @@ def packed(
     """Returns an NF4 linear of a weight, on the weight's device.
 
     Args:
-      linear: Whose shape it has.
+      linear: The linear whose shape it has.
       weight: (out, in).
-      dtype: Of the computation.
+      dtype: The dtype of the computation.
     """
     made = bnb.nn.Linear4bit(
         linear.in_features,
@@ -110,9 +110,9 @@ def adapted(
 
     Args:
       model: The base, which is changed.
-      rank: Of the factors.
+      rank: The rank of the factors.
       alpha: The scale's numerator.
-      **options: Of get_peft_model.
+      **options: Further arguments of get_peft_model.
     """
     config = LoraConfig(
         r=rank,
