@@ -49,6 +49,17 @@ def stack_key(layers: range) -> str:
     return key if layers.step == 1 else f"{key}:{layers.step}"
 
 
+def layers_at(path: Sequence[Any]) -> range | None:
+    """Returns the layers that the key in a path, as keys, names; None without one."""
+    return located(dotted(path))[1]
+
+
+def in_words(path: Sequence[Any]) -> str:
+    """Returns a path for a message: without the key of a stack, but with its layers."""
+    name, layers = located(dotted(path))
+    return name if layers is None else f"{name} of layers {stack_key(layers)}"
+
+
 def located(path: str) -> tuple[str, range | None]:
     """Returns a path without the key of its stack, and the layers that the key names.
 
@@ -156,11 +167,3 @@ class Table:
     @functools.cached_property
     def _paths(self) -> dict[str, str]:
         return {name: path for path, name in self.templates.items()}
-
-    def modules(self) -> "Table":
-        """Returns the table of the modules that have the parameters."""
-        pairs = self.templates.items()
-        return Table(
-            {path.rpartition(".")[0]: name.rpartition(".")[0] for path, name in pairs},
-            *self._sizes,
-        )

@@ -52,11 +52,6 @@ def test_every_familys_table_goes_both_ways(family):
         assert len(places) == (sizes[0] if sizes else 1) * (
             sizes[1] if sizes[1:] else 1
         )
-    modules = table.modules()
-    for place, name in modules.all():
-        assert modules.find(name) == place and name in {
-            n.rpartition(".")[0] for n in names
-        }
 
 
 def test_names_of_no_parameter_are_found_nowhere():

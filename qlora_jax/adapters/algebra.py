@@ -34,7 +34,7 @@ from qlora_jax.adapters.updates import (
 )
 from qlora_jax.adapters.value import Adapter
 from qlora_jax.errors import ConfigError, gathered
-from qlora_jax.names import EMBEDDING, dotted, plain
+from qlora_jax.names import EMBEDDING, dotted, in_words
 
 dot = functools.partial(jnp.matmul, precision="highest")
 
@@ -194,7 +194,7 @@ def update_norms(adapter: Adapter) -> Measured:
       AdapterMismatchError: something of the adapter is no low-rank update.
     """
     (updates,) = read([adapter])
-    norms = _by_name(updates, adapter.config.layers_of, _norm)
+    norms = _by_name(updates, _norm)
     return Measured(norms, _root([x**2 for x in norms.values()]))
 
 
@@ -213,7 +213,7 @@ def cosine_similarity(a: Adapter, b: Adapter) -> Measured:
     inner: dict[str, Array] = {}
     for path, pair in both.items():
         values = _inner(*pair)
-        for name, index in layer_names(path, pair[0], ()).items():
+        for name, index in layer_names(path, pair[0]).items():
             inner[name] = values[index]
     linears = {}
     zero = jnp.zeros(())
@@ -279,7 +279,7 @@ def check_rank(rank: int | None, updates: Updates) -> None:
     if rank < 1:
         raise ConfigError(f"rank is {rank}, expected at least 1")
     problems = [
-        f"{dotted(path)}: {' x '.join(map(str, update.shape[-2:]))}"
+        f"{in_words(path)}: {' x '.join(map(str, update.shape[-2:]))}"
         for path, update in updates.items()
         if rank > update.limit
     ]
@@ -287,15 +287,11 @@ def check_rank(rank: int | None, updates: Updates) -> None:
         raise ConfigError(gathered(f"rank {rank} is above min(in, out)", problems))
 
 
-def _by_name(
-    updates: Updates,
-    layers_of: Callable[[str], tuple[int, ...]],
-    figure: Callable[..., Array],
-) -> dict[str, Array]:
+def _by_name(updates: Updates, figure: Callable[..., Array]) -> dict[str, Array]:
     found = {}
     for path, update in updates.items():
         values = figure(update.lora_a, update.lora_b) * update.scale
-        for name, index in layer_names(path, update, layers_of(plain(path))).items():
+        for name, index in layer_names(path, update).items():
             found[name] = values[index]
     return found
 

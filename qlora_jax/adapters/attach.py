@@ -18,7 +18,14 @@ from qlora_jax.config.lora import LoRAConfig, ends, read_targets
 from qlora_jax.errors import AdapterMismatchError, ConfigError, gathered
 from qlora_jax.models import Decoder
 from qlora_jax.models.vocabulary import untied
-from qlora_jax.names import EMBEDDING, HEAD, dotted, is_stacked, located, plain
+from qlora_jax.names import (
+    EMBEDDING,
+    HEAD,
+    dotted,
+    is_stacked,
+    layers_at,
+    plain,
+)
 from qlora_jax.nn import (
     Embedding,
     Linear,
@@ -97,9 +104,9 @@ def attach_zero(model: M, config: LoRAConfig, *, key: Array) -> M:
                 rows = nnx.LoRAParam(_rows(node, tokens))
                 return TrainedRows(node, _marked(rows, base), tokens)
         if type(node) in OWN and config.saves(name):
-            _train(node, OWN[type(node)], path, base)
+            _train(node, OWN[type(node)], base)
             if isinstance(node, Linear) and node.bias is not None:
-                _train(node, "bias", path, base)
+                _train(node, "bias", base)
             return node
         if isinstance(node, Table) and config.matches(name):
             return _lora_embedding(node, name, config, base, key)
@@ -108,7 +115,7 @@ def attach_zero(model: M, config: LoRAConfig, *, key: Array) -> M:
         adapted = config.matches(name) and _adapted_here(path, node, config)
         if node.bias is not None and config.bias != "none":
             if adapted or config.bias == "all":
-                _train(node, "bias", path, base)
+                _train(node, "bias", base)
         return _lora(node, path, config, base, key) if adapted else node
 
     return nnx.recursive_map(replace, model)
@@ -118,7 +125,7 @@ def _adapted_here(
     path: tuple, node: Linear | QuantizedLinear, config: LoRAConfig
 ) -> bool:
     """Whether any layer of a linear's stack is to have an adapter."""
-    layers, own = config.layers_of(plain(path)), located(dotted(path))[1]
+    layers, own = config.layers_of(plain(path)), layers_at(path)
     return not layers or own is None or not {*layers}.isdisjoint(own)
 
 
@@ -131,7 +138,7 @@ def _lora(
 ) -> LoRA:
     rank, alpha = config.shape_of(plain(path))
     layers = config.layers_of(plain(path)) if node.stack else ()
-    inside, own = layers, located(dotted(path))[1]
+    inside, own = layers, layers_at(path)
     if own is not None:  # a stack of some layers, whose indices are not their numbers
         inside = tuple(i for i, number in enumerate(own) if number in layers)
         inside = () if len(inside) == len(own) else inside
@@ -173,7 +180,7 @@ def _lora_embedding(
     return lora
 
 
-def _train(node: Any, name: str, path: tuple, base: str | None) -> None:
+def _train(node: Any, name: str, base: str | None) -> None:
     """Lets a parameter of a module train."""
     variable = trained(getattr(node, name))
     own = {"kernel": 2, "bias": 1}.get(name, 2 if isinstance(node, Embedding) else 1)
@@ -277,8 +284,9 @@ def _asks_for_head(config: LoRAConfig, linears: list[str]) -> bool:
 
 
 def _beyond(config: LoRAConfig, model: nnx.Module) -> list[str]:
-    """Returns the layers that a config names and the model does not have."""
+    """Returns the layers that a config names, and the model or a linear does not have."""
     problems: dict[tuple[int, ...], str] = {}
+    having: dict[str, set[int]] = {}
     for keys, node in nnx.iter_graph(model):
         if not isinstance(node, (Linear, QuantizedLinear)) or not node.stack:
             continue
@@ -286,12 +294,29 @@ def _beyond(config: LoRAConfig, model: nnx.Module) -> list[str]:
         if isinstance(model, Decoder) and is_stacked(keys):
             count = model.config.num_layers
         layers = config.layers_of(path)
-        if config.matches(path) and max(layers, default=0) >= count:
+        if not config.matches(path) or not layers:
+            continue
+        having.setdefault(path, set()).update(layers_at(keys) or range(count))
+        if max(layers) >= count:
             flag = "layers" if layers == config.layers else f"layers-pattern of {path}"
             problems[layers] = (
                 f"--lora.{flag} {list(layers)}: the model has {count} layers, from 0"
             )
-    return list(problems.values())
+    if problems:
+        return list(problems.values())
+    names = config.targets if isinstance(config.targets, tuple) else ("",)
+    without = []
+    for name in names:  # a name may stand for linears of several kinds of layers
+        found = {p: own for p, own in having.items() if not name or ends(p, name)}
+        if found and all(
+            own.isdisjoint(config.layers_of(p)) for p, own in found.items()
+        ):
+            layers = sorted({i for path in found for i in config.layers_of(path)})
+            without.append(
+                f"--lora.targets {name or config.targets}: none of the layers {layers} has "
+                f"it; it is in {sorted(set().union(*found.values()))}"
+            )
+    return without
 
 
 def detach(model: M) -> M:

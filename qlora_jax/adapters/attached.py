@@ -9,7 +9,13 @@ from flax import nnx
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.errors import AdapterMismatchError
 from qlora_jax.models import Decoder
-from qlora_jax.names import EMBEDDING, HEAD, dotted, is_stacked, located, plain
+from qlora_jax.names import (
+    EMBEDDING,
+    HEAD,
+    is_stacked,
+    layers_at,
+    plain,
+)
 from qlora_jax.nn import (
     Embedding,
     Linear,
@@ -85,7 +91,7 @@ def lora_config(model: nnx.Module) -> LoRAConfig:
             if not own.are(layers)
         },
         bias="none" if not biased else "all" if beyond else "lora_only",
-        modules_to_save=tuple(sorted(saved)),
+        modules_to_save=tuple(sorted({*saved})),
         tied=not untied_head,
         tokens=tokens,
         head_tokens=rows.get(HEAD, ())
@@ -105,7 +111,7 @@ class _Places:
     def add(self, path: tuple, node: Linear | QuantizedLinear | LoRA) -> None:
         """Counts a linear in a stack of layers."""
         stack = (node.base if isinstance(node, LoRA) else node).stack
-        layers = located(dotted(path))[1] or range(stack[0] if stack else 0)
+        layers = layers_at(path) or range(stack[0] if stack else 0)
         self.all |= {*layers}
         if isinstance(node, LoRA):
             only = node.lora_a.get_metadata().get("layers") or layers

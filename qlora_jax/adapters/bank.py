@@ -23,7 +23,7 @@ from jaxtyping import Array
 from qlora_jax.adapters.merge import factors
 from qlora_jax.adapters.value import Adapter
 from qlora_jax.errors import AdapterMismatchError, ConfigError, gathered
-from qlora_jax.names import EXPERTS, dotted, plain
+from qlora_jax.names import EXPERTS, dotted, in_words, plain
 from qlora_jax.nn import Linear, LoRA, QuantizedLinear
 from qlora_jax.nn.dora import row_norms
 from qlora_jax.nn.multi_lora import MultiLoRA, Slots
@@ -206,7 +206,7 @@ class AdapterBank:
             if isinstance(node, MultiLoRA)
         }
         problems = [
-            f"{plain(path)}: {problem}"
+            f"{in_words(path)}: {problem}"
             for path, part in parts.items()
             if (problem := _no_room(nodes.get(path), part))
         ]

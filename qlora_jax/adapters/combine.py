@@ -59,7 +59,7 @@ from qlora_jax.adapters.updates import (
 )
 from qlora_jax.adapters.value import Adapter
 from qlora_jax.errors import AdapterMismatchError, ConfigError, gathered
-from qlora_jax.names import dotted
+from qlora_jax.names import dotted, in_words
 
 Method = Literal[
     "concat",
@@ -218,7 +218,7 @@ def _check_ranks(parts: Sequence[Updates], method: str) -> None:
         ranks = {i: part[path].rank for i, part in enumerate(parts) if path in part}
         if len(set(ranks.values())) > 1:
             said = ", ".join(f"{rank} in adapter {i}" for i, rank in ranks.items())
-            problems.append(f"{dotted(path)}: rank {said}")
+            problems.append(f"{in_words(path)}: rank {said}")
     if problems:
         others = (
             "concat or svd" if method == "linear" else f"concat, svd or {method}_svd"

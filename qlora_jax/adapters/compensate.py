@@ -25,16 +25,18 @@ from jaxtyping import Array
 from pallas_kernels.formats import PackedWeight
 from qlora_jax.adapters import low_rank
 from qlora_jax.adapters.fingerprint import with_scales
+from qlora_jax.adapters.names import at_place
 from qlora_jax.config.lora import Init
 from qlora_jax.errors import AdapterMismatchError, ConfigError
-from qlora_jax.names import dotted, located
+from qlora_jax.names import Numbered, dotted, in_words, located, plain
 from qlora_jax.nn import Linear, LoRA, QuantizedLinear
 from qlora_jax.nn.dora import row_norms
 
 M = TypeVar("M", bound=nnx.Module)
 
 Original = Callable[[str, tuple[int, ...]], Array | np.ndarray]
-"""(dotted path of a linear, index in its stack, such as a layer) -> its dense kernel."""
+"""(dotted path of a linear, its numbers: (), (layer,) or (layer, expert)) -> its dense kernel,
+(out, in). Whatever stacks a model has its layers in, a number is the layer's in the model."""
 
 Moments = Mapping[str, Array]
 """Dotted path -> mean of x x^T, float32 (..., in, in), or of x**2, (..., in)."""
@@ -142,7 +144,7 @@ def input_moments(
     )
 
     def replace(path: tuple, node: Any) -> Any:
-        if isinstance(node, (Linear, QuantizedLinear)) and paths(dotted(path)):
+        if isinstance(node, (Linear, QuantizedLinear)) and paths(plain(path)):
             return _Tap(node, diagonal)
         return node
 
@@ -216,7 +218,7 @@ def compensate(
     for path, node in nnx.iter_graph(model):
         if not isinstance(node, LoRA):
             continue
-        name, base = dotted(path), node.base
+        name, base = in_words(path), node.base
         if not isinstance(base, QuantizedLinear):
             raise AdapterMismatchError(
                 f"{name} is dense, so quantization lost nothing of it; quantize the base, "
@@ -226,14 +228,14 @@ def compensate(
             raise AdapterMismatchError(
                 f"the adapter at {name} has been trained; compensate a new one"
             )
-        moment = None if moments is None else moments[name]
-        made = _stack(name, node, read, moment, key, rounds)
+        moment = None if moments is None else moments[dotted(path)]
+        made = _stack(path, node, read, moment, key, rounds)
         q, a, b, errors[name] = made
         filled[*path, "lora_a"], filled[*path, "lora_b"] = a, b
         if q is not None:
             base = QuantizedLinear(q)
             filled[*path, "base", "kernel"] = q
-            bases[f"{name}.kernel"] = q
+            bases[f"{dotted(path)}.kernel"] = q
             if node.squared_norms is not None:
                 filled[*path, "squared_norms"] = row_norms(base) ** 2
         if node.magnitude is not None:
@@ -291,22 +293,25 @@ def start(
 
 
 def _reader(dense: nnx.Module) -> Original:
-    linears = {
-        dotted(path): node
-        for path, node in nnx.iter_graph(dense)
-        if isinstance(node, Linear)
-    }
+    nodes = dict(nnx.iter_graph(dense))
+    find = at_place({p: node for p, node in nodes.items() if isinstance(node, Linear)})
 
     def read(path: str, index: tuple[int, ...]) -> Array:
-        if path not in linears:
-            raise AdapterMismatchError(f"the original model has no dense {path}")
-        return linears[path].kernel[index or ...]
+        try:
+            linear, index = find(path, index)
+        except KeyError as error:
+            name = error.args[0]
+            raise AdapterMismatchError(
+                f"the original model has no dense {name}; give the dense folder or model "
+                "that the base was quantized from"
+            ) from None
+        return linear.kernel[index or ...]
 
     return read
 
 
 def _stack(
-    name: str,
+    path: tuple,
     node: LoRA,
     read: Original,
     moment: Array | None,
@@ -318,10 +323,11 @@ def _stack(
     for index in np.ndindex(*stack):
         quantized = node.base.kernel.get_value()
         q, c = jax.tree.map(operator.itemgetter(index), (quantized, moment))
-        w = jnp.asarray(read(name, index))
+        place = Numbered.at(path, index)
+        w = jnp.asarray(read(*place))
         if w.shape != q.shape:
             raise AdapterMismatchError(
-                f"{name}: the original has shape {w.shape}, the base {q.shape}"
+                f"{place}: the original has shape {w.shape}, the base {q.shape}"
             )
         adapted = node.active is None or node.active[...][index].item() > 0
         fit = low_rank.alternate(

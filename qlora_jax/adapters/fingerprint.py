@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from pallas_kernels.formats import PackedWeight
-from qlora_jax.names import dotted, located
+from qlora_jax.names import Numbered, dotted, located
 from qlora_jax.nn import FrozenParam
 
 _SAMPLES = 8  # of a parameter
@@ -37,12 +37,13 @@ def fingerprint(model: nnx.Module, *, scales: bool = False) -> str | None:
     copies of one base have the same structure. With `scales` the object has these too:
     {name of a 4-bit weight: mean absmax}, of those that are no shapes alone.
     """
-    shapes, values, packed = [], {}, {}
-    for name, stacks in _parameters(model).items():
+    frozen = {
+        dotted(keys): variable
+        for keys, variable in nnx.to_flat_state(nnx.state(model, FrozenParam))
+    }
+    shapes, values = [], {}
+    for name, stacks in _parameters(frozen).items():
         shapes.append([name, _shape(stacks)])
-        for path, _, value in stacks:
-            if isinstance(value, PackedWeight):
-                packed[path] = value
         # Kernels may be quantized elsewhere, so only what never is takes part.
         if name.endswith("kernel") or isinstance(stacks[0].value, PackedWeight):
             continue
@@ -57,7 +58,11 @@ def fingerprint(model: nnx.Module, *, scales: bool = False) -> str | None:
         index = np.linspace(0, flat.size - 1, _SAMPLES + 2, dtype=np.int64)[1:-1]
         sample[name] = [float(f"{v:.5g}") for v in np.asarray(flat[index], np.float64)]
     mark = json.dumps({"structure": structure, "sample": sample})
-    return with_scales(mark, packed) if scales else mark
+    if not scales:
+        return mark
+    held = {path: variable.get_value() for path, variable in frozen.items()}
+    packed = {path: x for path, x in held.items() if isinstance(x, PackedWeight)}
+    return with_scales(mark, packed)
 
 
 class _Stack(NamedTuple):
@@ -75,27 +80,30 @@ class _Stack(NamedTuple):
     value: Any
 
 
-def _parameters(model: nnx.Module) -> dict[str, list[_Stack]]:
+def _parameters(frozen: Mapping[str, nnx.Variable]) -> dict[str, list[_Stack]]:
     """Returns the frozen parameters by name, with the stacks that hold one together.
 
-    A base is the same however its layers are grouped: where stacks have every layer between
-    them, and the same shape, they count as the one stack that they are parts of.
+    A base is the same however its layers are grouped. Stacks of one shape count as the one
+    stack that they are parts of, whose layers are in order; where layers differ in shape,
+    each is a parameter by itself.
     """
     found: dict[str, list[_Stack]] = {}
-    for keys, variable in nnx.to_flat_state(nnx.state(model, FrozenParam)):
-        path, value = dotted(keys), variable.get_value()
+    for path, variable in frozen.items():
+        value = variable.get_value()
         own = variable.get_metadata().get("own_rows")
         name, layers = located(path)
         stack = _Stack(path, layers, value if own is None else value[:own])
         found.setdefault(name, []).append(stack)
     parameters = {}
     for name, stacks in found.items():
-        layers = sorted(i for one in stacks for i in one.layers or ())
-        shapes = {tuple(_shape([one])[1:]) for one in stacks}
-        if len(stacks) == 1 or (layers == [*range(len(layers))] and len(shapes) == 1):
+        if len({tuple(_shape([one])[1:]) for one in stacks}) == 1 or len(stacks) == 1:
             parameters[name] = stacks
-        else:
-            parameters |= {one.path: [one] for one in stacks}
+            continue
+        for one in stacks:
+            for i, layer in enumerate(one.layers or ()):
+                path = str(Numbered(name, (layer,)))
+                single = range(layer, layer + 1)
+                parameters[path] = [_Stack(path, single, one.value[i : i + 1])]
     return parameters
 
 
@@ -114,10 +122,14 @@ def _flat(stacks: list[_Stack]) -> Any:
     """Returns all values of a parameter in the order of its layers, as one axis."""
     if len(stacks) == 1:
         return _readable(stacks[0].value).reshape(-1)
-    whole = np.empty(_shape(stacks), np.float32)
-    for one in stacks:
-        whole[list(one.layers or ())] = np.asarray(_readable(one.value))
-    return whole.reshape(-1)
+    rows = {
+        layer: row
+        for one in stacks
+        for layer, row in zip(
+            one.layers or (), np.asarray(_readable(one.value)), strict=True
+        )
+    }
+    return np.concatenate([np.ravel(rows[layer]) for layer in sorted(rows)])
 
 
 def with_scales(mark: str | None, packed: Mapping[str, PackedWeight]) -> str | None:
@@ -148,6 +160,10 @@ class Scales:
         if (mean := q.mean_scale()) is not None:
             one = float(mean), math.prod(q.stack)
             self._means.setdefault(name, []).append(one)
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a weight has been taken in."""
+        return name in self._means
 
     def rounded(self, name: str | None = None) -> dict[str, float]:
         """Returns {name of a weight: mean scale}, of one or of all."""

@@ -13,13 +13,14 @@ from qlora_jax.adapters.algebra import scale
 from qlora_jax.adapters.attach import attach_zero
 from qlora_jax.adapters.compensate import compensate
 from qlora_jax.adapters.folding import Factors, Folding, fold, with_rows
+from qlora_jax.adapters.names import at_place
 from qlora_jax.adapters.value import Adapter
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.config.quant import QuantConfig
 from qlora_jax.errors import AdapterMismatchError, ConfigError
 from qlora_jax.models import Decoder
 from qlora_jax.models.vocabulary import untied
-from qlora_jax.names import HEAD, dotted, located, plain
+from qlora_jax.names import HEAD, layers_at, plain
 from qlora_jax.nn import (
     Embedding,
     FrozenParam,
@@ -133,19 +134,19 @@ def merge_corrected(
       ConfigError: rank or iterations is less than 1.
     """
     adapted = {
-        dotted(path): node
-        for path, node in nnx.iter_graph(model)
-        if isinstance(node, LoRA)
+        path: node for path, node in nnx.iter_graph(model) if isinstance(node, LoRA)
     }
     merged = merge(model, requantize=requantize)
     packed = [
         path
         for path, node in nnx.iter_graph(merged)
-        if isinstance(node, QuantizedLinear) and dotted(path) in adapted
+        if isinstance(node, QuantizedLinear) and path in adapted
     ]
 
+    find = at_place(adapted)
+
     def exact(path: str, index: tuple[int, ...]) -> Array:
-        node = adapted[path]
+        node, index = find(path, index)
         parts = (node.base.kernel.get_value(), factors(node))
         return fold(*jax.tree.map(lambda leaf: leaf[index], parts), scale=node.scale)
 
@@ -166,7 +167,7 @@ def correction_config(packed: Iterable[tuple[Any, ...]], rank: int) -> LoRAConfi
     """
     layers: dict[str, set[int]] = {}
     for path in packed:
-        layers.setdefault(plain(path), set()).update(located(dotted(path))[1] or ())
+        layers.setdefault(plain(path), set()).update(layers_at(path) or ())
     if not layers:
         raise AdapterMismatchError(
             "no linear with an adapter became 4-bit, so there is nothing to correct"

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from qlora_jax.adapters.folding import Factors, fold
 from qlora_jax.adapters.merge import factors
 from qlora_jax.errors import AdapterMismatchError
-from qlora_jax.names import Numbered, dotted, is_stacked
+from qlora_jax.names import Numbered, dotted, in_words, is_stacked
 from qlora_jax.nn import Linear, LoRA, LoRAEmbedding, QuantizedLinear
 from qlora_jax.nn.embedding import Table
 from qlora_jax.nn.quantizing import adopted
@@ -86,7 +86,7 @@ def merge_report(model: nnx.Module, merged: nnx.Module) -> MergeReport:
         other = nodes.get(path)
         kinds = LINEARS if isinstance(node, LoRA) else TABLES
         if not isinstance(other, kinds) or _shape(node) != _shape(other):
-            name = ".".join(map(str, path))
+            name = in_words(path)
             what = "linear" if isinstance(node, LoRA) else "embedding"
             raise AdapterMismatchError(f"{name}: the merged model has no such {what}")
         pair = _applied(node), _applied(other)

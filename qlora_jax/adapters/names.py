@@ -5,7 +5,8 @@ whose layers are stacked.
 """
 
 import difflib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,16 @@ from jaxtyping import Array
 
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.errors import AdapterMismatchError, gathered
-from qlora_jax.names import Numbered, dotted, is_stacked, located, plain, stack_key
+from qlora_jax.names import (
+    Index,
+    Numbered,
+    is_stacked,
+    layers_at,
+    plain,
+    stack_key,
+)
 
+M = TypeVar("M")
 WRAPPED_BIAS = ("base", "bias")
 
 
@@ -108,6 +117,31 @@ def unflatten(
     return nnx.from_flat_state(entries)
 
 
+def at_place(modules: Mapping[tuple, M]) -> Callable[[str, Index], tuple[M, Index]]:
+    """Returns a function that finds one layer of a linear among stacks of them.
+
+    Args:
+      modules: The linears by path, as keys.
+
+    Returns:
+      find(path without the key of a stack, layer and expert) -> (module, index in its
+      stack). It raises KeyError with the numbered name of one that is not there.
+    """
+    stacks: dict[str, list[tuple[range | None, M]]] = {}
+    for path, module in modules.items():
+        stacks.setdefault(plain(path), []).append((layers_at(path), module))
+
+    def find(path: str, index: Index) -> tuple[M, Index]:
+        for layers, module in stacks.get(path, []):
+            if layers is None:
+                return module, index
+            if index[0] in layers:
+                return module, (layers.index(index[0]), *index[1:])
+        raise KeyError(str(Numbered(path, index)))
+
+    return find
+
+
 def explicit_layers(lora: nnx.State, config: LoRAConfig) -> dict[str, list[int]]:
     """Returns the layers of each linear of which a config does not tell them.
 
@@ -116,10 +150,10 @@ def explicit_layers(lora: nnx.State, config: LoRAConfig) -> dict[str, list[int]]
     found: dict[str, set[int]] = {}
     for path, variable in nnx.to_flat_state(lora):
         layers = _layers_of(path, variable)
-        if layers is None:
+        if layers is None or path[-1] != "lora_a":
             continue
         only = variable.get_metadata().get("layers") or ()
-        told = located(dotted(path))[1] is None and (
+        told = layers_at(path) is None and (
             not only or {*only} == {*config.layers_of(_module(path))}
         )
         if not told:
@@ -143,7 +177,7 @@ def whole(lora: nnx.State, apart: Collection[str] = ()) -> nnx.State:
     found: dict[tuple, list[tuple[range, nnx.Variable]]] = {}
     for path, variable in nnx.to_flat_state(lora):
         layers = _layers_of(path, variable)
-        key = located(dotted(path))[1]
+        key = layers_at(path)
         if layers is None or (key is None and _module(path) not in apart):
             entries.append((path, variable))
         else:
@@ -188,7 +222,7 @@ def _layers_of(path: tuple, variable: nnx.Variable) -> range | None:
     shape = variable.get_value().shape
     if not is_stacked(path) or not variable.get_metadata().get("stack", len(shape) - 2):
         return None
-    return located(dotted(path))[1] or range(shape[0])
+    return layers_at(path) or range(shape[0])
 
 
 def _by_layer(
@@ -213,6 +247,6 @@ def _joined(stacks: list[tuple[range, nnx.Variable]]) -> nnx.Variable:
     )
     values = jnp.concatenate([part.get_value() for part in parts.values()])
     joined = one.replace(array.at[jnp.asarray(list(parts))].set(values))
-    every = len(parts) == len(array)
-    joined.set_metadata(layers=() if every else tuple(sorted(parts)))
+    # Named even where it is all of them: another adapter's stack may be longer.
+    joined.set_metadata(layers=tuple(sorted(parts)))
     return joined

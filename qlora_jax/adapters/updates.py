@@ -10,7 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
@@ -25,7 +25,7 @@ from qlora_jax.adapters.names import WRAPPED_BIAS, stacked_names, uneven, whole
 from qlora_jax.adapters.value import Adapter
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.errors import AdapterMismatchError, ConfigError, gathered
-from qlora_jax.names import dotted, is_stacked, located, plain
+from qlora_jax.names import dotted, in_words, is_stacked, layers_at, plain
 from qlora_jax.nn.lora import adapter_scale
 
 FACTORS = ("lora_a", "lora_b")
@@ -42,11 +42,13 @@ class Update:
       lora_a: float32 (..., in, rank), zero in layers without adapter.
       lora_b: float32 (..., rank, out), likewise.
       scale: What the product is multiplied by.
+      layers: The layers of the stack that have an adapter, () for all.
     """
 
     lora_a: Float[Array, "*stack in rank"]
     lora_b: Float[Array, "*stack rank out"]
     scale: float
+    layers: tuple[int, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -124,7 +126,7 @@ def assemble(
     """
     flats = _flats(adapters)
     templates = {path: v for flat in reversed(flats) for path, v in flat.items()}
-    layers = _union(adapters, flats)
+    places = {path: _places(path, adapters, flats) for path in factors}
     factors = _of_one_rank(factors)
     marks = filter(None, (base_fingerprint(adapter.lora) for adapter in adapters))
     if init == "zero":  # which fits its base however that is held
@@ -136,14 +138,16 @@ def assemble(
             variable = templates[*path, name].replace(array)
             variable.set_metadata(base=base)
             if "layers" in variable.get_metadata():
-                own: tuple[int, ...] = ()
-                if _stacked(path, array):
-                    own = _adapted(path, layers, len(array), adapters, flats)
-                variable.set_metadata(layers=own)
+                stacked = _stacked(path, array)
+                variable.set_metadata(layers=places[path].have if stacked else ())
             entries.append(((*path, name), variable))
     ranks = {plain(path): a.shape[-1] for path, (a, _) in factors.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     others = {name: r for name, r in sorted(ranks.items()) if r != rank}
+    asked = {
+        plain(path): place.asked for path, place in places.items() if place.stacked
+    }
+    layers = Counter(asked.values()).most_common(1)[0][0] if asked else ()
     first = adapters[0].config
     config = dataclasses.replace(
         first,
@@ -154,7 +158,11 @@ def assemble(
         alpha_pattern={name: float(r) for name, r in others.items()},
         targets=tuple(sorted(ranks)),
         layers=layers,
-        layers_pattern={},
+        layers_pattern={
+            name: ",".join(map(str, own)) or "all"
+            for name, own in sorted(asked.items())
+            if own != layers
+        },
         dora=False,
         bias="none",
         modules_to_save=(),
@@ -177,11 +185,12 @@ def having(
     return [(part[path], weight) for part, weight in pairs if path in part]
 
 
-def layer_names(path: Path, update: Update, layers: tuple[int, ...]) -> dict[str, Path]:
+def layer_names(path: Path, update: Update) -> dict[str, Path]:
     """Returns {dotted name of a linear: index in the stack}, layers numbered.
 
-    `layers` are the adapted ones, () for all.
+    Layers without adapter are left out.
     """
+    layers = update.layers
     stack = len(update.shape) - 2
     variable = nnx.LoRAParam(update.lora_a, stack=stack, layers=layers if stack else ())
     names = stacked_names((*path, FACTORS[0]), variable)
@@ -270,7 +279,7 @@ def _updates(flat: _Flat, config: LoRAConfig, count: int) -> tuple[Updates, list
             continue
         rank, alpha = config.shape_of(name)
         layers = _own_layers(pair[0]) or config.layers_of(name)
-        if located(dotted(path))[1] is not None:  # one layer by itself
+        if layers_at(path) is not None:  # one layer by itself
             layers = ()
         a, b = (_whole(path, v.get_value(), layers, count) for v in pair)
         if not a.shape[-1] == b.shape[-2] == rank:
@@ -283,7 +292,8 @@ def _updates(flat: _Flat, config: LoRAConfig, count: int) -> tuple[Updates, list
             for factor, x in zip(FACTORS, (a, b), strict=True)
             if concrete(x) and not np.isfinite(np.asarray(x)).all()
         ]
-        updates[path] = Update(a, b, adapter_scale(rank, alpha, config.rslora))
+        scale = adapter_scale(rank, alpha, config.rslora)
+        updates[path] = Update(a, b, scale, layers)
     if not updates and not problems:
         problems.append("it has no factors of linears")
     return updates, problems
@@ -302,7 +312,7 @@ def _whole(path: Path, x: Array, layers: tuple[int, ...], count: int) -> Array:
 def _stacked(path: Path, factor: Any) -> bool:
     """Whether a factor is of all layers, one after the other."""
     stacked = is_stacked(path) and len(factor.shape) > 2
-    return stacked and located(dotted(path))[1] is None
+    return stacked and layers_at(path) is None
 
 
 def _layers(flat: _Flat) -> int:
@@ -315,52 +325,40 @@ def _layers(flat: _Flat) -> int:
     return max(lengths, default=0)
 
 
-def _union(adapters: Sequence[Adapter], flats: Sequence[_Flat]) -> tuple[int, ...]:
-    """Returns the layers that any linear of some adapters has, () for all."""
-    each = [
-        adapter.config.layers_of(plain(path[:-1]))
-        for adapter, flat in zip(adapters, flats, strict=True)
-        for path, variable in flat.items()
-        if path[-1] in FACTORS and is_stacked(path) and variable.get_value().ndim > 2
-    ]
-    if not all(each):
-        return ()
-    return tuple(sorted({layer for layers in each for layer in layers}))
+class _Places(NamedTuple):
+    """The layers that a linear of a result is in.
+
+    Attributes:
+      have: The layers that have a part, () for all of a stack.
+      asked: What the config says of them: () for all layers that have the linear at all.
+      stacked: Whether the linear is in layers.
+    """
+
+    have: tuple[int, ...]
+    asked: tuple[int, ...]
+    stacked: bool
+
+
+def _places(path: Path, adapters: Sequence[Adapter], flats: Sequence[_Flat]) -> _Places:
+    """Returns the layers that any of some adapters has a linear's part in."""
+    have: set[int] = set()
+    for adapter, flat in zip(adapters, flats, strict=True):
+        variable = flat.get((*path, FACTORS[0]))
+        if variable is None:
+            continue
+        if not is_stacked(path) or variable.get_value().ndim < 3:
+            return _Places((), (), False)
+        own = _own_layers(variable)
+        if not adapter.config.layers_of(plain(path)):
+            return _Places(own, (), True)
+        have |= {*(own or layers_at(path) or adapter.config.layers_of(plain(path)))}
+    layers = tuple(sorted(have))
+    return _Places(layers, layers, True)
 
 
 def _own_layers(variable: nnx.Variable) -> tuple[int, ...]:
     """Returns the layers that a parameter is of, () for all of its stack's."""
     return tuple(variable.get_metadata().get("layers") or ())
-
-
-def _adapted(
-    path: Path,
-    layers: tuple[int, ...],
-    count: int,
-    adapters: Sequence[Adapter],
-    flats: Sequence[_Flat],
-) -> tuple[int, ...]:
-    """Returns which of some layers have a linear, () for all of its stack.
-
-    Where layers are of several kinds not every layer has every linear. An adapter tells: it
-    has no part in a layer in which its config asks for one.
-
-    Args:
-      path: The path of the linear.
-      layers: The layers that are adapted, () for all.
-      count: The number of layers in the linear's stack.
-      adapters, flats: The adapters that tell, and the parameters of each by path.
-    """
-    lacking: set[int] = set()
-    for adapter, flat in zip(adapters, flats, strict=True):
-        variable = flat.get((*path, FACTORS[0]))
-        have = () if variable is None else _own_layers(variable)
-        if have:
-            asked = adapter.config.layers_of(plain(path)) or range(count)
-            lacking |= {*asked} - {*have}
-    if not lacking:
-        return layers
-    return tuple(i for i in layers or range(count) if i not in lacking)
 
 
 def _other_bases(adapters: Sequence[Adapter]) -> list[str]:
@@ -379,7 +377,7 @@ def _other_shapes(parts: Sequence[Updates]) -> list[str]:
         shapes = {i: part[path].shape for i, part in enumerate(parts) if path in part}
         if len(set(shapes.values())) > 1:
             said = ", ".join(f"{shape} in adapter {i}" for i, shape in shapes.items())
-            problems.append(f"{dotted(path)}: updates of other shapes, {said}")
+            problems.append(f"{in_words(path)}: updates of other shapes, {said}")
     return problems
 
 

@@ -37,7 +37,7 @@ from qlora_jax.config.train import Optimizer, TrainConfig
 from qlora_jax.models import Decoder, DecoderConfig, abstract
 from qlora_jax.models.layers import SAVED
 from qlora_jax.models.streaming import copies_ahead
-from qlora_jax.names import is_stacked
+from qlora_jax.names import is_stacked, layers_at, plain
 from qlora_jax.nn import (
     Embedding,
     FrozenParam,
@@ -91,11 +91,20 @@ def abstract_parts(
 ) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """Returns `split` of the setup's model, every array a jax.ShapeDtypeStruct."""
     skeleton = abstract(setup.config, setup.dtype)
+    specs = dict(setup.config.slots)
+
+    def stays_dense(path: tuple) -> bool:
+        """Whether a folder keeps this linear dense in these layers (LayerSpec.dense)."""
+        layers = layers_at(path)
+        inside = plain(path).partition(".")[2]
+        return layers is not None and inside in specs[layers].dense
 
     def replace(path: tuple, node: Any) -> Any:
         if setup.quant is None:
             return node
         if isinstance(node, Linear):
+            if stays_dense(path):
+                return node
             held = setup.head if path == ("lm_head",) else "4bit"
             if held == "none":
                 return node

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from qlora_jax.cli import options
 from qlora_jax.config.quant import QuantConfig, QuantOptions
-from qlora_jax.errors import ConfigError
 from qlora_jax.exchange.merge import Merging, merge_folder
 from qlora_jax.exchange.ours import adapter_tokenizer
 from qlora_jax.sources.hub import find
@@ -63,7 +62,6 @@ def parse(args: list[str], prog: str) -> Args:
 
 def run(args: Args) -> dict[str, Any]:
     """Runs; returns the figures."""
-    _check(args)
     source = options.open_base(args.model, args.adapter)
     quant = options.held_linears(args.quant, source, auto=None)
     requantize = None
@@ -103,17 +101,3 @@ def run(args: Args) -> dict[str, Any]:
         at = args.model if source.path == find(args.model) else source
         base = f"dequantized {four_bit.codebook} weights of {at}"
     return {**saved, "merged_onto": base, "dtype": args.dtype, **said}
-
-
-def _check(args: Args) -> None:
-    rank, rounds, problems = args.correction_rank, args.correction_iterations, []
-    if rank is not None and args.requantize is None:
-        problems.append("--correction-rank goes with --requantize")
-    if rounds != 1 and rank is None:
-        problems.append("--correction-iterations goes with --correction-rank")
-    if rank is not None and rank < 1:
-        problems.append(f"--correction-rank is {rank}, expected at least 1")
-    if rounds < 1:
-        problems.append(f"--correction-iterations is {rounds}, expected at least 1")
-    if problems:
-        raise ConfigError("; ".join(problems))

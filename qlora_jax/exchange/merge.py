@@ -29,6 +29,7 @@ from qlora_jax.adapters.merge_report import Applied, MergeReport, squares_apart
 from qlora_jax.adapters.names import explicit_layers, stacked_names
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.config.quant import QuantConfig
+from qlora_jax.errors import ConfigError
 from qlora_jax.exchange.ours import (
     base_scales,
     check_scales,
@@ -39,7 +40,7 @@ from qlora_jax.models import Decoder, hf_table
 from qlora_jax.models.vocabulary import grown
 from qlora_jax.names import EMBEDDING, HEAD, Numbered
 from qlora_jax.nn import Linear, LoRA, LoRAEmbedding, TrainedRows
-from qlora_jax.sources.load import Tables, outline, reading
+from qlora_jax.sources.load import Tables, outline, outlined, reading
 from qlora_jax.sources.save import (
     Place,
     as_saved,
@@ -49,7 +50,7 @@ from qlora_jax.sources.save import (
     saved_names,
     write_folder,
 )
-from qlora_jax.sources.source import Source, open_source
+from qlora_jax.sources.source import Source, open_source, say
 
 _TABLE, _HEAD = f"{EMBEDDING}.weight", f"{HEAD}.kernel"
 _DENSE = Tables(embedding="none", head="none")
@@ -78,6 +79,19 @@ class Merging:
 
     correction_iterations: int = 1
     """Rounds of quantizing anew what that adapter leaves, and fitting it again."""
+
+    def __post_init__(self):
+        rank, rounds, problems = self.correction_rank, self.correction_iterations, []
+        if rank is not None and self.requantize is None:
+            problems.append("--correction-rank goes with --requantize")
+        if rounds != 1 and rank is None:
+            problems.append("--correction-iterations goes with --correction-rank")
+        if rank is not None and rank < 1:
+            problems.append(f"--correction-rank is {rank}, expected at least 1")
+        if rounds < 1:
+            problems.append(f"--correction-iterations is {rounds}, expected at least 1")
+        if problems:
+            raise ConfigError("; ".join(problems))
 
 
 class Merged(NamedTuple):
@@ -146,10 +160,11 @@ class _Weights:
     ):
         quant, tables = merging.quant, merging.tables
         self.source, self.merging = source, merging
-        self.reader, _, _ = reading(
+        prepared = reading(
             source, quant, "float32", tables["embedding"], tables["head"]
         )
-        base = outline(source, quant, **tables).model
+        say(source.path, prepared.notes)
+        self.reader, base = prepared.reader, outlined(source, prepared).model
         adapted, self.arrays = fit_adapter(adapter, base)
         graphdef, state = nnx.split(adapted)
         shapes = nnx.eval_shape(
@@ -240,11 +255,11 @@ class _Weights:
             path = _TABLE
         name = hf_table(config).name(path, numbers)
         value = self.reader.one(path, name, place.shape)
-        if isinstance(value, PackedWeight):
-            self.marked.add(path, value)
-        elif path in (_TABLE, _HEAD) and value is not None:
-            if value.shape[0] < place.shape[0]:
-                value = grown(value, place.shape[0])
+        self.marked.add(path, value)
+        if value is None or isinstance(value, PackedWeight):
+            return value
+        if path in (_TABLE, _HEAD) and value.shape[0] < place.shape[0]:
+            value = grown(value, place.shape[0])
         return value
 
     def _linear(
@@ -331,17 +346,20 @@ class _Marked:
         self.scales = Scales()
         self.left = dict(layers)
 
-    def add(self, path: str, q: PackedWeight) -> None:
+    def add(self, path: str, value: Any) -> None:
         """Takes in one layer of a weight, and compares the weight after its last one.
+
+        Layers that are dense have no scale, and count as layers all the same.
 
         Raises:
           AdapterMismatchError: the adapter was made for another weight.
         """
         if path not in self.wanted:
             return
-        self.scales.add(path, q)
+        if isinstance(value, PackedWeight):
+            self.scales.add(path, value)
         self.left[path] -= 1
-        if self.left[path] == 0:
+        if self.left[path] == 0 and path in self.scales:
             check_scales(self.adapter, self.scales.rounded(path))
 
 

@@ -68,11 +68,15 @@ def _stacked(
     folder: Path,
 ) -> nnx.State:
     """Undoes names.flatten; `own` are the layers of linears that not every layer has."""
-    adapted = {name.rpartition(".")[0] for name in flat if name.endswith(".lora_a")}
+    adapted = {
+        Numbered.parse(name).path.rpartition(".")[0]
+        for name in flat
+        if name.endswith(".lora_a")
+    }
     found: dict[tuple[Any, ...], dict[tuple[int, ...], Array]] = {}
     for name, array in flat.items():
         path, index = _place(name)
-        if path[-1] == "bias" and name.rpartition(".")[0] in adapted:
+        if path[-1] == "bias" and ".".join(map(str, path[:-1])) in adapted:
             path = (*path[:-1], *WRAPPED_BIAS)
         found.setdefault(path, {})[index] = array
     entries, problems = [], []
@@ -80,8 +84,11 @@ def _stacked(
         name, depth = ".".join(map(str, path)), len(next(iter(parts)))
         shapes = {array.shape for array in parts.values()}
         module = ".".join(map(str, path[:-1])).removesuffix(".base")
-        layers = own.get(module) or config.layers_of(module)
-        only = layers if depth and (path[-1] in _BY_LAYER or module in own) else ()
+        only: tuple[int, ...] = ()
+        if depth and path[-1] in _BY_LAYER:
+            only = own.get(module) or config.layers_of(module)
+        elif depth and module in own:  # a bias or kernel, where not all layers have one
+            only = tuple(sorted({index[0] for index in parts}))
         stack = tuple(np.max(list(parts), axis=0) + 1) if depth else ()
         missing = [
             index
@@ -91,8 +98,6 @@ def _stacked(
         if module in own and not missing and len(shapes) > 1:
             entries += _each_layer(path, parts, base)
             continue
-        if module in own and stack and len(only) == stack[0]:
-            only = ()  # all of them
         if len(shapes) > 1 or missing:
             said = " and ".join(map(str, sorted(shapes)))
             problems.append(

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from qlora_jax.errors import ConfigError
 from qlora_jax.models.spec import (
     AttentionSpec,
     ExpertsSpec,
@@ -68,6 +69,13 @@ class DecoderConfig:
     experts_per_token: int = 2
     normalize_experts: bool = True
     """The chosen experts' weights are scaled to sum to 1 if this is true."""
+
+    def __post_init__(self):
+        if self.layers and len(self.layers) != self.num_layers:
+            raise ConfigError(
+                f"layers has specs for {len(self.layers)} layers, num_layers is "
+                f"{self.num_layers}; give one spec a layer, or none where all are the same"
+            )
 
     @property
     def specs(self) -> tuple[LayerSpec, ...]:

@@ -80,6 +80,11 @@ class DecoderLayer(nnx.Module):
         kept = {"middle": hidden} | self.attn.kept | self.mlp.kept
         if self.config.norms != "pre":
             kept["unnormed"] = kept.get("unnormed", 0) + 2 * hidden
+        if unknown := kept.keys() - {*SAVED}:
+            raise ValueError(
+                f"{', '.join(sorted(unknown))}: no checkpoint name that backward keeps; "
+                f"use one of SAVED ({', '.join(SAVED)}), or add it there"
+            )
         return kept
 
     def __call__(

@@ -82,7 +82,9 @@ def load(
         missing, misshapen, corrupt or not finite; all problems in one message.
     """
     source = open_source(path_or_repo, revision)
-    reader, wanted, skeleton = reading(source, quant, dtype, embedding, head, stream)
+    prepared = reading(source, quant, dtype, embedding, head, stream)
+    say(source.path, prepared.notes)
+    reader, wanted, skeleton, _ = prepared
     loaded = {path: reader.read(path, entry) for path, entry in wanted.items()}
     reader.check(source)
     return _fill(skeleton, loaded, implementation), source.tokenizer
@@ -95,15 +97,12 @@ def reading(
     embedding: TableFormat,
     head: TableFormat,
     stream: bool = False,
-) -> "tuple[Reader, dict[str, Wanted], Decoder]":
-    """Prepares to read a source, and says what of it will be left out.
+) -> "Reading":
+    """Prepares to read a source.
 
     Args:
       source: The opened checkpoint to read.
       quant, dtype, embedding, head, stream: See `load`.
-
-    Returns:
-      (reader, what it is to read, a model of shapes).
 
     Raises:
       ShapeError: an unknown dtype.
@@ -117,6 +116,8 @@ def reading(
             f"{source} is quantized already ({stored}); it cannot become {quant}. Load the "
             "original folder, or leave quant out."
         )
+    if stored is not None:
+        quant = None  # what such a folder keeps dense stays so
     skeleton = abstract(config, dtype)
     wanted = _wanted(skeleton, hf_table(config))
     notes = [*source.notes, *_check_names(source, wanted)]
@@ -126,10 +127,25 @@ def reading(
             f"{source} stays dense, so its embedding and head do too; give quant, or leave "
             "embedding and head out"
         )
-    say(source.path, notes)
     formats = {_TABLES[name]: tables[name] for name in _TABLES}
     reader = Reader(source.tensors, quant, dtype, formats, quant or stored, stream)
-    return reader, wanted, skeleton
+    return Reading(reader, wanted, skeleton, notes)
+
+
+class Reading(NamedTuple):
+    """What reading a source takes.
+
+    Attributes:
+      reader: Reads its parameters.
+      wanted: The tensors that each parameter is made of, by its path.
+      skeleton: A model of shapes, dense.
+      notes: Sentences for the user on what is left out, or read otherwise than written.
+    """
+
+    reader: "Reader"
+    wanted: "dict[str, Wanted]"
+    skeleton: Decoder
+    notes: list[str]
 
 
 class Tables(TypedDict):
@@ -193,15 +209,18 @@ def outline(
       CheckpointError: as `load`.
     """
     source = open_source(path_or_repo)
-    config, checkpoint = source.config, source.tensors
-    skeleton = abstract(config)
-    wanted = _wanted(skeleton, hf_table(config))
-    notes = [*source.notes, *_check_names(source, wanted)]
-    tables = resolve_tables(source, embedding, head)
-    formats = {_TABLES[name]: tables[name] for name in _TABLES}
-    reader = Reader(
-        checkpoint, quant, "bfloat16", formats, quant or source.stored, False
-    )
+    return outlined(source, reading(source, quant, "bfloat16", embedding, head))
+
+
+def outlined(source: Source, prepared: Reading) -> Outline:
+    """Makes the outline of what is prepared to be read.
+
+    Args:
+      source: The source.
+      prepared: From `reading`, of that source.
+    """
+    reader, wanted, skeleton, notes = prepared
+    checkpoint, formats = source.tensors, reader.tables
 
     def packed(path: str) -> Any:
         """Returns the shapes of what is held in 4 bits or int8; None of what is dense."""
@@ -210,10 +229,9 @@ def outline(
         names, stack, shape = wanted[path]
         if bitsandbytes.is_packed_table(checkpoint, names[0]):
             return bitsandbytes.read_int8(checkpoint, names[0], "bfloat16")
-        stored = (
-            source.stored if bitsandbytes.is_packed(checkpoint, names[0]) else quant
-        )
-        if (pack := reader.packing(path, stored)) is None:
+        stored = bitsandbytes.is_packed(checkpoint, names[0])
+        quant = source.stored if stored else reader.quant
+        if (pack := reader.packing(path, quant)) is None:
             return None
         one = jax.eval_shape(pack, jax.ShapeDtypeStruct(shape, jnp.bfloat16))
         return jax.tree.map(

@@ -7,7 +7,7 @@ from typing import Any
 from qlora_jax.config.quant import QuantConfig, TableFormat
 from qlora_jax.sources.load import Reader, Wanted, reading
 from qlora_jax.sources.save import check_output, write_folder
-from qlora_jax.sources.source import Source
+from qlora_jax.sources.source import Source, say
 
 
 def quantize_folder(
@@ -44,7 +44,9 @@ def quantize_folder(
       CheckpointError: as `load`; nothing is written then.
     """
     check_output(out, overwrite)
-    reader, wanted, _ = reading(source, quant, dtype, embedding, head)
+    prepared = reading(source, quant, dtype, embedding, head)
+    say(source.path, prepared.notes)
+    reader, wanted = prepared.reader, prepared.wanted
     return write_folder(
         *(_parameters(reader, wanted, source), source.config, dtype, source.hf, out),
         origin=source,

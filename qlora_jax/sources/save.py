@@ -230,7 +230,7 @@ def _write(
     skip: list[str] | None,
 ) -> dict[str, Any] | None:
     """Writes all parameters; returns the quantization_config of what is quantized."""
-    linears, tables, packed, dense = None, {}, set(), []
+    linears, tables, packed, dense = None, {}, [], []
     for name, value in parameters:
         if not isinstance(value, PackedWeight):
             writer.add(name, np.asarray(value))
@@ -241,17 +241,48 @@ def _write(
             writer.add(key, array)
         if value.LISTED_AS is None:
             linears = bitsandbytes.quantization_config(value, dtype, skip)
-            packed.add(template_of(name))
+            packed.append(name)
         else:
             module = name.removesuffix(".weight")
             tables.setdefault(value.LISTED_AS, []).append(module)
-    # What other layers have in 4 bits: other tools must be told that it is dense here.
-    kept = [name for name in dense if template_of(name) in packed]
-    if linears is not None and kept:
-        modules = [name.removesuffix(".weight") for name in kept]
-        every = dict.fromkeys([*(skip or ["lm_head"]), *modules])
-        linears["llm_int8_skip_modules"] = list(every)
+    if linears is not None:
+        linears["llm_int8_skip_modules"] = _skipped(skip, packed, dense)
     return bitsandbytes.with_tables(linears, tables) if tables else linears
+
+
+def _skipped(
+    before: list[str] | None, packed: list[str], dense: list[str]
+) -> list[str] | None:
+    """Returns which modules other tools must take for dense, as transformers reads the list.
+
+    Args:
+      before: The list of the folder that a model came from.
+      packed, dense: Names of the tensors that were written in 4 bits, and dense.
+    """
+    four_bit, plain = (
+        [name.removesuffix(".weight") for name in names] for names in (packed, dense)
+    )
+    # An entry that stands for a module which is 4-bit now would have it read as dense.
+    wrong = [e for e in before or () if any(_stands_for(e, one) for one in four_bit)]
+    # What other layers have in 4 bits, or such an entry stood for, is named by itself.
+    kinds = {template_of(name) for name in packed}
+    own = [
+        module
+        for module, name in zip(plain, dense, strict=True)
+        if template_of(name) in kinds or any(_stands_for(e, module) for e in wrong)
+    ]
+    if not (wrong or own):
+        return before
+    rest = [e for e in before or ["lm_head"] if e not in wrong]
+    return list(dict.fromkeys([*rest, *own]))
+
+
+def _stands_for(entry: str, module: str) -> bool:
+    """Whether an entry of llm_int8_skip_modules means a module, as transformers 5 has it.
+
+    Source: transformers quantizers/quantizers_utils.py, should_convert_module.
+    """
+    return module.startswith(entry) or module.endswith(entry)
 
 
 def _check_range(writer: Writer, name: str, w: PackedWeight) -> None:

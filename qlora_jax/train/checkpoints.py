@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from qlora_jax.adapters.names import flatten, unflatten
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.errors import CheckpointError, ConfigError, gathered
+from qlora_jax.train.older_state import older, regrouped
 from qlora_jax.train.state import TrainState
 
 
@@ -81,7 +82,8 @@ class RunCheckpoints:
         def abstract(x: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
 
-        wanted = flatten(fresh.lora), _leaves(fresh.opt_state)
+        stacks = self._stacks(step, fresh)
+        wanted = flatten(fresh.lora), _leaves(stacks)
         adapter, optimizer = jax.tree.map(abstract, wanted)
         restored = self._manager.restore(
             step,
@@ -90,13 +92,35 @@ class RunCheckpoints:
                 optimizer=ocp.args.StandardRestore(optimizer),
             ),
         )
-        leaves, structure = jax.tree.flatten(fresh.opt_state)
-        opt_state = structure.unflatten(
-            jax.device_put(restored["optimizer"][_name(i)], x.sharding)
-            for i, x in enumerate(leaves)
+        arrays = [x for _, x in sorted(restored["optimizer"].items())]
+        opt_state = jax.tree.structure(stacks).unflatten(arrays)
+        if stacks is not fresh.opt_state:
+            opt_state = regrouped(opt_state, fresh.opt_state)
+        opt_state = jax.tree.map(
+            lambda x, like: jax.device_put(x, like.sharding), opt_state, fresh.opt_state
         )
         lora = unflatten(restored["adapter"], fresh.lora, f"checkpoint {step}")
         return TrainState(step, lora, opt_state)
+
+    def _stacks(self, step: int, fresh: TrainState) -> Any:
+        """Returns the optimizer's state, in the shapes that a checkpoint has it in.
+
+        Raises:
+          CheckpointError: it has neither a run's of now nor an older one's.
+        """
+        folder = Path(self._manager.directory) / str(step) / "optimizer"
+        with ocp.StandardCheckpointer() as checkpointer:
+            stored: Any = checkpointer.metadata(folder).item_metadata
+        shapes = [tuple(x.shape) for _, x in sorted(dict(stored.tree).items())]
+        if shapes == [x.shape for x in jax.tree.leaves(fresh.opt_state)]:
+            return fresh.opt_state
+        if (before := older(fresh.opt_state, shapes)) is not None:
+            return before
+        raise CheckpointError(
+            f"checkpoint {step} has an optimizer state of other shapes, as a version of "
+            "qlora_jax that grouped this model's layers otherwise wrote it; go on with that "
+            "version, or start a new run"
+        )
 
     def close(self) -> None:
         """Ends Orbax's threads."""

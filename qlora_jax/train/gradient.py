@@ -12,7 +12,7 @@ from jaxtyping import Array
 from qlora_jax.adapters import join
 from qlora_jax.config.train import Checkpoint
 from qlora_jax.errors import ConfigError
-from qlora_jax.names import dotted
+from qlora_jax.names import in_words
 from qlora_jax.nn.variables import rests_on_host
 from qlora_jax.objectives import Objective
 from qlora_jax.objectives.base import Batch
@@ -115,7 +115,7 @@ def _check_unchanged(model: Any, *states: nnx.State) -> None:
     names = set()
     for path in changed:
         owner = next(path[:i] for i in range(len(path), -1, -1) if path[:i] in modules)
-        names.add(f"{dotted(owner) or 'the model'} ({type(modules[owner]).__name__})")
+        names.add(f"{in_words(owner) or 'the model'} ({type(modules[owner]).__name__})")
     raise ConfigError(
         f"{', '.join(sorted(names))}: variables of the frozen base change as the model runs, "
         "and a step returns the adapter alone; call model.eval() before split, which switches "

@@ -262,7 +262,7 @@ class Trainer:
         if c.grad_accum == 1:
             return batch
         return {
-            name: x.reshape(c.grad_accum, c.micro_batch, -1)
+            name: x.reshape(c.grad_accum, c.micro_batch, *x.shape[1:])
             for name, x in batch.items()
         }
 

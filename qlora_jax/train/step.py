@@ -72,9 +72,7 @@ def make_train_step(
         batch = _with_micro_axis(batch)
         scale = opt_state.scale if isinstance(opt_state, LossScaleState) else 1.0
         tokens = predicted(batch)
-        custom = chosen.normalizer is not None
-        normalizer = chosen.normalizer_of(batch) if custom else tokens
-        normalizer = jnp.maximum(normalizer, 1.0)
+        normalizer = jnp.maximum(chosen.normalizer_of(batch), 1.0)
         loss, sums, grads = gradient(lora, base, batch, key, scale / normalizer)
         updates, new_state = tx.update(grads, opt_state, lora)
         lora = optax.apply_updates(lora, updates)

@@ -7,12 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import apart
 import jax
-import numpy as np
 import pytest
 import tiny
 from flax import nnx
-from safetensors.numpy import save_file
 
 import qlora_jax as qlora
 from pallas_kernels.formats import PackedWeight
@@ -24,9 +23,9 @@ from qlora_jax.exchange.merge import Merged, Merging, merge_folder
 from qlora_jax.exchange.ours import load_adapter, save_adapter
 from qlora_jax.exchange.peft import export_peft
 from qlora_jax.exchange.read import read_adapter
-from qlora_jax.models import Decoder, hf_table
+from qlora_jax.models import Decoder
 from qlora_jax.sources.load import Reader, load
-from qlora_jax.sources.save import places, save_model
+from qlora_jax.sources.save import save_model
 from qlora_jax.sources.source import open_source
 
 NF4 = QuantConfig()
@@ -99,19 +98,8 @@ def tied() -> Decoder:
     return tiny.drawn(dataclasses.replace(tiny.CONFIG, tie_word_embeddings=True))
 
 
-def mixture(folder: Path) -> Path:
-    """Writes a folder of a mixture of experts."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(MIXTURE))
-    config = open_source(folder).config
-    shapes = nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0)))
-    rng = np.random.default_rng(0)
-    tensors = {
-        place.name: rng.standard_normal(place.shape, np.float32)
-        for place in places(shapes, hf_table(config))
-    }
-    save_file(tensors, folder / "model.safetensors")
-    return folder
+def folder_of(hf: dict[str, Any]) -> Callable[[Path], Path]:
+    return lambda folder: apart.written(folder, hf)
 
 
 CASES: dict[str, tuple[Callable[[Path], Path], dict[str, Any], Merging]] = {
@@ -121,7 +109,7 @@ CASES: dict[str, tuple[Callable[[Path], Path], dict[str, Any], Merging]] = {
         Merging(dtype="bfloat16"),
     ),
     "experts into 4 bits": (
-        mixture,
+        folder_of(MIXTURE),
         {"targets": "q_proj,down_proj"},
         Merging(dtype="float32", requantize=NF4),
     ),
@@ -134,6 +122,21 @@ CASES: dict[str, tuple[Callable[[Path], Path], dict[str, Any], Merging]] = {
         base_of(tied),
         {"targets": "q_proj,lm_head", "tied": False},
         Merging(quant=NF4, tables={"embedding": "int8", "head": "none"}),
+    ),
+    "layers in turns": (
+        folder_of(apart.TURNS),
+        {"dora": True, "layers": (0, 1, 4), "modules_to_save": "attn_norm"},
+        Merging(dtype="float32"),
+    ),
+    "dense layers before experts, with a correction": (
+        folder_of(apart.DENSE_FIRST),
+        {"targets": "q_proj,up_proj", "layers": (0, 2)},
+        Merging(requantize=NF4, correction_rank=2),
+    ),
+    "a base with a dense linear, into 4 bits": (
+        apart.mixed,
+        {"targets": "down_proj,q_proj"},
+        Merging(dtype="float32", requantize=NF4),
     ),
     "a 4-bit base": (
         base_of(tiny.quantized),

@@ -16,7 +16,8 @@ FEED_FORWARDS: dict[type, Any] = {MLPSpec: MLP, ExpertsSpec: experts}
 and the module has
 
     kept -> {name: features a token}
-        What it keeps for backward under each name of `checkpoint_name`.
+        What it keeps for backward under each name that it gives `checkpoint_name`; names
+        are those of SAVED in layers.py.
     __call__(x, key) -> y
         x and y are (batch, seq, hidden); `key` is for LoRA dropout, or None.
 """

@@ -16,7 +16,8 @@ MIXERS: dict[type, Any] = {AttentionSpec: Attention}
     empty_cache(batch, capacity, dtype) -> pytree
         What one layer remembers of the tokens it has seen, of none at first.
     kept -> {name: features a token}
-        What it keeps for backward under each name of `checkpoint_name`.
+        What it keeps for backward under each name that it gives `checkpoint_name`; names
+        are those of SAVED in layers.py.
     __call__(x, context, cache, key) -> (y, new cache)
         x and y are (batch, seq, hidden); cache is None while training, and so is the new
         one; `context` is a `cache.Context`; `key` is for LoRA dropout, or None.
