@@ -65,9 +65,10 @@ def lora_config(model: nnx.Module) -> LoRAConfig:
     )
     stacked = {path: own for path, own in places.items() if own.adapted}
     named = [own.layers for own in stacked.values()]
-    # The layers that describe most linears.
+    # The layers that describe most linears; not every layer may have each.
     said = lambda layers: sum(own.are(layers) for own in stacked.values())  # noqa: E731
-    layers = max(named, key=said, default=())
+    every = tuple(sorted(set().union(*(own.adapted for own in stacked.values()))))
+    layers = max([*named, every] if named else [()], key=said)
     # In layers without adapter biases train too, which lora_only would not say.
     beyond = biased - found.keys() or any(named)
     own_head = getattr(model, HEAD, None) is not None

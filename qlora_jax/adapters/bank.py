@@ -2,7 +2,7 @@
 
     bank = AdapterBank.of(model, {"a": a, "b": b}, slots=8)
     new = generate(bank.route(["a", None, "b"]), prompts)    # None: the base alone
-    bank = bank.put("c", c)                                  # nothing compiles anew
+    bank = bank.put("c", c)                                  # compiles nothing new
 
 What is compiled depends on how many slots there are, their rank and the linears that have
 them, not on which adapters are in them or which rows take them.

@@ -144,9 +144,15 @@ def assemble(
     ranks = {plain(path): a.shape[-1] for path, (a, _) in factors.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     others = {name: r for name, r in sorted(ranks.items()) if r != rank}
-    asked = {
-        plain(path): place.asked for path, place in places.items() if place.stacked
-    }
+    asked: dict[str, tuple[int, ...]] = {}
+    for (
+        path,
+        place,
+    ) in places.items():  # each layer has a path where they differ in shape
+        before = asked.get(plain(path), place.asked)
+        if place.stacked:
+            both = before and place.asked
+            asked[plain(path)] = tuple(sorted({*before, *place.asked})) if both else ()
     layers = Counter(asked.values()).most_common(1)[0][0] if asked else ()
     first = adapters[0].config
     config = dataclasses.replace(

@@ -6,8 +6,10 @@ import json
 import math
 from pathlib import Path
 
+import apart
 import jax
 import pytest
+from flax import nnx
 
 import qlora_jax as qlora
 from qlora_jax.adapters import LoRAConfig
@@ -305,6 +307,19 @@ def test_a_setting_of_training_that_does_not_matter_changes_nothing():
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     assert names == others.keys() | MATTERING.keys()
     assert estimate(dataclasses.replace(plain, **others)) == estimate(plain)
+
+
+def test_what_a_folder_keeps_dense_is_counted_so(tmp_path):
+    base, _ = qlora.load(apart.mixed(tmp_path / "base"), dtype="float32")
+    setup = Setup(config=base.config, dtype="float32", lora=LoRAConfig(rank=2))
+    held = sum(
+        tree_bytes(variable.get_value())
+        for path, variable in nnx.to_flat_state(nnx.state(base))
+        if path[0] == "layers"
+    )
+    assert estimate(setup).device["layers"] == held
+    packed = dataclasses.replace(base.config, layers=())
+    assert estimate(dataclasses.replace(setup, config=packed)).device["layers"] < held
 
 
 def test_what_a_plan_picks_are_settings_of_a_run():

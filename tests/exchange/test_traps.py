@@ -376,12 +376,13 @@ def test_a_4_bit_folder_says_its_block_size_and_what_stays_dense(tmp_path: Path)
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     assert open_source(tmp_path / "a").stored == quant
     load(tmp_path / "a", quant)
-    config["quantization_config"]["llm_int8_skip_modules"] = ["lm_head", "o_proj"]
+    skip = ["lm_head", "o_proj", "vision_tower"]  # o_proj is 4-bit here all the same
+    config["quantization_config"]["llm_int8_skip_modules"] = skip
     (tmp_path / "a" / "config.json").write_text(json.dumps(config))
     save_model(load(tmp_path / "a")[0], tmp_path / "b", source=tmp_path / "a")
     again = json.loads((tmp_path / "b" / "config.json").read_text())
     kept = again["quantization_config"]["llm_int8_skip_modules"]
-    assert kept == ["lm_head", "o_proj"]
+    assert kept == ["lm_head", "vision_tower"]
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_decoding_equals_the_full_forward_whatever_mixers_remember():
             logits, cache = decode(model, padded[:, one], positions[:, one], cache)
 
 
-@pytest.mark.parametrize("layers", [(), (0, 2, 3, 6)])
+@pytest.mark.parametrize("layers", [(), (0, 1, 2, 3, 6)])
 def test_adapters_by_layer_travel_and_come_back(layers, tmp_path):
     config = {"layers": layers, "targets": "in_proj,q_proj,up_proj"}
     model = tiny.moved(quantized(), **config)

@@ -14,7 +14,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from pallas_kernels.formats import QuantizedTensor
-from qlora_jax.adapters import Adapter, LoRAConfig, attach
+from qlora_jax.adapters import Adapter
 from qlora_jax.config.quant import QuantConfig
 from qlora_jax.errors import CheckpointError, OutputExistsError, ShapeError
 from qlora_jax.models import Decoder
@@ -23,7 +23,7 @@ from qlora_jax.nn.packing import dequantize
 from qlora_jax.sources import hub
 from qlora_jax.sources.load import load
 from qlora_jax.sources.safetensors import INDEX, SINGLE
-from qlora_jax.sources.save import save_model
+from qlora_jax.sources.save import _skipped, save_model
 from qlora_jax.sources.source import open_source
 
 CONFIG = oracle.hf_config()
@@ -438,8 +438,27 @@ def test_a_folder_may_keep_linears_of_some_layers_dense(tmp_path, golden):
     for key, value in stored.items():
         np.testing.assert_array_equal(back[key], value, err_msg=key)
     # One adapter for both kinds of layers, whose base counts as the same.
-    model = attach(mixed, LoRAConfig(rank=2), key=jax.random.key(0))
-    assert Adapter.of(model).on(whole) is not None
+    model = tiny.moved(mixed)
+    on = np.asarray(Adapter.of(model).on(whole)(ids))
+    np.testing.assert_allclose(model(ids), on, atol=1e-5 * np.abs(on).max())
+    assert np.abs(on - expected).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (None, None),  # transformers' own defaults
+        (["lm_head", "vision"], ["lm_head", "vision"]),
+        (["lm_head", "a.0.down"], ["lm_head", "a.2.down"]),  # 4-bit now, and dense now
+        (["a.0", "gate"], ["gate", "a.0.norm", "a.2.down"]),  # stood for a whole layer
+    ],
+)
+def test_other_tools_are_told_what_is_dense(before, after):
+    packed = [f"a.{i}.{x}.weight" for i in (0, 1) for x in ("down", "up")]
+    dense = ["a.0.norm.weight", "a.1.norm.weight", "lm_head.weight"]
+    if before != after:
+        dense.append("a.2.down.weight")
+    assert _skipped(before, packed, dense) == after
 
 
 def test_layers_of_different_block_sizes_are_named(tmp_path, folder):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,17 @@ import orbax.checkpoint as ocp
 import pytest
 import tensorstore
 import tiny
+from models import family_folders
 
-from qlora_jax.adapters import LoRAConfig, attach
+import qlora_jax as qlora
+from qlora_jax.adapters import LoRAConfig, attach, split
 from qlora_jax.adapters.names import flatten
 from qlora_jax.config.train import TrainConfig
 from qlora_jax.errors import CheckpointError, OutputExistsError, QLoRAError
 from qlora_jax.exchange.ours import load_adapter
 from qlora_jax.train.loop import DivergedError, Trainer
 from qlora_jax.train.metrics import MetricsLog, read_metrics
+from qlora_jax.train.older_state import older
 from qlora_jax.train.report import plot_loss, write_report
 
 CONFIG = TrainConfig(
@@ -286,6 +290,46 @@ def test_a_run_that_an_older_version_left_goes_on(done, tmp_path):
         again.fit(resume=True)
     again.lora_config = other
     assert without_seconds(again.fit(resume=True)) == without_seconds(figures)
+
+
+def test_a_run_whose_layers_were_one_stack_goes_on(golden, tmp_path):
+    """Commit a5d6930 left it, which had all of Gemma 2's layers in one stack."""
+    with tarfile.open(golden("runs/gemma2_one_stack.tar.xz")) as archive:
+        archive.extractall(tmp_path / "run", filter="data")
+    (tmp_path / "base").mkdir()
+    made = family_folders.read("gemma2", golden)
+    base = family_folders.load("gemma2", made, tmp_path / "base", qlora.QuantConfig())
+    assert len(base.stacks) == 2
+    lora = LoRAConfig(rank=2, alpha=4.0, targets="q_proj,v_proj", layers=(0, 1))
+    rows = tiny.rows([16, 9, 12, 5, 16, 7, 11])
+    for row in rows.rows:
+        row.tokens[:] %= 96
+    config = TrainConfig(
+        **{"max_steps": 4, "micro_batch": 2, "learning_rate": 5e-3, "save_every": 2},
+        **{"keep_checkpoints": 2, "compute_dtype": "float32", "seed": 3},
+    )
+    model = attach(base, lora, key=jax.random.key(1))
+    run, was = tmp_path / "run", losses(tmp_path / "run")
+    adapter = arrays_of(load_adapter(run / "adapter", base))
+    Trainer(model, rows, config, run, lora=lora).fit(resume=True)
+    now = losses(run)
+    assert now.keys() == was.keys() == {1, 2, 3, 4}
+    for step in (3, 4):  # in another program, which rounds elsewhere
+        np.testing.assert_allclose(now[step], was[step], rtol=2e-6)
+    again = arrays_of(load_adapter(run / "adapter", base))
+    for new, old in zip(again, adapter, strict=True):
+        np.testing.assert_allclose(new, old, atol=1e-4)
+
+
+def arrays_of(model: Any) -> list[np.ndarray]:
+    return tiny.arrays(flatten(split(model)[1]))
+
+
+def test_an_optimizers_state_of_no_version_is_told():
+    state = trainer(Path("unused")).opt_state
+    shapes = [x.shape for x in jax.tree.leaves(state)]
+    assert older(state, shapes[:-1]) is None
+    assert older(state, [*shapes[:-1], (9, 9)]) is None
 
 
 def test_a_run_folder_that_is_taken_is_refused(done):
