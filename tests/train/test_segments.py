@@ -53,6 +53,7 @@ def test_streamed_paged_and_checkpointed_steps_are_the_same():
     plain = losses(model, "layer", False, "device")
     assert plain[1] < plain[0]
     assert losses(model, "host", True, "pinned_host") == plain
+    assert losses(model, "attention", True, "device") == plain
     together = losses(model, "attention", True, "device", micro=2)
     np.testing.assert_allclose(together, plain, rtol=1e-5)
 
