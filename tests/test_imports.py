@@ -30,15 +30,6 @@ LAYERS = (
     ("pallas_kernels",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-# Files may not import each other in a circle. Each of these imports closes one, and the
-# redesign ("One storey up") removes it: an import that is gone, or that closes no circle
-# any more, has to leave this list.
-CLOSES_A_CIRCLE = {
-    ("qlora_jax.models.llama", "qlora_jax.models"): (
-        "writing a config.json reads it back by the registry of families, which lists "
-        "llama.py; a spec of a model will write itself"
-    ),
-}
 ROOTS = [Path(package.__file__).parent for package in (pallas_kernels, qlora_jax)]
 FILES = sorted(file for root in ROOTS for file in root.rglob("*.py"))
 BLOCKED = (
@@ -194,13 +185,7 @@ def test_rooms_do_not_import_each_other_in_a_circle(edges):
 
 def test_files_do_not_import_each_other_in_a_circle(edges):
     assert len(edges) > len(FILES)
-    assert not circle(edges - CLOSES_A_CIRCLE.keys())
-
-
-@pytest.mark.parametrize("known", CLOSES_A_CIRCLE, ids="{0[0]} imports {0[1]}".format)
-def test_a_known_circle_is_still_there(known, edges):
-    rest = edges - CLOSES_A_CIRCLE.keys()
-    assert known in edges and circle(rest | {known}), "take it off CLOSES_A_CIRCLE"
+    assert not circle(edges)
 
 
 def test_a_circle_is_found():

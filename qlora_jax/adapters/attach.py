@@ -4,20 +4,19 @@ import difflib
 import logging
 import re
 import zlib
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from qlora_jax.adapters.attached import OWN
 from qlora_jax.adapters.compensate import Moments, Original, describe, start
 from qlora_jax.adapters.fingerprint import fingerprint
 from qlora_jax.config.lora import LoRAConfig, ends, read_targets
 from qlora_jax.errors import AdapterMismatchError, ConfigError, gathered
 from qlora_jax.models import Decoder
-from qlora_jax.models.vocabulary import untied
+from qlora_jax.models.vocabulary import is_tied, tied_again, untied, vocab_size
 from qlora_jax.names import (
     EMBEDDING,
     HEAD,
@@ -27,16 +26,16 @@ from qlora_jax.names import (
     plain,
 )
 from qlora_jax.nn import (
-    Embedding,
-    Linear,
+    Adapted,
+    FrozenLinear,
+    FrozenTable,
     LoRA,
     LoRAEmbedding,
-    QuantizedLinear,
     TrainedRows,
+    Weighted,
 )
-from qlora_jax.nn.embedding import QuantizedEmbedding, Table
+from qlora_jax.nn.frozen import modules, replaced
 from qlora_jax.nn.quantizing import check_module
-from qlora_jax.nn.variables import trained
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -92,45 +91,39 @@ def attach_zero(model: M, config: LoRAConfig, *, key: Array) -> M:
     check_module(model)
     _check(model, config)
     base = fingerprint(model, scales=config.init != "zero")
-    if isinstance(model, Decoder) and (
-        HEAD in config.modules_to_save or not config.tied
-    ):
+    if HEAD in config.modules_to_save or not config.tied:
         model = untied(model)
 
-    def replace(path: tuple, node: Any) -> Any:
+    def adapt(path: tuple, node: Weighted) -> nnx.Module:
         name = plain(path)
-        if name in (EMBEDDING, HEAD) and node is not None:
-            if (tokens := config.token_rows(name)) and not config.saves(name):
-                rows = nnx.LoRAParam(_rows(node, tokens))
-                return TrainedRows(node, _marked(rows, base), tokens)
-        if type(node) in OWN and config.saves(name):
-            _train(node, OWN[type(node)], base)
-            if isinstance(node, Linear) and node.bias is not None:
-                _train(node, "bias", base)
-            return node
-        if isinstance(node, Table) and config.matches(name):
+        tokens = config.token_rows(name) if name in (EMBEDDING, HEAD) else ()
+        if tokens and not config.saves(name):
+            rows = nnx.LoRAParam(node.rows(jnp.asarray(tokens, jnp.int32)))
+            return TrainedRows(node, _marked(rows, base), tokens)
+        if node.can_train and config.saves(name):
+            for own in node.parameters():
+                node.unfreeze(own).set_metadata(base=base)
+        elif isinstance(node, FrozenTable) and config.matches(name):
             return _lora_embedding(node, name, config, base, key)
-        if not isinstance(node, (Linear, QuantizedLinear)):
-            return node
-        adapted = config.matches(name) and _adapted_here(path, node, config)
-        if node.bias is not None and config.bias != "none":
-            if adapted or config.bias == "all":
-                _train(node, "bias", base)
-        return _lora(node, path, config, base, key) if adapted else node
+        elif isinstance(node, FrozenLinear):
+            adapted = config.matches(name) and _adapted_here(path, config)
+            if node.bias is not None and config.bias != "none":
+                if adapted or config.bias == "all":
+                    node.unfreeze("bias").set_metadata(base=base)
+            return _lora(node, path, config, base, key) if adapted else node
+        return node
 
-    return nnx.recursive_map(replace, model)
+    return replaced(model, Weighted, adapt)
 
 
-def _adapted_here(
-    path: tuple, node: Linear | QuantizedLinear, config: LoRAConfig
-) -> bool:
+def _adapted_here(path: tuple, config: LoRAConfig) -> bool:
     """Whether any layer of a linear's stack is to have an adapter."""
     layers, own = config.layers_of(plain(path)), layers_at(path)
     return not layers or own is None or not {*layers}.isdisjoint(own)
 
 
 def _lora(
-    node: Linear | QuantizedLinear,
+    node: FrozenLinear,
     path: tuple,
     config: LoRAConfig,
     base: str | None,
@@ -160,17 +153,8 @@ def _lora(
     return lora
 
 
-def _rows(node: Any, tokens: tuple[int, ...]) -> Array:
-    """Returns rows of a table or head, float32."""
-    ids = jnp.asarray(tokens, jnp.int32)
-    if isinstance(node, QuantizedLinear):
-        return node.quantized.decode_rows(ids, "float32")
-    rows = node(ids) if isinstance(node, Table) else node.kernel[...][ids]
-    return rows.astype(jnp.float32)
-
-
 def _lora_embedding(
-    node: Table, name: str, config: LoRAConfig, base: str | None, key: Array
+    node: FrozenTable, name: str, config: LoRAConfig, base: str | None, key: Array
 ) -> LoRAEmbedding:
     rank, alpha = config.shape_of(name)
     key = jax.random.fold_in(key, zlib.crc32(name.encode()))
@@ -178,14 +162,6 @@ def _lora_embedding(
     for variable in (lora.lora_a, lora.lora_b):
         _marked(variable, base)
     return lora
-
-
-def _train(node: Any, name: str, base: str | None) -> None:
-    """Lets a parameter of a module train."""
-    variable = trained(getattr(node, name))
-    own = {"kernel": 2, "bias": 1}.get(name, 2 if isinstance(node, Embedding) else 1)
-    stack = variable[...].ndim - own
-    setattr(node, name, nnx.data(_marked(variable, base, stack=stack)))
 
 
 def _marked(
@@ -198,24 +174,19 @@ def _marked(
 
 def _check(model: nnx.Module, config: LoRAConfig) -> None:
     """Raises what `attach` does of a config that does not fit a model."""
-    linears: dict[str, Linear | QuantizedLinear] = {}
-    dense, packed, problems = [], [], []
-    for path, node in nnx.iter_graph(model):
-        name = plain(path)
-        if isinstance(node, nnx.LoRAParam):
-            raise AdapterMismatchError(
-                f"the model has an adapter at {plain(path[:-1])} already; merge it first, "
-                "or attach to the model without it"
-            )
-        if isinstance(node, (Linear, QuantizedLinear)):
-            linears[name] = node
-        if type(node) in OWN:
-            dense.append(name)
-        elif isinstance(node, (QuantizedLinear, QuantizedEmbedding)):
-            packed.append(name)
-    tied = isinstance(model, Decoder) and model.lm_head is None
+    for path, _ in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)):
+        raise AdapterMismatchError(
+            f"the model has an adapter at {plain(path[:-1])} already; merge it first, "
+            "or attach to the model without it"
+        )
+    nodes = {plain(path): node for path, node in modules(model, Weighted)}
+    linears = [name for name, node in nodes.items() if isinstance(node, FrozenLinear)]
+    dense = [name for name, node in nodes.items() if node.can_train]
+    packed = [name for name, node in nodes.items() if node.packed]
+    problems: list[str] = []
+    tied = is_tied(model)
     # A head that gets its own copy of the table is a linear like others.
-    asked = tied and config.tied and _asks_for_head(config, list(linears))
+    asked = tied and config.tied and _asks_for_head(config, linears)
     paths = [*linears, *([HEAD] if tied and (asked or not config.tied) else [])]
     found = any(map(config.matches, paths))
     if asked:
@@ -227,7 +198,7 @@ def _check(model: nnx.Module, config: LoRAConfig) -> None:
     embeds = EMBEDDING in (*dense, *packed) and config.matches(EMBEDDING)
     alone = config.modules_to_save or config.tokens
     if not (found or embeds) and not (config.targets == () and alone):
-        raise ConfigError(_no_match(_said(config), list(linears)))
+        raise ConfigError(_no_match(_said(config), linears))
     problems += _unmatched(config, [*paths, EMBEDDING])
     for name in config.modules_to_save:
         if not any(ends(path, name) for path in (*dense, *([HEAD] if tied else []))):
@@ -245,7 +216,7 @@ def _check(model: nnx.Module, config: LoRAConfig) -> None:
             "--lora.head-tokens: the head is tied and follows --lora.tokens"
         )
     if config.tokens or config.head_tokens:
-        size = model.config.vocab_size if isinstance(model, Decoder) else 0
+        size = vocab_size(model)
         wrong = [t for t in (*config.tokens, *(config.head_tokens or ())) if t >= size]
         if wrong:
             problems.append(
@@ -287,8 +258,8 @@ def _beyond(config: LoRAConfig, model: nnx.Module) -> list[str]:
     """Returns the layers that a config names, and the model or a linear does not have."""
     problems: dict[tuple[int, ...], str] = {}
     having: dict[str, set[int]] = {}
-    for keys, node in nnx.iter_graph(model):
-        if not isinstance(node, (Linear, QuantizedLinear)) or not node.stack:
+    for keys, node in modules(model, FrozenLinear):
+        if not node.stack:
             continue
         path, count = plain(keys), node.stack[0]
         if isinstance(model, Decoder) and is_stacked(keys):
@@ -326,21 +297,13 @@ def detach(model: M) -> M:
       AdapterMismatchError: something of the base trained in place (a bias, or a module of
         modules_to_save), so that the base is no longer there.
     """
-
-    def replace(path: tuple, node: Any) -> Any:
-        return (
-            node.base if isinstance(node, (LoRA, LoRAEmbedding, TrainedRows)) else node
-        )
-
-    base = nnx.recursive_map(replace, model)
+    base = replaced(model, Adapted, lambda _, node: node.base)
     if left := nnx.to_flat_state(nnx.state(base, nnx.LoRAParam)):
         names = ", ".join(plain(path) for path, _ in left)
         raise AdapterMismatchError(
             f"the model's own {names} trained in place; load the base anew"
         )
-    if isinstance(base, Decoder) and base.config.tie_word_embeddings:
-        base.lm_head = nnx.data(None)
-    return cast(M, base)
+    return tied_again(base)
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:

@@ -8,7 +8,7 @@ from flax import nnx
 
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.errors import AdapterMismatchError
-from qlora_jax.models import Decoder
+from qlora_jax.models.vocabulary import was_tied
 from qlora_jax.names import (
     EMBEDDING,
     HEAD,
@@ -16,19 +16,9 @@ from qlora_jax.names import (
     layers_at,
     plain,
 )
-from qlora_jax.nn import (
-    Embedding,
-    Linear,
-    LoRA,
-    LoRAEmbedding,
-    QuantizedLinear,
-    TrainedRows,
-)
-from qlora_jax.nn.norm import RMSNorm
+from qlora_jax.nn import FrozenLinear, LoRA, LoRAEmbedding, TrainedRows, Weighted
+from qlora_jax.nn.frozen import modules
 from qlora_jax.nn.variables import trains
-
-OWN = {Linear: "kernel", Embedding: "weight", RMSNorm: "weight"}
-"""Modules that can train in full, and the parameter that does."""
 
 
 def lora_config(model: nnx.Module) -> LoRAConfig:
@@ -36,26 +26,19 @@ def lora_config(model: nnx.Module) -> LoRAConfig:
 
     Targets are the paths that have one.
     """
-    found: dict[str, LoRA | LoRAEmbedding] = {}
-    rows: dict[str, tuple[int, ...]] = {}
+    tables = {plain(path): node for path, node in modules(model, LoRAEmbedding)}
+    adapted = {plain(path): node for path, node in modules(model, LoRA)}
+    found: dict[str, LoRA | LoRAEmbedding] = {**tables, **adapted}
+    rows = {plain(path): node.tokens for path, node in modules(model, TrainedRows)}
     saved, biased = [], set()
-    places: dict[str, _Places] = {}
-    for path, node in nnx.iter_graph(model):
-        name = plain(path)
-        if isinstance(node, (LoRA, LoRAEmbedding)):
-            found[name] = node
-        if isinstance(node, (Linear, QuantizedLinear, LoRA)) and is_stacked(path):
-            places.setdefault(name, _Places()).add(path, node)
-        if isinstance(node, TrainedRows):
-            rows[name] = node.tokens
-        if type(node) in OWN and trains(getattr(node, OWN[type(node)])):
-            saved.append(name)
-        elif isinstance(node, (Linear, QuantizedLinear)) and trains(node.bias):
-            biased.add(name.removesuffix(".base"))
+    for path, node in modules(model, Weighted):
+        if trains(node.variable):
+            saved.append(plain(path))
+        elif trains(node.bias):
+            biased.add(plain(path).removesuffix(".base"))
     if not (found or rows or saved):
         raise AdapterMismatchError("the model has no adapter")
-    linears = [node for node in found.values() if isinstance(node, LoRA)]
-    one = linears[0] if linears else None
+    one = next(iter(adapted.values()), None)
     default = LoRAConfig()
     rank, alpha = (
         Counter(getattr(node, field) for node in found.values()).most_common(1)[0][0]
@@ -63,7 +46,7 @@ def lora_config(model: nnx.Module) -> LoRAConfig:
         else getattr(default, field)
         for field in ("rank", "alpha")
     )
-    stacked = {path: own for path, own in places.items() if own.adapted}
+    stacked = {path: own for path, own in _places(model).items() if own.adapted}
     named = [own.layers for own in stacked.values()]
     # The layers that describe most linears; not every layer may have each.
     said = lambda layers: sum(own.are(layers) for own in stacked.values())  # noqa: E731
@@ -72,9 +55,7 @@ def lora_config(model: nnx.Module) -> LoRAConfig:
     # In layers without adapter biases train too, which lora_only would not say.
     beyond = biased - found.keys() or any(named)
     own_head = getattr(model, HEAD, None) is not None
-    untied_head = isinstance(model, Decoder) and (
-        model.config.tie_word_embeddings and own_head and HEAD not in saved
-    )
+    untied_head = own_head and was_tied(model) and HEAD not in saved
     tokens = rows.get(EMBEDDING, ())
     return LoRAConfig(
         rank=rank,
@@ -102,6 +83,20 @@ def lora_config(model: nnx.Module) -> LoRAConfig:
     )
 
 
+def _places(model: nnx.Module) -> dict[str, "_Places"]:
+    """Returns where each of the linears in the layers of a model is."""
+    places: dict[str, _Places] = {}
+    for path, node in modules(model, FrozenLinear):
+        if is_stacked(path):
+            places.setdefault(plain(path).removesuffix(".base"), _Places()).add(
+                path, node
+            )
+    for path, node in modules(model, LoRA):
+        if is_stacked(path):
+            places[plain(path)].adapt(path, node)
+    return places
+
+
 class _Places:
     """The layers of a model that have a linear, and those in which it has an adapter."""
 
@@ -109,14 +104,14 @@ class _Places:
         self.all: set[int] = set()
         self.adapted: set[int] = set()
 
-    def add(self, path: tuple, node: Linear | QuantizedLinear | LoRA) -> None:
+    def add(self, path: tuple, node: FrozenLinear) -> None:
         """Counts a linear in a stack of layers."""
-        stack = (node.base if isinstance(node, LoRA) else node).stack
-        layers = layers_at(path) or range(stack[0] if stack else 0)
-        self.all |= {*layers}
-        if isinstance(node, LoRA):
-            only = node.lora_a.get_metadata().get("layers") or layers
-            self.adapted |= {*only}
+        self.all |= {*_layers(path, node)}
+
+    def adapt(self, path: tuple, node: LoRA) -> None:
+        """Counts the layers of a stack that have an adapter."""
+        only = node.lora_a.get_metadata().get("layers") or _layers(path, node.base)
+        self.adapted |= {*only}
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -126,6 +121,11 @@ class _Places:
     def are(self, layers: tuple[int, ...]) -> bool:
         """Whether a config with these layers, () for all, says where the adapters are."""
         return self.adapted == (self.all & {*layers} if layers else self.all)
+
+
+def _layers(path: tuple, node: FrozenLinear) -> range:
+    """Returns the layers of the model that a linear's stack holds."""
+    return layers_at(path) or range(node.stack[0] if node.stack else 0)
 
 
 def base_fingerprint(lora: nnx.State) -> dict[str, Any] | None:

@@ -20,12 +20,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from qlora_jax.adapters.merge import factors
 from qlora_jax.adapters.value import Adapter
 from qlora_jax.errors import AdapterMismatchError, ConfigError, gathered
-from qlora_jax.names import EXPERTS, dotted, in_words, plain
-from qlora_jax.nn import Linear, LoRA, QuantizedLinear
+from qlora_jax.names import EXPERTS, in_words, plain
+from qlora_jax.nn import FrozenLinear, LoRA
 from qlora_jax.nn.dora import row_norms
+from qlora_jax.nn.frozen import modules, replaced
 from qlora_jax.nn.multi_lora import MultiLoRA, Slots
 from qlora_jax.nn.variables import trains
 
@@ -111,9 +111,9 @@ class AdapterBank:
             )
         dtype = str(getattr(base, "dtype", "float32"))
 
-        def replace(path: tuple, node: Any) -> Any:
+        def replace(path: tuple, node: FrozenLinear) -> nnx.Module:
             found = [own[path] for own in parts.values() if path in own]
-            if not found or not isinstance(node, (Linear, QuantizedLinear)):
+            if not found:
                 return node
             return MultiLoRA(
                 node,
@@ -124,7 +124,7 @@ class AdapterBank:
                 dtype=dtype,
             )
 
-        bank = cls(base, nnx.recursive_map(replace, base), (None,) * slots)
+        bank = cls(base, replaced(base, FrozenLinear, replace), (None,) * slots)
         for name, own in parts.items():
             bank = bank._with(name, own)
         return bank
@@ -200,11 +200,7 @@ class AdapterBank:
     def _with(self, name: str, parts: _Parts) -> "AdapterBank":
         """Fills the adapter's slot; linears that it has no part of get zeros."""
         slot = self.names.index(name if name in self.names else None)
-        nodes = {
-            path: node
-            for path, node in nnx.iter_graph(self.model)
-            if isinstance(node, MultiLoRA)
-        }
+        nodes = dict(modules(self.model, MultiLoRA))
         problems = [
             f"{in_words(path)}: {problem}"
             for path, part in parts.items()
@@ -251,29 +247,18 @@ def _parts(base: Any, adapter: Adapter) -> _Parts:
     if wrong:
         raise AdapterMismatchError(f"{', '.join(wrong)}: NaN or Inf values")
     model = adapter.on(base)
-    own = {dotted(path): node for path, node in nnx.iter_graph(base)}
     parts: _Parts = {}
     covered: set[tuple] = set()
-    for path, node in nnx.iter_graph(model):
-        if isinstance(node, LoRA) and EXPERTS not in path:
-            bias = node.base.bias
-            a, b, magnitude, active = factors(node)
-            assert a is not None and b is not None
-            if active is not None:
-                b = b * active[..., None, None]
-            gain = None
-            if magnitude is not None:
-                gain = magnitude / row_norms(node.base, a, b, node.scale)
-                if active is not None:
-                    gain = jnp.where(active[..., None] > 0, gain, 1.0)
-            trained = bias[...] if bias is not None and trains(bias) else None
-            parts[path] = _Part(a, b, node.scale, gain, trained)
-            covered |= {(*path, name) for name in ("lora_a", "lora_b", "magnitude")}
+    for path, node in modules(model, LoRA):
+        if EXPERTS not in path:
+            parts[path] = _part(node)
+            covered |= {(*path, name) for name in node.PARTS}
             covered.add((*path, "base", "bias"))
-        elif isinstance(node, (Linear, QuantizedLinear)) and dotted(path) in own:
-            if node.bias is not None and trains(node.bias) and EXPERTS not in path:
-                parts[path] = _Part(None, None, 0.0, None, node.bias[...])
-                covered.add((*path, "bias"))
+    for path, node in modules(model, FrozenLinear):
+        alone = path[:-1] not in parts and EXPERTS not in path
+        if alone and trains(node.bias):
+            parts[path] = _Part(None, None, 0.0, None, node.bias[...])
+            covered.add((*path, "bias"))
     left = nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))
     problems = sorted({plain(path[:-1]) for path, _ in left if path not in covered})
     if problems:
@@ -282,6 +267,21 @@ def _parts(base: Any, adapter: Adapter) -> _Parts:
             "of linears can differ by row; merge this adapter, or use it alone"
         )
     return parts
+
+
+def _part(node: LoRA) -> _Part:
+    """Returns what an adapter has for one linear."""
+    a, b, magnitude, active = node.factors
+    assert a is not None and b is not None
+    if active is not None:
+        b = b * active[..., None, None]
+    gain = None
+    if magnitude is not None:
+        gain = magnitude / row_norms(node.base, a, b, node.scale)
+        if active is not None:
+            gain = jnp.where(active[..., None] > 0, gain, 1.0)
+    bias = node.base.bias[...] if trains(node.base.bias) else None
+    return _Part(a, b, node.scale, gain, bias)
 
 
 def _no_room(node: MultiLoRA | None, part: _Part) -> str | None:

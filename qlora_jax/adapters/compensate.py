@@ -29,8 +29,9 @@ from qlora_jax.adapters.names import at_place
 from qlora_jax.config.lora import Init
 from qlora_jax.errors import AdapterMismatchError, ConfigError
 from qlora_jax.names import Numbered, dotted, in_words, located, plain
-from qlora_jax.nn import Linear, LoRA, QuantizedLinear
+from qlora_jax.nn import FrozenLinear, LoRA, QuantizedLinear
 from qlora_jax.nn.dora import row_norms
+from qlora_jax.nn.frozen import modules, replaced
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -102,7 +103,7 @@ class _Moment(nnx.Variable):
 class _Tap(nnx.Module):
     """Wraps a linear so that a backward pass sums up its inputs' second moments."""
 
-    def __init__(self, base: Linear | QuantizedLinear, diagonal: bool):
+    def __init__(self, base: FrozenLinear, diagonal: bool):
         features = base.in_features
         shape = (features,) if diagonal else (features, features)
         self.base = base
@@ -143,12 +144,10 @@ def input_moments(
         lambda model, tokens: model.hidden_states(tokens, checkpoint="layer")
     )
 
-    def replace(path: tuple, node: Any) -> Any:
-        if isinstance(node, (Linear, QuantizedLinear)) and paths(plain(path)):
-            return _Tap(node, diagonal)
-        return node
+    def tap(path: tuple, node: FrozenLinear) -> nnx.Module:
+        return _Tap(node, diagonal) if paths(plain(path)) else node
 
-    tapped = nnx.recursive_map(replace, model)
+    tapped = replaced(model, FrozenLinear, tap)
     graphdef, moments, frozen = nnx.split(tapped, _Moment, ...)
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -215,11 +214,9 @@ def compensate(
     errors: dict[str, Compensation] = {}
     filled: dict[tuple, Any] = {}
     bases: dict[str, PackedWeight] = {}
-    for path, node in nnx.iter_graph(model):
-        if not isinstance(node, LoRA):
-            continue
+    for path, node in modules(model, LoRA):
         name, base = in_words(path), node.base
-        if not isinstance(base, QuantizedLinear):
+        if not base.packed:
             raise AdapterMismatchError(
                 f"{name} is dense, so quantization lost nothing of it; quantize the base, "
                 "or start the adapter from zero"
@@ -243,10 +240,10 @@ def compensate(
 
     changed = {located(name)[0] for name in bases}
     # Stacks of the same linears without an adapter count with them.
-    for path, node in nnx.iter_graph(model):
+    for path, node in modules(model, FrozenLinear):
         name = f"{dotted(path)}.kernel"
-        if isinstance(node, QuantizedLinear) and located(name)[0] in changed:
-            bases.setdefault(name, node.quantized)
+        if node.packed and located(name)[0] in changed:
+            bases.setdefault(name, node.stored)
 
     def fill(path: tuple, variable: nnx.Variable) -> nnx.Variable:
         if path in filled:
@@ -293,8 +290,8 @@ def start(
 
 
 def _reader(dense: nnx.Module) -> Original:
-    nodes = dict(nnx.iter_graph(dense))
-    find = at_place({p: node for p, node in nodes.items() if isinstance(node, Linear)})
+    linears = modules(dense, FrozenLinear)
+    find = at_place({path: node for path, node in linears if not node.packed})
 
     def read(path: str, index: tuple[int, ...]) -> Array:
         try:
@@ -305,7 +302,7 @@ def _reader(dense: nnx.Module) -> Original:
                 f"the original model has no dense {name}; give the dense folder or model "
                 "that the base was quantized from"
             ) from None
-        return linear.kernel[index or ...]
+        return linear.stored[index or ...]
 
     return read
 
@@ -321,7 +318,7 @@ def _stack(
     """Returns the new 4-bit weights if any, both factors, and the error; of a stack."""
     made, stack = [], node.base.stack
     for index in np.ndindex(*stack):
-        quantized = node.base.kernel.get_value()
+        quantized = node.base.stored
         q, c = jax.tree.map(operator.itemgetter(index), (quantized, moment))
         place = Numbered.at(path, index)
         w = jnp.asarray(read(*place))

@@ -1,39 +1,26 @@
-"""Folding adapters into the base of a model in memory (folding.py has the arithmetic)."""
+"""Folding adapters into the base of a model in memory (nn/folding.py has the arithmetic)."""
 
-import dataclasses
 from collections.abc import Iterable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
 from jaxtyping import Array
 
-from pallas_kernels.formats import PackedWeight
 from qlora_jax.adapters.algebra import scale
 from qlora_jax.adapters.attach import attach_zero
 from qlora_jax.adapters.compensate import compensate
-from qlora_jax.adapters.folding import Factors, Folding, fold, with_rows
 from qlora_jax.adapters.names import at_place
 from qlora_jax.adapters.value import Adapter
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.config.quant import QuantConfig
 from qlora_jax.errors import AdapterMismatchError, ConfigError
-from qlora_jax.models import Decoder
-from qlora_jax.models.vocabulary import untied
-from qlora_jax.names import HEAD, layers_at, plain
-from qlora_jax.nn import (
-    Embedding,
-    FrozenParam,
-    Linear,
-    LoRA,
-    LoRAEmbedding,
-    QuantizedLinear,
-    TrainedRows,
-)
-from qlora_jax.nn.embedding import QuantizedEmbedding, Table
-from qlora_jax.nn.norm import RMSNorm
+from qlora_jax.models.vocabulary import own_head, untied
+from qlora_jax.names import EMBEDDING, HEAD, layers_at, plain
+from qlora_jax.nn import Adapted, FrozenLinear, LoRA, LoRAEmbedding, Weighted
+from qlora_jax.nn.folding import Folding, fold
+from qlora_jax.nn.frozen import modules, replaced, weighted
 from qlora_jax.nn.quantizing import adopted
-from qlora_jax.nn.variables import trains
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -66,49 +53,27 @@ def merge(
         raise ConfigError(
             "merge needs exactly one of dtype= (a dense result) and requantize= (4-bit)"
         )
-    adapted = {path for path, node in nnx.iter_graph(model) if isinstance(node, LoRA)}
+    adapted = {path for path, _ in modules(model, Adapted)}
     if not nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)):
         raise AdapterMismatchError("the model has no adapter to merge")
-    if isinstance(model, Decoder) and isinstance(model.embed_tokens, LoRAEmbedding):
-        model = cast(M, untied(model))  # the head does not follow
+    if any(path == (EMBEDDING,) for path, _ in modules(model, LoRAEmbedding)):
+        model = untied(model)  # the head does not follow
     plain = getattr(model, "dtype", "float32") if dtype is None else dtype
-
     folding = Folding(plain, requantize)
 
-    def replace(path: tuple, node: object) -> object:
-        if isinstance(node, LoRA):
-            base, bias = node.base, _bias(node.base, folding)
-            kernel = folding.linear(
-                base.kernel.get_value(),
-                factors(node),
-                node.scale,
-                stack=base.stack,
-                dense=isinstance(base, Linear) and path[-1:] == (HEAD,),
-            )
-            return _linear(base, kernel, bias)
-        if isinstance(node, LoRAEmbedding):
-            a, b = node.lora_a[...], node.lora_b[...]
-            table = node.base.weight.get_value()
-            return Embedding(folding.table(table, a, b, node.scale))
-        if isinstance(node, TrainedRows):
-            return _with_rows(node, folding)
-        # Not the base inside a LoRA: its wrapper is about to replace it.
-        if isinstance(node, QuantizedLinear) and path[:-1] not in adapted:
-            if requantize is not None:
-                return _frozen(node, folding)
-            kernel = folding.kept_linear(node.quantized)
-            return _linear(node, kernel, _bias(node, folding))
-        if isinstance(node, QuantizedEmbedding):
-            table = folding.kept_table(node.weight.get_value())
-            return node if isinstance(table, PackedWeight) else Embedding(table)
-        if isinstance(node, (Linear, Embedding, RMSNorm)):
-            return _frozen(node, folding)
-        return node
+    def frozen(path: tuple, node: Weighted) -> nnx.Module:
+        # The base inside of what is adapted waits for its wrapper.
+        return node if path[:-1] in adapted else node.merged(folding)
 
-    merged = nnx.recursive_map(replace, model)
-    if isinstance(merged, Decoder) and merged.lm_head is not None:
-        merged.config = dataclasses.replace(merged.config, tie_word_embeddings=False)
-    return cast(M, merged)
+    def merged(path: tuple, node: Adapted) -> nnx.Module:
+        return node.merged(folding, dense=stays_dense(path, node))
+
+    return own_head(replaced(replaced(model, Weighted, frozen), Adapted, merged))
+
+
+def stays_dense(path: tuple, node: Weighted | Adapted) -> bool:
+    """Whether an adapted module stays dense when others become 4-bit: a head that is so."""
+    return path[-1:] == (HEAD,) and not weighted(node).packed
 
 
 def merge_corrected(
@@ -133,21 +98,16 @@ def merge_corrected(
         4-bit.
       ConfigError: rank or iterations is less than 1.
     """
-    adapted = {
-        path: node for path, node in nnx.iter_graph(model) if isinstance(node, LoRA)
-    }
+    adapted = dict(modules(model, LoRA))
     merged = merge(model, requantize=requantize)
-    packed = [
-        path
-        for path, node in nnx.iter_graph(merged)
-        if isinstance(node, QuantizedLinear) and path in adapted
-    ]
+    linears = modules(merged, FrozenLinear)
+    packed = [path for path, node in linears if node.packed and path in adapted]
 
     find = at_place(adapted)
 
     def exact(path: str, index: tuple[int, ...]) -> Array:
         node, index = find(path, index)
-        parts = (node.base.kernel.get_value(), factors(node))
+        parts = (node.base.stored, node.factors)
         return fold(*jax.tree.map(lambda leaf: leaf[index], parts), scale=node.scale)
 
     key = correction_key()
@@ -209,45 +169,3 @@ def unmerge(model: M, adapter: Adapter, *, dtype: str | None = None) -> M:
     """
     minus = scale(adapter, -1.0).on(adopted(model))
     return merge(minus, dtype=dtype or str(getattr(model, "dtype", "float32")))
-
-
-def factors(node: LoRA) -> Factors:
-    """Returns what an adapter has of a linear."""
-    magnitude = None if node.magnitude is None else node.magnitude[...]
-    active = None if node.active is None else node.active[...][..., 0, 0]
-    return Factors(node.lora_a[...], node.lora_b[...], magnitude, active)
-
-
-def _linear(
-    base: Linear | QuantizedLinear, kernel: Array | PackedWeight, bias: Array | None
-) -> Linear | QuantizedLinear | nnx.Linear:
-    """Returns the linear that takes the place of one: a stranger's dense one is its own."""
-    if isinstance(kernel, PackedWeight):
-        return QuantizedLinear(kernel, bias, origin=base.origin)
-    if base.origin is None:
-        return Linear(kernel, bias)
-    return base.origin.linear(kernel, bias)
-
-
-def _with_rows(node: TrainedRows, folding: Folding) -> Embedding | Linear:
-    base, rows = node.base, node.rows[...]
-    if isinstance(base, Table):
-        return Embedding(with_rows(base.weight.get_value(), rows, node.tokens))
-    table = with_rows(base.kernel.get_value(), rows, node.tokens)
-    return Linear(table, _bias(base, folding))
-
-
-def _frozen(node: Any, folding: Folding) -> Any:
-    """Freezes what trained in a module, which is a copy already."""
-    for name in ("kernel", "weight", "bias"):
-        variable = getattr(node, name, None)
-        if isinstance(variable, nnx.LoRAParam):
-            setattr(node, name, nnx.data(FrozenParam(folding.trained(variable[...]))))
-    return node
-
-
-def _bias(linear: Linear | QuantizedLinear, folding: Folding) -> Array | None:
-    if linear.bias is None:
-        return None
-    bias = linear.bias[...]
-    return folding.trained(bias) if trains(linear.bias) else bias

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +11,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from qlora_jax.adapters.folding import Factors, fold
-from qlora_jax.adapters.merge import factors
 from qlora_jax.errors import AdapterMismatchError
 from qlora_jax.names import Numbered, dotted, in_words, is_stacked
-from qlora_jax.nn import Linear, LoRA, LoRAEmbedding, QuantizedLinear
-from qlora_jax.nn.embedding import Table
+from qlora_jax.nn import Adapted, FrozenLinear, Weighted
+from qlora_jax.nn.folding import Applied, Factors, fold
+from qlora_jax.nn.frozen import modules, weighted
 from qlora_jax.nn.quantizing import adopted
-
-LINEARS = (Linear, QuantizedLinear, LoRA)
-TABLES = (*get_args(Table), LoRAEmbedding)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,19 +74,18 @@ def merge_report(model: nnx.Module, merged: nnx.Module) -> MergeReport:
     Raises:
       AdapterMismatchError: a module with an adapter has none of its shape in the other.
     """
-    nodes = {path: node for path, node in nnx.iter_graph(adopted(merged))}
+    nodes = dict(nnx.iter_graph(adopted(merged)))
     squares: dict[str, np.ndarray] = {}
-    for path, node in nnx.iter_graph(model):
-        if not isinstance(node, (LoRA, LoRAEmbedding)):
+    for path, node in modules(model, Adapted):
+        base, other = weighted(node), nodes.get(path)
+        if (exact := _applied(node)) is None:
             continue
-        other = nodes.get(path)
-        kinds = LINEARS if isinstance(node, LoRA) else TABLES
-        if not isinstance(other, kinds) or _shape(node) != _shape(other):
+        if not isinstance(other, (Weighted, Adapted)) or _kind(other) != _kind(node):
             name = in_words(path)
-            what = "linear" if isinstance(node, LoRA) else "embedding"
+            what = "linear" if isinstance(base, FrozenLinear) else "embedding"
             raise AdapterMismatchError(f"{name}: the merged model has no such {what}")
-        pair = _applied(node), _applied(other)
-        for index in np.ndindex(*_shape(node)[:-2]):
+        pair = exact, _applied(other) or Applied(weighted(other).stored)
+        for index in np.ndindex(*base.stack):
             one = jax.tree.map(lambda leaf, i=index: leaf[i], pair) if index else pair
             squares[_name(path, index)] = squares_apart(*one)
     return MergeReport.of(squares)
@@ -105,35 +100,10 @@ def _root(square: float, of: float) -> float:
     return math.sqrt(square / of) if of else 0.0 if not square else math.inf
 
 
-def _weight(node: Any) -> Any:
-    base = node.base if isinstance(node, (LoRA, LoRAEmbedding)) else node
-    return (base.weight if isinstance(base, Table) else base.kernel).get_value()
-
-
-def _shape(node: Any) -> tuple[int, ...]:
-    if isinstance(node, TABLES):
-        return _weight(node).shape
-    base = node.base if isinstance(node, LoRA) else node
-    return (*base.stack, base.out_features, base.in_features)
-
-
-class Applied(NamedTuple):
-    """A weight as a model applies it: the base's kernel, and an adapter's update of it.
-
-    Attributes:
-      kernel: (..., out, in), dense or quantized.
-      factors: The adapter's part of it.
-      scale: float32 (...), what the update is multiplied by.
-    """
-
-    kernel: Any
-    factors: Factors = Factors()
-    scale: Any = None
-
-    @classmethod
-    def table(cls, weight: Any, a: Any, b: Any, scale: float) -> "Applied":
-        """Returns an embedding with an adapter: its rows are the outputs of a linear."""
-        return cls(weight, Factors(b.T, a.T), jnp.float32(scale))
+def _kind(node: Weighted | Adapted) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+    """Returns what two modules have in common that hold the same weights."""
+    held = weighted(node)
+    return held.WEIGHT, held.stack, held.shape
 
 
 def squares_apart(exact: Applied, got: Applied) -> np.ndarray:
@@ -149,14 +119,13 @@ def squares_apart(exact: Applied, got: Applied) -> np.ndarray:
     return np.asarray(_apart(exact, got)).astype(np.float64)
 
 
-def _applied(node: Any) -> Applied:
-    if isinstance(node, LoRAEmbedding):
-        a, b = node.lora_a[...], node.lora_b[...]
-        return Applied.table(_weight(node), a, b, node.scale)
-    if not isinstance(node, LoRA):
-        return Applied(_weight(node))
-    scale = jnp.full(node.base.stack, node.scale, jnp.float32)
-    return Applied(_weight(node), factors(node), scale)
+def _applied(node: Weighted | Adapted) -> Applied | None:
+    """Returns the weights of a module with its update, or None where there is none."""
+    base = weighted(node)
+    found = node.applied(base.stored, node.parts) if isinstance(node, Adapted) else None
+    if found is None or not base.stack:
+        return found
+    return found._replace(scale=jnp.full(base.stack, found.scale))
 
 
 @jax.jit

@@ -37,14 +37,9 @@ from qlora_jax.config.train import Optimizer, TrainConfig
 from qlora_jax.models import Decoder, DecoderConfig, abstract
 from qlora_jax.models.layers import SAVED
 from qlora_jax.models.streaming import copies_ahead
-from qlora_jax.names import is_stacked, layers_at, plain
-from qlora_jax.nn import (
-    Embedding,
-    FrozenParam,
-    Linear,
-    QuantizedEmbedding,
-    QuantizedLinear,
-)
+from qlora_jax.names import EMBEDDING, HEAD, is_stacked, layers_at, plain
+from qlora_jax.nn import FrozenLinear, Weighted
+from qlora_jax.nn.frozen import replaced
 from qlora_jax.optim.adamw import adamw
 
 Platform = Literal["gpu", "cpu"]
@@ -99,24 +94,14 @@ def abstract_parts(
         inside = plain(path).partition(".")[2]
         return layers is not None and inside in specs[layers].dense
 
-    def replace(path: tuple, node: Any) -> Any:
-        if setup.quant is None:
+    def hold(path: tuple, node: Weighted) -> nnx.Module:
+        held = _held(path, node, setup)
+        if held == "none" or stays_dense(path):
             return node
-        if isinstance(node, Linear):
-            if stays_dense(path):
-                return node
-            held = setup.head if path == ("lm_head",) else "4bit"
-            if held == "none":
-                return node
-            bias = None if node.bias is None else node.bias.get_value()
-            made = QuantizedLinear(_quantized(node.kernel.get_value(), held, setup))
-            return _biased(made, bias)
-        if isinstance(node, Embedding) and setup.embedding != "none":
-            weight = node.weight.get_value()
-            return QuantizedEmbedding(_quantized(weight, setup.embedding, setup))
-        return node
+        bias = None if node.bias is None else node.bias.get_value()
+        return node.holding(_quantized(node.stored, held, setup), bias)
 
-    graphdef, state = nnx.split(nnx.recursive_map(replace, skeleton))
+    graphdef, state = nnx.split(replaced(skeleton, Weighted, hold))
 
     def adapted(state: nnx.State) -> Decoder:
         model = nnx.merge(graphdef, state)
@@ -127,6 +112,17 @@ def abstract_parts(
     return whole, lora, base
 
 
+def _held(path: tuple, node: Weighted, setup: Setup) -> TableFormat:
+    """Returns the format that a setup holds a module's weight in."""
+    if setup.quant is None:
+        return "none"
+    if path == (EMBEDDING,):
+        return setup.embedding
+    if path == (HEAD,):
+        return setup.head
+    return "4bit" if isinstance(node, FrozenLinear) else "none"
+
+
 def _quantized(weight: Any, held: TableFormat, setup: Setup) -> PackedWeight:
     quant, (*stack, n, k) = setup.quant, weight.shape
     if held == "int8":
@@ -135,12 +131,6 @@ def _quantized(weight: Any, held: TableFormat, setup: Setup) -> PackedWeight:
     return QuantizedTensor.abstract(
         (n, k), tuple(stack), **dataclasses.asdict(quant), dtype=setup.dtype
     )
-
-
-def _biased(linear: QuantizedLinear, bias: Any) -> QuantizedLinear:
-    if bias is not None:
-        linear.bias = nnx.data(FrozenParam(bias))
-    return linear
 
 
 def tree_bytes(tree: Any) -> int:

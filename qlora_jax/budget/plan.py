@@ -13,8 +13,6 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from flax import nnx
-
 from qlora_jax.budget.estimate import Memory, Platform, estimate
 from qlora_jax.budget.setup import Setup
 from qlora_jax.config.quant import QuantOptions
@@ -22,7 +20,8 @@ from qlora_jax.config.train import TrainConfig
 from qlora_jax.errors import ConfigError
 from qlora_jax.models import DecoderConfig, abstract
 from qlora_jax.names import EXPERTS, is_stacked
-from qlora_jax.nn import Linear
+from qlora_jax.nn import FrozenLinear
+from qlora_jax.nn.frozen import modules
 
 GIB = 1 << 30
 PICKED = (
@@ -165,9 +164,9 @@ def _paged_part(setup: Setup) -> float:
 def weights_met(config: DecoderConfig) -> int:
     """Returns the weights of all layers' linears that a token meets."""
     total = 0
-    for path, node in nnx.iter_graph(abstract(config)):
-        if isinstance(node, Linear) and is_stacked(path):
-            met = math.prod(node.kernel.get_value().shape)
+    for path, node in modules(abstract(config), FrozenLinear):
+        if is_stacked(path):
+            met = math.prod((*node.stack, *node.shape))
             if EXPERTS in path:
                 met = met * config.experts_per_token // config.num_experts
             total += met

@@ -23,9 +23,13 @@ from qlora_jax.adapters import low_rank
 from qlora_jax.adapters.attach import attach_zero
 from qlora_jax.adapters.attached import lora_config
 from qlora_jax.adapters.fingerprint import Scales, fingerprint
-from qlora_jax.adapters.folding import Factors, Folding, fold, with_rows
-from qlora_jax.adapters.merge import correction_config, correction_key, merge
-from qlora_jax.adapters.merge_report import Applied, MergeReport, squares_apart
+from qlora_jax.adapters.merge import (
+    correction_config,
+    correction_key,
+    merge,
+    stays_dense,
+)
+from qlora_jax.adapters.merge_report import MergeReport, squares_apart
 from qlora_jax.adapters.names import explicit_layers, stacked_names
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.config.quant import QuantConfig
@@ -39,7 +43,9 @@ from qlora_jax.exchange.ours import (
 from qlora_jax.models import Decoder, hf_table
 from qlora_jax.models.vocabulary import grown
 from qlora_jax.names import EMBEDDING, HEAD, Numbered
-from qlora_jax.nn import Linear, LoRA, LoRAEmbedding, TrainedRows
+from qlora_jax.nn import Adapted, LoRA, Weighted
+from qlora_jax.nn.folding import Applied, Factors, Folding, fold
+from qlora_jax.nn.frozen import modules
 from qlora_jax.sources.load import Tables, outline, outlined, reading
 from qlora_jax.sources.save import (
     Place,
@@ -172,11 +178,9 @@ class _Weights:
         )
         self.merged: Decoder = shapes
         self.places = list(places(shapes, saved_names(shapes.config, source)))
-        self.nodes = {
-            path: node
-            for path, node in nnx.iter_graph(adapted)
-            if isinstance(node, (LoRA, LoRAEmbedding, TrainedRows))
-        }
+        # A tied head that a merge makes its own is in the merged model alone.
+        self.nodes: dict[Any, Weighted | Adapted] = dict(modules(shapes, Weighted))
+        self.nodes |= modules(adapted, Adapted)
         # Until they are written, values are as `merge` has them: float32 beside 4 bits.
         plain = merging.dtype if merging.requantize is None else "float32"
         self.folding = Folding(plain, merging.requantize)
@@ -186,8 +190,8 @@ class _Weights:
         if merging.correction_rank is not None:
             packed = [
                 path
-                for path, node in self.nodes.items()
-                if isinstance(node, LoRA) and not _is_dense_head(path, node)
+                for path, node in modules(adapted, LoRA)
+                if not stays_dense(path, node)
             ]
             self.correction = _Correction(
                 self.merged,
@@ -229,24 +233,20 @@ class _Weights:
             return self.folding.trained(own)
         value = self._base(place)
         leaf = place.numbered.path.rpartition(".")[2]
-        node = self.nodes.get(place.module)
         if value is None or leaf == "bias":
             return value
-        if isinstance(node, LoRA):
-            return self._linear(place, node, value)
-        if isinstance(node, LoRAEmbedding):
-            name = _module(place)
-            a, b = (self._array(f"{name}.{x}") for x in ("lora_a", "lora_b"))
-            made = self.folding.table(value, a, b, node.scale)
-            exact = Applied.table(value, a, b, node.scale)
-            self.squares[name] = squares_apart(exact, Applied(made))
-            return made
-        if isinstance(node, TrainedRows):
-            rows = self._array(f"{_module(place)}.rows")
-            return with_rows(value, rows, node.tokens)
-        if leaf == "kernel":
-            return self.folding.kept_linear(value)
-        return self.folding.kept_table(value)
+        name, node = _module(place), self.nodes[place.module]
+        parts = {
+            part: array
+            for part in node.PARTS
+            if (array := self._factor(f"{name}.{part}")) is not None
+        }
+        dense = stays_dense(place.module, node)
+        made = node.folded(value, parts, self.folding, dense=dense)
+        exact = node.applied(value, parts)
+        if exact is not None:
+            made = self._measured(name, exact, made)
+        return made
 
     def _base(self, place: Place) -> Any:
         """Reads one layer of the base's parameter; an untied head is the embedding."""
@@ -262,17 +262,12 @@ class _Weights:
             value = grown(value, place.shape[0])
         return value
 
-    def _linear(
-        self, place: Place, node: LoRA, kernel: Array | PackedWeight
+    def _measured(
+        self, name: str, exact: Applied, made: Array | PackedWeight
     ) -> Array | PackedWeight:
-        name = _module(place)
-        parts = (f"{name}.{x}" for x in ("lora_a", "lora_b", "magnitude"))
-        factors = Factors(*map(self._factor, parts))
-        dense = _is_dense_head(place.module, node)
-        made = self.folding.linear(kernel, factors, node.scale, dense=dense)
-        exact = Applied(kernel, factors, jnp.float32(node.scale))
+        """Notes what a merged weight lost, and fits a correction to one that is packed."""
         if self.correction is not None and isinstance(made, PackedWeight):
-            merged = fold(kernel, factors, scale=node.scale)
+            merged = fold(exact.kernel, exact.factors, scale=exact.scale)
             made, corrected = self.correction.fit(name, merged, made)
             self.correction.squares[name] = squares_apart(exact, corrected)
         self.squares[name] = squares_apart(exact, Applied(made))
@@ -367,7 +362,3 @@ def _module(place: Place) -> str:
     """Returns the numbered name of the module that has a parameter."""
     path, numbers = place.numbered
     return str(Numbered(path.rpartition(".")[0], numbers))
-
-
-def _is_dense_head(path: tuple[Any, ...], node: LoRA) -> bool:
-    return path[-1:] == (HEAD,) and isinstance(node.base, Linear)

@@ -44,7 +44,8 @@ from qlora_jax.exchange.peft import (
 )
 from qlora_jax.models import Decoder
 from qlora_jax.models.vocabulary import resize_tokens
-from qlora_jax.nn import Linear, LoRA
+from qlora_jax.nn import LoRA
+from qlora_jax.nn.frozen import modules
 from qlora_jax.text.tokenizer import FILES as TOKENIZER_FILES
 from qlora_jax.text.tokenizer import Tokenizer
 
@@ -360,10 +361,7 @@ def _attached(
     except ConfigError as error:
         problems.append(str(error))
         raise AdapterMismatchError(_unfit(folder, problems)) from None
-    dense = any(
-        isinstance(node, LoRA) and isinstance(node.base, Linear)
-        for _, node in nnx.iter_graph(model)
-    )
+    dense = any(not node.base.packed for _, node in modules(model, LoRA))
     if config.init != "zero" and dense:
         problems.append(
             f"it began as the principal part of the weights (init pissa), {_ITS_BASE}"

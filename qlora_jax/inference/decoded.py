@@ -18,12 +18,9 @@ from pallas_kernels.device import current_device
 from pallas_kernels.matmul import product_of
 from qlora_jax.adapters.bank import AdapterBank
 from qlora_jax.budget.host import available_host_bytes
-from qlora_jax.nn import (
-    DecodedEmbedding,
-    DecodedLinear,
-    QuantizedEmbedding,
-    QuantizedLinear,
-)
+from qlora_jax.models.vocabulary import is_tied
+from qlora_jax.nn import Weighted
+from qlora_jax.nn.frozen import modules, replaced
 from qlora_jax.nn.variables import rests_on_host
 
 MOST_OF_AVAILABLE = 0.5
@@ -57,7 +54,8 @@ def decoded(model: Any) -> Any:
     if current_device().platform != "cpu" or rests_on_host(nnx.state(model)):
         return model
     dtype = jnp.dtype(getattr(model, "dtype", "float32"))
-    count = sum(_elements(node, model) for _, node in nnx.iter_graph(model))
+    tied = is_tied(model)
+    count = sum(_elements(node, tied) for _, node in modules(model, Weighted))
     if count == 0:
         return model
     need, free = count * dtype.itemsize, available_host_bytes()
@@ -68,25 +66,18 @@ def decoded(model: Any) -> Any:
         "4-bit weights are decoded once, to %.2f GB of %s", need / 1e9, dtype.name
     )
 
-    def replace(path: tuple, node: Any) -> Any:
-        if not _elements(node, model):
-            return node
-        if isinstance(node, QuantizedLinear):
-            return DecodedLinear.of(node, dtype.name)
-        return DecodedEmbedding(node.weight.get_value(), dtype.name)
+    def decode(path: tuple, node: Weighted) -> nnx.Module:
+        return node.decoded(dtype.name) if _elements(node, tied) else node
 
-    return nnx.recursive_map(replace, model)
+    return replaced(model, Weighted, decode)
 
 
-def _elements(node: Any, model: Any) -> int:
+def _elements(node: Weighted, tied: bool) -> int:
     """Returns how many weights of a module there are to decode."""
-    if isinstance(node, QuantizedLinear) and node.implementation is None:
-        q, stack = node.quantized, node.stack
-    elif type(node) is QuantizedEmbedding and getattr(model, "lm_head", None) is None:
-        q, stack = node.weight.get_value(), ()
-    else:
+    if not (node.packed and node.decodes_for_products(tied)):
         return 0
-    return math.prod((*stack, *q.shape)) if product_of(q).decodes else 0
+    decodes = product_of(node.stored).decodes
+    return math.prod((*node.stack, *node.shape)) if decodes else 0
 
 
 def _say_once(text: str, *args: Any) -> None:

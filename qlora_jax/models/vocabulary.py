@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypeVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -10,7 +10,10 @@ from jaxtyping import Array
 
 from qlora_jax.errors import ShapeError
 from qlora_jax.models.decoder import Decoder
-from qlora_jax.nn import Embedding, Linear, QuantizedEmbedding, QuantizedLinear
+from qlora_jax.names import EMBEDDING, HEAD
+from qlora_jax.nn.frozen import Adapted, Weighted, replaced
+
+M = TypeVar("M", bound=nnx.Module)
 
 
 def resize_tokens(
@@ -32,32 +35,28 @@ def resize_tokens(
     grow = lambda table: grown(table, rows, pieces)  # noqa: E731
     if rows == model.config.vocab_size and not pieces:
         return model
-    for name, table in (("embedding", model.embed_tokens), ("head", model.lm_head)):
-        if isinstance(table, (QuantizedEmbedding, QuantizedLinear)):
+    tables = {"embedding": model.embed_tokens, "head": model.lm_head}
+    for name, table in tables.items():
+        if isinstance(table, Adapted):
+            raise ShapeError(f"the {name} is adapted already; resize before attach")
+        if table is not None and table.packed:
             raise ShapeError(
                 f"the {name} is quantized and cannot take new rows; load it dense "
                 f"(without {name}=, --quant.{name})"
             )
-        if not isinstance(table, (Embedding, Linear, type(None))):
-            raise ShapeError(f"the {name} is adapted already; resize before attach")
 
-    def replace(path: tuple, node: Any) -> Any:
-        if isinstance(node, Embedding):
-            return _marked(Embedding(grow(node.weight[...])), "weight", node.weight)
-        if path == ("lm_head",) and isinstance(node, Linear):
-            return _marked(Linear(grow(node.kernel[...])), "kernel", node.kernel)
-        if isinstance(node, Decoder):
-            node.config = dataclasses.replace(node.config, vocab_size=rows)
-        return node
+    def larger(path: tuple, node: Weighted) -> nnx.Module:
+        if path not in ((EMBEDDING,), (HEAD,)):
+            return node
+        made = node.holding(grow(node.stored))
+        # How many rows are the base's own, for its fingerprint.
+        own = node.variable.get_metadata().get("own_rows", node.stored.shape[0])
+        getattr(made, node.WEIGHT).set_metadata(own_rows=own)
+        return made
 
-    return nnx.recursive_map(replace, model)
-
-
-def _marked(module: Any, name: str, before: nnx.Variable) -> Any:
-    """Remembers how many rows are the base's own, for its fingerprint."""
-    own = before.get_metadata().get("own_rows", before.get_value().shape[0])
-    getattr(module, name).set_metadata(own_rows=own)
-    return module
+    made = replaced(model, Weighted, larger)
+    made.config = dataclasses.replace(made.config, vocab_size=rows)
+    return made
 
 
 def grown(
@@ -72,14 +71,42 @@ def grown(
     return larger.astype(table.dtype)
 
 
-def untied(model: Decoder) -> Decoder:
+def is_tied(model: nnx.Module) -> bool:
+    """Whether a model's head is its embedding."""
+    return isinstance(model, Decoder) and model.lm_head is None
+
+
+def was_tied(model: nnx.Module) -> bool:
+    """Whether a model's head is its embedding, or was before it got a copy."""
+    return isinstance(model, Decoder) and model.config.tie_word_embeddings
+
+
+def vocab_size(model: nnx.Module) -> int:
+    """Returns how many tokens a model knows; 0 for one that is no Decoder."""
+    return model.config.vocab_size if isinstance(model, Decoder) else 0
+
+
+def tied_again(model: M) -> M:
+    """Lets the embedding be the head of a model again, where its folder has it so."""
+    if isinstance(model, Decoder) and model.config.tie_word_embeddings:
+        model.lm_head = nnx.data(None)
+    return model
+
+
+def own_head(model: M) -> M:
+    """Says in a model's config that its head is its own, where it has one."""
+    if isinstance(model, Decoder) and model.lm_head is not None:
+        model.config = dataclasses.replace(model.config, tie_word_embeddings=False)
+    return model
+
+
+def untied(model: M) -> M:
     """Returns a model whose head is its own: a copy of the embedding, where it was tied."""
-    if model.lm_head is not None:
+    if not is_tied(model):
         return model
 
-    def replace(path: tuple, node: Any) -> Any:
-        if isinstance(node, Decoder):
-            node.lm_head = nnx.data(node.embed_tokens.head())
+    def copied(path: tuple, node: Decoder) -> Decoder:
+        node.lm_head = nnx.data(node.embed_tokens.head())
         return node
 
-    return nnx.recursive_map(replace, model)
+    return replaced(model, Decoder, copied)

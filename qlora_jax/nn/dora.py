@@ -22,12 +22,12 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.formats import PackedWeight
-from qlora_jax.nn.linear import Linear, QuantizedLinear
+from qlora_jax.nn.linear import FrozenLinear
 from qlora_jax.nn.variables import arrive
 
 
 def row_norms(
-    base: Linear | QuantizedLinear,
+    base: FrozenLinear,
     a: Float[Array, "*stack in rank"] | None = None,
     b: Float[Array, "*stack rank out"] | None = None,
     scale: float = 1.0,
@@ -49,11 +49,11 @@ def row_norms(
     run = of_one
     for _ in base.stack:
         run = functools.partial(lax.map, run)
-    return jax.jit(run)((base.kernel.get_value(), a, b))
+    return jax.jit(run)((base.stored, a, b))
 
 
 def adapted_norms(
-    base: Linear | QuantizedLinear,
+    base: FrozenLinear,
     squared: Float[Array, " out"],
     a: Float[Array, "in rank"],
     b: Float[Array, "rank out"],

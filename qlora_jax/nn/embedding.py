@@ -3,6 +3,7 @@
 A tied head is made of the table by `head`.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,13 +13,38 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.formats import PackedWeight
-from qlora_jax.nn.linear import DecodedLinear, Linear, QuantizedLinear
+from qlora_jax.nn.folding import Applied, Factors, Folding, with_rows
+from qlora_jax.nn.frozen import Adapted, Weighted
+from qlora_jax.nn.linear import DecodedLinear, FrozenLinear, Linear, QuantizedLinear
 from qlora_jax.nn.lora import adapter_scale
 from qlora_jax.nn.matmul import factor_matmul
 from qlora_jax.nn.variables import FrozenParam, trains
 
 
-class Embedding(nnx.Module):
+class FrozenTable(Weighted):
+    """What a dense table of token vectors and a quantized one share.
+
+    Attributes:
+      weight: FrozenParam, (vocab, hidden), dense or packed.
+    """
+
+    weight: nnx.Variable
+
+    def holding(self, weight: Any, bias: Array | None = None) -> "FrozenTable":
+        """Returns the table of other rows in its place."""
+        packed = isinstance(weight, PackedWeight)
+        return QuantizedEmbedding(weight) if packed else Embedding(weight)
+
+    def head(self) -> FrozenLinear:
+        """Returns the head that a tied table is."""
+        raise NotImplementedError
+
+    def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch hidden"]:
+        """Returns the tokens' rows."""
+        raise NotImplementedError
+
+
+class Embedding(FrozenTable):
     """A table of token vectors.
 
     Attributes:
@@ -40,7 +66,7 @@ class Embedding(nnx.Module):
         return linear
 
 
-class QuantizedEmbedding(nnx.Module):
+class QuantizedEmbedding(FrozenTable):
     """A quantized table of token vectors; rows are decoded as they are read.
 
     Attributes:
@@ -56,9 +82,17 @@ class QuantizedEmbedding(nnx.Module):
         rows = table.decode_rows(tokens.reshape(-1), "float32")
         return rows.reshape(*tokens.shape, -1)
 
-    def head(self) -> QuantizedLinear | DecodedLinear:
+    def head(self) -> FrozenLinear:
         """Returns the head that the tied table is."""
         return QuantizedLinear(self.weight.get_value())
+
+    def decodes_for_products(self, tied: bool) -> bool:
+        """Whether it has products: those of a tied head."""
+        return tied
+
+    def decoded(self, dtype: str) -> "DecodedEmbedding":
+        """Returns the table with its head decoded once."""
+        return DecodedEmbedding(self.weight.get_value(), dtype)
 
 
 class DecodedEmbedding(QuantizedEmbedding):
@@ -68,22 +102,23 @@ class DecodedEmbedding(QuantizedEmbedding):
 
     Attributes:
       weight: FrozenParam holding a PackedWeight, (vocab, hidden).
-      decoded: FrozenParam, the same in the compute dtype.
+      dense: FrozenParam, the same in the compute dtype.
     """
 
     def __init__(self, weight: PackedWeight, dtype: str):
         super().__init__(weight)
-        self.decoded = FrozenParam(weight.decode(dtype))
+        self.dense = FrozenParam(weight.decode(dtype))
+
+    def decodes_for_products(self, tied: bool) -> bool:
+        """Its head is decoded already."""
+        return False
 
     def head(self) -> DecodedLinear:
         """Returns the head that the tied table is."""
-        return DecodedLinear(self.decoded[...])
+        return DecodedLinear(self.dense[...])
 
 
-Table = Embedding | QuantizedEmbedding
-
-
-class LoRAEmbedding(nnx.Module):
+class LoRAEmbedding(Adapted):
     """A frozen table with an adapter: base(tokens) + scale * lora_a[tokens] @ lora_b.
 
     A tied head stays as it was. Initialised as PEFT does (peft/tuners/lora/layer.py).
@@ -94,10 +129,12 @@ class LoRAEmbedding(nnx.Module):
       lora_b: nnx.LoRAParam, float32 (rank, hidden), standard normal.
     """
 
+    PARTS = ("lora_a", "lora_b")
+
     def __init__(
-        self, base: Table, *, rank: int, alpha: float, rslora: bool, key: Array
+        self, base: FrozenTable, *, rank: int, alpha: float, rslora: bool, key: Array
     ):
-        vocab, hidden = base.weight.get_value().shape
+        vocab, hidden = base.shape
         self.base = base
         self.lora_a = nnx.LoRAParam(jnp.zeros((vocab, rank), jnp.float32))
         self.lora_b = nnx.LoRAParam(jax.random.normal(key, (rank, hidden)))
@@ -114,12 +151,29 @@ class LoRAEmbedding(nnx.Module):
         update = self.lora_a[...][tokens] @ self.lora_b[...]
         return (rows.astype(jnp.float32) + self.scale * update).astype(rows.dtype)
 
-    def head(self) -> Linear | QuantizedLinear | DecodedLinear:
+    def head(self) -> FrozenLinear:
         """Returns the head that the tied table is, without the update."""
         return self.base.head()
 
+    def folded(
+        self,
+        weight: Any,
+        parts: Mapping[str, Array],
+        folding: Folding,
+        *,
+        stack: tuple[int, ...] = (),
+        dense: bool = False,
+    ) -> Float[Array, "vocab hidden"]:
+        """Returns the merged table, which is dense; see `Weighted.folded`."""
+        return folding.table(weight, parts["lora_a"], parts["lora_b"], self.scale)
 
-class TrainedRows(nnx.Module):
+    def applied(self, weight: Any, parts: Mapping[str, Array]) -> Applied:
+        """Returns the table with its update: its rows are the outputs of a linear."""
+        factors = Factors(parts["lora_b"].T, parts["lora_a"].T)
+        return Applied(weight, factors, jnp.float32(self.scale))
+
+
+class TrainedRows(Adapted):
     """An embedding or a head, some tokens' rows of which train.
 
     Attributes:
@@ -127,6 +181,8 @@ class TrainedRows(nnx.Module):
       rows: nnx.LoRAParam, float32 (tokens, hidden): in place of the base's.
       tokens: Their ids, in the order of rows.
     """
+
+    PARTS = ("rows",)
 
     def __init__(self, base: Any, rows: nnx.LoRAParam, tokens: tuple[int, ...]):
         self.base = base
@@ -140,7 +196,9 @@ class TrainedRows(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Returns the rows of tokens, or the logits of hidden states."""
-        return self._rows_of(x) if isinstance(self.base, Table) else self._logits(x)
+        return (
+            self._rows_of(x) if isinstance(self.base, FrozenTable) else self._logits(x)
+        )
 
     def _rows_of(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch hidden"]:
         order = np.argsort(self.tokens).astype(np.int32)
@@ -160,3 +218,18 @@ class TrainedRows(nnx.Module):
     def head(self) -> "TrainedRows":
         """Returns the head that the tied table is, with the same rows."""
         return TrainedRows(self.base.head(), self.rows, self.tokens)
+
+    def folded(
+        self,
+        weight: Any,
+        parts: Mapping[str, Array],
+        folding: Folding,
+        *,
+        stack: tuple[int, ...] = (),
+        dense: bool = False,
+    ) -> Float[Array, "vocab hidden"]:
+        """Returns the table or head with these rows; see `Weighted.folded`."""
+        return with_rows(weight, parts["rows"], self.tokens)
+
+    def applied(self, weight: Any, parts: Mapping[str, Array]) -> None:
+        """Returns None: rows take the place of the base's."""

@@ -5,6 +5,7 @@ layers has them on a leading axis; the model slices before it calls.
 """
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -14,12 +15,71 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.formats import PackedWeight
 from pallas_kernels.matmul import product_of
+from qlora_jax.nn.frozen import Weighted
 from qlora_jax.nn.matmul import factor_matmul, frozen_matmul
 from qlora_jax.nn.origin import Origin
 from qlora_jax.nn.variables import FrozenParam, trains
 
 
-class Linear(nnx.Module):
+class FrozenLinear(Weighted):
+    """What a dense linear and a quantized one share: y = x @ kernel.T + bias.
+
+    Attributes:
+      kernel: FrozenParam, (..., out, in), dense or packed.
+      bias: FrozenParam, (..., out), or None.
+      origin: What it was in a stranger's module, which says what it computes in; else None.
+    """
+
+    WEIGHT = "kernel"
+    kernel: nnx.Variable
+    origin: Origin | None
+
+    @property
+    def in_features(self) -> int:
+        """Size of the last axis of an input."""
+        return self.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Size of the last axis of an output."""
+        return self.shape[0]
+
+    def incoming(self, x: Array) -> Array:
+        """Returns an input in the dtype to compute in: its own, but for a stranger's."""
+        origin = self.origin
+        return x if origin is None else origin.incoming(x, self.stored.dtype)
+
+    def weight(self, dtype: str | None = None) -> Float[Array, "*stack out in"]:
+        """Returns the dense kernel, in its own dtype unless one is given."""
+        held = self.stored
+        if self.packed:
+            return held.decode(dtype)
+        return held if dtype is None else held.astype(dtype)
+
+    def product(
+        self,
+        x: Float[Array, "*batch in"],
+        adapter: tuple[Array, Array, float] | None = None,
+    ) -> Float[Array, "*batch out"]:
+        """Computes x @ kernel.T in x's dtype, and adds an adapter's (lora_a, lora_b, scale)
+        part, in the same pass where a kernel can."""
+        raise NotImplementedError
+
+    def holding(self, weight: Any, bias: Array | None = None) -> nnx.Module:
+        """Returns the linear of another kernel in its place: a QuantizedLinear of a packed
+        one; of a dense one a Linear, or the flax.nnx.Linear that this was before."""
+        if isinstance(weight, PackedWeight):
+            return QuantizedLinear(weight, bias, origin=self.origin)
+        if self.origin is None:
+            return Linear(weight, bias)
+        return self.origin.linear(weight, bias)
+
+    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        """Applies the layer in the dtype of `incoming`."""
+        return add_bias(self.product(self.incoming(x)), self.bias)
+
+
+class Linear(FrozenLinear):
     """A frozen dense linear: y = x @ kernel.T + bias.
 
     Attributes:
@@ -38,46 +98,23 @@ class Linear(nnx.Module):
         self.bias = nnx.data(None if bias is None else FrozenParam(bias))
         self.origin = origin
 
-    @property
-    def in_features(self) -> int:
-        """Size of the last axis of an input."""
-        return self.kernel.get_value().shape[-1]
-
-    @property
-    def out_features(self) -> int:
-        """Size of the last axis of an output."""
-        return self.kernel.get_value().shape[-2]
-
-    @property
-    def stack(self) -> tuple[int, ...]:
-        """Leading axes: () for one layer, (layers,) for a stack."""
-        return self.kernel.get_value().shape[:-2]
-
-    def weight(self, dtype: str | None = None) -> Float[Array, "*stack out in"]:
-        """Returns the dense kernel, in its own dtype unless one is given."""
-        kernel = self.kernel[...]
-        return kernel if dtype is None else kernel.astype(dtype)
-
-    def incoming(self, x: Array) -> Array:
-        """Returns an input in the dtype to compute in: its own, but for a stranger's."""
-        origin = self.origin
-        return x if origin is None else origin.incoming(x, self.kernel[...].dtype)
-
-    def product(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        """Computes x @ kernel.T in x's dtype."""
+    def product(
+        self,
+        x: Float[Array, "*batch in"],
+        adapter: tuple[Array, Array, float] | None = None,
+    ) -> Float[Array, "*batch out"]:
+        """Computes x @ kernel.T in x's dtype, and adds an adapter's part."""
         flat, kernel = x.reshape(-1, x.shape[-1]), self.kernel[...]
         if trains(self.kernel):
             y = factor_matmul(flat, kernel.T)
         else:
             y = frozen_matmul(flat, kernel)
+        if adapter is not None:
+            y = y + low_rank(flat, *adapter)
         return y.reshape(*x.shape[:-1], -1)
 
-    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        """Applies the layer in the dtype of `incoming`."""
-        return add_bias(self.product(self.incoming(x)), self.bias)
 
-
-class QuantizedLinear(nnx.Module):
+class QuantizedLinear(FrozenLinear):
     """A frozen quantized linear: y = x @ dequantize(kernel).T + bias.
 
     Nothing dense is kept for backward (contract C3).
@@ -107,29 +144,13 @@ class QuantizedLinear(nnx.Module):
         """The kernel."""
         return self.kernel.get_value()
 
-    @property
-    def in_features(self) -> int:
-        """Size of the last axis of an input."""
-        return self.quantized.shape[1]
+    def decodes_for_products(self, tied: bool) -> bool:
+        """Whether its products decode the kernel; a named implementation is kept."""
+        return self.implementation is None
 
-    @property
-    def out_features(self) -> int:
-        """Size of the last axis of an output."""
-        return self.quantized.shape[0]
-
-    @property
-    def stack(self) -> tuple[int, ...]:
-        """Leading axes: () for one layer, (layers,) for a stack."""
-        return self.quantized.stack
-
-    def weight(self, dtype: str | None = None) -> Float[Array, "*stack out in"]:
-        """Returns the dequantized kernel."""
-        return self.quantized.decode(dtype)
-
-    def incoming(self, x: Array) -> Array:
-        """Returns an input in the dtype to compute in: its own, but for a stranger's."""
-        origin = self.origin
-        return x if origin is None else origin.incoming(x, self.quantized.dtype)
+    def decoded(self, dtype: str) -> "DecodedLinear":
+        """Returns the linear with its kernel decoded once."""
+        return DecodedLinear.of(self, dtype)
 
     def product(
         self,
@@ -147,10 +168,6 @@ class QuantizedLinear(nnx.Module):
         rows = x.reshape(-1, x.shape[-1])
         y = product.plain(rows, w, name) + low_rank(rows, *adapter)
         return y.reshape(*x.shape[:-1], -1)
-
-    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        """Applies the layer in the dtype of `incoming`."""
-        return add_bias(self.product(self.incoming(x)), self.bias)
 
 
 class DecodedLinear(Linear):

@@ -5,6 +5,7 @@ lora_A kaiming_uniform with a=sqrt(5), lora_B zero).
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,17 +16,13 @@ from jaxtyping import Array, Float
 
 from qlora_jax.config.lora import Init
 from qlora_jax.nn.dora import adapted_norms, row_norms
-from qlora_jax.nn.linear import (
-    DecodedLinear,
-    Linear,
-    QuantizedLinear,
-    add_bias,
-    low_rank,
-)
+from qlora_jax.nn.folding import Applied, Factors, Folding
+from qlora_jax.nn.frozen import Adapted
+from qlora_jax.nn.linear import FrozenLinear, add_bias, low_rank
 from qlora_jax.nn.variables import FrozenParam
 
 
-class LoRA(nnx.Module):
+class LoRA(Adapted):
     """A frozen linear with an adapter: y = base(x) + scale * (drop(x) @ a) @ b.
 
     Attributes:
@@ -43,9 +40,12 @@ class LoRA(nnx.Module):
         base.
     """
 
+    PARTS = ("lora_a", "lora_b", "magnitude", "active")
+    base: FrozenLinear
+
     def __init__(
         self,
-        base: Linear | QuantizedLinear,
+        base: FrozenLinear,
         *,
         rank: int,
         alpha: float,
@@ -82,6 +82,28 @@ class LoRA(nnx.Module):
         return adapter_scale(self.rank, self.alpha, self.rslora)
 
     @property
+    def factors(self) -> Factors:
+        """What the adapter has of the linear."""
+        return _factors(self.parts)
+
+    def folded(
+        self,
+        weight: Any,
+        parts: Mapping[str, Array],
+        folding: Folding,
+        *,
+        stack: tuple[int, ...] = (),
+        dense: bool = False,
+    ) -> Any:
+        """Returns the merged kernel; see `Weighted.folded`."""
+        factors = _factors(parts)
+        return folding.linear(weight, factors, self.scale, stack=stack, dense=dense)
+
+    def applied(self, weight: Any, parts: Mapping[str, Array]) -> Applied:
+        """Returns the kernel with its update; see `Weighted.applied`."""
+        return Applied(weight, _factors(parts), jnp.float32(self.scale))
+
+    @property
     def in_features(self) -> int:
         """Size of the last axis of an input."""
         return self.base.in_features
@@ -113,16 +135,21 @@ class LoRA(nnx.Module):
         return add_bias(y, self.base.bias)
 
     def _product(self, x: Array, a: Array, b: Array, key: Array | None) -> Array:
-        dropped = key is not None and self.dropout > 0
-        if isinstance(self.base, (QuantizedLinear, DecodedLinear)) and not dropped:
+        if key is None or self.dropout == 0:
             return self.base.product(x, (a, b, self.scale))
-        hidden = x
-        if dropped:
-            assert key is not None
-            keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
-            hidden = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
+        keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
+        hidden = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
         update = low_rank(hidden.reshape(-1, x.shape[-1]), a, b, self.scale)
         return self.base.product(x) + update.reshape(*x.shape[:-1], -1)
+
+
+def _factors(parts: Mapping[str, Array]) -> Factors:
+    """Returns an adapter's arrays of a linear as what folds them takes them."""
+    active = parts.get("active")
+    if active is not None:
+        active = active[..., 0, 0]
+    a, b, magnitude = (parts.get(name) for name in ("lora_a", "lora_b", "magnitude"))
+    return Factors(a, b, magnitude, active)
 
 
 def project(linear: Any, x: Array, key: Array | None, index: int) -> Array:

@@ -15,13 +15,14 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from qlora_jax.nn.frozen import Weighted
 from qlora_jax.nn.matmul import frozen_matmul
 from qlora_jax.nn.variables import FrozenParam
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 8, 256
 
 
-class Router(nnx.Module):
+class Router(Weighted):
     """Chooses experts: the largest of a softmax over a frozen linear's outputs.
 
     Attributes:
@@ -34,6 +35,15 @@ class Router(nnx.Module):
         self.weight = FrozenParam(weight)
         self.top_k = top_k
         self.normalize = normalize
+
+    @property
+    def can_train(self) -> bool:
+        """Routers never train."""
+        return False
+
+    def holding(self, weight: Array, bias: Array | None = None) -> "Router":
+        """Returns the router of another weight."""
+        return Router(weight, self.top_k, self.normalize)
 
     def __call__(
         self, x: Float[Array, "tokens hidden"]

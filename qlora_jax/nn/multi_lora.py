@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from qlora_jax.errors import ShapeError
-from qlora_jax.nn.linear import Linear, QuantizedLinear
+from qlora_jax.nn.linear import FrozenLinear
 from qlora_jax.nn.variables import FrozenParam
 
 _FEW = 8
@@ -45,7 +45,7 @@ class MultiLoRA(nnx.Module):
 
     def __init__(
         self,
-        base: Linear | QuantizedLinear,
+        base: FrozenLinear,
         *,
         slots: int,
         rank: int,

@@ -2,13 +2,13 @@
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float
 
+from qlora_jax.nn.frozen import Weighted
 from qlora_jax.nn.variables import FrozenParam
 
 
-class RMSNorm(nnx.Module):
+class RMSNorm(Weighted):
     """x / rms(x) * (offset + weight) over the last axis; statistics in float32.
 
     Attributes:
@@ -17,10 +17,16 @@ class RMSNorm(nnx.Module):
       offset: 1 where weights are stored as their difference from 1 (Gemma).
     """
 
+    NDIM = 1
+
     def __init__(self, weight: Array, eps: float, offset: float = 0.0):
         self.weight = FrozenParam(weight)
         self.eps = eps
         self.offset = offset
+
+    def holding(self, weight: Array, bias: Array | None = None) -> "RMSNorm":
+        """Returns the norm of another weight."""
+        return RMSNorm(weight, self.eps, self.offset)
 
     def __call__(
         self, x: Float[Array, "*batch features"]

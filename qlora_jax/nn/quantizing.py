@@ -59,7 +59,7 @@ def quantize(model: M, config: QuantConfig | None = None, *, head: bool = False)
         if isinstance(node, Linear):
             bias = None if node.bias is None else node.bias[...]
             packed = _quantize(path, node.kernel[...], config)
-            return QuantizedLinear(packed, bias, origin=node.origin)
+            return node.holding(packed, bias)
         return node
 
     made = nnx.recursive_map(replace, model)

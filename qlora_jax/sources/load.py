@@ -15,15 +15,8 @@ from qlora_jax.config.quant import QuantConfig, TableFormat
 from qlora_jax.errors import CheckpointError, ShapeError, gathered
 from qlora_jax.models import Decoder, abstract, hf_table
 from qlora_jax.names import Table, dotted
-from qlora_jax.nn import (
-    Embedding,
-    FrozenParam,
-    Linear,
-    QuantizedEmbedding,
-    QuantizedLinear,
-)
-from qlora_jax.nn.moe import Router
-from qlora_jax.nn.norm import RMSNorm
+from qlora_jax.nn import QuantizedLinear, Weighted
+from qlora_jax.nn.frozen import replaced
 from qlora_jax.nn.packing import quantize_rows, quantize_tensor
 from qlora_jax.sources import bitsandbytes
 from qlora_jax.sources.gguf.file import GGUF
@@ -238,15 +231,12 @@ def outlined(source: Source, prepared: Reading) -> Outline:
             lambda x: jax.ShapeDtypeStruct((*stack, *x.shape), x.dtype), one
         )
 
-    def hold(path: tuple, node: Any) -> Any:
-        name = dotted(path)
-        if isinstance(node, Linear) and (q := packed(f"{name}.kernel")) is not None:
-            made = QuantizedLinear(q)
-            made.bias = node.bias
-            return made
-        if isinstance(node, Embedding) and (q := packed(f"{name}.weight")) is not None:
-            return QuantizedEmbedding(q)
-        return node
+    def hold(path: tuple, node: Weighted) -> nnx.Module:
+        q = packed(f"{dotted(path)}.{node.WEIGHT}")
+        if q is None:
+            return node
+        bias = None if node.bias is None else node.bias.get_value()
+        return node.holding(q, bias)
 
     def fill(path: tuple, variable: nnx.Variable) -> nnx.Variable:
         name, value = dotted(path), variable.get_value()
@@ -259,7 +249,7 @@ def outlined(source: Source, prepared: Reading) -> Outline:
         whole = np.stack([checkpoint[name] for name in names])
         return variable.replace(whole.reshape(value.shape))
 
-    graphdef, state = nnx.split(nnx.recursive_map(hold, skeleton))
+    graphdef, state = nnx.split(replaced(skeleton, Weighted, hold))
     flat = [(path, fill(path, v)) for path, v in nnx.to_flat_state(state)]
     return Outline(nnx.merge(graphdef, nnx.from_flat_state(flat)), notes)
 
@@ -477,21 +467,11 @@ def _convert(w: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
 def _fill(
     skeleton: Decoder, loaded: dict[str, Any], implementation: str | None
 ) -> Decoder:
-    def fill(path: tuple, node: Any) -> Any:
-        dotted = ".".join(map(str, path))
-        if isinstance(node, Linear):
-            kernel, bias = loaded[f"{dotted}.kernel"], loaded.get(f"{dotted}.bias")
-            if isinstance(kernel, PackedWeight):
-                return QuantizedLinear(kernel, bias, implementation)
-            return Linear(kernel, bias)
-        if isinstance(node, RMSNorm):
-            return RMSNorm(loaded[f"{dotted}.weight"], node.eps, node.offset)
-        if isinstance(node, Router):
-            node.weight = FrozenParam(loaded[f"{dotted}.weight"])
-        if isinstance(node, Embedding):
-            table = loaded[f"{dotted}.weight"]
-            quantized = isinstance(table, PackedWeight)
-            return QuantizedEmbedding(table) if quantized else Embedding(table)
-        return node
+    def fill(path: tuple, node: Weighted) -> nnx.Module:
+        name = dotted(path)
+        made = node.holding(loaded[f"{name}.{node.WEIGHT}"], loaded.get(f"{name}.bias"))
+        if isinstance(made, QuantizedLinear):
+            made.implementation = implementation
+        return made
 
-    return nnx.recursive_map(fill, skeleton)
+    return replaced(skeleton, Weighted, fill)

@@ -13,7 +13,7 @@ from flax import nnx
 
 from pallas_kernels.formats import PackedWeight
 from qlora_jax.errors import CheckpointError, OutputExistsError
-from qlora_jax.models import Decoder, DecoderConfig, llama
+from qlora_jax.models import Decoder, DecoderConfig, config_json, llama
 from qlora_jax.names import (
     EMBEDDING,
     HEAD,
@@ -89,7 +89,7 @@ def save_model(
             "the model has adapters attached; merge before save_model"
         )
     origin = None if source is None else open_source(source)
-    hf = llama.write_config(model.config) if origin is None else origin.hf
+    hf = config_json.write_config(model.config) if origin is None else origin.hf
     config = saved_config(model)
     return write_folder(
         *(_parameters(model, saved_names(config, origin)), config),

@@ -86,7 +86,7 @@ MUTANTS = (
     ),
     Mutant(
         "merge",
-        "qlora_jax/adapters/folding.py",
+        "qlora_jax/nn/folding.py",
         "merged = kernel + scale * jnp.matmul",
         "merged = kernel - scale * jnp.matmul",
         "tests/adapters/test_merge.py",

@@ -6,7 +6,7 @@ import oracle
 import pytest
 
 from qlora_jax.errors import CheckpointError
-from qlora_jax.models import FAMILIES, DecoderConfig, llama
+from qlora_jax.models import FAMILIES, DecoderConfig, config_json
 from qlora_jax.nn.rope import RopeScaling
 
 LLAMA3 = {
@@ -158,7 +158,7 @@ def test_more_rope_flags_than_layers_and_old_gelu_are_taken():
 def test_a_shape_of_no_writable_family_asks_for_its_source():
     config = read(oracle.hf_config(model_type="granite", residual_multiplier=0.5))
     with pytest.raises(CheckpointError, match="give the folder it came from"):
-        llama.write_config(config)
+        config_json.write_config(config)
 
 
 @pytest.mark.parametrize(
@@ -175,4 +175,4 @@ def test_a_shape_of_no_writable_family_asks_for_its_source():
 )
 def test_a_written_config_reads_back_as_it_was(changes):
     config = dataclasses.replace(read(oracle.hf_config()), **changes)
-    assert read(llama.write_config(config)) == config
+    assert read(config_json.write_config(config)) == config

@@ -1,5 +1,7 @@
 """What a merge makes of one weight, whether a model is in memory or streams by.
 
+Modules ask it: `Weighted.merged` and `Adapted.merged` in frozen.py say which part is theirs.
+
 A linear becomes W + scale * (a @ b).T, computed in float32 and rounded once; with DoRA each
 output's row is then scaled to its magnitude. Rows of tokens, and what trained in full, take
 the place of the base's.
@@ -8,7 +10,7 @@ the place of the base's.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +53,20 @@ def fold(
         norms = jnp.linalg.norm(merged, axis=1)
         merged = merged * (magnitude / norms)[:, None]
     return merged if active is None else jnp.where(active > 0, merged, kernel)
+
+
+class Applied(NamedTuple):
+    """A weight as a model applies it: the base's kernel, and an adapter's update of it.
+
+    Attributes:
+      kernel: (..., out, in), dense or quantized.
+      factors: The adapter's part of it.
+      scale: float32 (...), what the update is multiplied by.
+    """
+
+    kernel: Any
+    factors: Factors = Factors()
+    scale: Any = None
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "stack", "dtype"))
@@ -121,17 +137,11 @@ class Folding:
             quantize_tensor(merged, self.requantize), dtype=dtype
         )
 
-    def kept_linear(self, kernel: Array | PackedWeight) -> Array | PackedWeight:
-        """Returns the weight of a linear without an adapter."""
-        if isinstance(kernel, PackedWeight) and self.requantize is None:
-            return dequantize(kernel, self.dtype)
-        return kernel
-
-    def kept_table(self, table: Array | PackedWeight) -> Array | PackedWeight:
-        """Returns the weight of an embedding without an adapter."""
-        if isinstance(table, PackedWeight) and self.requantize is None:
-            return dense_table(table).astype(self.dtype)
-        return table
+    def kept(self, weight: Array | PackedWeight) -> Array | PackedWeight:
+        """Returns a weight without an adapter: dense where all becomes dense."""
+        if isinstance(weight, PackedWeight) and self.requantize is None:
+            return dequantize(weight, self.dtype)
+        return weight
 
     def table(
         self, table: Array | PackedWeight, a: Array, b: Array, scale: float
