@@ -45,6 +45,7 @@ from qlora_jax.nn.quantizing import quantize as quantize
 from qlora_jax.optim.eight_bit import adamw_8bit as adamw_8bit
 from qlora_jax.optim.loss_scale import dynamic_loss_scale as dynamic_loss_scale
 from qlora_jax.optim.offload import offload as offload
+from qlora_jax.sharding import shard as shard
 from qlora_jax.sources.gguf.write import write_gguf as write_gguf
 from qlora_jax.sources.load import load as load
 from qlora_jax.sources.load import original_kernels as original_kernels

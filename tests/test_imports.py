@@ -23,6 +23,7 @@ LAYERS = (
     ("text",),
     ("budget",),
     ("adapters", "models"),
+    ("sharding",),
     ("nn", "optim"),
     ("config",),
     ("toml", "names", "user_folder"),

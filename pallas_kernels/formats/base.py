@@ -75,6 +75,22 @@ class PackedWeight(abc.ABC):
         """The keywords of `quantize` that make a weight of this kind."""
         return {}
 
+    def axes(self, rows: str) -> dict[str, tuple[str | None, ...]]:
+        """Returns what each array's axes are called, without those of a stack.
+
+        Args:
+          rows: The name of the weight's first axis. An array that is cut where the weight's
+            rows are cut has it first; None names what stays whole. Formats whose arrays can
+            be cut override this.
+        """
+        depth = len(self.stack)
+        held = {name: getattr(self, name) for name in self.ARRAYS}
+        return {
+            name: (None,) * (x.ndim - depth)
+            for name, x in held.items()
+            if x is not None
+        }
+
     @abc.abstractmethod
     def decode_one(self, dtype: jnp.dtype | str) -> Float[Array, "..."]:
         """Decodes one weight as a part of the program that is being traced."""

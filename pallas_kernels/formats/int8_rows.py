@@ -45,6 +45,10 @@ class Int8Rows(PackedWeight):
     STEM: ClassVar = ".weight"
     LISTED_AS: ClassVar = "int8_tables"
 
+    def axes(self, rows: str) -> dict[str, tuple[str | None, ...]]:
+        """Returns what each array's axes are called: both are cut with the rows."""
+        return {"codes": (rows, None), "absmax": (rows,)}
+
     def decode_one(self, dtype: jnp.dtype | str) -> Float[Array, "n k"]:
         """Decodes one matrix."""
         return (self.codes.astype(jnp.float32) * scales(self.absmax)).astype(dtype)

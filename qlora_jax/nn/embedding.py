@@ -4,7 +4,7 @@ A tied head is made of the table by `head`.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ class FrozenTable(Weighted):
       weight: FrozenParam, (vocab, hidden), dense or packed.
     """
 
+    AXES: ClassVar = {"weight": ("vocab", "hidden"), "dense": ("vocab", "hidden")}
     weight: nnx.Variable
 
     def holding(self, weight: Any, bias: Array | None = None) -> "FrozenTable":
@@ -130,6 +131,7 @@ class LoRAEmbedding(Adapted):
     """
 
     PARTS = ("lora_a", "lora_b")
+    AXES: ClassVar = {"lora_a": ("vocab", "rank"), "lora_b": ("rank", "hidden")}
 
     def __init__(
         self, base: FrozenTable, *, rank: int, alpha: float, rslora: bool, key: Array

@@ -50,6 +50,9 @@ class Weighted(nnx.Module):
     PARTS: ClassVar[tuple[str, ...]] = ()
     """The arrays of an adapter beside it."""
 
+    AXES: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """What the axes of each variable are called (sharding.py), without those of a stack."""
+
     bias: Any = None
 
     @property
@@ -170,6 +173,9 @@ class Adapted(nnx.Module):
 
     PARTS: ClassVar[tuple[str, ...]] = ()
     """The attributes that hold the adapter's arrays, where they are not None."""
+
+    AXES: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """What the axes of each variable are called; see `Weighted`."""
 
     base: Any
 

@@ -5,7 +5,7 @@ layers has them on a leading axis; the model slices before it calls.
 """
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -31,6 +31,7 @@ class FrozenLinear(Weighted):
     """
 
     WEIGHT = "kernel"
+    AXES: ClassVar = {"kernel": ("out", "in"), "bias": ("out",)}
     kernel: nnx.Variable
     origin: Origin | None
 

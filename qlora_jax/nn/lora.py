@@ -6,7 +6,7 @@ lora_A kaiming_uniform with a=sqrt(5), lora_B zero).
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,12 @@ class LoRA(Adapted):
     """
 
     PARTS = ("lora_a", "lora_b", "magnitude", "active")
+    AXES: ClassVar = {
+        "lora_a": ("in", "rank"),
+        "lora_b": ("rank", "out"),
+        "magnitude": ("out",),
+        "squared_norms": ("out",),
+    }
     base: FrozenLinear
 
     def __init__(

@@ -7,7 +7,7 @@ empty are skipped.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,8 @@ class Router(Weighted):
       top_k: Experts a token.
       normalize: Whether the chosen probabilities are scaled to sum to 1.
     """
+
+    AXES: ClassVar = {"weight": ("experts", "hidden")}
 
     def __init__(self, weight: Array, top_k: int, normalize: bool):
         self.weight = FrozenParam(weight)

@@ -1,5 +1,7 @@
 """RMSNorm with a frozen weight."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -18,6 +20,7 @@ class RMSNorm(Weighted):
     """
 
     NDIM = 1
+    AXES: ClassVar = {"weight": ("hidden",)}
 
     def __init__(self, weight: Array, eps: float, offset: float = 0.0):
         self.weight = FrozenParam(weight)

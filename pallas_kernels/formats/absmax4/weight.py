@@ -87,6 +87,15 @@ class QuantizedTensor(PackedWeight):
             "double_quant": self.double_quant,
         }
 
+    def axes(self, rows: str) -> dict[str, tuple[str | None, ...]]:
+        """Returns what each array's axes are called; those that go by row are cut with it."""
+        found = super().axes(rows)
+        by_row = ("codes", "absmax", "absmax_codes") if self.plane_width else ()
+        return {
+            name: (rows, None) if name in by_row else axes
+            for name, axes in found.items()
+        }
+
     # --- Values --------------------------------------------------------------------------
 
     @property

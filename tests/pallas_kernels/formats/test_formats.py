@@ -50,6 +50,20 @@ def test_a_weight_comes_back_as_near_as_the_format_allows(case):
     assert np.abs(back).max() <= q.largest() * (1 + 1e-6)
 
 
+def test_arrays_that_are_cut_with_the_rows_have_one_axis_as_long(case):
+    q = case.packed()
+    both = stacked([q, q], (2,))
+    named = q.axes("rows")
+    assert both.axes("rows") == named  # without the stack's
+    arrays = {name: x for name in q.ARRAYS if (x := getattr(q, name)) is not None}
+    assert list(named) == list(arrays)  # in the order of the pytree's leaves
+    for name, axes in named.items():
+        assert len(axes) == arrays[name].ndim
+        assert axes.count("rows") <= 1
+        if "rows" in axes:
+            assert arrays[name].shape[axes.index("rows")] == q.shape[0]
+
+
 def test_decoding_means_what_numpy_says(case):
     q, exact = case.packed(), case.decoded(case.packed())
     wide, short = q.decode("float32"), q.decode("bfloat16")
