@@ -31,7 +31,7 @@ class FrozenTable(Weighted):
     AXES: ClassVar = {"weight": ("vocab", "hidden"), "dense": ("vocab", "hidden")}
     weight: nnx.Variable
 
-    def holding(self, weight: Any, bias: Array | None = None) -> "FrozenTable":
+    def holding(self, weight: Any, bias: Any = None) -> "FrozenTable":
         """Returns the table of other rows in its place."""
         packed = isinstance(weight, PackedWeight)
         return QuantizedEmbedding(weight) if packed else Embedding(weight)

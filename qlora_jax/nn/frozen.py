@@ -92,7 +92,7 @@ class Weighted(nnx.Module):
         rows = held.decode_rows(ids, "float32") if self.packed else held[ids]
         return rows.astype(jnp.float32)
 
-    def holding(self, weight: Any, bias: Array | None = None) -> nnx.Module:
+    def holding(self, weight: Any, bias: Any = None) -> nnx.Module:
         """Returns what holds another weight, dense or packed, in this module's place."""
         raise NotImplementedError(f"{type(self).__name__} keeps its weight")
 

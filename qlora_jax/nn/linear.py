@@ -7,6 +7,7 @@ layers has them on a leading axis; the model slices before it calls.
 import functools
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -66,7 +67,7 @@ class FrozenLinear(Weighted):
         part, in the same pass where a kernel can."""
         raise NotImplementedError
 
-    def holding(self, weight: Any, bias: Array | None = None) -> nnx.Module:
+    def holding(self, weight: Any, bias: Any = None) -> nnx.Module:
         """Returns the linear of another kernel in its place: a QuantizedLinear of a packed
         one; of a dense one a Linear, or the flax.nnx.Linear that this was before."""
         if isinstance(weight, PackedWeight):
@@ -131,7 +132,7 @@ class QuantizedLinear(FrozenLinear):
     def __init__(
         self,
         kernel: PackedWeight,
-        bias: Array | None = None,
+        bias: Array | jax.ShapeDtypeStruct | None = None,  # a shape, in a plan
         implementation: str | None = None,
         origin: Origin | None = None,
     ):

@@ -43,7 +43,7 @@ class Router(Weighted):
         """Routers never train."""
         return False
 
-    def holding(self, weight: Array, bias: Array | None = None) -> "Router":
+    def holding(self, weight: Any, bias: Any = None) -> "Router":
         """Returns the router of another weight."""
         return Router(weight, self.top_k, self.normalize)
 

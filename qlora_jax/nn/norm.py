@@ -1,6 +1,6 @@
 """RMSNorm with a frozen weight."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ class RMSNorm(Weighted):
         self.eps = eps
         self.offset = offset
 
-    def holding(self, weight: Array, bias: Array | None = None) -> "RMSNorm":
+    def holding(self, weight: Any, bias: Any = None) -> "RMSNorm":
         """Returns the norm of another weight."""
         return RMSNorm(weight, self.eps, self.offset)
 
