@@ -1,8 +1,7 @@
 """Loading a model, one tensor at a time, quantized as it streams in."""
 
-import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypedDict, get_args
 
 import jax
@@ -10,25 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pallas_kernels.formats import PackedWeight
 from qlora_jax.config.quant import QuantConfig, TableFormat
 from qlora_jax.errors import CheckpointError, ShapeError, gathered
 from qlora_jax.models import Decoder, abstract, hf_table
-from qlora_jax.names import Table, dotted
+from qlora_jax.names import dotted
 from qlora_jax.nn import QuantizedLinear, Weighted
 from qlora_jax.nn.frozen import replaced
-from qlora_jax.nn.packing import quantize_rows, quantize_tensor
 from qlora_jax.sources import bitsandbytes
-from qlora_jax.sources.gguf.file import GGUF
-from qlora_jax.sources.safetensors import Checkpoint
+from qlora_jax.sources.reader import Reader, Wanted, check_names, wanted_of
 from qlora_jax.sources.source import (
-    HF_HEAD,
     Source,
-    left_out,
-    misnamed,
     open_source,
     say,
-    unlike_experts,
 )
 from qlora_jax.text.tokenizer import Tokenizer
 
@@ -112,8 +104,8 @@ def reading(
     if stored is not None:
         quant = None  # what such a folder keeps dense stays so
     skeleton = abstract(config, dtype)
-    wanted = _wanted(skeleton, hf_table(config))
-    notes = [*source.notes, *_check_names(source, wanted)]
+    wanted = wanted_of(skeleton, hf_table(config))
+    notes = [*source.notes, *check_names(source, wanted)]
     tables = resolve_tables(source, embedding, head)
     if set(tables.values()) != {"none"} and (quant or stored) is None:
         raise CheckpointError(
@@ -135,8 +127,8 @@ class Reading(NamedTuple):
       notes: Sentences for the user on what is left out, or read otherwise than written.
     """
 
-    reader: "Reader"
-    wanted: "dict[str, Wanted]"
+    reader: Reader
+    wanted: dict[str, Wanted]
     skeleton: Decoder
     notes: list[str]
 
@@ -278,190 +270,6 @@ def original_kernels(
         return checkpoint[table.name(f"{path}.kernel", index)]
 
     return read
-
-
-class Wanted(NamedTuple):
-    """A parameter's Hugging Face names, and how they are stacked.
-
-    Attributes:
-      names: The Hugging Face names, in the order of the stack.
-      stack: Leading axes: (), (layers,) or (layers, experts).
-      shape: The shape of one, without the stack's axes.
-    """
-
-    names: list[str]
-    stack: tuple[int, ...]
-    shape: tuple[int, ...]
-
-
-def _wanted(skeleton: Decoder, table: Table) -> dict[str, Wanted]:
-    """Returns what each of our paths is made of."""
-    wanted = {}
-    for keys, variable in nnx.to_flat_state(nnx.state(skeleton)):
-        path, shape = dotted(keys), variable.get_value().shape
-        stack = table.stack(path)
-        wanted[path] = Wanted(table.names(path), stack, shape[len(stack) :])
-    return wanted
-
-
-def _check_names(source: Source, wanted: dict[str, Wanted]) -> list[str]:
-    """Refuses tensors that do not fit; returns what the model has no place for."""
-    checkpoint, config = source.tensors, source.config
-    problems, known, missing = [], set(), []
-    for names, _, shape in wanted.values():
-        known.update(names)
-        for name in names:
-            if name not in checkpoint:
-                missing.append(name)
-                problems.append(f"{name} is missing")
-            elif bitsandbytes.is_packed(checkpoint, name):
-                continue  # packed; its quant_state has the shape
-            elif checkpoint.infos[name].shape != shape:
-                have = checkpoint.infos[name].shape
-                problems.append(f"{name} has shape {have}, config.json wants {shape}")
-    if missing == [HF_HEAD]:
-        problems.append(
-            'if the embedding is the head, write "tie_word_embeddings": true into config.json'
-        )
-    elif hint := misnamed(missing, checkpoint.infos):
-        problems.insert(0, hint)
-    stacks = {path: names for path, (names, stack, _) in wanted.items() if stack}
-    problems += unlike_experts(stacks, checkpoint)
-    if problems:
-        raise CheckpointError(
-            gathered(f"{source} does not fit its config.json", problems)
-        )
-    more = left_out(checkpoint, known, source.family, config.num_layers)
-    what = f"left out, as a {config.model_type} has no place for them: "
-    return [what + ", ".join(more)] if more else []
-
-
-class Reader:
-    """Reads parameters, stacking layers in place and gathering problems."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint | GGUF,
-        quant: QuantConfig | None,
-        dtype: str,
-        tables: Mapping[str, TableFormat],
-        table_quant: QuantConfig | None,
-        stream: bool,
-    ):
-        self.checkpoint, self.quant, self.dtype = checkpoint, quant, dtype
-        self.tables, self.table_quant, self.stream = tables, table_quant, stream
-        self.problems: list[str] = []
-
-    def check(self, source: Source) -> None:
-        """Raises CheckpointError with everything that could not be used."""
-        if self.problems:
-            raise CheckpointError(
-                gathered(f"{source} has unusable weights", self.problems)
-            )
-
-    def read(self, path: str, wanted: Wanted) -> Any:
-        """Returns one parameter: an array, a PackedWeight, or a stack of either."""
-        names, lead, shape = wanted
-        if not lead:
-            return self.one(path, names[0], shape)
-        stack = None
-        for name, index in zip(names, np.ndindex(*lead), strict=True):
-            value = self.one(path, name, shape)
-            if value is None:
-                continue
-            if self.stream:
-                value = jax.tree.map(np.asarray, value)
-            if stack is None:
-                zeros = np.zeros if self.stream else jnp.zeros
-                stack = jax.tree.map(
-                    lambda leaf, zeros=zeros: zeros((*lead, *leaf.shape), leaf.dtype),
-                    value,
-                )
-            if jax.tree.structure(stack) != jax.tree.structure(value):
-                self.problems.append(
-                    f"{name} is stored unlike {names[0]}; layers must be alike"
-                )
-                continue
-            # In place (the stack is donated), so memory holds the model and one tensor.
-            stack = (
-                _fill_in(stack, value, index)
-                if self.stream
-                else _put(stack, value, index)
-            )
-        if self.stream:
-            here = jax.sharding.SingleDeviceSharding(
-                jax.devices()[0], memory_kind="pinned_host"
-            )
-            stack = jax.device_put(stack, here)
-        return stack
-
-    def one(self, path: str, name: str, shape: tuple[int, ...]) -> Any:
-        """Returns one layer of a parameter; None if it is unusable, which `problems` says."""
-        try:
-            if bitsandbytes.is_packed(self.checkpoint, name):
-                return self._stored(name, shape)
-            w = self.checkpoint[name]
-            scaled = bitsandbytes.is_packed_table(self.checkpoint, name)
-            if self.tables.get(path) == "int8" and (scaled or w.dtype == np.int8):
-                return bitsandbytes.read_int8(self.checkpoint, name, self.dtype)
-            w = jnp.asarray(w)
-            if not jnp.issubdtype(w.dtype, jnp.floating):
-                raise ShapeError(f"{w.dtype} values, of which config.json says nothing")
-            if (pack := self.packing(path, self.quant)) is not None:
-                return pack(w)
-            value, finite = _convert(w, self.dtype)
-            if not finite:
-                raise ShapeError("NaN or Inf values (or too large for its dtype)")
-            return value
-        except (ShapeError, CheckpointError) as error:
-            text = str(error)
-            self.problems.append(text if text.startswith(name) else f"{name}: {text}")
-            return None
-
-    def packing(
-        self, path: str, quant: QuantConfig | None
-    ) -> Callable[[jax.Array], PackedWeight] | None:
-        """Returns what makes a parameter's dense value 4-bit or int8; None where it stays.
-
-        Args:
-          path: The dotted path of the parameter.
-          quant: The quantization of a layer's linear; None leaves it dense.
-        """
-        table = self.tables.get(path)
-        if table == "int8":
-            return quantize_rows
-        if table is not None:
-            quant = self.table_quant if table == "4bit" else None
-        elif not path.endswith(".kernel"):
-            quant = None
-        if quant is None:
-            return None
-        return functools.partial(quantize_tensor, config=quant)
-
-    def _stored(self, name: str, shape: tuple[int, ...]) -> PackedWeight:
-        q = bitsandbytes.read(self.checkpoint, name)
-        if q.shape != shape:
-            raise ShapeError(f"shape {q.shape}, config.json wants {shape}")
-        return q
-
-
-def _fill_in(stack: Any, value: Any, i: tuple[int, ...]) -> Any:
-    def fill(s: np.ndarray, v: np.ndarray) -> np.ndarray:
-        s[i] = v
-        return s
-
-    return jax.tree.map(fill, stack, value)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _put(stack: Any, value: Any, i: Any) -> Any:
-    return jax.tree.map(lambda s, v: s.at[i].set(v), stack, value)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _convert(w: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
-    value = w.astype(dtype)
-    return value, jnp.isfinite(value).all()
 
 
 def _fill(

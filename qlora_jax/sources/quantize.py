@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax.config.quant import QuantConfig, TableFormat
-from qlora_jax.sources.load import Reader, Wanted, reading
+from qlora_jax.sources.load import reading
+from qlora_jax.sources.reader import Reader, Wanted
 from qlora_jax.sources.save import check_output, write_folder
 from qlora_jax.sources.source import Source, say
 

@@ -24,7 +24,8 @@ from qlora_jax.exchange.ours import load_adapter, save_adapter
 from qlora_jax.exchange.peft import export_peft
 from qlora_jax.exchange.read import read_adapter
 from qlora_jax.models import Decoder
-from qlora_jax.sources.load import Reader, load
+from qlora_jax.sources.load import load
+from qlora_jax.sources.reader import Reader
 from qlora_jax.sources.save import save_model
 from qlora_jax.sources.source import open_source
 
