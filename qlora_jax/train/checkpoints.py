@@ -61,7 +61,7 @@ class RunCheckpoints:
         """
         self.folder, self._keep = Path(folder).absolute(), keep
         self._damaged: set[int] = set()
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._thread: ThreadPoolExecutor | None = None
         self._saving: Future[None] | None = None
         self._saved: int | None = None
 
@@ -120,6 +120,7 @@ class RunCheckpoints:
             OPTIMIZER: {name: np.array(x) for name, x in _leaves(state).items()},
         }
         self._saved = state.step
+        self._thread = self._thread or ThreadPoolExecutor(1, "checkpoint")
         self._saving = self._thread.submit(
             self._write, state.step, arrays, position, beside
         )
@@ -230,6 +231,7 @@ class RunCheckpoints:
         Raises:
           CheckpointError: there is no checkpoint, none is whole, or it is of another run.
         """
+        self.wait()
         problems: list[str] = []
         for step in reversed(steps(self.folder)):
             folder = self.folder / str(step)
@@ -272,7 +274,9 @@ class RunCheckpoints:
                 raise
             logger.warning("%s", error)
         finally:
-            self._thread.shutdown()
+            if self._thread is not None:
+                self._thread.shutdown()
+                self._thread = None
 
 
 class _DamagedError(Exception):
