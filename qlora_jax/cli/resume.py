@@ -10,7 +10,7 @@ import numpy as np
 from qlora_jax.config.run import FILE, RunConfig, has_run, read_run
 from qlora_jax.config.train import MAY_CHANGE, TrainConfig
 from qlora_jax.errors import CheckpointError, ConfigError, OutputExistsError, gathered
-from qlora_jax.exchange.steps import CHECKPOINTS, newest, read_position, steps
+from qlora_jax.exchange.steps import CHECKPOINTS, END, newest, read_position, steps
 from qlora_jax.toml import read_toml
 from qlora_jax.train.optimizer import make_schedule
 
@@ -39,7 +39,7 @@ def refuse_taken(out: Path) -> None:
             "choose another --out"
         )
     try:
-        end = read_position(out / CHECKPOINTS / str(taken[-1])).get("steps")
+        end = read_position(out / CHECKPOINTS / str(taken[-1])).get(END)
     except CheckpointError:  # damaged: --resume says more
         end = None
     if taken[-1] == end:

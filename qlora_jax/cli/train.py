@@ -202,9 +202,9 @@ def train(args: Args, out: Path, *, resuming: bool) -> dict[str, Any]:
     return figures
 
 
-def identity(args: Args, source: Source) -> dict[str, Any]:
+def identity(args: Args, source: Source) -> dict[str, str]:
     """Returns digests of what a run reads beside its rows, for its checkpoints."""
-    found: dict[str, Any] = {"base": identity_of(source)}
+    found = {f"base.{name}": value for name, value in identity_of(source).items()}
     template = args.data.chat_template
     with contextlib.suppress(OSError, ValueError):  # a name, or a template's text
         if template is not None and Path(template).is_file():

@@ -14,11 +14,9 @@ _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
 def array_digest(array: Any) -> str:
-    """Returns the sha256, in hex, of an array's dtype, shape and bytes."""
-    value = np.asarray(array)
-    found = hashlib.sha256(f"{value.dtype.name} {list(value.shape)} ".encode())
-    found.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
-    return found.hexdigest()
+    """Returns the sha256 of an array's bytes in C order, in hex."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    return hashlib.sha256(flat.view(np.uint8)).hexdigest()
 
 
 def text_digest(value: Any) -> str:

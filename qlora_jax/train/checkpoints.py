@@ -24,6 +24,7 @@ from qlora_jax.exchange.digests import SUMS, array_digest, write_sums
 from qlora_jax.exchange.steps import (
     DIGESTS,
     POSITION,
+    best,
     damage,
     none_whole,
     read_position,
@@ -31,7 +32,7 @@ from qlora_jax.exchange.steps import (
     steps,
 )
 from qlora_jax.train.older_state import older, regrouped
-from qlora_jax.train.position import EVAL_LOSS, check_same_run
+from qlora_jax.train.position import check_same_run
 from qlora_jax.train.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -75,21 +76,10 @@ class RunCheckpoints:
     def best(self) -> tuple[int, float] | None:
         """The step and the eval loss of the checkpoint that has the least."""
         self.wait()
-        return self._best(self._whole())
+        return best(self.folder, self._whole())
 
     def _whole(self) -> list[int]:
         return [step for step in steps(self.folder) if step not in self._damaged]
-
-    def _best(self, among: list[int]) -> tuple[int, float] | None:
-        losses = []
-        for step in among:
-            try:
-                loss = read_position(self.folder / str(step)).get(EVAL_LOSS)
-            except CheckpointError:
-                continue  # damaged after it was opened; named when it is to be used
-            if isinstance(loss, float):
-                losses.append((step, loss))
-        return min(losses, key=lambda one: one[::-1], default=None)
 
     def save(
         self,
@@ -199,8 +189,8 @@ class RunCheckpoints:
         """Removes what is not to be kept, once a newer checkpoint is on the disk."""
         whole = self._whole()
         kept = {*whole[-self._keep :], step}
-        if (best := self._best(whole)) is not None:
-            kept.add(best[0])
+        if (least := best(self.folder, whole)) is not None:
+            kept.add(least[0])
         try:
             for old in {*whole, *self._damaged} - kept:
                 there = self.folder / str(old)

@@ -20,7 +20,7 @@ from qlora_jax.config.train import TrainConfig
 from qlora_jax.data import Dataset
 from qlora_jax.errors import OutputExistsError, QLoRAError
 from qlora_jax.exchange.ours import METADATA, adapter_metadata, save_adapter
-from qlora_jax.exchange.steps import CHECKPOINTS
+from qlora_jax.exchange.steps import CHECKPOINTS, END, EVAL_LOSS
 from qlora_jax.models.streaming import stream
 from qlora_jax.objectives import Objective, find_objective
 from qlora_jax.text.tokenizer import Tokenizer
@@ -29,7 +29,7 @@ from qlora_jax.train.figures import any_finite, figures_of, skipped_last
 from qlora_jax.train.lock import locked
 from qlora_jax.train.metrics import MetricsLog, device_memory_bytes
 from qlora_jax.train.optimizer import make_optimizer, make_schedule
-from qlora_jax.train.position import EVAL_LOSS, identity_of
+from qlora_jax.train.position import identity_of
 from qlora_jax.train.state import TrainState
 from qlora_jax.train.step import make_eval_step, make_train_step
 
@@ -395,7 +395,7 @@ class Trainer:
         }
 
     def _position(self, eval_loss: float | None) -> dict[str, Any]:
-        return {**self._identity, "steps": self.steps, EVAL_LOSS: eval_loss}
+        return {**self._identity, END: self.steps, EVAL_LOSS: eval_loss}
 
 
 class _Stopped(Exception):
