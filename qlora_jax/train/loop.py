@@ -28,6 +28,7 @@ from qlora_jax.train.checkpoints import RunCheckpoints
 from qlora_jax.train.figures import any_finite, figures_of, skipped_last
 from qlora_jax.train.lock import locked
 from qlora_jax.train.metrics import MetricsLog, device_memory_bytes
+from qlora_jax.train.not_finite import first_not_finite
 from qlora_jax.train.optimizer import make_optimizer, make_schedule
 from qlora_jax.train.position import identity_of
 from qlora_jax.train.state import TrainState
@@ -123,6 +124,7 @@ class Trainer:
             self.out / CHECKPOINTS, config.keep_checkpoints
         )
         self._restored: Path | None = None
+        self._before: nnx.State | None = None
         self.start = 0
 
     @property
@@ -310,6 +312,8 @@ class Trainer:
         began, step = time.monotonic(), self.state.step
         batch = self._batch(step)
         key = jax.random.fold_in(self._key, step) if self._dropout else None
+        if self.config.check_finite:
+            self._before = jax.tree.map(jnp.copy, self.lora)
         lora, opt_state, metrics = self._train_step(
             self.lora, self.base, self.opt_state, batch, key
         )
@@ -346,6 +350,9 @@ class Trainer:
         loss is of the forward pass, which no scale mends: one batch may do that, not many.
         """
         row, half = rows[-1], self.config.compute_dtype == "float16"
+        if self.config.check_finite and not _finite(self.lora):
+            what = "the adapter has values that are not finite"
+            self._diverged(row["step"], what)
         loss, norm = row["loss"], row["grad_norm"]
         many = len(rows) >= OVERFLOWS and not any_finite(rows[-OVERFLOWS:])
         if not np.isfinite(loss) and (many or not half):
@@ -365,10 +372,22 @@ class Trainer:
             if latest is None
             else f"{self._checkpoints.folder / str(latest)} is the last good checkpoint."
         )
+        if self._before is not None:
+            what += f"; the first that is not finite is {self._first_not_finite(step)}"
+        elif not self.config.check_finite:
+            what += " (--train.check-finite names where it begins)"
         raise DivergedError(
             f"step {step}: {what}. Lower --train.learning-rate, or compute in bfloat16 or "
             f"float32. {kept}"
         )
+
+    def _first_not_finite(self, step: int) -> str:
+        assert self._before is not None
+        key = jax.random.fold_in(self._key, step - 1) if self._dropout else None
+        parts = (self.graphdef, self._before, self.lora, self.base)
+        batch = self._batch(step - 1)
+        found = first_not_finite(*parts, batch, self.objective, key)
+        return found or "not found again when the step is computed a second time"
 
     def _log_eval(self, log: MetricsLog) -> None:
         """Measures and logs the eval loss; saves a checkpoint where it is the least yet."""
