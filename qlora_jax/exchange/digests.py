@@ -60,14 +60,14 @@ def damaged_files(folder: Path) -> list[str]:
 def _changed(path: Path, name: str, expected: str) -> str | None:
     try:
         if not path.is_file():
-            return f"{name} is missing"
+            return f"{name} is missing, which {SUMS} lists"
         if (found := file_digest(path)) == expected:
             return None
     except (OSError, ValueError) as error:  # ValueError: a name with a null byte
         return f"{name} cannot be read: {error}"
     return (
         f"{name} ({path.stat().st_size} bytes) is not as it was written: its sha256 is "
-        f"{found[:12]}..., expected {expected[:12]}..."
+        f"{found[:12]}..., {SUMS} says {expected[:12]}..."
     )
 
 
