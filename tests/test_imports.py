@@ -26,7 +26,7 @@ LAYERS = (
     ("sharding",),
     ("nn", "optim"),
     ("config",),
-    ("toml", "names", "user_folder"),
+    ("toml", "names", "user_folder", "files"),
     ("errors",),
     ("pallas_kernels",),
 )

@@ -3,7 +3,6 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from qlora_jax.errors import (
     QLoRAError,
 )
 from qlora_jax.exchange.ours import describe_adapter, misfits
+from qlora_jax.exchange.steps import place_of
 from qlora_jax.models import hf_table
 from qlora_jax.names import dotted
 from qlora_jax.sources.load import outline
@@ -52,7 +52,7 @@ def run(args: Args) -> dict[str, Any]:
     if args.compare is not None:
         return _compared(args.compare, args.model)
     assert args.folder is not None
-    folder = Path(args.folder)
+    folder = place_of(args.folder)
     is_model = (folder / "config.json").exists() or any(folder.glob("*.gguf"))
     if is_model or not folder.is_dir():
         if args.model is not None:
