@@ -25,7 +25,7 @@ LAYERS = (
     ("adapters", "models"),
     ("nn", "optim"),
     ("config",),
-    ("toml", "names", "user_folder"),
+    ("toml", "names", "user_folder", "files", "schema"),
     ("errors",),
     ("pallas_kernels",),
 )

@@ -6,7 +6,7 @@ import oracle
 import pytest
 
 from qlora_jax.errors import CheckpointError
-from qlora_jax.models import FAMILIES, DecoderConfig, llama
+from qlora_jax.models import FAMILIES, DecoderConfig, llama, read_config
 from qlora_jax.nn.rope import RopeScaling
 
 LLAMA3 = {
@@ -19,13 +19,13 @@ SCALING = RopeScaling(kind="llama3", factor=32.0)
 
 
 def read(hf: dict) -> DecoderConfig:
-    config, problems = FAMILIES[hf["model_type"]].read_config(hf)
+    config, problems = read_config(hf)
     assert not problems
     return config
 
 
 def problems(hf: dict) -> str:
-    config, found = FAMILIES[hf["model_type"]].read_config(hf)
+    config, found = read_config(hf)
     assert config is None
     return "\n".join(found)
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qlora_jax.models import FAMILIES, DecoderConfig
+from qlora_jax.models import DecoderConfig, read_config
 from qlora_jax.nn.rope import RopeScaling, inverse_frequencies
 
 FREQS = "rope_freqs.weight"
@@ -145,7 +145,7 @@ def read(
         if (token := meta.get(f"tokenizer.ggml.{name}_token_id")) is not None:
             config[f"{key}_token_id"] = token
     problems = _read_rope(config, meta, factors)
-    return config, problems or FAMILIES[known.model_type].read_config(config)[1]
+    return config, problems or read_config(config)[1]
 
 
 def write(
@@ -200,7 +200,7 @@ def lost(
 ) -> list[str]:
     """Returns what of a decoder is not as these metadata say."""
     source, problems = read(meta, tensors, factors, config.vocab_size)
-    have, _ = FAMILIES[source["model_type"]].read_config(source)
+    have, _ = read_config(source)
     if problems or have is None:
         return problems
     pairs = [
