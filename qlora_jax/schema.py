@@ -64,7 +64,9 @@ def listed(kind: Kind, most: int = 1_000_000) -> Kind:
     return Kind(
         f"a list, each {kind.says}",
         lambda value: (
-            isinstance(value, list) and len(value) <= most and all(map(kind.fits, value))
+            isinstance(value, list)
+            and len(value) <= most
+            and all(map(kind.fits, value))
         ),
     )
 

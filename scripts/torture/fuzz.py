@@ -10,7 +10,6 @@ of a case are all that it follows from: `--reader R --seed S --case N` runs one 
 shows what it ended in.
 """
 
-import argparse
 import collections
 import contextlib
 import faulthandler
@@ -96,9 +95,11 @@ def run_case(reader: Any, good: Path, folder: Path, rng: random.Random) -> Ended
     shutil.copytree(good, folder, dirs_exist_ok=True)
     reader.damage(folder, rng)
     held = harness.held_bytes("VmRSS")
+    if harness.held_bytes("VmHWM") - held > LARGE_BYTES // 2:
+        harness.forget_peak()
     began = time.perf_counter()
     faulthandler.dump_traceback_later(4 * SLOW_SECONDS, exit=True)
-    signal.setitimer(signal.ITIMER_REAL, SLOW_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, SLOW_SECONDS, 1)
     how, what = "fine", ""
     try:
         reader.read(folder)
@@ -127,10 +128,14 @@ def _signature(error: BaseException) -> str:
     """Returns the kind of an error and the last places of ours that it came through."""
     frames = traceback.extract_tb(error.__traceback__)
     root = str(harness.ROOT)
-    ours = [f for f in frames if f.filename.startswith(root) and "/.venv" not in f.filename]
+    ours = [
+        f for f in frames if f.filename.startswith(root) and "/.venv" not in f.filename
+    ]
     places = [f"{Path(f.filename).name}:{f.lineno}" for f in ours[-2:]]
     text = str(error)[:80] if isinstance(error, AssertionError) else ""
-    return f"{type(error).__name__}{text and ': '}{text} at {' < '.join(reversed(places))}"
+    return (
+        f"{type(error).__name__}{text and ': '}{text} at {' < '.join(reversed(places))}"
+    )
 
 
 def run_reader(
@@ -171,7 +176,10 @@ def run_reader(
         "reader": name,
         "seed": seed,
         "cases": counts.total(),
-        **{how: counts[how] for how in ("fine", "refused", "traceback", "slow", "large")},
+        **{
+            how: counts[how]
+            for how in ("fine", "refused", "traceback", "slow", "large")
+        },
         "longest_s": round(longest, 2),
         "failed": {what: [len(n), *n[:show]] for what, n in failed.items()},
     }
@@ -207,9 +215,13 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=1000, help="of each reader")
     parser.add_argument("--seconds", type=float, help="all readers share this time")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--case", type=int, help="runs this one alone, and shows its end")
+    parser.add_argument(
+        "--case", type=int, help="runs this one alone, and shows its end"
+    )
     parser.add_argument("--keep", type=Path, help="with --case: a folder for its files")
-    parser.add_argument("--short", action="store_true", help="a few cases of each reader")
+    parser.add_argument(
+        "--short", action="store_true", help="a few cases of each reader"
+    )
     args = parser.parse_args()
     quiet()
     from scripts.torture.readers import READERS
@@ -230,7 +242,9 @@ def main() -> None:
             rows.append(row)
             print(json.dumps({k: v for k, v in row.items() if k != "failed"}))
             for what, places in row["failed"].items():
-                print(f"    {places[0]:>6}  {what}  (cases {places[1:]})", file=sys.stderr)
+                print(
+                    f"    {places[0]:>6}  {what}  (cases {places[1:]})", file=sys.stderr
+                )
             sys.stdout.flush()
     failures = sum(row[how] for row in rows for how in ("traceback", "slow", "large"))
     if args.append:

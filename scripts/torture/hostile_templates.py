@@ -116,7 +116,11 @@ def template(rng: random.Random) -> str:
         return rng.choice(_SYNTAX)(rng.choice((10, 100, 1000, 10_000)))
     parts = [_part(rng) for _ in range(rng.choice((1, 1, 2)))]
     text = "".join(parts)
-    for mark, choices in (("NNN", ("999999999", "99999")), ("N", _LARGE), ("T", _TEXTS)):
+    for mark, choices in (
+        ("NNN", ("999999999", "99999")),
+        ("N", _LARGE),
+        ("T", _TEXTS),
+    ):
         text = _filled(text, mark, choices, rng)
     return text
 
@@ -133,4 +137,6 @@ def _part(rng: random.Random) -> str:
 def _filled(text: str, mark: str, choices: tuple[str, ...], rng: random.Random) -> str:
     import re
 
-    return re.sub(rf"(?<![A-Za-z]){mark}(?![A-Za-z])", lambda _: rng.choice(choices), text)
+    return re.sub(
+        rf"(?<![A-Za-z]){mark}(?![A-Za-z])", lambda _: rng.choice(choices), text
+    )

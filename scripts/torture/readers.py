@@ -216,7 +216,7 @@ def _read_template(folder: Path) -> None:
 def _make_safetensors(folder: Path) -> None:
     x = np.arange(24, dtype=np.float32)
     save_file(
-        {"a": x.reshape(4, 6), "b": x.astype(np.float16), "c": x[:0], "d": x[0]},
+        {"a": x.reshape(4, 6), "b": x.astype(np.float16), "c": x[:0], "d": np.asarray(x[0])},
         folder / "model.safetensors",
         metadata={"format": "pt"},
     )
@@ -314,7 +314,7 @@ def _damage_array(
     elif how == 4:
         tensors[name] = np.zeros((0,), array.dtype)
     elif how == 5:
-        tensors[name] = np.asarray(array.reshape(-1)[0])
+        tensors[name] = np.asarray(array.reshape(-1)[:1].sum(), array.dtype)
     elif how == 6:
         tensors[rng.choice((name + "x", name[:-1], "x"))] = tensors.pop(name)
     else:
@@ -370,7 +370,9 @@ def _damage_gguf(folder: Path, rng: random.Random) -> None:
     if rng.random() < 0.3:
         # One of the words that sizes, counts, kinds and offsets are written in.
         at = rng.randrange(8, head - 8)
-        word = rng.choice((0, 1, 2, 8, 255, 2**16, 2**31 - 1, 2**31, 2**63 - 1, 2**64 - 1))
+        word = rng.choice(
+            (0, 1, 2, 8, 255, 2**16, 2**31 - 1, 2**31, 2**63 - 1, 2**64 - 1)
+        )
         size = rng.choice((4, 8))
         word = (word % 2 ** (8 * size)).to_bytes(size, "little")
         path.write_bytes(data[:at] + word + data[at + size :])
@@ -443,7 +445,9 @@ def _damage_peft(folder: Path, rng: random.Random) -> None:
             "rank_pattern": {"v_proj": 3},
             "alpha_pattern": given.get("alpha_pattern") or {"q_proj": 4.0},
             "modules_to_save": rng.choice((None, ["norm"])),
-            "trainable_token_indices": rng.choice((None, [1, 2], {"embed_tokens": [1]})),
+            "trainable_token_indices": rng.choice(
+                (None, [1, 2], {"embed_tokens": [1]})
+            ),
             "layers_to_transform": rng.choice((None, [0, 1])),
             "layers_pattern": rng.choice((None, "layers")),
         }
@@ -473,7 +477,12 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "attention_mask": [1, 1, 1]}
     ],
     "sharegpt.jsonl": [
-        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+        {
+            "conversations": [
+                {"from": "human", "value": "a"},
+                {"from": "gpt", "value": "b"},
+            ]
+        }
     ],
     "tools.jsonl": [{"messages": MESSAGES, "tools": [{"type": "function"}]}],
 }
