@@ -25,7 +25,7 @@ LAYERS = (
     ("adapters", "models"),
     ("nn", "optim"),
     ("config",),
-    ("toml", "names", "user_folder", "files", "schema"),
+    ("toml", "names", "user_folder", "inputs", "schema"),
     ("errors",),
     ("pallas_kernels",),
 )

@@ -27,7 +27,7 @@ import numpy as np
 from qlora_jax.config.data import DataConfig
 from qlora_jax.data.forming import Formed
 from qlora_jax.data.tokenize import Row
-from qlora_jax.files import read_text
+from qlora_jax.inputs import read_text
 from qlora_jax.text import Tokenizer
 
 logger = logging.getLogger(__name__)

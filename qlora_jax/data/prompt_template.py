@@ -8,7 +8,7 @@ import jinja2
 
 from qlora_jax.data.fields import keys_of
 from qlora_jax.errors import ConfigError, DataError
-from qlora_jax.files import read_text
+from qlora_jax.inputs import read_text
 from qlora_jax.text.environment import environment, names_in, render
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from qlora_jax.errors import CheckpointError, gathered
-from qlora_jax.files import check_regular, parse_json, read_json
+from qlora_jax.inputs import check_regular, parse_json, read_json
 from qlora_jax.schema import TEXT, mapped, misfits
 
 _DTYPES = {

@@ -25,7 +25,7 @@ from pallas_kernels.formats import renamed, weight_of
 from pallas_kernels.formats.absmax4.storage import stored_block_size
 from qlora_jax.config.quant import QuantConfig
 from qlora_jax.errors import CheckpointError, gathered
-from qlora_jax.files import read_json
+from qlora_jax.inputs import read_json
 from qlora_jax.models import FAMILIES, DecoderConfig, hf_table, read_config
 from qlora_jax.models.settings import misfitting_quantization
 from qlora_jax.models.wrappers import WRAPPERS, unwrap, without_wrapper

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import tokenizers
 
 from qlora_jax.errors import CheckpointError, gathered
-from qlora_jax.files import read_bytes, read_json, read_text
+from qlora_jax.inputs import read_bytes, read_json, read_text
 from qlora_jax.schema import (
     FLAG,
     NULL,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import tokenizers
 
 from qlora_jax.errors import ConfigError, DataError
-from qlora_jax.files import read_text
+from qlora_jax.inputs import read_text
 from qlora_jax.text.chat import ChatTemplate
 from qlora_jax.text.folder import DEFAULT, FILES, TEMPLATES, read_folder
 

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from qlora_jax.errors import CheckpointError, DataError
-from qlora_jax.files import read_json
+from qlora_jax.inputs import read_json
 from qlora_jax.text.tokenizer import Tokenizer
 
 MESSAGES = [
@@ -163,7 +163,7 @@ def test_a_broken_tokenizer_is_named(tmp_path):
     ("data", "message"),
     [
         (b"{", "is not JSON"),
-        (b"\xff", "is not JSON"),
+        (b"\xff", "is not UTF-8: byte 0 is 0xff"),
         (b"[1]", "list, expected an object"),
     ],
 )

@@ -179,7 +179,7 @@ def _read_state(
     else:
         raise FormatError(f"{name}: no {STATE[1:]}* entry for a known codebook")
     if state is None:
-        raise FormatError(f"{name}: its quant_state is no object of JSON")
+        raise FormatError(f"{name}: its quant_state is not JSON with an object")
     if missing := {"shape", "blocksize", "dtype", "quant_type"} - state.keys():
         raise FormatError(f"{name}: its quant_state lacks {', '.join(sorted(missing))}")
     if state["quant_type"] != kind:

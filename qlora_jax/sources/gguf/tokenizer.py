@@ -24,7 +24,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from qlora_jax.errors import CheckpointError
-from qlora_jax.files import read_json
+from qlora_jax.inputs import read_json
 from qlora_jax.text.tokenizer import Tokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)
