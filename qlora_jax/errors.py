@@ -35,6 +35,14 @@ class OutputExistsError(QLoRAError, FileExistsError):
     """An output path is taken and overwriting was not asked for."""
 
 
+class LockedError(QLoRAError, BlockingIOError):
+    """Another process works in the folder."""
+
+
+class SaveError(QLoRAError, OSError):
+    """A checkpoint could not be written; those before it are as they were."""
+
+
 def gathered(summary: str, problems: Sequence[str], limit: int = 20) -> str:
     """Returns one message for all problems of one input, at most `limit` of them."""
     shown = [f"  {problem}" for problem in problems[:limit]]

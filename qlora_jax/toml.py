@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 import tomli_w
 
 from qlora_jax.errors import ConfigError, gathered
+from qlora_jax.files import write_file
 from qlora_jax.inputs import read_text
 from qlora_jax.schema import shown
 
@@ -69,11 +70,11 @@ def _set_none(values: dict[str, Any], name: str, path: Path) -> None:
 
 
 def write_toml(path: Path, config: Any) -> None:
-    """Writes a config dataclass, all of it."""
+    """Writes a config dataclass, all of it; a kill leaves what was there, or all of this."""
     values = dataclasses.asdict(config)
     unset = list(_nones(values, ""))
     text = tomli_w.dumps({**({UNSET: unset} if unset else {}), **_without_none(values)})
-    path.write_text(text, encoding="utf-8")
+    write_file(path, text)
 
 
 def _nones(values: dict[str, Any], prefix: str) -> typing.Iterator[str]:

@@ -25,7 +25,8 @@ LAYERS = (
     ("adapters", "models"),
     ("nn", "optim"),
     ("config",),
-    ("toml", "names", "user_folder", "inputs", "schema"),
+    ("toml", "names", "user_folder"),
+    ("files", "inputs", "schema"),
     ("errors",),
     ("pallas_kernels",),
 )
