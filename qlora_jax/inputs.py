@@ -118,7 +118,12 @@ def read_json(
 
 
 def parse_json(
-    text: str, where: object, *, error: Errors = CheckpointError, numbers: bool = True
+    text: str,
+    where: object,
+    *,
+    error: Errors = CheckpointError,
+    numbers: bool = True,
+    places: bool = True,
 ) -> Any:
     """Returns the value of a text of JSON, held to the standard.
 
@@ -128,6 +133,7 @@ def parse_json(
       error: The class of error to raise.
       numbers: Refuse NaN, Infinity and numbers that float64 does not hold. Rows of data may
         have them in columns that nobody reads.
+      places: Say the line and column of what is no JSON.
 
     Raises:
       QLoRAError: it is no JSON, has a key twice, half of a surrogate pair, or more nesting
@@ -157,10 +163,8 @@ def parse_json(
     try:
         value = json.loads(text, **hooks)
     except json.JSONDecodeError as problem:
-        raise error(
-            f"{where} is not JSON: {problem.msg} (line {problem.lineno}, column "
-            f"{problem.colno})"
-        ) from None
+        place = f" (line {problem.lineno}, column {problem.colno})" if places else ""
+        raise error(f"{where} is not JSON: {problem.msg}{place}") from None
     except RecursionError:
         raise error(f"{where} is nested too deeply") from None
     except ValueError as problem:

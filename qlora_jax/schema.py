@@ -7,9 +7,8 @@ Fields that a table does not name are left alone. A bool is no number here, and 
 an infinity fits any kind of number.
 """
 
-import math
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 _SHOWN = reprlib.Repr()
@@ -23,10 +22,14 @@ class Kind(NamedTuple):
     Attributes:
       says: What it is, after "expected": "a whole number from 1 to 8".
       fits: Whether a value is of it.
+      parts: What is in a value of its type: (how its name goes on, it, its kind) of each.
+      choices: The kinds that it is one of.
     """
 
     says: str
     fits: Callable[[Any], bool]
+    parts: "Callable[[Any], Iterable[tuple[str, Any, Kind]]]" = lambda _: ()
+    choices: "tuple[Kind, ...]" = ()
 
 
 NULL = Kind("null", lambda value: value is None)
@@ -43,14 +46,21 @@ def whole(low: int, high: int) -> Kind:
     )
 
 
-def number(low: float, high: float) -> Kind:
-    """Returns the kind of finite numbers above `low`, up to `high`."""
+def number(low: float, high: float, *, least: bool = False) -> Kind:
+    """Returns the kind of finite numbers above `low`, up to `high`.
+
+    Args:
+      low: What they are above.
+      high: The largest.
+      least: Whether `low` is one of them.
+    """
 
     def fits(value: Any) -> bool:
         real = type(value) in (int, float)
-        return real and low < value <= high and math.isfinite(value)
+        return real and (low < value <= high or (least and value == low))
 
-    return Kind(f"a number above {low:g}, at most {high:g}", fits)
+    begins = f"from {low:g} to" if least else f"above {low:g}, at most"
+    return Kind(f"a number {begins} {high:g}", fits)
 
 
 FINITE = Kind(
@@ -61,21 +71,33 @@ FINITE = Kind(
 
 def listed(kind: Kind, most: int = 1_000_000) -> Kind:
     """Returns the kind of lists of values of a kind, at most so many."""
+
+    def parts(value: Any) -> Iterable[tuple[str, Any, Kind]]:
+        if isinstance(value, list) and len(value) <= most:
+            yield from ((f"[{i}]", one, kind) for i, one in enumerate(value))
+
     return Kind(
-        f"a list, each {kind.says}",
+        f"a list of at most {most}, each {kind.says}",
         lambda value: (
             isinstance(value, list)
             and len(value) <= most
             and all(map(kind.fits, value))
         ),
+        parts,
     )
 
 
 def mapped(kind: Kind) -> Kind:
     """Returns the kind of objects whose values are of a kind."""
+
+    def parts(value: Any) -> Iterable[tuple[str, Any, Kind]]:
+        if isinstance(value, dict):
+            yield from ((f".{name:.80}", one, kind) for name, one in value.items())
+
     return Kind(
         f"an object, each value {kind.says}",
         lambda value: isinstance(value, dict) and all(map(kind.fits, value.values())),
+        parts,
     )
 
 
@@ -84,14 +106,20 @@ def shaped(kinds: Mapping[str, Kind], needed: tuple[str, ...] = ()) -> Kind:
 
     Args:
       kinds: The kind of each field that is checked.
-      needed: Fields that have to be there.
+      needed: Fields that have to be there, and not null.
     """
-    said = ", ".join(f"{name}: {kind.says}" for name, kind in kinds.items())
 
     def fits(value: Any) -> bool:
         return isinstance(value, dict) and not misfits(value, kinds, needed)
 
-    return Kind(f"an object ({said})", fits)
+    def parts(value: Any) -> Iterable[tuple[str, Any, Kind]]:
+        if isinstance(value, dict):
+            for name, kind in kinds.items():
+                if name in value or name in needed:
+                    yield f".{name}", value.get(name), kind
+
+    named = ", ".join(f"{name} ({kind.says})" for name, kind in kinds.items())
+    return Kind(f"an object with {named}", fits, parts)
 
 
 def either(*kinds: Kind) -> Kind:
@@ -99,6 +127,7 @@ def either(*kinds: Kind) -> Kind:
     return Kind(
         " or ".join(kind.says for kind in kinds),
         lambda value: any(kind.fits(value) for kind in kinds),
+        choices=kinds,
     )
 
 
@@ -118,10 +147,19 @@ def misfits(
     """
     missing = [name for name in needed if values.get(name) is None]
     return [f"{within}{name} is missing" for name in missing] + [
-        f"{within}{name} is {shown(values[name])}, expected {kind.says}"
+        _misfit(within + name, values[name], kind)
         for name, kind in kinds.items()
         if name in values and name not in missing and not kind.fits(values[name])
     ]
+
+
+def _misfit(name: str, value: Any, kind: Kind) -> str:
+    """Says what is wrong with a value, or with the first part of it that is."""
+    for one in kind.choices or (kind,):
+        for more, part, inner in one.parts(value):
+            if not inner.fits(part):
+                return _misfit(name + more, part, inner)
+    return f"{name} is {shown(value)}, expected {kind.says}"
 
 
 def shown(value: Any) -> str:

@@ -45,12 +45,12 @@ def read_toml(path: Path) -> dict[str, Any]:
     except ValueError as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(
-            f"{path} has a number of more digits than any has"
-        ) from None
+        raise ConfigError(f"{path} has a number of more digits than any has") from None
     unset = values.pop(UNSET, [])
     if not isinstance(unset, list) or not all(isinstance(x, str) for x in unset):
-        raise ConfigError(f"{path}: {UNSET} is {shown(unset)}, expected a list of names")
+        raise ConfigError(
+            f"{path}: {UNSET} is {shown(unset)}, expected a list of names"
+        )
     for name in unset:
         _set_none(values, name, path)
     return values

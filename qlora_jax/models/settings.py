@@ -25,6 +25,9 @@ MAX_LAYERS = 1000
 """Layers that a model may have; the work of grouping them grows with their square."""
 
 MAX_EXPERTS = 8192
+MAX_ROWS = 2**24
+"""Tokens that a vocabulary may have."""
+
 _LONGEST = 2**31 - 1
 
 REQUIRED = (
@@ -39,7 +42,7 @@ _SCALE = number(0, 1e6)
 
 KINDS: dict[str, Kind] = {
     "model_type": TEXT,
-    "vocab_size": whole(1, 2**24),
+    "vocab_size": whole(1, MAX_ROWS),
     "hidden_size": _WIDTH,
     "intermediate_size": _WIDTH,
     "moe_intermediate_size": _WIDTH,
@@ -99,8 +102,8 @@ ROPE_KINDS: dict[str, Kind] = {
     "original_max_position_embeddings": KINDS["original_max_position_embeddings"],
     **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor"), _FACTOR),
     **dict.fromkeys(("beta_fast", "beta_slow", "attention_factor"), _FACTOR),
-    "mscale": either(NULL, number(-1, 1e6)),
-    "mscale_all_dim": either(NULL, number(-1, 1e6)),
+    "mscale": either(NULL, number(0, 1e6, least=True)),
+    "mscale_all_dim": either(NULL, number(0, 1e6, least=True)),
     "truncate": either(NULL, FLAG),
     "short_factor": _FACTORS,
     "long_factor": _FACTORS,

@@ -9,7 +9,6 @@ Source: transformers 5.24, utils/chat_template_utils.py (render_jinja_template).
 """
 
 import functools
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from typing import Any, Literal
 import jinja2
 
 from qlora_jax.errors import DataError
+from qlora_jax.inputs import parse_json
 from qlora_jax.text.environment import compiled, names_in, render
 from qlora_jax.text.limits import Stopped
 
@@ -267,7 +267,7 @@ def variables_of(row: Mapping[str, Any], template: ChatTemplate) -> dict[str, An
         value = found.get(key, row.get(key))
         if isinstance(value, str):  # as files of one type a column have them
             try:
-                value = json.loads(value)
+                value = parse_json(value, "a field", error=DataError, numbers=False)
             except ValueError:
                 raise DataError(f"{key!r} is a text, and no JSON") from None
         if value is None:

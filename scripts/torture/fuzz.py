@@ -160,6 +160,8 @@ def run_reader(
         good = Path(scratch) / "good"
         good.mkdir()
         reader.make(good)
+        shutil.copytree(good, whole := Path(scratch) / "whole")
+        reader.read(whole)  # which has to be read without an error
         for case in cases:
             if seconds is not None and time.monotonic() - began > seconds:
                 break

@@ -117,8 +117,7 @@ def of_lines(path: Path, rng: random.Random) -> None:
 
     def change(text: str) -> str:
         lines = text.splitlines()
-        for _ in range(rng.choice((1, 1, 2))):
-            at = rng.randrange(len(lines))
+        for at in rng.sample(range(len(lines)), min(len(lines), rng.choice((1, 1, 2)))):
             lines[at] = json_text(mutated(json.loads(lines[at]), rng))
         return "\n".join(lines) + "\n"
 

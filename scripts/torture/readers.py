@@ -121,7 +121,9 @@ def _damage_config(folder: Path, rng: random.Random) -> None:
 
 
 def _make_configs(folder: Path) -> None:
-    (folder / "configs.json").write_text(json.dumps(_configs()))
+    made = _configs()
+    (folder / "configs.json").write_text(json.dumps(made))
+    (folder / "config.json").write_text(json.dumps(made["mistral"]))
 
 
 _shaped: set[Any] = set()
@@ -216,7 +218,12 @@ def _read_template(folder: Path) -> None:
 def _make_safetensors(folder: Path) -> None:
     x = np.arange(24, dtype=np.float32)
     save_file(
-        {"a": x.reshape(4, 6), "b": x.astype(np.float16), "c": x[:0], "d": np.asarray(x[0])},
+        {
+            "a": x.reshape(4, 6),
+            "b": x.astype(np.float16),
+            "c": x[:0],
+            "d": np.asarray(x[0]),
+        },
         folder / "model.safetensors",
         metadata={"format": "pt"},
     )
@@ -495,6 +502,7 @@ def _make_rows(folder: Path) -> None:
     for name, rows in ROWS.items():
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     pairs = ROWS["pairs.jsonl"]
+    (folder / "chosen").write_text("chat.jsonl")
     (folder / "pairs.json").write_text(json.dumps(pairs))
     with (folder / "pairs.csv").open("w", newline="") as stream:
         table = csv.DictWriter(stream, ["input", "output"])
@@ -563,7 +571,7 @@ def _read_metrics(folder: Path) -> None:
     path = folder / "metrics.jsonl"
     for row in read_metrics(path):
         assert isinstance(row["step"], int)
-        assert "loss" not in row or math.isfinite(row["loss"])
+        assert row.get("loss") is None or math.isfinite(row["loss"])
     MetricsLog(path, 2).close()
 
 
