@@ -15,11 +15,12 @@ Source: transformers 5.24, tokenization_utils_base.py (_from_pretrained) and
 tokenization_utils_tokenizers.py (TokenizersBackend.__init__).
 """
 
+import contextlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -218,13 +219,26 @@ def _check(path: Path, problems: list[str]) -> None:
 def _open_tokenizer(path: Path) -> tokenizers.Tokenizer:
     data = read_bytes(path, limit=_MAX_TOKENIZER_BYTES)
     try:
-        return tokenizers.Tokenizer.from_buffer(data)
+        with no_panic():
+            return tokenizers.Tokenizer.from_buffer(data)
     except Exception as error:  # tokenizers raises bare Exception
         raise CheckpointError(f"{path} is no tokenizer: {error}") from None
-    except BaseException as error:  # what its Rust panics with is no Exception
+
+
+@contextlib.contextmanager
+def no_panic() -> Iterator[None]:
+    """Raises CheckpointError for what the package tokenizers panics with.
+
+    That is no Exception. It comes of a tokenizer.json whose parts do not fit each other.
+    """
+    try:
+        yield
+    except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        raise CheckpointError(f"{path} is no tokenizer: {error}") from None
+        raise CheckpointError(
+            f"tokenizer.json is damaged: the package tokenizers fails with {error}"
+        ) from None
 
 
 def _text(value: Any) -> str | None:

@@ -99,9 +99,9 @@ def _read_absmax(
     table = _get(tensors, f"{name}.nested_quant_map").reshape(-1)
     nested_block, offset = state.get("nested_blocksize"), state["nested_offset"]
     largest = float(np.finfo(np.float32).max)
-    if type(offset) not in (int, float) or not abs(offset) <= largest:
+    if type(offset) not in (int, float) or not abs(offset) < largest:
         raise FormatError(f"{name}: its nested_offset is {offset!r:.80}")
-    if type(nested_block) is not int or nested_block < 1:
+    if type(nested_block) is not int or not 1 <= nested_block <= _MAX_AXIS:
         raise FormatError(f"{name}: its nested_blocksize is {nested_block!r:.80}")
     if table.size != 256 or not np.issubdtype(table.dtype, np.floating):
         raise FormatError(
