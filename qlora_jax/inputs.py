@@ -122,7 +122,7 @@ def parse_json(
     where: object,
     *,
     error: Errors = CheckpointError,
-    numbers: bool = True,
+    strict: bool = True,
     places: bool = True,
 ) -> Any:
     """Returns the value of a text of JSON, held to the standard.
@@ -131,8 +131,8 @@ def parse_json(
       text: The text.
       where: What messages begin with: the file, or a place in it.
       error: The class of error to raise.
-      numbers: Refuse NaN, Infinity and numbers that float64 does not hold. Rows of data may
-        have them in columns that nobody reads.
+      strict: Refuse NaN, Infinity, numbers that float64 does not hold, and half of a
+        surrogate pair. Rows of data may have them in columns that nobody reads.
       places: Say the line and column of what is no JSON.
 
     Raises:
@@ -158,7 +158,7 @@ def parse_json(
     if text.count("[") + text.count("{") > MAX_CONTAINERS:
         raise error(f"{where} has more than {MAX_CONTAINERS} lists and objects")
     hooks: dict[str, Any] = {"object_pairs_hook": unique}
-    if numbers:
+    if strict:
         hooks |= {"parse_constant": refuse, "parse_float": finite}
     try:
         value = json.loads(text, **hooks)
@@ -166,13 +166,13 @@ def parse_json(
         place = f" (line {problem.lineno}, column {problem.colno})" if places else ""
         raise error(f"{where} is not JSON: {problem.msg}{place}") from None
     except RecursionError:
-        raise error(f"{where} is nested too deeply") from None
+        raise error(f"{where} is not JSON: nested too deeply") from None
     except ValueError as problem:
         if isinstance(problem, QLoRAError):
             raise
         raise error(f"{where} has a number of more digits than any has") from None
     _check_depth(value, where, error)
-    if _HALVES.search(text):
+    if strict and _HALVES.search(text):
         _check_halves(value, where, error)
     return value
 

@@ -126,7 +126,7 @@ def _build(cls: Any, values: dict[str, Any], prefix: str, problems: list[str]) -
             kwargs[key] = (value,)  # one is a list of one
         elif not _fits(value, known[key]):
             problems.append(
-                f"{prefix}{key} is {shown(value)}, expected {_name(known[key])}"
+                f"{prefix}{key} is {_shown(value)}, expected {_name(known[key])}"
             )
         else:
             kwargs[key] = tuple(value) if isinstance(value, list) else value
@@ -136,6 +136,10 @@ def _build(cls: Any, values: dict[str, Any], prefix: str, problems: list[str]) -
         return cls(**kwargs)
     except ConfigError as error:
         problems.append(str(error))
+
+
+def _shown(value: Any) -> str:
+    return UNSET if value is None else shown(value)
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -50,7 +50,7 @@ def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
     if name in _CALLS:
         try:
             calls = (
-                parse_json(said, "a field", error=DataError, numbers=False)
+                parse_json(said, "a field", error=DataError, strict=False)
                 if isinstance(said, str)
                 else said
             )

@@ -51,7 +51,7 @@ def listed(value: Any) -> Any:
     """Returns a list that a table of text holds as JSON; any other value as it is."""
     if isinstance(value, str) and value.lstrip()[:2] in ("[{", "[]"):
         try:
-            return parse_json(value, "a field", error=DataError, numbers=False)
+            return parse_json(value, "a field", error=DataError, strict=False)
         except ValueError:
             return value
     return value

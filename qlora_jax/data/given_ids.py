@@ -57,7 +57,7 @@ def _numbers(row: Mapping[str, Any], key: str, count: int | None = None) -> list
     values = listed(row[key])
     if isinstance(values, str) and values.startswith("["):
         try:
-            values = parse_json(values, "a field", error=DataError, numbers=False)
+            values = parse_json(values, "a field", error=DataError, strict=False)
         except ValueError:
             pass
     if not isinstance(values, list) or not all(isinstance(one, int) for one in values):

@@ -223,7 +223,7 @@ def _objects(stream: Any, path: Path, problems: Problems) -> Iterator[Record]:
             )
         text = _text(line, path, number)
         try:
-            row = parse_json(text, "", error=DataError, numbers=False, places=False)
+            row = parse_json(text, "", error=DataError, strict=False, places=False)
         except DataError as error:
             problems.add(number, str(error).strip())
             continue

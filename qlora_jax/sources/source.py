@@ -95,9 +95,10 @@ class Source:
     @functools.cached_property
     def tensors(self) -> "Checkpoint | GGUF":
         """The tensors, by their usual names; those that the family lacks keep their own."""
-        if self.is_gguf:
-            return self._gguf
         _, config, _, named = self._written
+        if self.is_gguf:
+            _check_size(self.path, config, self._gguf)
+            return self._gguf
         checkpoint = Checkpoint(self.path)
         known = frozenset(FAMILIES[config.model_type].NAMES.values())
         wrapped = named in WRAPPERS
@@ -205,9 +206,9 @@ def _parsed(
 
 
 def _check_size(path: Path, config: DecoderConfig, names: Collection[str]) -> None:
-    """Refuses a config.json of more layers or experts than there are tensors.
+    """Refuses settings of more layers or experts than there are tensors.
 
-    What it says is compared tensor by tensor, which takes time and memory for each.
+    What they say is compared tensor by tensor, which takes time and memory for each.
     """
     for count, said in (
         (config.num_layers, "num_hidden_layers"),
@@ -215,8 +216,8 @@ def _check_size(path: Path, config: DecoderConfig, names: Collection[str]) -> No
     ):
         if count > len(names):
             raise CheckpointError(
-                f"{path}: config.json says {said} {count}, and the files have "
-                f"{len(names)} tensors in all"
+                f"{path}: its settings say {said} {count}, and it has {len(names)} tensors "
+                "in all"
             )
 
 

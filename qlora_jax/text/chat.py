@@ -267,7 +267,7 @@ def variables_of(row: Mapping[str, Any], template: ChatTemplate) -> dict[str, An
         value = found.get(key, row.get(key))
         if isinstance(value, str):  # as files of one type a column have them
             try:
-                value = parse_json(value, "a field", error=DataError, numbers=False)
+                value = parse_json(value, "a field", error=DataError, strict=False)
             except ValueError:
                 raise DataError(f"{key!r} is a text, and no JSON") from None
         if value is None:

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,8 +138,18 @@ def _signature(error: BaseException) -> str:
     )
 
 
+def read_good(reader: Any, good: Path, folder: Path) -> None:
+    """Reads a copy of a reader's good input, which must end without an error."""
+    shutil.copytree(good, folder)
+    reader.read(folder)
+
+
 def run_reader(
-    name: str, seed: int, cases: range, seconds: float | None = None, show: int = 3
+    name: str,
+    seed: int,
+    cases: Iterable[int],
+    seconds: float | None = None,
+    show: int = 3,
 ) -> dict[str, Any]:
     """Runs cases of one reader; returns their counts, and the kinds of failure.
 
@@ -160,8 +170,7 @@ def run_reader(
         good = Path(scratch) / "good"
         good.mkdir()
         reader.make(good)
-        shutil.copytree(good, whole := Path(scratch) / "whole")
-        reader.read(whole)  # which has to be read without an error
+        read_good(reader, good, Path(scratch) / "whole")
         for case in cases:
             if seconds is not None and time.monotonic() - began > seconds:
                 break
@@ -202,12 +211,10 @@ def one_again(name: str, seed: int, case: int, keep: Path | None) -> None:
         print("it is read without an error")
 
 
-def quiet() -> None:
-    """Keeps what readers say out of the way."""
-    logging.disable(logging.CRITICAL)
-    # Where the machine's own cache folder would be read or written.
-    os.environ["QLORA_JAX_DATA_CACHE"] = "off"
-    os.environ["HF_HUB_OFFLINE"] = "1"
+def quiet(setenv: Callable[[str, str], Any] = os.environ.__setitem__) -> None:
+    """Keeps readers from the network and from the user's own caches."""
+    setenv("QLORA_JAX_DATA_CACHE", "off")
+    setenv("HF_HUB_OFFLINE", "1")
 
 
 def main() -> None:
@@ -226,6 +233,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     quiet()
+    logging.disable(logging.CRITICAL)
     from scripts.torture.readers import READERS
 
     names = args.reader or [*READERS]
