@@ -6,6 +6,7 @@ that does not name a setting leaves it at its default.
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -16,10 +17,15 @@ import tomli_w
 
 from qlora_jax.errors import ConfigError, gathered
 from qlora_jax.files import write_file
+from qlora_jax.inputs import read_text
+from qlora_jax.schema import shown
 
 T = TypeVar("T")
 
 UNSET = "unset"
+_MAX_BYTES = 4 << 20
+_WHOLE = 2**63
+"""What whole numbers are below: an array has room for them."""
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -29,14 +35,22 @@ def read_toml(path: Path) -> dict[str, Any]:
       ConfigError: there is no such file, it is not TOML, or `unset` is no list of names.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(read_text(path, limit=_MAX_BYTES, error=ConfigError))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path} is nested too deeply") from None
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path} has a number of more digits than any has") from None
     unset = values.pop(UNSET, [])
     if not isinstance(unset, list) or not all(isinstance(x, str) for x in unset):
-        raise ConfigError(f"{path}: {UNSET} is {unset!r}, expected a list of names")
+        raise ConfigError(
+            f"{path}: {UNSET} is {shown(unset)}, expected a list of names"
+        )
     for name in unset:
         _set_none(values, name, path)
     return values
@@ -102,16 +116,18 @@ def _build(cls: Any, values: dict[str, Any], prefix: str, problems: list[str]) -
             hint = (
                 f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
             )
-            problems.append(f"{prefix}{key} is no known key{hint}")
+            problems.append(f"{prefix}{key:.80} is no known key{hint}")
         elif dataclasses.is_dataclass(known[key]):
             if isinstance(value, dict):
                 kwargs[key] = _build(known[key], value, f"{prefix}{key}.", problems)
             else:
-                problems.append(f"{prefix}{key} is {value!r}, expected a table")
+                problems.append(f"{prefix}{key} is {shown(value)}, expected a table")
         elif known[key] == tuple[str, ...] and isinstance(value, str):
             kwargs[key] = (value,)  # one is a list of one
         elif not _fits(value, known[key]):
-            problems.append(f"{prefix}{key} is {value!r}, expected {_name(known[key])}")
+            problems.append(
+                f"{prefix}{key} is {_shown(value)}, expected {_name(known[key])}"
+            )
         else:
             kwargs[key] = tuple(value) if isinstance(value, list) else value
     if problems:
@@ -120,6 +136,10 @@ def _build(cls: Any, values: dict[str, Any], prefix: str, problems: list[str]) -
         return cls(**kwargs)
     except ConfigError as error:
         problems.append(str(error))
+
+
+def _shown(value: Any) -> str:
+    return UNSET if value is None else shown(value)
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -134,9 +154,11 @@ def _fits(value: Any, hint: Any) -> bool:
         kind = typing.get_args(hint)[1]
         return isinstance(value, dict) and all(_fits(v, kind) for v in value.values())
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return type(value) in (int, float) and abs(value) < math.inf
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return type(value) is int and -_WHOLE <= value < _WHOLE
+    if hint is str:
+        return isinstance(value, str) and "\0" not in value
     return isinstance(value, hint)
 
 

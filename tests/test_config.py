@@ -129,7 +129,7 @@ def test_files_of_older_versions_open(tmp_path: Path):
             "is set, and unset names",
         ),
         ('unset = ["model.a"]\nmodel = "m"', "and model is no table"),
-        ('unset = ["train.micro_batch"]', "train.micro_batch is None, expected int"),
+        ('unset = ["train.micro_batch"]', "train.micro_batch is unset, expected int"),
         ('unset = ["train.nothing"]', "train.nothing is no known key"),
         ("[lora]\ntargets = [1]", r"lora.targets is \[1\], expected str \| tuple"),
         ("[lora]\ntargets = 'q_proj('", r"--lora.targets 'q_proj\(' is no pattern"),

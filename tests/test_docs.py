@@ -19,7 +19,7 @@ from qlora_jax.config.run import RunConfig
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9.-]*[a-z0-9]")
-OTHERS = {"--debug", "--no-compile-cache", "--help", "--max-steps"}
+OTHERS = {"--debug", "--offline", "--no-compile-cache", "--help", "--max-steps"}
 """Flags that are the command's own, or those of scripts."""
 
 

@@ -26,7 +26,8 @@ LAYERS = (
     ("sharding",),
     ("nn", "optim"),
     ("config",),
-    ("toml", "names", "user_folder", "files"),
+    ("toml", "names", "user_folder"),
+    ("files", "inputs", "schema"),
     ("errors",),
     ("pallas_kernels",),
 )

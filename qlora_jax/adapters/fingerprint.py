@@ -22,8 +22,19 @@ from flax import nnx
 from pallas_kernels.formats import PackedWeight
 from qlora_jax.names import Numbered, dotted, located
 from qlora_jax.nn import FrozenParam
+from qlora_jax.schema import FINITE, TEXT, listed, mapped, shaped
 
 _SAMPLES = 8  # of a parameter
+MARK = shaped(
+    {
+        "structure": TEXT,
+        "sample": mapped(listed(FINITE, _SAMPLES)),
+        "scales": mapped(FINITE),
+    },
+    ("structure", "sample"),
+)
+"""The kind of objects that a mark is, as a file has it."""
+
 TOLERANCE = 2**-7
 """Relative; two roundings to bfloat16 differ by at most 2**-8."""
 SCALES_TOLERANCE = 1e-4
@@ -200,10 +211,14 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
     # What is quantized in one of them has no sample there.
     common = sorted(ours["sample"].keys() & theirs["sample"].keys())
     a, b = (
-        np.concatenate([x["sample"][name] for name in common] or [np.zeros(0)])
-        for x in (ours, theirs)
+        [x for name in common for x in one["sample"][name]] for one in (ours, theirs)
     )
-    wrong = np.abs(a - b) > TOLERANCE * np.maximum(np.abs(a), np.abs(b)) + 1e-6
+    if len(a) != len(b):
+        return f"its mark has {len(b)} sampled values, here are {len(a)}: it is damaged"
+    a, b = np.array(a, np.float64), np.array(b, np.float64)
+    with np.errstate(all="ignore"):  # what is no finite number never agrees
+        near = TOLERANCE * np.maximum(np.abs(a), np.abs(b)) + 1e-6
+        wrong = ~(np.abs(a - b) <= np.where(np.isfinite(near), near, np.nan))
     if wrong.any():
         return (
             f"its base had other weights: {int(wrong.sum())} of {wrong.size} sampled "

@@ -3,6 +3,7 @@
 import importlib
 import json
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -26,6 +27,10 @@ COMMANDS = {
     "inspect": "what a folder holds, whether an adapter fits, how two differ",
     "doctor": "devices, versions, and which kernels will run",
 }
+_OF_ALL = ("--debug", "--no-compile-cache", "--offline")
+"""Flags that every subcommand has."""
+
+_OFFLINE = "HF_HUB_OFFLINE"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str] | None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     debug, no_cache = "--debug" in args, "--no-compile-cache" in args
-    args = [arg for arg in args if arg not in ("--debug", "--no-compile-cache")]
+    if "--offline" in args:
+        # Before the packages that ask the network are imported, which read it then.
+        os.environ[_OFFLINE] = "1"
+    args = [arg for arg in args if arg not in _OF_ALL]
     if not args or args[0] in ("-h", "--help"):
         print(_usage())
         return 0 if args else 2
@@ -83,7 +91,7 @@ def _run(name: str, args: list[str], debug: bool, no_cache: bool) -> int:
         return 1 if isinstance(error, (ArithmeticError, SaveError)) else 2
     except jax.errors.JaxRuntimeError as error:
         if debug or "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+            return _fault(error, debug)
         print(
             "error: the device ran out of memory. Lower --train.micro-batch or "
             f"--data.max-tokens, or pass --train.checkpoint layer.\n{error}",
@@ -91,12 +99,32 @@ def _run(name: str, args: list[str], debug: bool, no_cache: bool) -> int:
         )
         return 1
     except BaseException as error:
-        if not stopping.status() and not isinstance(error, KeyboardInterrupt):
+        if isinstance(error, SystemExit):  # of flags that cannot be parsed, or --help
             raise
+        if not stopping.status() and not isinstance(error, KeyboardInterrupt):
+            return _fault(error, debug)
         print(stopping.word(), file=sys.stderr)
         return stopping.status() or 130
     _print(figures)
     return stopping.status()
+
+
+def _fault(error: BaseException, debug: bool) -> int:
+    """Says in a line what should have been an error of ours; returns the status."""
+    if debug:
+        traceback.print_exc()
+    text = " ".join(str(error).split())[:500]
+    said = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    if isinstance(error, MemoryError):
+        print(f"error: this machine's memory is used up ({said})", file=sys.stderr)
+        return 1
+    what = "the traceback above" if debug else "the traceback that --debug shows"
+    print(
+        f"error: this is a fault of qlora_jax ({said}); please report it to the project's "
+        f"issue tracker, with {what}",
+        file=sys.stderr,
+    )
+    return 1
 
 
 def _print(figures: dict[str, Any]) -> None:
@@ -118,6 +146,8 @@ def _usage() -> str:
             *lines,
             "",
             "  --debug               show the traceback behind an error",
+            "  --offline             ask no network: models and datasets of the hub are taken",
+            "                        from what was downloaded before",
             "  --no-compile-cache    keep no compiled programs for later runs; the variable",
             "                        QLORA_JAX_COMPILE_CACHE names their folder, or says off",
         ]

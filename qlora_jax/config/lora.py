@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import math
 import re
 from typing import Any, Literal, get_args
 
 from qlora_jax.errors import ConfigError
 from qlora_jax.names import EMBEDDING, HEAD
+from qlora_jax.toml import from_dict
 
 ALL_LINEAR = "all-linear"
 _EXPRESSION = re.compile(r"[\\^$*+?{}()|\[\]]|^\.|\.\.|\.$")
@@ -94,7 +96,7 @@ class LoRAConfig:
         problems = []
         if self.rank < 1:
             problems.append(f"--lora.rank is {self.rank}, expected at least 1")
-        if not self.alpha > 0:
+        if not 0 < self.alpha < math.inf:
             problems.append(f"--lora.alpha is {self.alpha}, expected more than 0")
         if not 0 <= self.dropout < 1:
             problems.append(f"--lora.dropout is {self.dropout}, expected 0 <= p < 1")
@@ -104,7 +106,7 @@ class LoRAConfig:
                     f"--lora.rank-pattern {key} is {rank}, expected 1 or more"
                 )
         for key, alpha in self.alpha_pattern.items():
-            if not alpha > 0:
+            if not 0 < alpha < math.inf:
                 problems.append(
                     f"--lora.alpha-pattern {key} is {alpha}, expected above 0"
                 )
@@ -143,7 +145,7 @@ class LoRAConfig:
         if isinstance(self.targets, str):
             try:
                 re.compile(self.targets)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 problems.append(
                     f"--lora.targets {self.targets!r} is no pattern: {error}"
                 )
@@ -164,12 +166,11 @@ class LoRAConfig:
 
         Folders of older versions open too: they have names as one text, joined by commas,
         and not every setting.
+
+        Raises:
+          ConfigError: unknown settings, or values of a wrong kind; all are named.
         """
-        fields: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in values.items()
-        }
-        return cls(**fields)
+        return from_dict(cls, values, "the adapter's settings")
 
     def as_json(self) -> dict[str, Any]:
         """Returns the settings as JSON gives them back, with lists for tuples."""

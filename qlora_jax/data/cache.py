@@ -27,8 +27,8 @@ import numpy as np
 from qlora_jax.config.data import DataConfig
 from qlora_jax.data.forming import Formed
 from qlora_jax.data.tokenize import Row
+from qlora_jax.inputs import read_text
 from qlora_jax.text import Tokenizer
-from qlora_jax.text.folder import read_text
 
 logger = logging.getLogger(__name__)
 

@@ -4,12 +4,12 @@ ShareGPT's turns have `from` and `value`; a call of a function is a turn of its 
 is JSON. Source of the names: FastChat's and LLaMA-Factory's datasets.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from qlora_jax.data.fields import listed, text_of
 from qlora_jax.errors import DataError
+from qlora_jax.inputs import parse_json
 from qlora_jax.text.chat import checked_messages
 
 _ROLES = {
@@ -49,7 +49,11 @@ def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
     said = rest.pop("value")
     if name in _CALLS:
         try:
-            calls = json.loads(said) if isinstance(said, str) else said
+            calls = (
+                parse_json(said, "a field", error=DataError, strict=False)
+                if isinstance(said, str)
+                else said
+            )
         except ValueError:
             raise DataError(f"has a turn of {name!r} whose value is no JSON") from None
         calls = calls if isinstance(calls, list) else [calls]

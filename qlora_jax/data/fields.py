@@ -1,11 +1,11 @@
 """Fields of a row: their names, their types, and what is said of those that do not fit."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from qlora_jax.config.data import DataConfig
 from qlora_jax.errors import DataError
+from qlora_jax.inputs import parse_json
 from qlora_jax.text.chat import check_text
 
 
@@ -51,7 +51,7 @@ def listed(value: Any) -> Any:
     """Returns a list that a table of text holds as JSON; any other value as it is."""
     if isinstance(value, str) and value.lstrip()[:2] in ("[{", "[]"):
         try:
-            return json.loads(value)
+            return parse_json(value, "a field", error=DataError, strict=False)
         except ValueError:
             return value
     return value

@@ -1,11 +1,11 @@
 """Rows that were tokenized elsewhere: Hugging Face's labels, TRL's masks."""
 
-import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from qlora_jax.data.fields import listed
 from qlora_jax.errors import DataError
+from qlora_jax.inputs import parse_json
 
 
 class Ids(NamedTuple):
@@ -57,7 +57,7 @@ def _numbers(row: Mapping[str, Any], key: str, count: int | None = None) -> list
     values = listed(row[key])
     if isinstance(values, str) and values.startswith("["):
         try:
-            values = json.loads(values)
+            values = parse_json(values, "a field", error=DataError, strict=False)
         except ValueError:
             pass
     if not isinstance(values, list) or not all(isinstance(one, int) for one in values):

@@ -8,8 +8,8 @@ import jinja2
 
 from qlora_jax.data.fields import keys_of
 from qlora_jax.errors import ConfigError, DataError
+from qlora_jax.inputs import read_text
 from qlora_jax.text.environment import environment, names_in, render
-from qlora_jax.text.folder import read_text
 
 
 class _Required(jinja2.Undefined):

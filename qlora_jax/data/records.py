@@ -18,6 +18,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from qlora_jax.data.problems import Problems
 from qlora_jax.errors import DataError
+from qlora_jax.inputs import parse_json
 
 T = TypeVar("T")
 Record = tuple[int, dict[str, Any]]
@@ -28,6 +29,8 @@ Kind = Literal["lines", "json", "csv", "parquet", "prose"]
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _BZIP2, _XZ = b"BZh", b"\xfd7zXZ\x00"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_MAX_LINE_BYTES = 64 << 20
+_MAX_WHOLE_BYTES = 1 << 30
 ROWS = "rows (.jsonl, .json, .csv, .tsv, .parquet; also as .gz, .zst, .bz2 or .xz)"
 """What a file of rows may be, for messages."""
 
@@ -209,28 +212,48 @@ def _json_lines(path: Path, problems: Problems) -> Iterator[Record]:
 
 
 def _objects(stream: Any, path: Path, problems: Problems) -> Iterator[Record]:
-    for number, line in enumerate(stream, 1):
+    for number, line in enumerate(_lines(stream), 1):
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if not line.strip():
             continue
+        if len(line) > _MAX_LINE_BYTES:
+            raise DataError(
+                f"{path}:{number}: has more than {_MAX_LINE_BYTES} bytes in a line"
+            )
+        text = _text(line, path, number)
         try:
-            row = json.loads(_text(line, path, number))
-        except json.JSONDecodeError as error:
-            problems.add(number, f"is not JSON: {error.msg}")
-        except RecursionError:
-            problems.add(number, "is not JSON: nested too deeply")
+            row = parse_json(text, "", error=DataError, strict=False, places=False)
+        except DataError as error:
+            problems.add(number, str(error).strip())
+            continue
+        if isinstance(row, dict):
+            yield number, row
         else:
-            if isinstance(row, dict):
-                yield number, row
-            else:
-                problems.add(number, f"is {type(row).__name__}, expected an object")
+            problems.add(number, f"is {type(row).__name__}, expected an object")
+
+
+def _lines(stream: Any) -> Iterator[bytes]:
+    """Yields the lines of a stream; one that is too long is cut."""
+    while line := stream.readline(_MAX_LINE_BYTES + 1):
+        yield line
+
+
+def _whole(path: Path) -> str:
+    """Reads a file that is one value, or one table."""
+    with open_bytes(path) as stream:
+        data = stream.read(_MAX_WHOLE_BYTES + 1)
+    if len(data) > _MAX_WHOLE_BYTES:
+        raise DataError(
+            f"{path} has more than {_MAX_WHOLE_BYTES >> 20} MiB, unpacked; save it as JSON "
+            "lines, which are read one by one"
+        )
+    return _text(data, path).removeprefix("\ufeff")
 
 
 def _json(path: Path, problems: Problems) -> Iterator[Record]:
     """Reads an array, an object that holds one, or objects one after another."""
-    with open_bytes(path) as stream:
-        text = _text(stream.read(), path).removeprefix("\ufeff")
+    text = _whole(path)
     decoder, values, at = json.JSONDecoder(), [], 0
     space = re.compile(r"\s*")
     try:
@@ -243,6 +266,8 @@ def _json(path: Path, problems: Problems) -> Iterator[Record]:
         ) from None
     except RecursionError:
         raise DataError(f"{path} is not JSON: nested too deeply") from None
+    except ValueError:
+        raise DataError(f"{path} has a number of more digits than any has") from None
     rows = values
     if len(values) == 1:
         rows = values[0] if isinstance(values[0], list) else _within(path, values[0])
@@ -280,10 +305,7 @@ def _within(path: Path, value: dict[str, Any]) -> list[Any]:
 
 def _csv(path: Path, problems: Problems) -> Iterator[Record]:
     """Reads a table whose first line has the names; a missing or a further cell is named."""
-    with open_bytes(path) as binary:
-        text = io.StringIO(
-            _text(binary.read(), path).removeprefix("\ufeff"), newline=""
-        )
+    text = io.StringIO(_whole(path), newline="")
     first = text.readline()
     text.seek(0)
     delimiter = "\t" if suffix_of(path) == ".tsv" else ","

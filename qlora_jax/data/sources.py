@@ -6,7 +6,8 @@
     owner/name/main@v1:test:2      its configuration, its revision, each row twice an epoch
     folder:train                   a dataset in a folder, as the hub or `datasets` keeps it
 
-What lies on disk comes first: a file's name may hold colons.
+What lies on disk comes first: a file's name may hold colons. Where there is a folder `owner`,
+owner/name is not asked of the hub unless `hf://` stands before it.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from typing import Any
 from qlora_jax.data.problems import Problems
 from qlora_jax.data.records import ROWS, Record, read_records, suffix_of
 from qlora_jax.errors import DataError
+from qlora_jax.sources.hub import local_owner, offline, split_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ class Source:
       split: The split of a dataset; None where none is named.
       weight: The number of times that an epoch has each row: 2 has each twice, 0.3 has
         other 30 % of them in each epoch.
+      prefix: What says that the hub is meant, where it was given: `hf://`.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Source:
     revision: str | None = None
     split: str | None = None
     weight: float = 1.0
+    prefix: str = dataclasses.field(default="", compare=False)
 
     @classmethod
     def parse(cls, text: str) -> "Source":
@@ -79,14 +83,18 @@ class Source:
             if split is not None and path.is_file():
                 raise DataError(f"{text}: {rest} is a file, which has no splits")
             return cls(str(path), True, split=split, weight=weight)
-        found = None if suffix_of(path) in _FILES else _ID.fullmatch(rest)
+        prefix, rest = split_prefix(rest)
+        file = not prefix and suffix_of(path) in _FILES
+        found = None if file else _ID.fullmatch(rest)
         if found is None:
             raise DataError(
                 f"{rest} is no file; expected {ROWS}, a folder with a dataset, or an id of "
                 "the hub (owner/name, owner/name/configuration:split)"
             )
+        if not prefix and (problem := local_owner(found["name"])):
+            raise DataError(problem)
         config, revision = found["config"], found["revision"]
-        return cls(found["name"], False, config, revision, split, weight)
+        return cls(found["name"], False, config, revision, split, weight, prefix)
 
     @property
     def file(self) -> Path | None:
@@ -96,7 +104,8 @@ class Source:
 
     def __str__(self) -> str:
         """Returns what `parse` reads, a path made absolute."""
-        text = str(Path(self.name).absolute()) if self.local else self.name
+        name = self.prefix + self.name
+        text = str(Path(self.name).absolute()) if self.local else name
         text += f"/{self.config}" if self.config else ""
         text += f"@{self.revision}" if self.revision else ""
         text += f":{self.split}" if self.split else ""
@@ -178,6 +187,9 @@ def _dataset(source: Source) -> tuple[Any, str | None]:
             "install datasets (the extra 'data' of qlora_jax brings it), or give its files"
         ) from None
     folder = Path(source.name)
+    if not source.local and offline():
+        # Asked at every call, as the library reads its variables once.
+        datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
     try:
         if source.local and (
             (folder / "dataset_dict.json").is_file()

@@ -20,7 +20,7 @@ from flax import nnx
 
 from qlora_jax.adapters.attach import attach_zero, detach
 from qlora_jax.adapters.attached import base_fingerprint
-from qlora_jax.adapters.fingerprint import difference
+from qlora_jax.adapters.fingerprint import MARK, difference
 from qlora_jax.adapters.names import (
     check_names,
     explicit_layers,
@@ -50,10 +50,14 @@ from qlora_jax.exchange.steps import (
     unfinished,
 )
 from qlora_jax.files import write_file
+from qlora_jax.inputs import read_json
 from qlora_jax.models import Decoder
-from qlora_jax.models.vocabulary import resize_tokens
+from qlora_jax.models.settings import MAX_LAYERS
+from qlora_jax.models.vocabulary import check_rows, resize_tokens
 from qlora_jax.nn import LoRA
 from qlora_jax.nn.frozen import modules
+from qlora_jax.schema import NULL, OBJECT, TEXT, either, listed, mapped, whole
+from qlora_jax.schema import misfits as misfits_of
 from qlora_jax.text.tokenizer import FILES as TOKENIZER_FILES
 from qlora_jax.text.tokenizer import Tokenizer
 
@@ -67,6 +71,17 @@ it."""
 OWN_DIGEST = "metadata_sha256"
 """The entry of adapter.json that has the digest of all others."""
 FORMAT = 1
+_KINDS = {
+    "format": whole(1, 2**31),
+    "lora": OBJECT,
+    "base": either(NULL, MARK),
+    "arrays": mapped(listed(whole(0, 2**31), 8)),
+    "layers": mapped(listed(whole(0, MAX_LAYERS - 1), MAX_LAYERS)),
+    "sha256": either(TEXT, mapped(TEXT)),
+    OWN_DIGEST: TEXT,
+}
+"""Fields of adapter.json -> their kinds."""
+
 M = TypeVar("M", bound=nnx.Module)
 
 
@@ -500,7 +515,8 @@ def _with_room(model: M, config: LoRAConfig, metadata: dict[str, Any]) -> M:
     ids = (*config.tokens, *(config.head_tokens or ()))
     tables = ("embed_tokens.weight", "embed_tokens.lora_a", "lm_head.kernel")
     shapes = metadata["arrays"]
-    rows = [shapes[name][0] for name in tables if name in shapes]
+    rows = [shapes[name][0] for name in tables if shapes.get(name)]
+    check_rows(model, rows, ids)
     return cast(M, resize_tokens(model, max(0, *rows, *(i + 1 for i in ids), 0)))
 
 
@@ -538,16 +554,19 @@ def read_metadata(folder: Path) -> tuple[LoRAConfig, dict[str, Any]]:
     Raises:
       AdapterMismatchError: it cannot be read, or is of a later format.
     """
-    try:
-        metadata = json.loads((folder / METADATA).read_text())
-        if metadata["format"] > FORMAT:
-            raise AdapterMismatchError(
-                f"{folder} has format {metadata['format']}; this version reads up to {FORMAT}"
-            )
-        if missing := {"base", "arrays"} - metadata.keys():
-            raise KeyError(*sorted(missing))
-        return LoRAConfig.from_json(metadata["lora"]), metadata
-    except (ValueError, KeyError, TypeError) as error:
+    path = folder / METADATA
+    metadata = read_json(path, error=AdapterMismatchError)
+    problems = misfits_of(metadata, {"format": _KINDS["format"]}, ("format",))
+    if not problems and metadata["format"] > FORMAT:
         raise AdapterMismatchError(
-            f"{folder / METADATA} cannot be read: {error!r}"
-        ) from None
+            f"{folder} has format {metadata['format']}; this version reads up to {FORMAT}"
+        )
+    if "base" not in metadata:
+        problems.append("base is missing")
+    problems += misfits_of(metadata, _KINDS, ("lora", "arrays"))
+    if problems:
+        raise AdapterMismatchError(gathered(f"{path} cannot be read", problems))
+    try:
+        return LoRAConfig.from_json(metadata["lora"]), metadata
+    except ConfigError as error:
+        raise AdapterMismatchError(f"{path} cannot be read: {error}") from None

@@ -22,6 +22,7 @@ from qlora_jax.exchange.ours import (
     restored,
 )
 from qlora_jax.exchange.peft import is_peft
+from qlora_jax.models.settings import MAX_EXPERTS, MAX_LAYERS
 from qlora_jax.names import EMBEDDING, Numbered, stack_key
 
 _BY_LAYER = ("lora_a", "lora_b", "magnitude")
@@ -72,12 +73,18 @@ def _stacked(
         if name.endswith(".lora_a")
     }
     found: dict[tuple[Any, ...], dict[tuple[int, ...], Array]] = {}
+    entries, problems = [], []
     for name, array in flat.items():
         path, index = _place(name)
+        if any(
+            number >= most
+            for number, most in zip(index, (MAX_LAYERS, MAX_EXPERTS), strict=False)
+        ):
+            problems.append(f"{name}: no model has so many layers or experts")
+            continue
         if path[-1] == "bias" and ".".join(map(str, path[:-1])) in adapted:
             path = (*path[:-1], *WRAPPED_BIAS)
         found.setdefault(path, {})[index] = array
-    entries, problems = [], []
     for path, parts in found.items():
         name, depth = ".".join(map(str, path)), len(next(iter(parts)))
         shapes = {array.shape for array in parts.values()}

@@ -1,6 +1,7 @@
 """Models: one configurable decoder, and one small file for each Hugging Face family."""
 
 from types import ModuleType
+from typing import Any
 
 import jax
 from flax import nnx
@@ -18,6 +19,8 @@ from qlora_jax.models import (
     qwen2,
     qwen3,
     qwen3_moe,
+    reading,
+    settings,
     smollm3,
 )
 from qlora_jax.models.config import DecoderConfig as DecoderConfig
@@ -43,6 +46,20 @@ FAMILIES: dict[str, ModuleType] = {
     )
 }
 """Hugging Face model_type -> the module that reads it (read_config, NAMES, IGNORED)."""
+
+
+def read_config(hf: dict[str, Any]) -> reading.Read:
+    """Reads a config.json of a known model_type, when each of its fields is what it can be.
+
+    Returns:
+      (config, []), or (None, problems).
+    """
+    missing, wrong = settings.missing(hf), settings.misfitting(hf)
+    if wrong:
+        return None, missing + wrong
+    if missing:
+        return None, missing + reading.unknown(hf)
+    return FAMILIES[hf["model_type"]].read_config(hf)
 
 
 def abstract(config: DecoderConfig, dtype: str = "bfloat16") -> Decoder:

@@ -15,13 +15,6 @@ ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
 SLIDING, FULL = "sliding_attention", "full_attention"
 _NEEDS = {
     "linear": ("factor",),
@@ -61,21 +54,16 @@ def read(
       feed_forwards: A spec a layer, where layers differ in it.
       **fields: The values that this family gives to fields of DecoderConfig.
     """
-    found = [f"{key} is missing" for key in REQUIRED if hf.get(key) is None]
-    act = hf.get("hidden_act") or hf.get("hidden_activation") or "silu"
-    if act not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        found.append(f"hidden_act is {act!r}; known: {known}")
-    if hf.get("mlp_bias"):
-        found.append("mlp_bias is true; no bias in the feed-forward is supported")
-    scaling, theta, partial, problem = read_rope(hf, rope)
-    found += [problem] if problem else []
+    found = unknown(hf, rope)
     found += problems
     if found:
         return None, found
+    scaling, theta, partial, _ = read_rope(hf, rope)
     heads = hf["num_attention_heads"]
+    kv_heads = hf.get("num_key_value_heads") or heads
     head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
     rotated = int(head_dim * partial)
+    found += _heads_problems(heads, kv_heads, head_dim, rotated, scaling)
     if scaling is not None and scaling.kind == "longrope":
         sizes = {len(scaling.short_factor), len(scaling.long_factor)}
         if sizes != {rotated // 2}:
@@ -87,9 +75,6 @@ def read(
     if types is not None:
         mixers, more = _mixers(hf, list(types), sliding_rope)
         found += more
-    window = fields.get("sliding_window")
-    if window is not None and window < 1:
-        found.append(f"sliding_window is {window}, expected at least 1 or null")
     experts, taken = fields.get("num_experts", 0), fields.get("experts_per_token", 0)
     if taken > experts:
         found.append(f"num_experts_per_tok is {taken}, of {experts} experts")
@@ -103,7 +88,7 @@ def read(
         "intermediate_size": hf["intermediate_size"],
         "num_layers": hf["num_hidden_layers"],
         "num_heads": heads,
-        "num_kv_heads": hf.get("num_key_value_heads") or heads,
+        "num_kv_heads": kv_heads,
         "head_dim": head_dim,
         "rms_norm_eps": hf.get("rms_norm_eps", 1e-6),
         "rope_theta": theta,
@@ -113,10 +98,49 @@ def read(
         "attention_bias": bias,
         "output_bias": bias,
         "max_position_embeddings": hf.get("max_position_embeddings", 2048),
-        "activation": ACTIVATIONS[act],
+        "activation": ACTIVATIONS[_activation(hf)],
     }
     config = DecoderConfig(**values | fields)
     return with_layers(config, mixers, feed_forwards), []
+
+
+def unknown(hf: dict[str, Any], rope: dict[str, Any] | None = None) -> list[str]:
+    """Returns what of a config.json no decoder here has, apart from its sizes.
+
+    Args:
+      hf: The object of config.json.
+      rope: Its rotary settings, where they are not at their usual place.
+    """
+    found = []
+    if (act := _activation(hf)) not in ACTIVATIONS:
+        found.append(f"hidden_act is {act!r}; known: {', '.join(ACTIVATIONS)}")
+    if hf.get("mlp_bias"):
+        found.append("mlp_bias is true; no bias in the feed-forward is supported")
+    *_, problem = read_rope(hf, rope)
+    return found + ([problem] if problem else [])
+
+
+def _activation(hf: dict[str, Any]) -> str:
+    return hf.get("hidden_act") or hf.get("hidden_activation") or "silu"
+
+
+def _heads_problems(
+    heads: int, kv_heads: int, head_dim: int, rotated: int, scaling: RopeScaling | None
+) -> list[str]:
+    """Returns what does not go together in the sizes of heads."""
+    problems = []
+    if heads % kv_heads:
+        problems.append(
+            f"num_attention_heads is {heads}, expected a multiple of num_key_value_heads, "
+            f"which is {kv_heads}"
+        )
+    least = 4 if scaling is not None and scaling.kind in ("dynamic", "yarn") else 2
+    if rotated % 2 or rotated < least:
+        problems.append(
+            f"a head has {head_dim} features, of which {rotated} are rotated; expected an "
+            f"even number, at least {least}"
+        )
+    return problems
 
 
 def with_layers(
@@ -176,6 +200,13 @@ def read_rope(
         given.add("factor")  # it follows from both lengths
     if missing := [name for name in _NEEDS[kind] if name not in given]:
         problem = f"rope_scaling of type {kind!r} lacks {', '.join(missing)}"
+        return None, theta, partial, problem
+    low, high = rope.get("low_freq_factor"), rope.get("high_freq_factor")
+    if kind == "llama3" and low is not None and high is not None and not low < high:
+        problem = (
+            f"rope_scaling has low_freq_factor {low} and high_freq_factor {high}, expected "
+            "the first to be less"
+        )
         return None, theta, partial, problem
     factor = rope.get("factor") or longest / pretrained
     values: dict[str, Any] = {"factor": factor}

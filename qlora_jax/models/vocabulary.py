@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from qlora_jax.errors import ShapeError
+from qlora_jax.errors import ConfigError, ShapeError
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.settings import MAX_ROWS
 from qlora_jax.names import EMBEDDING, HEAD
 from qlora_jax.nn.frozen import Adapted, Weighted, replaced
 
@@ -57,6 +58,28 @@ def resize_tokens(
     made = replaced(model, Weighted, larger)
     made.config = dataclasses.replace(made.config, vocab_size=rows)
     return made
+
+
+def check_rows(model: Decoder, rows: Sequence[int], ids: Sequence[int]) -> None:
+    """Refuses ids of tokens that a vocabulary cannot have, before it grows to have them.
+
+    Args:
+      model: The model that the tokens are added to.
+      rows: Rows of the tables that replace its own.
+      ids: Ids of tokens whose rows train.
+
+    Raises:
+      ConfigError: an id is beyond the rows, also if each of these tokens has added one; or
+        there are more rows than MAX_ROWS.
+    """
+    most = max(model.config.vocab_size, *rows, 0) + len(ids)
+    if beyond := [i for i in ids if i >= most]:
+        raise ConfigError(
+            f"the adapter trains the row of token {beyond[0]}, and the model has "
+            f"{model.config.vocab_size} rows, {most} with those that were added"
+        )
+    if most > MAX_ROWS:
+        raise ConfigError(f"the adapter has {most} rows, expected at most {MAX_ROWS}")
 
 
 def grown(

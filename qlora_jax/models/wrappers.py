@@ -128,7 +128,7 @@ def unwrap(hf: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         return hf, [f"text_config is {inner!r}, expected an object"]
     named = inner.get("model_type") or wrapper.default
     named = wrapper.default if named == kind else named
-    if named not in TEXTS:
+    if not isinstance(named, str) or named not in TEXTS:
         known = ", ".join(TEXTS)
         problem = f"text_config of this {kind} has model_type {named!r}; known: {known}"
         return hf, [problem]

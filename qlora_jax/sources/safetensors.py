@@ -19,6 +19,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from qlora_jax.errors import CheckpointError, gathered
+from qlora_jax.inputs import check_regular, parse_json, read_json
+from qlora_jax.schema import TEXT, mapped, misfits
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -33,6 +35,8 @@ _DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 _MAX_HEADER_BYTES = 100_000_000
+_MAX_INDEX_BYTES = 96 << 20
+_MAX_AXES, _MAX_AXIS = 8, 2**40
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -135,15 +139,15 @@ def shortened(names: Sequence[str], limit: int = 8) -> str:
 def _files(folder: Path) -> tuple[list[Path], list[str]]:
     """Returns the files to read, and notes on those that are there and are not read."""
     index = folder / INDEX
-    if (folder / SINGLE).exists():
+    if os.path.lexists(folder / SINGLE):
         beside = (
             f"{INDEX} is there beside {SINGLE}, which is read whole; it is not used"
         )
         return [folder / SINGLE], [beside] if index.exists() else []
-    if not index.exists():
+    if not os.path.lexists(index):
         raise CheckpointError(_no_weights(folder))
     shards = _shards(index)
-    if missing := [s for s in shards if not (folder / s).exists()]:
+    if missing := [s for s in shards if not os.path.lexists(folder / s)]:
         raise CheckpointError(
             gathered(f"{folder} lacks shards that {INDEX} names; fetch them", missing)
         )
@@ -152,19 +156,17 @@ def _files(folder: Path) -> tuple[list[Path], list[str]]:
 
 def _shards(index: Path) -> list[str]:
     """Returns the files that an index names."""
-    try:
-        shards = sorted(
-            set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        )
-        if wrong := [s for s in shards if Path(s).name != s]:
-            raise ValueError(f"{wrong[0]!r} is no file name")
-        if not shards:
-            raise ValueError("its weight_map is empty")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    read = read_json(index, limit=_MAX_INDEX_BYTES)
+    problems = misfits(read, {"weight_map": mapped(TEXT)}, ("weight_map",))
+    shards = [] if problems else sorted(set(read["weight_map"].values()))
+    if wrong := [s for s in shards if Path(s).name != s or "\0" in s]:
+        problems.append(f"{wrong[0][:80]!r} is no file name")
+    if problems or not shards:
+        what = "; ".join(problems) or "its weight_map is empty"
         raise CheckpointError(
-            f"{index} is no safetensors index ({error!r}); expected an object with a "
+            f"{index} is no safetensors index ({what}); expected an object with a "
             "weight_map from tensors to files. Fetch it again."
-        ) from None
+        )
     return shards
 
 
@@ -190,46 +192,95 @@ def _no_weights(folder: Path) -> str:
     return f"{text}; expected a Hugging Face model folder"
 
 
-def _parse(name: str, entry: dict[str, Any]) -> tuple[str, str, tuple, int, int]:
-    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    numbers = (*shape, begin, end)
-    if not all(type(i) is int and i >= 0 for i in numbers) or not isinstance(
-        dtype, str
-    ):
-        raise ValueError(name)
-    return name, dtype, tuple(shape), begin, end
+class _Entry(NamedTuple):
+    """What a header says of one tensor; its bytes are counted from the header's end."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def _entry(name: str, value: Any) -> _Entry | str:
+    """Reads a header's entry of a tensor, or says what is wrong with it."""
+    keys = {"dtype", "shape", "data_offsets"}
+    if not isinstance(value, dict) or value.keys() != keys:
+        return f"{name[:80]} has an entry other than dtype, shape and data_offsets"
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        return f"{name} has dtype {dtype!r:.80}, which is unknown"
+    if not _are_sizes(shape) or len(shape) > _MAX_AXES or max([*shape, 0]) > _MAX_AXIS:
+        return f"{name} has the shape {shape!r:.80}, which no array has"
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        return f"{name} has the data_offsets {offsets!r:.80}, expected two places"
+    entry = _Entry(name, _DTYPES[dtype], tuple(shape), *offsets)
+    needed = math.prod(shape) * entry.dtype.itemsize
+    if entry.end - entry.begin != needed:
+        have = entry.end - entry.begin
+        return f"{name} has {have} bytes, its shape needs {needed}"
+    return entry
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(i) is int and i >= 0 for i in values)
 
 
 def _read_header(file: Path) -> tuple[dict[str, TensorInfo], list[str]]:
-    size = file.stat().st_size
+    """Returns what a file has, and what is wrong with it."""
+    size = check_regular(file)
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
             return {}, [f"{file.name}: truncated or no safetensors file ({size} bytes)"]
-        try:
-            header: dict[str, Any] = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            entries = [_parse(name, value) for name, value in header.items()]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return {}, [f"{file.name}: its header is corrupt"]
-    infos, problems = {}, []
-    for name, dtype, shape, begin, end in entries:
-        if dtype not in _DTYPES:
-            problems.append(f"{file.name}: {name} has dtype {dtype}, which is unknown")
-            continue
-        expected = math.prod(shape) * _DTYPES[dtype].itemsize
-        if end - begin != expected:
-            problems.append(
-                f"{file.name}: {name} has {end - begin} bytes, its shape needs {expected}"
-            )
-        elif 8 + length + end > size:
-            problems.append(
-                f"{file.name}: {name} ends at byte {8 + length + end}, the file at {size}: "
-                "truncated; fetch it again"
-            )
-        else:
-            infos[name] = TensorInfo(file, _DTYPES[dtype], shape, 8 + length + begin)
-    return infos, problems
+        text = stream.read(length)
+    try:
+        header = parse_json(text.decode("utf-8"), f"{file.name}: its header")
+    except UnicodeDecodeError:
+        return {}, [f"{file.name}: its header is corrupt: it is not UTF-8"]
+    except CheckpointError as error:
+        return {}, [f"{error}; it is corrupt"]
+    if not isinstance(header, dict) or not isinstance(
+        header.pop("__metadata__", {}), dict
+    ):
+        return {}, [f"{file.name}: its header is corrupt: it is no object of tensors"]
+    read = [_entry(name, value) for name, value in header.items()]
+    entries = [entry for entry in read if isinstance(entry, _Entry)]
+    problems = [problem for problem in read if isinstance(problem, str)]
+    start = 8 + length
+    problems += _unlike_the_file(entries, size - start, whole=not problems)
+    infos = {
+        entry.name: TensorInfo(file, entry.dtype, entry.shape, start + entry.begin)
+        for entry in entries
+    }
+    return infos, [f"{file.name}: {problem}" for problem in problems]
+
+
+def _unlike_the_file(entries: list[_Entry], size: int, *, whole: bool) -> list[str]:
+    """Says where tensors do not lie one after another, or do not end where the file does.
+
+    Args:
+      entries: What the header says.
+      size: Bytes after the header.
+      whole: Whether these are all the tensors of the file.
+    """
+    if late := [entry for entry in entries if entry.end > size]:
+        return [
+            f"{entry.name} ends at byte {entry.end} of the data, which has {size}: "
+            "truncated; fetch it again"
+            for entry in late
+        ]
+    if not whole:
+        return []
+    at, before = 0, "the header"
+    for entry in sorted(entries, key=lambda entry: (entry.begin, entry.end)):
+        if entry.begin != at:
+            how = "overlaps" if entry.begin < at else "does not follow"
+            return [f"{entry.name} {how} {before}; the file is corrupt, fetch it again"]
+        at, before = entry.end, entry.name
+    if at != size:
+        return [f"{size - at} bytes after the last tensor; the file is corrupt"]
+    return []
 
 
 class Writer:

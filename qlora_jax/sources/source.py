@@ -25,14 +25,15 @@ from pallas_kernels.formats import renamed, weight_of
 from pallas_kernels.formats.absmax4.storage import stored_block_size
 from qlora_jax.config.quant import QuantConfig
 from qlora_jax.errors import CheckpointError, gathered
-from qlora_jax.models import FAMILIES, DecoderConfig, hf_table
+from qlora_jax.inputs import read_json
+from qlora_jax.models import FAMILIES, DecoderConfig, hf_table, read_config
+from qlora_jax.models.settings import misfitting_quantization
 from qlora_jax.models.wrappers import WRAPPERS, unwrap, without_wrapper
 from qlora_jax.names import STACK, template_of
 from qlora_jax.sources import bitsandbytes
 from qlora_jax.sources.gguf.file import GGUF, open_gguf
 from qlora_jax.sources.hub import find, is_gguf
 from qlora_jax.sources.safetensors import Checkpoint, TensorInfo, shortened
-from qlora_jax.text.folder import read_json
 from qlora_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -94,9 +95,10 @@ class Source:
     @functools.cached_property
     def tensors(self) -> "Checkpoint | GGUF":
         """The tensors, by their usual names; those that the family lacks keep their own."""
-        if self.is_gguf:
-            return self._gguf
         _, config, _, named = self._written
+        if self.is_gguf:
+            _check_size(self.path, config, self._gguf)
+            return self._gguf
         checkpoint = Checkpoint(self.path)
         known = frozenset(FAMILIES[config.model_type].NAMES.values())
         wrapped = named in WRAPPERS
@@ -108,6 +110,7 @@ class Source:
             and HF_HEAD in infos
         ):
             infos[HF_EMBEDDING] = infos.pop(HF_HEAD)  # the same table by its other name
+        _check_size(self.path, config, infos)
         if wrapped:
             checkpoint.notes.append(
                 f"it is a {named}: its text model is opened alone, as {config.model_type}"
@@ -130,7 +133,7 @@ class Source:
         where = self.path / "config.json"
         if self.is_gguf:
             hf = dict(self._gguf.config)
-        elif where.exists():
+        elif os.path.lexists(where):
             hf = read_json(where)
         else:
             raise CheckpointError(_no_model(self.path))
@@ -185,20 +188,37 @@ def _parsed(
         raise CheckpointError(
             f"{where}: model_type is {named!r}; known architectures: {', '.join(known)}"
         )
-    try:
-        config = None
+    config, stored = None, None
+    # What it says of its weights first: the text model of a wrapper takes a part of that.
+    inner = hf.get("text_config")
+    problems = misfitting_quantization(hf)
+    problems += misfitting_quantization(inner) if isinstance(inner, dict) else []
+    if not problems:
         hf, problems = unwrap(hf) if named in WRAPPERS else (hf, [])
-        if not problems:
-            config, problems = FAMILIES[hf["model_type"]].read_config(hf)
-    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
-        raise CheckpointError(
-            f"{where} has a value of the wrong kind: {error!r}"
-        ) from None
-    stored, more = bitsandbytes.read_quantization_config(hf)
-    if problems := problems + more:
-        raise CheckpointError(gathered(f"{where}", problems))
+    if not problems:
+        config, found = read_config(hf)
+        stored, more = bitsandbytes.read_quantization_config(hf)
+        problems = [*found, *more]
+    if problems:
+        raise CheckpointError(gathered(f"{where} cannot be used", problems))
     assert config is not None
     return hf, config, stored, named
+
+
+def _check_size(path: Path, config: DecoderConfig, names: Collection[str]) -> None:
+    """Refuses settings of more layers or experts than there are tensors.
+
+    What they say is compared tensor by tensor, which takes time and memory for each.
+    """
+    for count, said in (
+        (config.num_layers, "num_hidden_layers"),
+        (config.num_experts, "experts"),
+    ):
+        if count > len(names):
+            raise CheckpointError(
+                f"{path}: its settings say {said} {count}, and it has {len(names)} tensors "
+                "in all"
+            )
 
 
 def _no_model(folder: Path) -> str:

@@ -9,7 +9,6 @@ Source: transformers 5.24, utils/chat_template_utils.py (render_jinja_template).
 """
 
 import functools
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -17,7 +16,9 @@ from typing import Any, Literal
 import jinja2
 
 from qlora_jax.errors import DataError
+from qlora_jax.inputs import parse_json
 from qlora_jax.text.environment import compiled, names_in, render
+from qlora_jax.text.limits import Stopped
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -35,6 +36,7 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None):
         self.source = source
         self._special = dict(special_tokens or {})
+        self._stopped: str | None = None
 
     @functools.cached_property
     def marks(self) -> bool:
@@ -115,10 +117,15 @@ class ChatTemplate:
             "messages": [_shown(message) for message in messages],
             "add_generation_prompt": add_generation_prompt,
         }
+        if self._stopped is not None:
+            # Each row would take as long again.
+            raise DataError(f"the chat template was stopped before: {self._stopped}")
         try:
             template = compiled(self.source)
             try:
                 text, run = render(template, values)
+            except Stopped:
+                raise
             except Exception:
                 # Many templates take a content for granted, beside tool calls too.
                 bare = [m for m in values["messages"] if "content" not in m]
@@ -127,6 +134,12 @@ class ChatTemplate:
                 for message in bare:
                     message["content"] = ""
                 text, run = render(template, values)
+            text.encode()  # half of a surrogate pair is no text
+        except Stopped as error:
+            self._stopped = str(error)
+            raise DataError(
+                f"the chat template refuses the messages: {error}"
+            ) from None
         except jinja2.TemplateSyntaxError as error:
             raise DataError(
                 f"the chat template refuses the messages: its line {error.lineno} is no "
@@ -254,7 +267,7 @@ def variables_of(row: Mapping[str, Any], template: ChatTemplate) -> dict[str, An
         value = found.get(key, row.get(key))
         if isinstance(value, str):  # as files of one type a column have them
             try:
-                value = json.loads(value)
+                value = parse_json(value, "a field", error=DataError, strict=False)
             except ValueError:
                 raise DataError(f"{key!r} is a text, and no JSON") from None
         if value is None:

@@ -1,18 +1,19 @@
 """Runs chat templates in transformers' environment, in a sandbox with limits.
 
 Templates are programs that come with a download. Jinja's immutable sandbox keeps them from
-what lies outside their variables. The limits here end those that would not end by
-themselves: a template may make MAX_STEPS rounds of its loops and calls, and write
-MAX_CHARACTERS.
+what lies outside their variables. The limits of text/limits.py end those that would not end by
+themselves, or would fill the memory: loops, calls, filters, operators, values that are made and
+text that is written pass through the methods here. Nothing is computed when a template is
+compiled, where no limit counts.
 
 Source: transformers 5.24, utils/chat_template_utils.py (_compile_jinja_template).
 """
 
-import contextvars
+import contextlib
 import datetime
 import functools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jinja2
@@ -21,45 +22,27 @@ import jinja2.meta
 import jinja2.nodes
 import jinja2.sandbox
 import jinja2.visitor
+from jinja2.utils import _PassArg
 
-MAX_STEPS = 2_000_000
-"""Rounds of loops in one rendering; a call of a function counts as CALL of them."""
+from qlora_jax.text.limits import (
+    A_STEP,
+    CALL,
+    CURRENT,
+    MAX_SOURCE,
+    Rendering,
+    each,
+    size_of,
+    widths,
+)
 
-CALL = 10
+_GROWING = frozenset(
+    {"center", "ljust", "rjust", "zfill", "expandtabs", "replace", "join", "format"}
+    | {"format_map", "translate", "strftime_now"}
+)
+"""Methods and functions whose result may be larger than all that they are given."""
 
-MAX_CHARACTERS = 32_000_000
-"""Length of one rendering, and of a text that is repeated by `*`."""
-
-
-class Rendering:
-    """What is known of a rendering while it goes on.
-
-    Attributes:
-      marks: (start, end) of each generation block in the text.
-      length: Characters written so far.
-    """
-
-    def __init__(self):
-        self.marks: list[tuple[int, int]] = []
-        self.length = 0
-        self._steps = 0
-
-    def step(self, count: int = 1) -> None:
-        """Counts rounds of loops, and calls."""
-        self._steps += count
-        if self._steps > MAX_STEPS:
-            raise jinja2.TemplateError(f"it takes more than {MAX_STEPS} steps")
-
-    def write(self, block: str) -> None:
-        """Counts characters."""
-        self.length += len(block)
-        if self.length > MAX_CHARACTERS:
-            raise jinja2.TemplateError(
-                f"it writes more than {MAX_CHARACTERS} characters"
-            )
-
-
-CURRENT: contextvars.ContextVar[Rendering] = contextvars.ContextVar("rendering")
+_PLAIN = frozenset({"default", "d", "int", "float", "abs", "length", "count", "attr"})
+"""Filters whose result is no larger than what they are given."""
 
 
 class Generation(jinja2.ext.Extension):
@@ -80,64 +63,185 @@ class Generation(jinja2.ext.Extension):
         return text
 
 
-class _CountLoops(jinja2.visitor.NodeTransformer):
-    """Sends what each loop goes over through `Environment.counted`."""
+class _Limited(jinja2.visitor.NodeTransformer):
+    """Sends loops, and what makes values, through methods of the environment.
 
-    def visit_For(self, node: jinja2.nodes.For) -> jinja2.nodes.Node:  # noqa: N802
+    Text in blocks whose output is a value (macros, `{% set %}`) becomes an expression, which
+    is counted where it is put out; all other text is counted by `render`.
+    """
+
+    def __init__(self) -> None:
+        self._blocks = 0
+
+    def visit_For(self, node: Any) -> Any:  # noqa: N802
         self.generic_visit(node)
-        counted = jinja2.nodes.EnvironmentAttribute("counted")
-        call = jinja2.nodes.Call(counted, [node.iter], [], None, None)
-        node.iter = call.set_lineno(node.lineno)
+        node.iter = _through("counted", [node.iter], node)
         return node
+
+    def visit_Concat(self, node: Any) -> Any:  # noqa: N802
+        self.generic_visit(node)
+        return _through("concatenated", node.nodes, node)
+
+    def visit_Compare(self, node: Any) -> Any:  # noqa: N802
+        return _through("compared", [self.generic_visit(node)], node)
+
+    def visit_Getitem(self, node: Any) -> Any:  # noqa: N802
+        made = self.generic_visit(node)
+        return _through("made", [made], node) if type(node.arg) is _Slice else made
+
+    def _value(self, node: Any) -> Any:
+        made = self.generic_visit(node)
+        # On the left of an assignment, a tuple is nothing that is made.
+        loads = getattr(node, "ctx", "load") == "load"
+        return _through("made", [made], node) if loads else made
+
+    visit_List = visit_Tuple = visit_Dict = _value
+
+    def visit_TemplateData(self, node: Any) -> Any:  # noqa: N802
+        if not self._blocks:
+            return node
+        return jinja2.nodes.Const(node.data).set_lineno(node.lineno)
+
+    def _block(self, node: Any) -> Any:
+        self._blocks += 1
+        made = self.generic_visit(node)
+        self._blocks -= 1
+        return made
+
+    visit_Macro = visit_AssignBlock = visit_FilterBlock = visit_CallBlock = _block
+
+
+_Slice = jinja2.nodes.Slice
+
+
+def _through(method: str, values: list[Any], node: Any) -> jinja2.nodes.Node:
+    """Returns a call of a method of the environment."""
+    attribute = jinja2.nodes.EnvironmentAttribute(method)
+    call = jinja2.nodes.Call(attribute, values, [], None, None)
+    call.set_environment(node.environment)
+    return call.set_lineno(node.lineno, override=True)
 
 
 class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """The environment of all chat templates."""
 
-    intercepted_binops = frozenset({"*", "**"})
+    intercepted_binops = frozenset({"+", "-", "*", "/", "//", "%", "**"})
 
     def __init__(self):
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[Generation, jinja2.ext.loopcontrols],
+            finalize=_put_out,
+            optimized=False,
         )
         self.filters["tojson"] = _tojson
+        self.filters = {name: _limited(name, f) for name, f in self.filters.items()}
         self.globals["raise_exception"] = _refuse
         self.globals["strftime_now"] = _strftime_now
         self.globals["namespace"] = _Namespace
+        del self.globals["lipsum"]  # which makes up as much text as it is asked for
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> Any:
-        return _CountLoops().visit(super()._parse(source, name, filename))
+        return _Limited().visit(super()._parse(source, name, filename))
 
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Calls a function for a template."""
-        if (run := CURRENT.get(None)) is not None:
-            run.step(CALL)
-        return super().call(context, obj, *args, **kwargs)
+        if getattr(obj, "__self__", None) is self:  # what _through has put there
+            return obj(*args)
+        if (run := CURRENT.get(None)) is None:
+            return super().call(context, obj, *args, **kwargs)
+        own = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)
+        run.step(CALL + size_of(own) // A_STEP)
+        if (name := getattr(obj, "__name__", "").lstrip("_")) in _GROWING:
+            value, others = (own, args) if own is not None else (args[:1], args[1:])
+            if "format" in name or name == "strftime_now":
+                others = (*others, *widths(value))
+            run.product(value, [*others, *kwargs.values()])
+        return run.made(super().call(context, obj, *args, **kwargs))
 
     def counted(self, values: Any) -> Any:
         """Returns what a loop goes over, counted."""
-        run = CURRENT.get(None)
-        if run is None:
+        if (run := CURRENT.get(None)) is None:
             return values
         if hasattr(values, "__len__"):
             run.step(len(values))
-            return values
-        if isinstance(values, Iterable) and not isinstance(values, jinja2.Undefined):
-            return _each(values, run)
+        elif isinstance(values, Iterable) and not isinstance(values, jinja2.Undefined):
+            return each(values, run)
         return values
 
+    def compared(self, value: Any) -> Any:
+        """Returns the result of a comparison, which counts as a step."""
+        if (run := CURRENT.get(None)) is not None:
+            run.step()
+        return value
+
+    def made(self, value: Any) -> Any:
+        """Returns a value that a template has made, when it is not too large."""
+        run = CURRENT.get(None)
+        return value if run is None else run.made(value)
+
+    def concatenated(self, *values: Any) -> str:
+        """Returns texts one after another, as `~` does."""
+        texts = (x if isinstance(x, str) else str(self.made(x)) for x in values)
+        return self.made("".join(texts))
+
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Computes `*` and `**` for a template."""
-        sizes = [len(x) for x in (left, right) if isinstance(x, (str, list, tuple))]
-        counts = [abs(x) for x in (left, right) if isinstance(x, int)]
-        if operator == "*" and sizes and counts:
-            if sizes[0] * counts[0] > MAX_CHARACTERS:
-                raise jinja2.TemplateError(f"it repeats to over {MAX_CHARACTERS}")
-        if operator == "**" and any(count > 1000 for count in counts):
-            raise jinja2.TemplateError("it computes a power of over 1000")
-        return super().call_binop(context, operator, left, right)
+        """Computes with two values for a template."""
+        if (run := CURRENT.get(None)) is None:
+            return super().call_binop(context, operator, left, right)
+        if operator == "*" and isinstance(right, (str, list, tuple)):
+            run.product(right, [left])
+        elif operator == "*" and isinstance(left, (str, list, tuple)):
+            run.product(left, [right])
+        elif operator == "%" and isinstance(left, str):
+            given = right if isinstance(right, tuple) else (right,)
+            run.product(left, [*given, *widths(left)])
+        elif operator == "**":
+            run.power(left, right)
+        return run.made(super().call_binop(context, operator, left, right))
+
+
+@jinja2.pass_context
+def _put_out(context: Any, value: Any) -> Any:
+    """Counts what an expression writes.
+
+    As it takes the context, the compiler computes no expression beforehand.
+    """
+    run = CURRENT.get(None)
+    if run is None or isinstance(value, jinja2.Undefined):
+        return value
+    text = value if isinstance(value, str) else str(run.made(value))
+    run.step()
+    run.write(len(text))
+    return text
+
+
+def _limited(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a filter that is held to the limits, and that the compiler leaves alone."""
+    takes = _PassArg.from_obj(function)
+
+    @jinja2.pass_context
+    @functools.wraps(function)
+    def limited(context: Any, value: Any = "", *args: Any, **kwargs: Any) -> Any:
+        given = {
+            _PassArg.context: (context,),
+            _PassArg.eval_context: (context.eval_ctx,),
+            _PassArg.environment: (context.environment,),
+        }.get(takes, ())
+        run = CURRENT.get(None)
+        if run is None or name in _PLAIN:
+            return function(*given, value, *args, **kwargs)
+        run.step(CALL + size_of(value) // A_STEP)
+        others = [*args, *kwargs.values()]
+        if name == "format":
+            others += widths(value)
+        elif name == "sum" and any(isinstance(x, (list, tuple)) for x in others):
+            others.append(value)  # which copies what it has at each item
+        run.product(value, others)
+        return run.made(function(*given, value, *args, **kwargs))
+
+    return limited
 
 
 class _Namespace(jinja2.utils.Namespace):
@@ -157,12 +261,6 @@ class _Namespace(jinja2.utils.Namespace):
 def _check_name(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
         raise jinja2.exceptions.SecurityError(f"it sets {name!r} on a namespace")
-
-
-def _each(values: Iterable[Any], run: Rendering) -> Iterator[Any]:
-    for value in values:
-        run.step()
-        yield value
 
 
 def _tojson(
@@ -196,6 +294,26 @@ def environment() -> Environment:
     return Environment()
 
 
+@contextlib.contextmanager
+def _compiling(source: str) -> Iterator[None]:
+    """Raises jinja2.TemplateError for whatever a template makes its compiler stumble over."""
+    if len(source) > MAX_SOURCE:
+        raise jinja2.TemplateError(
+            f"it has {len(source)} characters, expected at most {MAX_SOURCE}"
+        )
+    try:
+        yield
+    # Python refuses what is nested too deeply in one of these ways, and long numbers.
+    except (
+        RecursionError,
+        MemoryError,
+        SyntaxError,
+        ValueError,
+        OverflowError,
+    ) as error:
+        raise jinja2.TemplateError(f"it cannot be compiled: {error}") from None
+
+
 @functools.lru_cache(maxsize=64)
 def compiled(source: str) -> jinja2.Template:
     """Compiles a template, once for each source.
@@ -203,7 +321,8 @@ def compiled(source: str) -> jinja2.Template:
     Raises:
       jinja2.TemplateError: its syntax is wrong.
     """
-    return environment().from_string(source)
+    with _compiling(source):
+        return environment().from_string(source)
 
 
 @functools.lru_cache(maxsize=64)
@@ -213,7 +332,8 @@ def names_in(source: str) -> tuple[frozenset[str], frozenset[str]]:
     The names are its attributes and its string constants: `m.name`, `m['name']` and
     `m.get('name')` alike.
     """
-    tree = environment().parse(source)
+    with _compiling(source):
+        tree = environment().parse(source)
     variables = jinja2.meta.find_undeclared_variables(tree)
     fields = {node.attr for node in tree.find_all(jinja2.nodes.Getattr)}
     for node in tree.find_all(jinja2.nodes.Const):
@@ -234,7 +354,8 @@ def render(template: jinja2.Template, values: dict[str, Any]) -> tuple[str, Rend
     try:
         blocks = []
         for block in template.generate(values):
-            run.write(block)
+            run.length += len(block)
+            run.write(len(block))
             blocks.append(block)
         return "".join(blocks), run
     finally:

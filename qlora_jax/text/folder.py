@@ -15,16 +15,31 @@ Source: transformers 5.24, tokenization_utils_base.py (_from_pretrained) and
 tokenization_utils_tokenizers.py (TokenizersBackend.__init__).
 """
 
+import contextlib
 import json
 import logging
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tokenizers
 
-from qlora_jax.errors import CheckpointError
+from qlora_jax.errors import CheckpointError, gathered
+from qlora_jax.inputs import read_bytes, read_json, read_text
+from qlora_jax.schema import (
+    FLAG,
+    NULL,
+    TEXT,
+    Kind,
+    either,
+    listed,
+    mapped,
+    misfits,
+    shaped,
+    whole,
+)
 from qlora_jax.text import convert
 
 logger = logging.getLogger(__name__)
@@ -50,6 +65,35 @@ DEFAULT = "default"
 
 _AS_JSON_SAYS = ("mistral", "mixtral", "phi3", "granite", "olmo2", "qwen2")
 """Model types of which tokenizer.json counts, though the config names LlamaTokenizer."""
+
+
+_MAX_TOKENIZER_BYTES = 512 << 20
+ID = whole(0, 2**31 - 1)
+_FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
+_TOKEN = either(
+    TEXT, shaped({"content": TEXT, **dict.fromkeys(_FLAGS, FLAG)}, ("content",))
+)
+_TEMPLATE = shaped({"name": TEXT, "template": TEXT}, ("name", "template"))
+_EXTRA = either(NULL, listed(_TOKEN), mapped(_TOKEN))
+_SETTINGS: dict[str, Kind] = {
+    "added_tokens_decoder": either(NULL, mapped(_TOKEN)),
+    "extra_special_tokens": _EXTRA,
+    "additional_special_tokens": _EXTRA,
+    "chat_template": either(NULL, TEXT, listed(_TEMPLATE), mapped(TEXT)),
+    "tokenizer_class": either(NULL, TEXT),
+    **dict.fromkeys(("split_special_tokens", "legacy"), either(NULL, FLAG)),
+    "add_prefix_space": either(NULL, FLAG),
+}
+"""Fields of tokenizer_config.json and special_tokens_map.json -> their kinds."""
+
+_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+"""Fields that hold a token. Others that end so may hold it too, or say anything else."""
+
+_IDS: dict[str, Kind] = {
+    "bos_token_id": either(NULL, ID),
+    "eos_token_id": either(NULL, ID, listed(ID, 1000)),
+}
+"""Fields of generation_config.json and config.json -> their kinds."""
 
 
 class Parts(NamedTuple):
@@ -91,20 +135,19 @@ def read_folder(folder: Path) -> Parts | None:
         not installed.
     """
     path, named = folder / "tokenizer.json", {}
-    if path.exists():
-        try:
-            made = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise CheckpointError(f"{path} is no tokenizer: {error}") from None
+    own = os.path.lexists(path)
+    if own:
+        made = _open_tokenizer(path)
     elif source := convert.source_of(folder):
         made, named = convert.convert(source)
     else:
         return None
     settings, added = _settings(folder)
-    model = read_json(folder / "config.json")
+    model = read_json(folder / "config.json", optional=True)
     if isinstance(inner := model.get("text_config"), dict):  # of a multimodal model
         model = inner | model
-    if path.exists():
+    _check(folder / "config.json", misfits(model, _IDS))
+    if own:
         made = _as_its_class(made, settings, model.get("model_type"))
     special = named | _special_tokens(settings)
     made.no_truncation()
@@ -112,7 +155,9 @@ def read_folder(folder: Path) -> Parts | None:
     made.encode_special_tokens = bool(settings.get("split_special_tokens", False))
     _add_tokens(made, settings, added, special, folder)
     ids = {key: made.token_to_id(text) for key, text in special.items()}
-    generation = read_json(folder / "generation_config.json")
+    where = folder / "generation_config.json"
+    generation = read_json(where, optional=True)
+    _check(where, misfits(generation, _IDS))
     stored = generation.get("eos_token_id", model.get("eos_token_id"))
     ends = [ids.get("eos_token"), *(stored if isinstance(stored, list) else [stored])]
     bos = ids.get("bos_token")
@@ -132,25 +177,67 @@ def _settings(
     folder: Path,
 ) -> tuple[dict[str, Any], dict[int, tokenizers.AddedToken]]:
     """Returns tokenizer_config.json, completed, and the tokens that the files add."""
-    path = folder / "tokenizer_config.json"
-    settings = read_json(path)
+    settings = _read_settings(folder / "tokenizer_config.json")
     declared = settings.get("added_tokens_decoder")
+    if declared is not None:
+        return settings, {int(i): _added(t) for i, t in declared.items()}
+    settings |= _read_settings(folder / "special_tokens_map.json")
+    special = {_text(v) for k, v in settings.items() if k.endswith("_token")}
+    special.update(_text(t) for t in _extra(settings))
+    added = read_json(path := folder / "added_tokens.json", optional=True)
+    _check(path, misfits(added, dict.fromkeys(added, ID)))
+    return settings, {
+        i: tokenizers.AddedToken(
+            text, special=text in special, normalized=text not in special
+        )
+        for text, i in added.items()
+    }
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Reads tokenizer_config.json or special_tokens_map.json; {} where there is no file."""
+    settings = read_json(path, optional=True)
+    tokens = {
+        name: either(NULL, _TOKEN)
+        for name, value in settings.items()
+        if name in _ROLES or (name.endswith("_token") and _text(value) is not None)
+    }
+    problems = misfits(settings, tokens | _SETTINGS)
+    ids = settings.get("added_tokens_decoder")
+    for name in ids if isinstance(ids, dict) else ():
+        if not (name.isascii() and name.isdecimal() and len(name) < 10):
+            problems.append(f"added_tokens_decoder has {name[:40]!r}, which is no id")
+    _check(path, problems)
+    return settings
+
+
+def _check(path: Path, problems: list[str]) -> None:
+    if problems:
+        raise CheckpointError(gathered(f"{path} cannot be used", problems))
+
+
+def _open_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    data = read_bytes(path, limit=_MAX_TOKENIZER_BYTES)
     try:
-        if declared is not None:
-            return settings, {int(i): _added(t) for i, t in declared.items()}
-        settings |= read_json(path := folder / "special_tokens_map.json")
-        special = {_text(v) for k, v in settings.items() if k.endswith("_token")}
-        special.update(_text(t) for t in _extra(settings))
-        path = folder / "added_tokens.json"
-        return settings, {
-            int(i): tokenizers.AddedToken(
-                text, special=text in special, normalized=text not in special
-            )
-            for text, i in read_json(path).items()
-        }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        with no_panic():
+            return tokenizers.Tokenizer.from_buffer(data)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise CheckpointError(f"{path} is no tokenizer: {error}") from None
+
+
+@contextlib.contextmanager
+def no_panic() -> Iterator[None]:
+    """Raises CheckpointError for what the package tokenizers panics with.
+
+    That is no Exception. It comes of a tokenizer.json whose parts do not fit each other.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
         raise CheckpointError(
-            f"{path} declares tokens in a form that is not known: {error!r}"
+            f"tokenizer.json is damaged: the package tokenizers fails with {error}"
         ) from None
 
 
@@ -161,10 +248,9 @@ def _text(value: Any) -> str | None:
 
 
 def _added(value: Any) -> tokenizers.AddedToken:
-    names = ("lstrip", "rstrip", "normalized", "single_word", "special")
     if isinstance(value, str):
         return tokenizers.AddedToken(value)
-    flags = {name: value[name] for name in names if name in value}
+    flags = {name: value[name] for name in _FLAGS if name in value}
     return tokenizers.AddedToken(value["content"], **flags)
 
 
@@ -274,50 +360,13 @@ def _templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     """Returns the chat templates by name; those in files replace those in the config."""
     files = {DEFAULT: folder / "chat_template.jinja"}
     files |= {file.stem: file for file in sorted((folder / TEMPLATES).glob("*.jinja"))}
-    if found := {name: read_text(f) for name, f in files.items() if f.is_file()}:
+    if found := {name: read_text(f) for name, f in files.items() if os.path.lexists(f)}:
         return found
     stored = settings.get("chat_template")
     if stored is None:
         return {}
     if isinstance(stored, str):
         return {DEFAULT: stored}
-    try:
-        if isinstance(stored, dict):
-            return {str(name): str(text) for name, text in stored.items()}
-        return {str(one["name"]): str(one["template"]) for one in stored}
-    except (KeyError, TypeError):
-        raise CheckpointError(
-            f"{folder / 'tokenizer_config.json'}: chat_template is neither a text nor a "
-            "list of objects with 'name' and 'template'"
-        ) from None
-
-
-def read_text(path: Path) -> str:
-    """Reads a UTF-8 file.
-
-    Raises:
-      CheckpointError: it is in another encoding.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is not UTF-8: {error}") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; {} where there is no file.
-
-    Raises:
-      CheckpointError: the file is not a JSON object.
-    """
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{path} holds {type(value).__name__}, expected an object"
-        )
-    return value
+    if isinstance(stored, dict):
+        return dict(stored)
+    return {one["name"]: one["template"] for one in stored}

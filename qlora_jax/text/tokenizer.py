@@ -11,8 +11,15 @@ from typing import Any, NamedTuple, cast
 import tokenizers
 
 from qlora_jax.errors import ConfigError, DataError
+from qlora_jax.inputs import read_text
 from qlora_jax.text.chat import ChatTemplate
-from qlora_jax.text.folder import DEFAULT, FILES, TEMPLATES, read_folder, read_text
+from qlora_jax.text.folder import (
+    DEFAULT,
+    FILES,
+    TEMPLATES,
+    no_panic,
+    read_folder,
+)
 
 __all__ = ["FILES", "TEMPLATES", "Encoded", "Tokenizer"]
 
@@ -195,16 +202,23 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, without BOS or EOS."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        with no_panic():
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of many texts, in parallel."""
-        encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        with no_panic():
+            encoded = self._tokenizer.encode_batch(
+                list(texts), add_special_tokens=False
+            )
         return [one.ids for one in encoded]
 
     def encode_offsets(self, texts: Sequence[str]) -> list[Encoded]:
         """Returns the ids of many texts with their places, in parallel."""
-        encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        with no_panic():
+            encoded = self._tokenizer.encode_batch(
+                list(texts), add_special_tokens=False
+            )
         return [Encoded(one.ids, one.offsets) for one in encoded]
 
     def encode_after(self, text: str) -> list[int]:
@@ -226,11 +240,13 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids, special tokens left out."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        with no_panic():
+            return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def text_of(self, ids: Sequence[int]) -> str:
         """Returns the text of ids, special tokens too."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        with no_panic():
+            return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def template(self, *, tools: bool = False) -> ChatTemplate:
         """Returns the chat template for conversations with or without tools.
@@ -307,8 +323,9 @@ class Tokenizer:
 
 def _around(tokenizer: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns the ids that a tokenizer puts before and after a text."""
-    bare = tokenizer.encode("a", add_special_tokens=False).ids
-    whole = tokenizer.encode("a", add_special_tokens=True).ids
+    with no_panic():
+        bare = tokenizer.encode("a", add_special_tokens=False).ids
+        whole = tokenizer.encode("a", add_special_tokens=True).ids
     for start in range(len(whole) - len(bare) + 1):
         if bare and whole[start : start + len(bare)] == bare:
             return tuple(whole[:start]), tuple(whole[start + len(bare) :])

@@ -1,12 +1,21 @@
 """config.json of each family to a DecoderConfig, and what is refused."""
 
 import dataclasses
+import inspect
+import re
 
 import oracle
 import pytest
 
 from qlora_jax.errors import CheckpointError
-from qlora_jax.models import FAMILIES, DecoderConfig, config_json
+from qlora_jax.models import (
+    FAMILIES,
+    DecoderConfig,
+    config_json,
+    read_config,
+    reading,
+    settings,
+)
 from qlora_jax.nn.rope import RopeScaling
 
 LLAMA3 = {
@@ -19,13 +28,13 @@ SCALING = RopeScaling(kind="llama3", factor=32.0)
 
 
 def read(hf: dict) -> DecoderConfig:
-    config, problems = FAMILIES[hf["model_type"]].read_config(hf)
+    config, problems = read_config(hf)
     assert not problems
     return config
 
 
 def problems(hf: dict) -> str:
-    config, found = FAMILIES[hf["model_type"]].read_config(hf)
+    config, found = read_config(hf)
     assert config is None
     return "\n".join(found)
 
@@ -176,3 +185,53 @@ def test_a_shape_of_no_writable_family_asks_for_its_source():
 def test_a_written_config_reads_back_as_it_was(changes):
     config = dataclasses.replace(read(oracle.hf_config()), **changes)
     assert read(config_json.write_config(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 0.5}, "hidden_size is 0.5, expected a whole number"),
+        ({"hidden_size": True}, "hidden_size is True, expected a whole number"),
+        ({"num_hidden_layers": 10**9}, "expected a whole number from 1 to 1000"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
+        ({"vocab_size": "x" * 10**6}, r"xxx\.\.\."),
+        ({"rms_norm_eps": 0}, "rms_norm_eps is 0, expected a number above 0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"rms_norm_eps": None}, "rms_norm_eps is null"),
+        ({"rope_theta": -1}, "rope_theta is -1"),
+        ({"rope_scaling": ["linear"]}, "rope_scaling is .*expected null or an object"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling.factor is 0"),
+        (
+            {"rope_parameters": {"full_attention": 3}},
+            "kind of layers that is no object",
+        ),
+        ({"hidden_act": ["silu"]}, "hidden_act is .*expected null or a text"),
+        ({"layer_types": [3, "x"]}, r"layer_types\[0\] is 3, expected a text"),
+        ({"model_type": "granite", "logits_scaling": 0}, "logits_scaling is 0"),
+        ({"model_type": "qwen3_moe", "decoder_sparse_step": 0}, "sparse_step is 0"),
+        ({"model_type": "smollm3", "no_rope_layers": "ab"}, "no_rope_layers is 'ab'"),
+        ({"num_key_value_heads": 3}, "expected a multiple of num_key_value_heads"),
+        (
+            {"num_attention_heads": 64, "num_key_value_heads": 64},
+            "a head has 1 features",
+        ),
+        ({"head_dim": 7}, "a head has 7 features, of which 7 are rotated"),
+        (
+            {"rope_scaling": LLAMA3 | {"type": "llama3", "high_freq_factor": 1.0}},
+            "low_freq_factor 1.0 and high_freq_factor 1.0",
+        ),
+    ],
+)
+def test_fields_are_held_to_their_kinds_and_ranges(changes, message):
+    assert re.search(message, problems(oracle.hf_config() | changes))
+
+
+def test_every_field_that_a_family_reads_has_a_kind():
+    """Reads the families' own sources: what they take from a config.json is in the table."""
+    taken = set()
+    for family in (*FAMILIES.values(), reading):
+        text = inspect.getsource(family)
+        taken |= set(re.findall(r"""hf(?:\.get\(|\[)"(\w+)\"""", text))
+    free = {"use_bidirectional_attention", "hidden_act"}  # true or false alone; its own
+    assert taken - free <= settings.KINDS.keys()
+    assert len(taken) > 20

@@ -334,7 +334,10 @@ def test_a_config_that_is_no_json_is_refused(tmp_path):
 def test_a_config_with_values_of_a_wrong_kind_is_refused(tmp_path):
     hf = CONFIG | {"model_type": "gemma2", "query_pre_attn_scalar": None}
     (tmp_path / "config.json").write_text(json.dumps(hf))
-    with pytest.raises(CheckpointError, match="a value of the wrong kind: TypeError"):
+    with pytest.raises(
+        CheckpointError,
+        match="scalar is null, expected a number above 0",
+    ):
         load(tmp_path)
 
 
@@ -491,6 +494,47 @@ def test_a_hub_id_is_fetched(folder, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert hub.find("owner/name-1.5B", revision="main") == folder
     assert asked == [("owner/name-1.5B", "main")]
+
+
+def test_the_hub_is_asked_only_where_nothing_local_is_meant(
+    folder, tmp_path, monkeypatch
+):
+    asked = []
+
+    def download(repo: str, **options):
+        asked.append((repo, options["local_files_only"]))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setenv(hub.OFFLINE, "0")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(
+        CheckpointError, match="runs is, so a path seems .*hf://runs/typo"
+    ):
+        hub.find("runs/typo")
+    with pytest.raises(
+        CheckpointError, match="hf://a/b/c|a/b/c is no folder and no hub"
+    ):
+        hub.find("hf://a/b/c")
+    os.mkfifo(tmp_path / "fifo.gguf")
+    with pytest.raises(CheckpointError, match="fifo.gguf is no folder and no hub id"):
+        hub.find("fifo.gguf")
+    assert asked == []
+    assert hub.find("hf://runs/typo") == hub.find("hub:runs/typo") == folder
+    monkeypatch.setenv(hub.OFFLINE, "1")
+    hub.find("owner/name")
+    assert asked == [("runs/typo", False)] * 2 + [("owner/name", True)]
+
+
+def test_offline_says_what_is_not_here(monkeypatch):
+    def download(*_, **__):
+        raise OSError("not in the cache")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setenv(hub.OFFLINE, "1")
+    with pytest.raises(CheckpointError, match="was not downloaded before.*--offline"):
+        hub.find("owner/name")
 
 
 def test_a_hub_that_does_not_answer_says_so(monkeypatch):

@@ -129,11 +129,55 @@ def test_missing_shards_are_all_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"w": 3}}', "null"]
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "holds list, expected an object"),
+        ("null", "holds NoneType, expected an object"),
+        ("{}", "is no safetensors index"),
+        ('{"weight_map": []}', "is no safetensors index"),
+        ('{"weight_map": {"w": 3}}', "is no safetensors index"),
+        ('{"weight_map": {"w": "a\\u0000b"}}', "is no safetensors index"),
+        ('{"weight_map": {"w": "a"}, "weight_map": {"w": "b"}}', "the key .* twice"),
+    ],
 )
-def test_an_index_that_is_none_is_refused(tmp_path, text):
+def test_an_index_that_is_none_is_refused(tmp_path, text, message):
     (tmp_path / INDEX).write_text(text)
-    with pytest.raises(CheckpointError, match=f"{INDEX} is no safetensors index"):
+    with pytest.raises(CheckpointError, match=f"{INDEX} {message}|{INDEX} .*{message}"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entries", "size", "message"),
+    [
+        ({"a": (0, 4), "b": (2, 6)}, 6, "b overlaps a"),
+        ({"a": (0, 4), "b": (0, 4)}, 4, "b overlaps a"),
+        ({"a": (0, 4), "b": (6, 10)}, 10, "b does not follow a"),
+        ({"a": (2, 6)}, 6, "a does not follow the header"),
+        ({"a": (0, 4)}, 9, "5 bytes after the last tensor"),
+    ],
+)
+def test_tensors_lie_one_after_another_and_fill_the_file(
+    tmp_path, entries, size, message
+):
+    header = {
+        name: {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end]}
+        for name, (begin, end) in entries.items()
+    }
+    raw(tmp_path, header, bytes(size))
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [[0, 2**63], [1] * 70, [0, 10**40]])
+def test_shapes_that_no_array_has_are_refused(tmp_path, shape):
+    end = 0 if 0 in shape else 1
+    raw(
+        tmp_path,
+        {"w": {"dtype": "U8", "shape": shape, "data_offsets": [0, end]}},
+        bytes(end),
+    )
+    with pytest.raises(CheckpointError, match="which no array has"):
         Checkpoint(tmp_path)
 
 
@@ -195,7 +239,7 @@ def test_an_unknown_dtype_is_named(tmp_path):
     raw(
         tmp_path, {"w": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}, bytes(1)
     )
-    with pytest.raises(CheckpointError, match="w has dtype F4, which is unknown"):
+    with pytest.raises(CheckpointError, match="w has dtype 'F4', which is unknown"):
         Checkpoint(tmp_path)
 
 

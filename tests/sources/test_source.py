@@ -174,12 +174,20 @@ def test_a_tensor_in_two_shards_is_read_from_the_latter(plain, tmp_path, caplog)
     assert "model.norm.weight (model-00001-of-00002" in warned(caplog)
 
 
-@pytest.mark.parametrize("text", ['{"metadata": {"total_size": 1}}', "[]", "{}", "x"])
-def test_an_index_without_a_map_is_refused(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"metadata": {"total_size": 1}}', "expected an object with a weight_map"),
+        ("{}", "expected an object with a weight_map"),
+        ("[]", "holds list, expected an object"),
+        ("x", "is not JSON"),
+    ],
+)
+def test_an_index_without_a_map_is_refused(tmp_path, text, message):
     oracle.write_folder(tmp_path, CONFIG, {})
     (tmp_path / SINGLE).unlink()
     (tmp_path / INDEX).write_text(text)
-    with pytest.raises(CheckpointError, match="expected an object with a weight_map"):
+    with pytest.raises(CheckpointError, match=message):
         load(tmp_path)
 
 

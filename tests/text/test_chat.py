@@ -14,7 +14,7 @@ from qlora_jax.config.data import DataConfig
 from qlora_jax.data.forms import Example, Former
 from qlora_jax.data.tokenize import Row, tokenize
 from qlora_jax.errors import DataError
-from qlora_jax.text import Tokenizer, environment
+from qlora_jax.text import Tokenizer, environment, limits
 from qlora_jax.text.chat import ChatTemplate
 from qlora_jax.text.turns import examples_of
 
@@ -312,6 +312,11 @@ def test_parts_that_are_no_text_are_refused():
 
 # --- limits
 
+_GROWN = (
+    "{{% set ns = namespace(t='a') %}}{{% for i in range(99) %}}"
+    "{{% set ns.t = {} %}}{{% endfor %}}"
+)
+
 
 @pytest.mark.parametrize(
     ("template", "message"),
@@ -321,9 +326,33 @@ def test_parts_that_are_no_text_are_refused():
         ("{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(1) }}", "recursion"),
         ("{% macro f(n) %}{% if n %}{{ f(n - 1) ~ f(n - 1) }}{% endif %}{% endmacro %}"
          "{{ f(60) }}", "more than 20000 steps"),
-        ("{{ 'a' * 999999999 }}", "repeats"),
-        ("{{ 9 ** 99999999 }}", "power"),
-        ("{% for a in range(9999) %}{{ 'a' * 9999 }}{% endfor %}", "32000000 characters"),
+        ("{{ 'a' * 999999999 }}", "may make a value"),
+        ("{{ 'a'.center(999999999) }}", "may make a value"),
+        ("{{ 'a' | center(999999999) }}", "may make a value"),
+        ("{{ '%999999999d' % 1 }}", "may make a value"),
+        ("{{ '%*d' % (999999999, 1) }}", "may make a value"),
+        ("{{ '{:>999999999}'.format(1) }}", "may make a value"),
+        ("{{ ('a' * 99999).replace('a', 'b' * 99999) }}", "may make a value"),
+        ("{{ (['a'] * 99999) | join('b' * 99999) }}", "may make a value|20000 steps"),
+        ("{{ [1] | slice(999999999) | list }}", "may make a value"),
+        ("{{ messages | tojson(indent=999999999) }}", "may make a value"),
+        ("{{ ([[1]] * 99999) | sum(start=[]) }}", "may make a value|20000 steps"),
+        ("{{ 9 ** 99999999 }}", "a number of over"),
+        (_GROWN.format("ns.t ~ ns.t"), "a value of over|20000 steps"),
+        (_GROWN.format("ns.t + ns.t"), "a value of over|20000 steps"),
+        (_GROWN.format("[ns.t, ns.t]"), "a value of over|20000 steps"),
+        (_GROWN.format("'%s%s' % (ns.t, ns.t)"), "a value of over|20000 steps"),
+        ("{% set ns = namespace(t='a') %}{% for i in range(99) %}{% set ns.t %}{{ ns.t }}"
+         "{{ ns.t }}{% endset %}{% endfor %}", "characters"),
+        ("{% set ns = namespace(t=9) %}{% for i in range(99) %}"
+         "{% set ns.t = ns.t * ns.t %}{% endfor %}", "a number of over"),
+        ("{% for a in range(9999) %}{{ 'a' * 9999 }}{% endfor %}", "characters|20000 steps"),
+        ("{% set x %}{% for a in range(9999) %}" + "a" * 9999 + "{% endfor %}{% endset %}",
+         "characters"),
+        ("{{ " + "(" * 500 + "1" + ")" * 500 + " }}", "cannot be compiled|recursion"),
+        ("{{ " + "9" * 5000 + " }}", "cannot be compiled"),
+        ("a" * 300_000, "300000 characters, expected at most"),
+        ("{{ '\\ud800' }}", "surrogates not allowed"),
         ("{% set x = namespace(__class__=1) %}", "sets '__class__' on a namespace"),
         ("{{ messages.append(1) }}", "unsafe"),
         ("{% include 'x' %}", "no loader"),
@@ -332,9 +361,19 @@ def test_parts_that_are_no_text_are_refused():
 def test_templates_that_do_not_end_or_reach_out_are_stopped(
     template, message, monkeypatch
 ):
-    monkeypatch.setattr(environment, "MAX_STEPS", 20_000)
+    monkeypatch.setattr(limits, "MAX_STEPS", 20_000)
     with pytest.raises(DataError, match=f"refuses the messages: .*{message}"):
         ChatTemplate(template).render(chat_cases.turns("a"))
+
+
+def test_a_template_that_was_stopped_is_not_tried_again(monkeypatch):
+    monkeypatch.setattr(limits, "MAX_STEPS", 100)
+    made = ChatTemplate("{% for a in range(messages[0].content | int) %}{% endfor %}b")
+    assert made.render(chat_cases.turns("3")) == "b"
+    with pytest.raises(DataError, match="more than 100 steps"):
+        made.render(chat_cases.turns("999"))
+    with pytest.raises(DataError, match="was stopped before: .*more than 100 steps"):
+        made.render(chat_cases.turns("3"))
 
 
 def test_a_template_is_compiled_once():

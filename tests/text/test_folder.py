@@ -65,7 +65,7 @@ def test_eos_ids_come_from_all_files(tmp_path):
 )
 def test_declarations_of_another_form_are_refused(tmp_path, files):
     folder = folder_cases.write(tmp_path, folder_cases.Case(files))
-    with pytest.raises(CheckpointError, match="declares tokens in a form that is not"):
+    with pytest.raises(CheckpointError, match=r"json cannot be used \(1 problem\)"):
         Tokenizer.open(folder)
 
 
@@ -132,7 +132,7 @@ def test_a_template_of_ones_own_is_a_file(tmp_path):
 
 
 def test_a_chat_template_of_another_form_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="neither a text nor a list of objects"):
+    with pytest.raises(CheckpointError, match=r"chat_template\[0\].template is null"):
         with_templates(tmp_path, [{"name": "default"}])
 
 

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from qlora_jax.errors import CheckpointError, DataError
-from qlora_jax.text.folder import read_json
+from qlora_jax.inputs import read_json
 from qlora_jax.text.tokenizer import Tokenizer
 
 MESSAGES = [
@@ -163,7 +163,7 @@ def test_a_broken_tokenizer_is_named(tmp_path):
     ("data", "message"),
     [
         (b"{", "is not JSON"),
-        (b"\xff", "is not JSON"),
+        (b"\xff", "is not UTF-8: byte 0 is 0xff"),
         (b"[1]", "list, expected an object"),
     ],
 )
@@ -174,7 +174,7 @@ def test_a_broken_settings_file_is_named(tmp_path, data, message):
 
 
 def test_a_json_file_that_is_not_there_is_empty(tmp_path):
-    assert read_json(tmp_path / "absent.json") == {}
+    assert read_json(tmp_path / "absent.json", optional=True) == {}
 
 
 def test_the_stories_tokenizer_is_read(shared):

@@ -34,6 +34,10 @@ PARTS = (
 )
 
 
+_MAX_STATE_BYTES = 10_000
+_MAX_AXES, _MAX_AXIS = 8, 2**40
+
+
 class Stored(NamedTuple):
     """What bitsandbytes' entries of one weight hold.
 
@@ -72,6 +76,11 @@ def read(tensors: Mapping[str, np.ndarray], name: str) -> Stored:
     if packed.size < size:
         raise FormatError(f"{name}: {packed.size} bytes, shape {shape} needs {size}")
     absmax = _get(tensors, f"{name}.absmax")
+    wanted = np.uint8 if "nested_offset" in state else np.floating
+    if not np.issubdtype(absmax.dtype, wanted):
+        raise FormatError(
+            f"{name}: its absmax is {absmax.dtype}, expected {wanted.__name__}"
+        )
     blocks = -(-math.prod(shape) // block_size)
     if absmax.size != blocks:
         raise FormatError(f"{name}: {absmax.size} absmax values, expected {blocks}")
@@ -86,14 +95,26 @@ def _read_absmax(
 ) -> dict[str, np.ndarray]:
     if "nested_offset" not in state:
         return {"absmax": absmax.astype(np.float32)}
-    scale = _get(tensors, f"{name}.nested_absmax").astype(np.float32).reshape(-1)
-    table = _get(tensors, f"{name}.nested_quant_map")
+    scale = _get(tensors, f"{name}.nested_absmax").reshape(-1)
+    table = _get(tensors, f"{name}.nested_quant_map").reshape(-1)
     nested_block, offset = state.get("nested_blocksize"), state["nested_offset"]
-    if not isinstance(offset, (int, float)):
-        raise FormatError(f"{name}: its nested_offset is {offset!r}")
-    if not isinstance(nested_block, int) or nested_block < 1:
-        raise FormatError(f"{name}: its nested_blocksize is {nested_block!r}")
-    offset = np.asarray(offset, np.float32)
+    largest = float(np.finfo(np.float32).max)
+    if type(offset) not in (int, float) or not abs(offset) < largest:
+        raise FormatError(f"{name}: its nested_offset is {offset!r:.80}")
+    if type(nested_block) is not int or not 1 <= nested_block <= _MAX_AXIS:
+        raise FormatError(f"{name}: its nested_blocksize is {nested_block!r:.80}")
+    if table.size != 256 or not np.issubdtype(table.dtype, np.floating):
+        raise FormatError(
+            f"{name}: its nested_quant_map has {table.size} values of {table.dtype}, "
+            "expected 256 floats"
+        )
+    if not np.issubdtype(scale.dtype, np.floating):
+        raise FormatError(
+            f"{name}: its nested_absmax is {scale.dtype}, expected floats"
+        )
+    with np.errstate(over="ignore"):  # what is infinite is refused below
+        scale = scale.astype(np.float32)
+    offset = np.asarray(float(offset), np.float32)
     scales = -(-absmax.size // nested_block)
     if scale.size != scales:
         raise FormatError(
@@ -104,8 +125,9 @@ def _read_absmax(
     # Made with another map (old versions differ in last bits): only decoding it here
     # keeps its values exactly.
     logger.warning("%s: uncommon nested_quant_map; absmax is kept as float32", name)
-    spread = np.repeat(scale, nested_block)[: absmax.size]
-    return {"absmax": table[absmax] * spread + offset}
+    spread = scale[np.arange(absmax.size) // nested_block]
+    with np.errstate(over="ignore", invalid="ignore"):
+        return {"absmax": (table[absmax] * spread + offset).astype(np.float32)}
 
 
 def write(stored: Stored, name: str) -> dict[str, np.ndarray]:
@@ -141,11 +163,9 @@ def stored_block_size(tensors: Mapping[str, np.ndarray]) -> int:
     """
     for name in tensors:
         if STATE in name:
-            try:
-                size = json.loads(bytes(tensors[name]))["blocksize"]
-            except (ValueError, KeyError, TypeError):
-                break
-            return size if size in BLOCK_SIZES else 64
+            state = _parsed(tensors, name)
+            size = None if state is None else state.get("blocksize")
+            return size if type(size) is int and size in BLOCK_SIZES else 64
     return 64
 
 
@@ -154,26 +174,39 @@ def _read_state(
 ) -> tuple[Codebook, dict[str, Any]]:
     for kind in CODEBOOKS:
         if f"{name}{STATE}{kind}" in tensors:
-            text = np.asarray(tensors[f"{name}{STATE}{kind}"]).tobytes()
+            state = _parsed(tensors, f"{name}{STATE}{kind}")
             break
     else:
         raise FormatError(f"{name}: no {STATE[1:]}* entry for a known codebook")
+    if state is None:
+        raise FormatError(f"{name}: its quant_state is not JSON with an object")
+    if missing := {"shape", "blocksize", "dtype", "quant_type"} - state.keys():
+        raise FormatError(f"{name}: its quant_state lacks {', '.join(sorted(missing))}")
+    if state["quant_type"] != kind:
+        raise FormatError(
+            f"{name}: its quant_type is {state['quant_type']!r:.80}, not {kind}"
+        )
+    if type(state["blocksize"]) is not int or state["blocksize"] not in BLOCK_SIZES:
+        raise FormatError(f"{name}: its blocksize is {state['blocksize']!r:.80}")
+    if state["dtype"] not in ("bfloat16", "float16", "float32"):
+        raise FormatError(f"{name}: its dtype is {state['dtype']!r:.80}")
+    shape = state["shape"]
+    sizes = isinstance(shape, list) and all(type(i) is int and i > 0 for i in shape)
+    if not sizes or not 1 <= len(shape) <= _MAX_AXES or max(shape) > _MAX_AXIS:
+        raise FormatError(f"{name}: its shape is {shape!r:.80}")
+    return kind, state
+
+
+def _parsed(tensors: Mapping[str, np.ndarray], key: str) -> dict[str, Any] | None:
+    """Returns the object that an entry holds as JSON; None where it holds none."""
+    text = np.asarray(tensors[key]).tobytes()
+    if len(text) > _MAX_STATE_BYTES:
+        return None
     try:
         state = json.loads(text)
-        missing = {"shape", "blocksize", "dtype", "quant_type"} - state.keys()
-    except (ValueError, AttributeError):
-        raise FormatError(f"{name}: its quant_state is not JSON") from None
-    if missing:
-        raise FormatError(f"{name}: its quant_state lacks {', '.join(sorted(missing))}")
-    if state["blocksize"] not in BLOCK_SIZES:
-        raise FormatError(f"{name}: its blocksize is {state['blocksize']!r}")
-    if state["dtype"] not in ("bfloat16", "float16", "float32"):
-        raise FormatError(f"{name}: its dtype is {state['dtype']!r}")
-    if not isinstance(state["shape"], list) or not all(
-        type(i) is int and i > 0 for i in state["shape"]
-    ):
-        raise FormatError(f"{name}: its shape is {state['shape']!r}")
-    return kind, state
+    except (ValueError, RecursionError):
+        return None
+    return state if isinstance(state, dict) else None
 
 
 def _get(tensors: Mapping[str, np.ndarray], name: str) -> np.ndarray:

@@ -18,7 +18,6 @@ in the text part of a multimodal model.
 """
 
 import dataclasses
-import json
 import os
 import re
 from pathlib import Path
@@ -29,9 +28,12 @@ from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from qlora_jax.errors import AdapterMismatchError
+from qlora_jax.errors import AdapterMismatchError, gathered
+from qlora_jax.exchange.peft.settings import KINDS
+from qlora_jax.inputs import check_regular, read_json
 from qlora_jax.models import Decoder, DecoderConfig, abstract, hf_table
 from qlora_jax.names import HEAD, Numbered, dotted
+from qlora_jax.schema import misfits
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -89,14 +91,19 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             "safe_serialization=True"
         )
     try:
-        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        settings = read_json(folder / CONFIG, error=AdapterMismatchError)
+        check_regular(folder / TENSORS, AdapterMismatchError)
         stored = load_file(folder / TENSORS)
     except (OSError, ValueError, SafetensorError) as error:
+        if isinstance(error, AdapterMismatchError):
+            raise
         raise AdapterMismatchError(
             f"{folder} cannot be read as a PEFT adapter: {error}"
         ) from None
-    if not isinstance(settings, dict):
-        raise AdapterMismatchError(f"{folder / CONFIG} is no JSON object")
+    if problems := misfits(settings, KINDS):
+        raise AdapterMismatchError(
+            gathered(f"{folder / CONFIG} cannot be used", problems)
+        )
     given = {key: value for key, value in settings.items() if value is not None}
     return {"r": 8, "lora_alpha": 8} | given, stored
 

@@ -33,7 +33,7 @@ from qlora_jax.exchange.peft.settings import (
 )
 from qlora_jax.exchange.peft.tables import TABLES, follow_the_embedding, not_copies
 from qlora_jax.models import Decoder
-from qlora_jax.models.vocabulary import resize_tokens
+from qlora_jax.models.vocabulary import check_rows, resize_tokens
 from qlora_jax.names import EMBEDDING, HEAD, Numbered, plain
 
 logger = logging.getLogger(__name__)
@@ -218,8 +218,14 @@ def _understood(folder: Path, model: Decoder) -> _Understood:
     }
     trained = {ours for ours, theirs in names.items() if theirs in saved}
     problems += not_copies(tensors, model, settings, trained, {*tokens})
-    rows = [len(flat[name]) for name in TABLES if name in flat]
-    rows += [i + 1 for i in (*tokens, *(head_tokens or ()))]
+    rows = [len(flat[name]) for name in TABLES if name in flat and flat[name].ndim]
+    ids = (*tokens, *(head_tokens or ()))
+    try:
+        check_rows(model, rows, ids)
+    except ConfigError as error:
+        problems.append(str(error))
+        ids = ()
+    rows += [i + 1 for i in ids]
     read = _Understood(flat, LoRAConfig(), max(rows, default=0), problems, notes)
     _configure(read, settings, names, model, tokens, head_tokens)
     return read

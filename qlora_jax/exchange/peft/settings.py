@@ -4,7 +4,20 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from qlora_jax.models.settings import MAX_LAYERS, MAX_ROWS
 from qlora_jax.names import EMBEDDING, HEAD
+from qlora_jax.schema import (
+    FINITE,
+    FLAG,
+    NULL,
+    TEXT,
+    Kind,
+    either,
+    listed,
+    mapped,
+    number,
+    whole,
+)
 
 _ONLY: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -37,6 +50,29 @@ _ASIDE = (
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
 )
 """Settings that ours hold, and those that say nothing of a trained adapter."""
+_NAMES = either(NULL, TEXT, listed(TEXT, 100_000))
+_TOKENS = listed(whole(0, 2**31 - 1), MAX_ROWS)
+_LAYER = whole(0, MAX_LAYERS - 1)
+_RANK = either(whole(0, 2**20), FINITE)
+
+KINDS: dict[str, Kind] = {
+    "r": either(NULL, _RANK),
+    "lora_alpha": either(NULL, FINITE),
+    "lora_dropout": either(NULL, number(0, 1, least=True)),
+    "rank_pattern": either(NULL, mapped(_RANK)),
+    "alpha_pattern": either(NULL, mapped(FINITE)),
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), _NAMES),
+    "modules_to_save": either(NULL, listed(TEXT, 100_000)),
+    "layers_to_transform": either(NULL, _LAYER, listed(_LAYER, MAX_LAYERS)),
+    "trainable_token_indices": either(NULL, _TOKENS, mapped(_TOKENS)),
+    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), either(NULL, FLAG)),
+    "ensure_weight_tying": either(NULL, FLAG),
+    "init_lora_weights": either(NULL, FLAG, TEXT),
+    "base_model_name_or_path": either(NULL, TEXT),
+    "bias": either(NULL, TEXT),
+}
+"""Settings -> their kinds. Others are compared with the values that they may have."""
+
 _CHANGED_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 """init_lora_weights that take a part out of the base's own weights."""
 
@@ -71,15 +107,10 @@ def not_held(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _unreadable(settings: Mapping[str, Any]) -> list[str]:
-    """Returns what is said of numbers that are none, and of patterns that do not compile."""
+    """Returns what is said of patterns that do not compile."""
     problems, patterns = [], []
-    numbers = {key: settings[key] for key in ("r", "lora_alpha") if key in settings}
     for key in ("rank_pattern", "alpha_pattern"):
         patterns += list(settings.get(key) or ())
-        numbers |= {f"{key} {k}": v for k, v in (settings.get(key) or {}).items()}
-    for key, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            problems.append(f"{key} is {value!r}, expected a number")
     for key in (
         "target_modules",
         "exclude_modules",
@@ -91,7 +122,7 @@ def _unreadable(settings: Mapping[str, Any]) -> list[str]:
     for pattern in patterns:
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             problems.append(f"{pattern!r} is no pattern: {error}")
     return problems
 

@@ -12,8 +12,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qlora_jax.models import FAMILIES, DecoderConfig
+from qlora_jax.models import DecoderConfig, read_config
+from qlora_jax.models.settings import MAX_LAYERS, MAX_ROWS
 from qlora_jax.nn.rope import RopeScaling, inverse_frequencies
+from qlora_jax.schema import (
+    FINITE,
+    FLAG,
+    TEXT,
+    Kind,
+    either,
+    listed,
+    misfits,
+    number,
+    whole,
+)
 
 FREQS = "rope_freqs.weight"
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
@@ -91,6 +103,67 @@ _KEYS = (
 )
 
 
+_ID = whole(0, 2**31 - 1)
+_FLAG = either(FLAG, whole(0, 1))
+_KINDS: dict[str, Kind] = {
+    "general.architecture": TEXT,
+    "split.count": whole(0, 2**16),
+    "tokenizer.ggml.model": TEXT,
+    "tokenizer.ggml.pre": TEXT,
+    "tokenizer.ggml.tokens": listed(TEXT, MAX_ROWS),
+    "tokenizer.ggml.token_type": listed(_ID, MAX_ROWS),
+    "tokenizer.ggml.merges": listed(TEXT, MAX_ROWS),
+    "tokenizer.ggml.scores": listed(FINITE, MAX_ROWS),
+    "tokenizer.chat_template": TEXT,
+    **{
+        f"tokenizer.ggml.{name}_token_id": _ID
+        for name in ("bos", "eos", "unknown", "padding", "eot", "eom")
+    },
+    **{
+        f"tokenizer.ggml.add_{name}": _FLAG
+        for name in ("bos_token", "eos_token", "space_prefix")
+    },
+}
+"""Metadata of all architectures -> their kinds."""
+
+_COUNT = whole(0, 2**31 - 1)
+_OF_ARCHITECTURE: dict[str, Kind] = {
+    **{
+        key.gguf: either(kind, listed(kind, MAX_LAYERS))
+        for key in _KEYS
+        for kind in (_COUNT if key.kind is int else FINITE,)
+    },
+    "attention.sliding_window": _COUNT,
+    "expert_count": _COUNT,
+    "rope.freq_base_swa": number(1, 1e12),
+    "rope.dimension_count": whole(2, 2**13),
+    "rope.scaling.type": TEXT,
+    "rope.scaling.original_context_length": _COUNT,
+    **{
+        f"rope.scaling.{name}": FINITE
+        for name in (
+            *("factor", "attn_factor", "yarn_attn_factor", "yarn_ext_factor"),
+            *("yarn_beta_fast", "yarn_beta_slow"),
+        )
+    },
+}
+"""Metadata with the name of its architecture before it -> their kinds."""
+
+
+def misfitting(meta: dict[str, Any]) -> list[str]:
+    """Returns a sentence for each of a file's metadata that cannot be what it is."""
+    problems = misfits(meta, _KINDS)
+    arch = meta.get("general.architecture")
+    if not isinstance(arch, str):
+        return problems
+    own = {
+        key: value
+        for name, value in meta.items()
+        if (key := name.removeprefix(f"{arch}.")) != name and value != []
+    }
+    return problems + misfits(own, _OF_ARCHITECTURE, within=f"{arch}.")
+
+
 def read(
     meta: dict[str, Any],
     tensors: Collection[str],
@@ -110,17 +183,19 @@ def read(
     config: dict[str, Any] = {"model_type": known.model_type} | known.settings
     for key in _KEYS:
         value = meta.get(f"{arch}.{key.gguf}")
-        if isinstance(value, list):  # one a layer
+        if isinstance(value, list) and value:  # one a layer
             if len(set(value)) > 1:
                 problems.append(f"{arch}.{key.gguf} differs between layers: {value}")
             value = value[0]
-        if value is not None:
+        if value is not None and value != []:
             config[key.hf] = key.kind(_decimal(value))
         elif key.required:
             problems.append(f"{arch}.{key.gguf} is missing")
     if problems:
         return config, problems
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    if not heads:
+        return config, [f"{arch}.attention.head_count is 0"]
     config = {
         "num_key_value_heads": heads,
         "head_dim": hidden // heads,
@@ -145,7 +220,7 @@ def read(
         if (token := meta.get(f"tokenizer.ggml.{name}_token_id")) is not None:
             config[f"{key}_token_id"] = token
     problems = _read_rope(config, meta, factors)
-    return config, problems or FAMILIES[known.model_type].read_config(config)[1]
+    return config, problems or read_config(config)[1]
 
 
 def write(
@@ -200,7 +275,7 @@ def lost(
 ) -> list[str]:
     """Returns what of a decoder is not as these metadata say."""
     source, problems = read(meta, tensors, factors, config.vocab_size)
-    have, _ = FAMILIES[source["model_type"]].read_config(source)
+    have, _ = read_config(source)
     if problems or have is None:
         return problems
     pairs = [
@@ -253,11 +328,14 @@ def _read_rope(
         "original_context_length", config.get("max_position_embeddings")
     )
     values = {
-        name: [_decimal(float(x)) for x in array] for name, array in factors.items()
+        name: [_decimal(float(x)) for x in np.ravel(array)]
+        for name, array in factors.items()
     }
     for name, array in values.items():
         if len(array) != dim // 2:
             return [f"{name} has {len(array)} factors, expected {dim // 2}"]
+        if not all(0 < x <= 1e6 for x in array):
+            return [f"{name} has a factor that no frequency is divided by"]
     if FREQS in values:
         config["rope_scaling"] = _llama3(values[FREQS], config["rope_theta"])
     elif LONG in values and SHORT in values:
@@ -301,6 +379,8 @@ def _llama3(values: list[float], theta: float) -> dict[str, Any]:
         blend = (1 / factors[middle] - 1 / largest) / (1 - 1 / largest)
         turns = np.asarray(plain, np.float64)[middle] / (2 * math.pi)
         slope, start = np.polyfit(turns, blend, 1)
+        if not (math.isfinite(slope) and math.isfinite(start)) or 0 in (start, slope):
+            return _as_they_are(values)
         scaling = RopeScaling(
             kind="llama3",
             factor=largest,
@@ -316,5 +396,9 @@ def _llama3(values: list[float], theta: float) -> dict[str, Any]:
                 "high_freq_factor": scaling.high_freq_factor,
                 "original_max_position_embeddings": scaling.original_max_position,
             }
+    return _as_they_are(values)
+
+
+def _as_they_are(values: list[float]) -> dict[str, Any]:
     kept = {"short_factor": values, "long_factor": values, "attention_factor": 1.0}
     return {"rope_type": "longrope", "factor": 1.0} | kept

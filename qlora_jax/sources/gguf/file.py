@@ -25,6 +25,7 @@ from qlora_jax.errors import CheckpointError, gathered
 from qlora_jax.models import FAMILIES
 from qlora_jax.names import Table
 from qlora_jax.sources.gguf import config as gguf_config
+from qlora_jax.sources.gguf import scan
 from qlora_jax.sources.gguf import tokenizer as gguf_tokenizer
 from qlora_jax.sources.safetensors import TensorInfo
 from qlora_jax.text.tokenizer import Tokenizer
@@ -58,6 +59,8 @@ class GGUF(Mapping[str, np.ndarray]):
         self.path = path
         self.notes: list[str] = []
         self._meta, tensors = _open(path)
+        if problems := gguf_config.misfitting(self._meta):
+            raise CheckpointError(gathered(f"{path} cannot be used", problems))
         arch = self._arch = self._meta.get("general.architecture", "")
         dense = ", ".join(gguf_config.ARCHITECTURES)
         if arch not in gguf_config.ARCHITECTURES:
@@ -79,13 +82,10 @@ class GGUF(Mapping[str, np.ndarray]):
                 for name in (gguf_config.FREQS, gguf_config.LONG, gguf_config.SHORT)
                 if name in tensors
             }
-            vocab_size = _shape(tensors[_EMBEDDING])[0]
-            try:
-                self.config, problems = gguf_config.read(
-                    self._meta, tensors, factors, vocab_size
-                )
-            except (TypeError, ValueError, ArithmeticError, LookupError) as error:
-                problems.append(f"its settings are damaged: {error!r}")
+            vocab_size = [*_shape(tensors[_EMBEDDING]), 0][0]
+            self.config, problems = gguf_config.read(
+                self._meta, tensors, factors, vocab_size
+            )
         if problems:
             raise CheckpointError(gathered(f"{path} cannot be used", problems))
         names = names_of(arch, self.config["num_hidden_layers"])
@@ -176,8 +176,9 @@ def package() -> ModuleType:
 def _open(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns a file's metadata and its tensors by name."""
     gguf = package()
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise CheckpointError(f"{path} is no file; expected a GGUF model")
+    scan.check(path)
     try:
         reader = gguf.GGUFReader(path)
         if reader.byte_order != "I":

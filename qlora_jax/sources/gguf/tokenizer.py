@@ -24,7 +24,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from qlora_jax.errors import CheckpointError
-from qlora_jax.text.folder import read_json
+from qlora_jax.inputs import read_json
 from qlora_jax.text.tokenizer import Tokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)
@@ -259,7 +259,7 @@ def write(folder: Path, source: dict[str, Any], vocab_size: int) -> dict[str, An
     if tokenizer is None:
         raise CheckpointError(f"{folder} has no tokenizer.json; a GGUF file needs one")
     raw = tokenizers.Tokenizer.from_file(str(path))
-    settings = read_json(folder / "tokenizer_config.json")
+    settings = read_json(folder / "tokenizer_config.json", optional=True)
     model = json.loads(raw.to_str())["model"]
     if model["type"] != "BPE" or not model["merges"]:
         raise CheckpointError(

@@ -1,0 +1,158 @@
+"""What the fields of a config.json may hold, of all families: one table for all readers.
+
+Bounds are far from every published model, and near enough that what is within them can be
+handled: a shape that fits them is compared with the tensors before anything is made of it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from qlora_jax.schema import (
+    FLAG,
+    NULL,
+    OBJECT,
+    TEXT,
+    Kind,
+    either,
+    listed,
+    mapped,
+    misfits,
+    number,
+    whole,
+)
+
+MAX_LAYERS = 1000
+"""Layers that a model may have; the work of grouping them grows with their square."""
+
+MAX_EXPERTS = 8192
+MAX_ROWS = 2**24
+"""Tokens that a vocabulary may have."""
+
+_LONGEST = 2**31 - 1
+
+REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+_WIDTH, _EXPERTS = whole(1, 2**20), whole(1, MAX_EXPERTS)
+_SCALE = number(0, 1e6)
+
+KINDS: dict[str, Kind] = {
+    "model_type": TEXT,
+    "vocab_size": whole(1, MAX_ROWS),
+    "hidden_size": _WIDTH,
+    "intermediate_size": _WIDTH,
+    "moe_intermediate_size": _WIDTH,
+    "num_hidden_layers": whole(1, MAX_LAYERS),
+    "num_attention_heads": whole(1, 2**12),
+    "num_key_value_heads": either(NULL, whole(1, 2**12)),
+    "head_dim": either(NULL, whole(1, 2**13)),
+    "max_position_embeddings": whole(1, _LONGEST),
+    "original_max_position_embeddings": either(NULL, whole(2, _LONGEST)),
+    "rms_norm_eps": number(0, 1),
+    "hidden_act": either(NULL, TEXT),
+    "hidden_activation": either(NULL, TEXT),
+    "attention_bias": either(NULL, FLAG),
+    "mlp_bias": either(NULL, FLAG),
+    "tie_word_embeddings": either(NULL, FLAG),
+    # Windows, and layers that differ
+    "sliding_window": either(NULL, whole(1, _LONGEST)),
+    "use_sliding_window": either(NULL, FLAG),
+    "max_window_layers": whole(0, _LONGEST),
+    "sliding_window_pattern": whole(1, _LONGEST),
+    "layer_types": either(NULL, listed(TEXT, MAX_LAYERS)),
+    "no_rope_layers": either(NULL, listed(either(FLAG, whole(0, 1)), MAX_LAYERS)),
+    "no_rope_layer_interval": whole(1, _LONGEST),
+    "decoder_sparse_step": whole(1, _LONGEST),
+    "mlp_only_layers": either(NULL, listed(whole(0, _LONGEST), MAX_LAYERS)),
+    # Experts
+    "num_experts": _EXPERTS,
+    "num_local_experts": _EXPERTS,
+    "num_experts_per_tok": _EXPERTS,
+    "norm_topk_prob": either(NULL, FLAG),
+    # Scales
+    "embedding_multiplier": _SCALE,
+    "attention_multiplier": _SCALE,
+    "residual_multiplier": _SCALE,
+    "logits_scaling": _SCALE,
+    "query_pre_attn_scalar": _SCALE,
+    "attn_logit_softcapping": either(NULL, _SCALE),
+    "final_logit_softcapping": either(NULL, _SCALE),
+    # Rotary positions
+    "rope_theta": either(NULL, number(1, 1e12)),
+    "rope_local_base_freq": either(NULL, number(1, 1e12)),
+    "partial_rotary_factor": either(NULL, number(0, 1)),
+    "rope_scaling": either(NULL, OBJECT),
+    "rope_parameters": either(NULL, OBJECT),
+    "quantization_config": either(NULL, OBJECT),
+}
+"""Field -> its kind. What is not here no family reads, or reads as true or false alone."""
+
+_FACTOR = either(NULL, _SCALE)
+_FACTORS = either(NULL, listed(_SCALE, 2**13))
+
+ROPE_KINDS: dict[str, Kind] = {
+    "rope_type": either(NULL, TEXT),
+    "type": either(NULL, TEXT),
+    "rope_theta": KINDS["rope_theta"],
+    "partial_rotary_factor": KINDS["partial_rotary_factor"],
+    "original_max_position_embeddings": KINDS["original_max_position_embeddings"],
+    **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor"), _FACTOR),
+    **dict.fromkeys(("beta_fast", "beta_slow", "attention_factor"), _FACTOR),
+    "mscale": either(NULL, number(0, 1e6, least=True)),
+    "mscale_all_dim": either(NULL, number(0, 1e6, least=True)),
+    "truncate": either(NULL, FLAG),
+    "short_factor": _FACTORS,
+    "long_factor": _FACTORS,
+}
+"""The same of rope_scaling and rope_parameters."""
+
+QUANTIZATION_KINDS: dict[str, Kind] = {
+    "quant_method": either(NULL, TEXT),
+    "load_in_4bit": either(NULL, FLAG),
+    "bnb_4bit_quant_type": TEXT,
+    "bnb_4bit_use_double_quant": either(NULL, FLAG),
+    "llm_int8_skip_modules": either(NULL, listed(TEXT)),
+    "int8_tables": listed(TEXT),
+    "linears": either(NULL, OBJECT),
+}
+"""The same of quantization_config, and of the `linears` in ours."""
+
+LAYER_ROPES = ("full_attention", "sliding_attention")
+"""Objects that rope_parameters has where kinds of layers differ in it."""
+
+
+def missing(hf: Mapping[str, Any]) -> list[str]:
+    """Returns a sentence for each size that a config.json lacks."""
+    return [f"{name} is missing" for name in REQUIRED if hf.get(name) is None]
+
+
+def misfitting(hf: Mapping[str, Any]) -> list[str]:
+    """Returns a sentence for each field of a config.json that cannot be what it is."""
+    absent = {name for name in REQUIRED if hf.get(name) is None}
+    problems = misfits({k: v for k, v in hf.items() if k not in absent}, KINDS)
+    for name in ("rope_scaling", "rope_parameters"):
+        if isinstance(rope := hf.get(name), dict):
+            problems += misfits(rope, ROPE_KINDS, within=f"{name}.")
+            inner = {key: rope[key] for key in LAYER_ROPES if key in rope}
+            if mapped(OBJECT).fits(inner):
+                for key, values in inner.items():
+                    within = f"{name}.{key}."
+                    problems += misfits(values, ROPE_KINDS, within=within)
+            else:
+                problems.append(f"{name} has a kind of layers that is no object")
+    return problems
+
+
+def misfitting_quantization(hf: Mapping[str, Any]) -> list[str]:
+    """Returns the same of its quantization_config."""
+    stored, within = hf.get("quantization_config"), "quantization_config."
+    if not isinstance(stored, dict):
+        return misfits(hf, {"quantization_config": KINDS["quantization_config"]})
+    problems = misfits(stored, QUANTIZATION_KINDS, within=within)
+    if isinstance(linears := stored.get("linears"), dict):
+        problems += misfits(linears, QUANTIZATION_KINDS, within=f"{within}linears.")
+    return problems

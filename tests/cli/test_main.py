@@ -1,0 +1,66 @@
+"""What is left over at the command's end: one line, and the right status."""
+
+import os
+
+import pytest
+
+from qlora_jax.cli import doctor
+from qlora_jax.cli.main import main
+from qlora_jax.sources import hub
+
+
+class PanicException(BaseException):
+    """As the package tokenizers raises it: no Exception."""
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            TypeError("a\nb"),
+            "this is a fault of qlora_jax (TypeError: a b); please report",
+        ),
+        (RecursionError("deep"), "this is a fault of qlora_jax (RecursionError: deep)"),
+        (
+            PanicException("index"),
+            "this is a fault of qlora_jax (PanicException: index)",
+        ),
+        (MemoryError(), "this machine's memory is used up (MemoryError)"),
+    ],
+)
+def test_what_nobody_expected_is_one_line(error, message, monkeypatch, capsys):
+    def run(_):
+        raise error
+
+    monkeypatch.setattr(doctor, "run", run)
+    assert main(["doctor"]) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith(f"error: {message}") and len(err.splitlines()) == 1
+    assert out == ""
+    assert main(["doctor", "--debug"]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err and err.splitlines()[-1].startswith(f"error: {message}")
+
+
+def test_ctrl_c_and_the_end_of_parsing_are_no_faults(monkeypatch, capsys):
+    def run(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "run", run)
+    assert main(["doctor"]) == 130
+    assert "fault" not in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["doctor", "--no-such-flag"])
+
+
+def test_offline_is_said_to_all_that_ask_the_network(monkeypatch, capsys):
+    monkeypatch.setenv(hub.OFFLINE, "0")
+    seen = []
+
+    def run(_):
+        seen.append((os.environ["HF_HUB_OFFLINE"], hub.offline()))
+        return {}
+
+    monkeypatch.setattr(doctor, "run", run)
+    assert main(["doctor"]) == main(["doctor", "--offline"]) == 0
+    assert seen == [("0", False), ("1", True)]
