@@ -35,6 +35,10 @@ class OutputExistsError(QLoRAError, FileExistsError):
     """An output path is taken and overwriting was not asked for."""
 
 
+class OutputError(QLoRAError, OSError):
+    """An output cannot be written: a full disk, a folder that is read-only, a limit."""
+
+
 def gathered(summary: str, problems: Sequence[str], limit: int = 20) -> str:
     """Returns one message for all problems of one input, at most `limit` of them."""
     shown = [f"  {problem}" for problem in problems[:limit]]

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 import tomli_w
 
 from qlora_jax.errors import ConfigError, gathered
+from qlora_jax.files import write_file
 
 T = TypeVar("T")
 
@@ -55,11 +56,11 @@ def _set_none(values: dict[str, Any], name: str, path: Path) -> None:
 
 
 def write_toml(path: Path, config: Any) -> None:
-    """Writes a config dataclass, all of it."""
+    """Writes a config dataclass, all of it; see `write_file`."""
     values = dataclasses.asdict(config)
     unset = list(_nones(values, ""))
     text = tomli_w.dumps({**({UNSET: unset} if unset else {}), **_without_none(values)})
-    path.write_text(text, encoding="utf-8")
+    write_file(path, text)
 
 
 def _nones(values: dict[str, Any], prefix: str) -> typing.Iterator[str]:

@@ -26,6 +26,8 @@ LAYERS = (
     ("nn", "optim"),
     ("config",),
     ("toml", "names", "user_folder"),
+    ("files",),
+    ("digests",),
     ("errors",),
     ("pallas_kernels",),
 )

@@ -1,7 +1,6 @@
 """`qlora train`: fine-tune an adapter, or resume a run."""
 
 import dataclasses
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,18 @@ from qlora_jax.budget.host import available_host_bytes
 from qlora_jax.budget.plan import PICKED, flags_of, parse_bytes, plan_memory, said
 from qlora_jax.budget.setup import Setup
 from qlora_jax.cli import options, start
+from qlora_jax.cli.begin import beginning, check_run_folder
 from qlora_jax.cli.progress import RowsProgress, TrainProgress
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.config.quant import QuantConfig
-from qlora_jax.config.run import RunConfig, has_run, read_run, write_run
+from qlora_jax.config.run import RunConfig, read_run
 from qlora_jax.data import Dataset, check_ids, read_dataset
 from qlora_jax.data.dataset import padded_length
 from qlora_jax.data.sources import parse_sources
 from qlora_jax.errors import ConfigError, DataError
+from qlora_jax.files import check_output
 from qlora_jax.objectives import find_objective
 from qlora_jax.sources.load import load
-from qlora_jax.sources.save import check_output
 from qlora_jax.sources.source import Source, open_source
 from qlora_jax.sources.tokens import add_tokens
 from qlora_jax.text import Tokenizer
@@ -106,8 +106,7 @@ def run(args: Args) -> dict[str, Any]:
     if missing := [flag for flag, value in given.items() if not value]:
         raise ConfigError(f"{', '.join(missing)} missing; or give --resume RUN")
     out = Path(str(args.out))
-    if not (args.overwrite and has_run(out)):
-        check_output(out, args.overwrite)
+    check_output(out, args.overwrite)
     return train(args, out, resume=False)
 
 
@@ -116,6 +115,8 @@ def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
     # What is wrong with objective, rows or memory is found before the model is loaded.
     objective = find_objective(args.train.objective)
     source, quant = open_base(args, out, resume=resume)
+    if not resume:
+        check_run_folder(out, args.overwrite)
     rows, held = checked_rows(args, source)
     objective.check(rows.batch(0, 1, args.train.seed))
     args = within_memory(args, source, quant, rows)
@@ -133,14 +134,10 @@ def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
             progress=progress,
         )
         if not resume:
-            # Not before all input was found good. Only what a run writes goes away:
-            # anything else in the folder stays.
-            if args.overwrite:
-                shutil.rmtree(out / "checkpoints", ignore_errors=True)
-            out.mkdir(parents=True, exist_ok=True)
-            if makes_a_base(args):
-                start.save_base(model, out, source)
-            write_run(out, args.run)
+            # Not before all input was found good.
+            with beginning(out, args.run, overwrite=args.overwrite):
+                if makes_a_base(args):
+                    start.save_base(model, out, source)
         figures = trainer.fit(resume=resume)
     figures = {
         "out": str(out),

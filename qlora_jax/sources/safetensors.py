@@ -7,20 +7,17 @@ checked before anything is read, so that a truncated file is named with its tens
 
 import json
 import math
-import os
 import re
-import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
 
 from qlora_jax.errors import CheckpointError, gathered
 
-_DTYPES = {
+DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -35,7 +32,7 @@ _DTYPES = {
 _MAX_HEADER_BYTES = 100_000_000
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 class TensorInfo(NamedTuple):
@@ -142,7 +139,7 @@ def _files(folder: Path) -> tuple[list[Path], list[str]]:
         return [folder / SINGLE], [beside] if index.exists() else []
     if not index.exists():
         raise CheckpointError(_no_weights(folder))
-    shards = _shards(index)
+    shards = shards_of(index)
     if missing := [s for s in shards if not (folder / s).exists()]:
         raise CheckpointError(
             gathered(f"{folder} lacks shards that {INDEX} names; fetch them", missing)
@@ -150,7 +147,7 @@ def _files(folder: Path) -> tuple[list[Path], list[str]]:
     return [folder / shard for shard in shards], []
 
 
-def _shards(index: Path) -> list[str]:
+def shards_of(index: Path) -> list[str]:
     """Returns the files that an index names."""
     try:
         shards = sorted(
@@ -214,10 +211,10 @@ def _read_header(file: Path) -> tuple[dict[str, TensorInfo], list[str]]:
             return {}, [f"{file.name}: its header is corrupt"]
     infos, problems = {}, []
     for name, dtype, shape, begin, end in entries:
-        if dtype not in _DTYPES:
+        if dtype not in DTYPES:
             problems.append(f"{file.name}: {name} has dtype {dtype}, which is unknown")
             continue
-        expected = math.prod(shape) * _DTYPES[dtype].itemsize
+        expected = math.prod(shape) * DTYPES[dtype].itemsize
         if end - begin != expected:
             problems.append(
                 f"{file.name}: {name} has {end - begin} bytes, its shape needs {expected}"
@@ -228,124 +225,5 @@ def _read_header(file: Path) -> tuple[dict[str, TensorInfo], list[str]]:
                 "truncated; fetch it again"
             )
         else:
-            infos[name] = TensorInfo(file, _DTYPES[dtype], shape, 8 + length + begin)
+            infos[name] = TensorInfo(file, DTYPES[dtype], shape, 8 + length + begin)
     return infos, problems
-
-
-class Writer:
-    """Writes tensors as they come, in shards of bounded size.
-
-    Shards get their final names at `close`, when their number is known; a single one is
-    model.safetensors. Values that are not finite are never written.
-    """
-
-    def __init__(self, folder: Path, shard_bytes: int = 4 << 30):
-        self.folder, self.shard_bytes = folder, shard_bytes
-        self.problems: list[str] = []
-        """Why tensors cannot be written, a sentence each; `close` raises them."""
-        self._pending: dict[str, np.ndarray] = {}
-        self._shards: list[list[str]] = []
-        self._bytes = 0
-
-    def add(self, name: str, tensor: np.ndarray) -> None:
-        """Adds a tensor; flushes a shard when it is full."""
-        if problem := _not_finite(tensor):
-            self.problems.append(f"{name}: {problem}")
-        if self.problems:  # nothing will be kept: look at the others alone
-            return
-        size = sum(t.nbytes for t in self._pending.values())
-        if self._pending and size + tensor.nbytes > self.shard_bytes:
-            self._flush()
-        self._pending[name] = np.asarray(tensor, order="C")
-        self._bytes += tensor.nbytes
-
-    def close(self) -> int:
-        """Writes what is left and the index; returns the bytes of all tensors.
-
-        A model that was in the folder is replaced whole: its file, or its index and the
-        shards that this names.
-
-        Raises:
-          CheckpointError: tensors have values that are not finite; all are named, and
-            what was in the folder is still there.
-        """
-        if self.problems:
-            self.discard()
-            raise CheckpointError(
-                gathered(f"nothing was saved in {self.folder}", self.problems)
-            )
-        self._flush()
-        count = len(self._shards)
-        final = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-        if count == 1:
-            final = [SINGLE]
-        before = self._before()
-        for i, name in enumerate(final):
-            os.replace(self.folder / _part(i), self.folder / name)
-        if count > 1:
-            weight_map = {
-                tensor: final[i]
-                for i, names in enumerate(self._shards)
-                for tensor in names
-            }
-            index = {"metadata": {"total_size": self._bytes}, "weight_map": weight_map}
-            (self.folder / INDEX).write_text(json.dumps(index, indent=2))
-            final.append(INDEX)
-        for name in before - set(final):
-            (self.folder / name).unlink(missing_ok=True)
-        return self._bytes
-
-    def discard(self) -> None:
-        """Removes what was written, where `close` has not been reached."""
-        for i in range(len(self._shards)):
-            (self.folder / _part(i)).unlink(missing_ok=True)
-
-    def _before(self) -> set[str]:
-        """Returns the files of a model that another save left in the folder."""
-        files = {SINGLE}
-        if (self.folder / INDEX).exists():
-            files.add(INDEX)
-            try:
-                files.update(filter(_SHARD.fullmatch, _shards(self.folder / INDEX)))
-            except CheckpointError:
-                pass  # of no model that could be opened
-        return files
-
-    def _flush(self) -> None:
-        if self._pending or not self._shards:
-            path = self.folder / _part(len(self._shards))
-            write_tensors(path, self._pending)
-            self._shards.append(list(self._pending))
-            self._pending = {}
-
-
-def _not_finite(tensor: np.ndarray) -> str | None:
-    """Says why an array cannot be saved; None where all of it is finite."""
-    if tensor.dtype.kind in "biu" or np.isfinite(tensor).all():
-        return None
-    if np.isnan(tensor).any():
-        return "NaN values"
-    if tensor.dtype == np.float16:
-        return (
-            f"values beyond {np.finfo(np.float16).max:.0f}, the largest of float16; save "
-            "in bfloat16 or float32 (--dtype)"
-        )
-    return "Inf values"
-
-
-def _part(i: int) -> str:
-    return f"part-{i:05d}.safetensors.partial"
-
-
-def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes a file of tensors in one go, with the mode that the umask gives a new file.
-
-    The library itself writes a temporary file, which others may not read, and renames it.
-    """
-    partial = path.with_name(f"{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    partial.touch()
-    mode = stat.S_IMODE(partial.stat().st_mode)
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.chmod(mode)
-    os.replace(partial, path)

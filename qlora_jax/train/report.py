@@ -2,10 +2,12 @@
 
 import base64
 import html
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+from qlora_jax.files import write_file
 from qlora_jax.objectives import SFT, Objective
 from qlora_jax.train.metrics import read_metrics
 
@@ -49,8 +51,10 @@ def plot_loss(run: Path, objective: Objective = SFT) -> Path:
     if train or held:
         axes.legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(run / "loss.png")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
     pyplot.close(figure)
+    write_file(run / "loss.png", picture.getvalue())
     return run / "loss.png"
 
 
@@ -83,5 +87,5 @@ def write_report(
         f'src="data:image/png;base64,{picture}"></p><h2>Config</h2><pre>{config}</pre>'
     )
     path = run / "report.html"
-    path.write_text(page, encoding="utf-8")
+    write_file(path, page)
     return path

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from pallas_kernels.formats import QuantizedTensor
 from qlora_jax.adapters import Adapter
 from qlora_jax.config.quant import QuantConfig
+from qlora_jax.digests import NAME as DIGESTS
 from qlora_jax.errors import CheckpointError, OutputExistsError, ShapeError
 from qlora_jax.models import Decoder
 from qlora_jax.nn import FrozenParam, Linear, QuantizedLinear, quantize
@@ -185,7 +186,8 @@ def test_the_source_gives_its_config_and_tokenizer(model, tmp_path):
     (source / "notes.txt").write_text("stays behind")
     save_model(model, tmp_path / "out", source=source)
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {SINGLE, "config.json", "tokenizer.json", "tokenizer_config.json"}
+    tokenizer = {"tokenizer.json", "tokenizer_config.json"}
+    assert names == {SINGLE, "config.json", DIGESTS, *tokenizer}
     assert json.loads((tmp_path / "out/config.json").read_text())["mine"] == 1
     loaded, tokenizer = load(tmp_path / "out", dtype="float32")
     assert tokenizer.eos_ids == (tiny.EOS,)
@@ -270,7 +272,9 @@ def test_values_beyond_float16_are_never_saved(folder, tmp_path, shards):
             caught.value
         )
     assert not (tmp_path / "new").exists()
-    assert {p.name for p in (tmp_path / "there").iterdir()} == {SINGLE, "config.json"}
+    assert {p.name for p in (tmp_path / "there").iterdir()} == {
+        *(SINGLE, "config.json", DIGESTS)
+    }
     for name, value in load_file(tmp_path / "there" / SINGLE).items():
         np.testing.assert_array_equal(value, before[name])
 

@@ -1,0 +1,108 @@
+"""Digests of the files in a folder that qlora_jax wrote, in one file beside them.
+
+`qlora_jax.sha256.json` has the size of every file and the sha256 of its bytes. Of a file of
+tensors it has those of its header and of each tensor instead, which together are all of its
+bytes: a tensor is checked as it is read, without reading the file another time.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qlora_jax.errors import CheckpointError
+
+NAME = "qlora_jax.sha256.json"
+FORMAT = 1
+
+
+def of_array(array: np.ndarray) -> str:
+    """Returns the sha256 of an array's bytes in C order, in hex."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    return hashlib.sha256(flat.view(np.uint8)).hexdigest()
+
+
+def of_file(path: Path) -> dict[str, Any]:
+    """Returns the entry of a file: {"bytes": its size, "sha256": in hex}."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        return {"bytes": stream.tell(), "sha256": digest}
+
+
+def write(folder: Path, known: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes the list of a folder.
+
+    Args:
+      folder: A folder whose files are all there.
+      known: Entries by relative path; other files are read for theirs.
+    """
+    files = {
+        name: dict(known[name]) if name in known else of_file(folder / name)
+        for name in files_in(folder)
+        if name != NAME
+    }
+    text = json.dumps({"format": FORMAT, "files": files}, indent=1)
+    (folder / NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def files_in(folder: Path) -> list[str]:
+    """Returns the relative paths of the files in a folder and in the folders in it."""
+    return sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.is_symlink()
+    )
+
+
+def read(folder: Path) -> dict[str, dict[str, Any]]:
+    """Reads the list of a folder, an entry a file; {} where there is none.
+
+    Raises:
+      CheckpointError: the list is damaged.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if problem := _problem(value):
+            raise ValueError(problem)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}), so what is in {folder} cannot be checked; make the "
+            "folder again, or remove this file to open the folder unchecked"
+        ) from None
+    return value["files"]
+
+
+def listed(folder: Path) -> set[str]:
+    """Returns the files that a folder's list names; a damaged list names none."""
+    try:
+        return set(read(folder))
+    except CheckpointError:
+        return set()
+
+
+def _problem(value: Any) -> str | None:
+    """Says what is wrong with the content of a list; None if nothing is."""
+    if not isinstance(value, dict) or not isinstance(value.get("files"), dict):
+        return "it has no files"
+    if value.get("format") != FORMAT:
+        return f"it has format {value.get('format')!r}, expected {FORMAT}"
+    for name, entry in value["files"].items():
+        texts = [name]
+        if not isinstance(entry, dict) or type(entry.get("bytes")) is not int:
+            return f"{name!r} has no size"
+        if "tensors" in entry:
+            tensors = entry["tensors"]
+            if not isinstance(tensors, dict):
+                return f"{name!r} has no tensors"
+            texts += [entry.get("header"), *tensors.values()]
+        else:
+            texts.append(entry.get("sha256"))
+        if not all(isinstance(text, str) for text in texts):
+            return f"{name!r} has no sha256"
+    return None
