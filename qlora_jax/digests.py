@@ -17,6 +17,10 @@ from qlora_jax.errors import CheckpointError
 
 NAME = "qlora_jax.sha256.json"
 FORMAT = 1
+ADVICE = (
+    "it is damaged, or was changed by another program; make it again, or remove "
+    f"{NAME} beside it to open the folder unchecked"
+)
 
 
 def of_array(array: np.ndarray) -> str:
@@ -76,6 +80,24 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
             "folder again, or remove this file to open the folder unchecked"
         ) from None
     return value["files"]
+
+
+def tensor_file_problems(path: Path, entry: Mapping[str, Any]) -> list[str]:
+    """Returns how size and header of a file of tensors differ from its entry."""
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        return [f"{path.name}: {size} bytes, {entry['bytes']} were written; {ADVICE}"]
+    if "tensors" in entry and header_digest(path) != entry["header"]:
+        return [f"{path.name}: its header is not the one that was written; {ADVICE}"]
+    return []
+
+
+def header_digest(path: Path) -> str:
+    """Returns the sha256 of a safetensors file's header and of its length before it."""
+    with path.open("rb") as stream:
+        size = stream.read(8)
+        head = size + stream.read(int.from_bytes(size, "little"))
+    return hashlib.sha256(head).hexdigest()
 
 
 def listed(folder: Path) -> set[str]:

@@ -354,7 +354,9 @@ def _move_in(folder: Path, out: Path, opened_by: str, kept: set[str]) -> None:
                 (out / name).rmdir()
         else:
             (out / name).unlink()
-    for name in (*(n for n in files if n != opened_by), opened_by):
+    # The list goes first: what is moved in after it is known as ours, whatever happens.
+    rest = [name for name in files if name not in (digests.NAME, opened_by)]
+    for name in (digests.NAME, *rest, opened_by):
         if name == opened_by:
             _sync_all(out)
         (out / name).parent.mkdir(parents=True, exist_ok=True)

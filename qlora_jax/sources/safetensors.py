@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from qlora_jax import digests
 from qlora_jax.errors import CheckpointError, gathered
 
 DTYPES = {
@@ -36,12 +37,16 @@ SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 class TensorInfo(NamedTuple):
-    """Says where a tensor lies: its file, dtype, shape and first byte in the file."""
+    """Says where a tensor lies: its file, dtype, shape and first byte in the file.
+
+    Where qlora_jax wrote the file, the digest of the tensor's bytes is there too.
+    """
 
     file: Path
     dtype: np.dtype
     shape: tuple[int, ...]
     start: int
+    sha256: str | None = None
 
 
 class Checkpoint(Mapping[str, np.ndarray]):
@@ -58,14 +63,23 @@ class Checkpoint(Mapping[str, np.ndarray]):
         Which files, and which of two tensors of one name, is as transformers chooses.
 
         Raises:
-          CheckpointError: no file, or files that are missing, truncated or corrupt;
-            all of them are named.
+          CheckpointError: no file, or files that are missing, truncated or corrupt, or
+            others than were written here; all of them are named.
         """
         self.infos: dict[str, TensorInfo] = {}
+        self._sound: set[str] = set()
         files, self.notes = _files(folder)
+        written = digests.read(folder)
         problems, twice = [], []
         for file in files:
             infos, problem = _read_header(file)
+            if not problem and (entry := written.get(file.name)) is not None:
+                problem = digests.tensor_file_problems(file, entry)
+                own = entry.get("tensors", {})
+                infos = {
+                    name: info._replace(sha256=own.get(name))
+                    for name, info in infos.items()
+                }
             twice += [
                 f"{name} ({self.infos[name].file.name}, {file.name})"
                 for name in infos
@@ -106,13 +120,23 @@ class Checkpoint(Mapping[str, np.ndarray]):
         return info.dtype.name, math.prod(info.shape) * info.dtype.itemsize
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """Maps one tensor, read-only."""
+        """Maps one tensor, read-only; the first time, its digest is checked if it has one.
+
+        Raises:
+          CheckpointError: its bytes are not those that were written.
+        """
         info = self.infos[name]
         if 0 in info.shape:
             return np.zeros(info.shape, info.dtype)
-        return np.memmap(
-            info.file, info.dtype, "r", info.start, info.shape or (1,)
-        ).reshape(info.shape)
+        array = np.memmap(info.file, info.dtype, "r", info.start, info.shape or (1,))
+        if info.sha256 is not None and name not in self._sound:
+            if digests.of_array(array) != info.sha256:
+                raise CheckpointError(
+                    f"{name}: its bytes in {info.file} are not those that were written "
+                    f"there; {digests.ADVICE}"
+                )
+            self._sound.add(name)
+        return array.reshape(info.shape)
 
     def __iter__(self) -> Iterator[str]:
         """Yields the names."""

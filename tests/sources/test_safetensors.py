@@ -10,7 +10,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax.errors import CheckpointError
-from qlora_jax.sources.safetensors import INDEX, SINGLE, Checkpoint, Writer
+from qlora_jax.sources.safetensors import INDEX, SINGLE, Checkpoint
+from qlora_jax.sources.writer import Writer
 
 DTYPES = (
     np.float64,
