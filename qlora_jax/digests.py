@@ -48,8 +48,15 @@ def write(folder: Path, known: Mapping[str, Mapping[str, Any]]) -> None:
         for name in files_in(folder)
         if name != NAME
     }
-    text = json.dumps({"format": FORMAT, "files": files}, indent=1)
-    (folder / NAME).write_text(text + "\n", encoding="utf-8")
+    value = {"format": FORMAT, "files": files, "sha256": of_list(files)}
+    text = json.dumps(value, indent=1) + "\n"
+    (folder / NAME).write_text(text, encoding="utf-8")
+
+
+def of_list(files: Mapping[str, Any]) -> str:
+    """Returns the sha256 of the entries of a list, which it has of itself."""
+    text = json.dumps(files, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def files_in(folder: Path) -> list[str]:
@@ -127,4 +134,6 @@ def _problem(value: Any) -> str | None:
             texts.append(entry.get("sha256"))
         if not all(isinstance(text, str) for text in texts):
             return f"{name!r} has no sha256"
+    if value.get("sha256") != of_list(value["files"]):
+        return "it is not as it was written"
     return None

@@ -39,6 +39,14 @@ class OutputError(QLoRAError, OSError):
     """An output cannot be written: a full disk, a folder that is read-only, a limit."""
 
 
+class LockedError(QLoRAError, BlockingIOError):
+    """Another process works in the folder."""
+
+
+class SaveError(QLoRAError, OSError):
+    """A checkpoint could not be written; those before it are as they were."""
+
+
 def gathered(summary: str, problems: Sequence[str], limit: int = 20) -> str:
     """Returns one message for all problems of one input, at most `limit` of them."""
     shown = [f"  {problem}" for problem in problems[:limit]]

@@ -298,6 +298,7 @@ def test_an_error_in_reading_another_file_stays_that(tmp_path):
         '{"format": 1, "files": {"a": {"bytes": true, "sha256": ""}}}',
         '{"format": 1, "files": {"a": {"bytes": 1, "header": "", "tensors": []}}}',
         '{"format": 1, "files": {"a": {"bytes": 1, "tensors": {"b": 1}}}}',
+        '{"format": 1, "files": {}}',
     ],
 )
 def test_a_damaged_list_is_refused(tmp_path, text):

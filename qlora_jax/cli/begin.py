@@ -15,15 +15,19 @@ from qlora_jax import digests
 from qlora_jax.config.run import FILE, RunConfig, has_run, read_run
 from qlora_jax.errors import ConfigError, OutputError, OutputExistsError, gathered
 from qlora_jax.exchange.ours import ADAPTER, BASE, METADATA, is_ours
+from qlora_jax.exchange.steps import CHECKPOINTS
 from qlora_jax.files import check_output, sync, unwritten
 from qlora_jax.toml import write_toml
 
 BEGUN = ".begun.toml"
 """The settings of a run that begins; they get the name config.toml when all else is there."""
-CHECKPOINTS, BASE_NF4 = "checkpoints", "base-nf4"
+BASE_NF4 = "base-nf4"
 METRICS, REPORTS = "metrics.jsonl", ("report.html", "loss.png", "figures.json")
 _FOLDERS = (ADAPTER, BASE, BASE_NF4, CHECKPOINTS)
-_OF_A_STEP = {"_CHECKPOINT_METADATA", "adapter", "optimizer", "position"}
+_CLEARED = ".checkpoints.cleared"
+"""The checkpoints of a run that is being replaced, which nothing opens under this name."""
+_OF_A_STEP = {"_CHECKPOINT_METADATA", "adapter", "optimizer", "position", "SHA256SUMS"}
+_UNFINISHED = (".orbax-checkpoint-tmp", ".partial", ".damaged")
 
 
 def check_run_folder(out: Path, overwrite: bool) -> None:
@@ -37,6 +41,11 @@ def check_run_folder(out: Path, overwrite: bool) -> None:
         in the place of a run's files that no run wrote; all of that is named.
     """
     check_output(out, overwrite)
+    _check_foreign(out)
+
+
+def _check_foreign(out: Path) -> None:
+    """Refuses a folder that has something else in the place of a run's files."""
     if not out.is_dir():
         return
     there = [
@@ -104,25 +113,28 @@ def _is_checkpoint(entry: Path) -> bool:
     """Whether a run wrote this, and perhaps was killed as it did."""
     if entry.is_symlink() or not entry.is_dir():
         return False
-    step = entry.name.partition(".orbax-checkpoint-tmp")[0]
-    inside = {x.name.partition(".orbax-checkpoint-tmp")[0] for x in entry.iterdir()}
-    return step.isdigit() and (not inside or bool(inside & _OF_A_STEP))
+    step, dot, rest = entry.name.partition(".")
+    inside = {x.name.partition(".")[0] for x in entry.iterdir()}
+    return (
+        step.isdigit()
+        and (not dot or f".{rest}".startswith(_UNFINISHED))
+        and (not inside or bool(inside & _OF_A_STEP))
+    )
 
 
 @contextlib.contextmanager
-def beginning(out: Path, config: RunConfig, *, overwrite: bool) -> Iterator[None]:
+def beginning(out: Path, config: RunConfig) -> Iterator[None]:
     """Makes a folder that of a run; what else the run begins with is written in between.
 
     Args:
-      out: The folder.
+      out: The folder, which `check_run_folder` allows; a run that is there is replaced.
       config: The run's settings.
-      overwrite: Replace a run that is there.
 
     Raises:
-      OutputExistsError: see `check_run_folder`.
+      OutputExistsError: something of others has come to be in the place of a run's files.
       OutputError: the folder cannot be written.
     """
-    check_run_folder(out, overwrite)
+    _check_foreign(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_toml(out / BEGUN, config)
@@ -143,14 +155,21 @@ def beginning(out: Path, config: RunConfig, *, overwrite: bool) -> Iterator[None
 
 
 def _clear(out: Path) -> None:
-    """Removes what an older run left; what opens it goes first."""
-    for path in (out / ADAPTER / METADATA, out / FILE):
-        path.unlink(missing_ok=True)
-        if path.parent.is_dir():
-            sync(path.parent)
+    """Removes what an older run left; what opens it goes first.
+
+    Until its checkpoints are moved away, the old run can go on from them.
+    """
+    if (out / _CLEARED).is_dir():
+        shutil.rmtree(out / _CLEARED)
+    (out / ADAPTER / METADATA).unlink(missing_ok=True)
+    if (out / CHECKPOINTS).is_dir():
+        os.rename(out / CHECKPOINTS, out / _CLEARED)
+        sync(out)
+    (out / FILE).unlink(missing_ok=True)
+    sync(out)
     for name in (METRICS, *REPORTS):
         (out / name).unlink(missing_ok=True)
-    for name in _FOLDERS:
+    for name in (*_FOLDERS, _CLEARED):
         if (out / name).is_dir():
             shutil.rmtree(out / name)
     sync(out)

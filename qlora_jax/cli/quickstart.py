@@ -89,7 +89,7 @@ def run(args: Args) -> dict[str, Any]:
         model, tokenizer = load(assets / "base", QuantConfig())
         assert tokenizer is not None
         config = _as_of_train(assets, out, train)
-        with beginning(out, config, overwrite=args.overwrite):
+        with beginning(out, config):
             saved = save_model(model, out / BASE_NF4, source=assets / "base")
 
     with stage("2. Attach an adapter, which changes nothing yet"):

@@ -135,7 +135,7 @@ def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
         )
         if not resume:
             # Not before all input was found good.
-            with beginning(out, args.run, overwrite=args.overwrite):
+            with beginning(out, args.run):
                 if makes_a_base(args):
                     start.save_base(model, out, source)
         figures = trainer.fit(resume=resume)

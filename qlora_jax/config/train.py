@@ -15,6 +15,30 @@ Optimizer = Literal["adamw", "adamw8bit"]
 Schedule = Literal["constant", "linear", "cosine"]
 ComputeDtype = Literal["bfloat16", "float32", "float16"]
 
+_CHANGES_NOTHING = "no loss and no weight depends on it, so the run stays bit-equal"
+_ROUNDS = (
+    "the arithmetic is the same in another compiled program, so losses from here on may "
+    "differ in rounding and are not bit-equal"
+)
+MAY_CHANGE = {
+    "max_steps": "the run ends at another step",
+    "epochs": "the run ends at another step",
+    "micro_batch": _ROUNDS,
+    "grad_accum": _ROUNDS,
+    "checkpoint": _ROUNDS,
+    "offload": _ROUNDS,
+    "resident_bytes": _ROUNDS,
+    "stream": _ROUNDS,
+    "eval_every": "eval losses are measured at other steps; no weight depends on them",
+    "save_every": _CHANGES_NOTHING,
+    "save_minutes": _CHANGES_NOTHING,
+    "keep_checkpoints": _CHANGES_NOTHING,
+    "check_finite": _CHANGES_NOTHING,
+    "max_skipped": _CHANGES_NOTHING,
+}
+"""Settings that a run that goes on may have otherwise, and what that means for exactness.
+Micro-batches must make the same rows a step."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -92,10 +116,23 @@ class TrainConfig:
     """Steps between eval losses (one before and one after in any case)."""
 
     save_every: int | None = 250
-    """Steps between checkpoints (one at the end in any case)."""
+    """Steps between checkpoints (one after the first step and one at the end in any case)."""
+
+    save_minutes: float | None = None
+    """Minutes between checkpoints, besides those of save_every: what a run may lose where
+    steps take long."""
 
     keep_checkpoints: int = 2
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept; the one with the least eval loss is kept besides."""
+
+    check_finite: bool = False
+    """Look at every array of the adapter after each step, and at the activations of a step
+    that went wrong, so that a run that ends for a NaN or Inf names where it began. It costs
+    memory for a second copy of the adapter."""
+
+    max_skipped: int = 20
+    """A float16 run ends after so many steps in a row that were skipped because their
+    gradients overflowed."""
 
     def __post_init__(self):
         least = {
@@ -104,6 +141,7 @@ class TrainConfig:
             "grad_accum": 1,
             "eval_every": 1,
             "save_every": 1,
+            "max_skipped": 1,
             "keep_checkpoints": 1,
             "seed": 0,
             "resident_bytes": 0,
@@ -113,12 +151,11 @@ class TrainConfig:
             for name, low in least.items()
             if (value := getattr(self, name)) is not None and value < low
         ]
-        for name in ("learning_rate", "lora_plus_ratio", "epochs"):
-            if not 0 < getattr(self, name) < math.inf:
+        for name in ("learning_rate", "lora_plus_ratio", "epochs", "save_minutes"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
                 flag = name.replace("_", "-")
-                problems.append(
-                    f"--train.{flag} is {getattr(self, name)}, expected > 0"
-                )
+                problems.append(f"--train.{flag} is {value}, expected > 0")
         for name in ("warmup_ratio", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 flag = name.replace("_", "-")

@@ -30,7 +30,6 @@ from qlora_jax.adapters.names import (
 from qlora_jax.adapters.value import other_base
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.digests import NAME as DIGESTS
-from qlora_jax.digests import of_array
 from qlora_jax.errors import (
     AdapterMismatchError,
     ConfigError,
@@ -38,6 +37,7 @@ from qlora_jax.errors import (
     OutputExistsError,
     gathered,
 )
+from qlora_jax.exchange.digests import array_digest, text_digest
 from qlora_jax.exchange.peft import (
     describe_peft,
     fit_peft,
@@ -133,22 +133,35 @@ def write_adapter(
             raise OutputExistsError(
                 f"{path} holds an adapter; pass overwrite to replace it"
             )
+    with new_folder(path, opened_by=METADATA, replaces=is_ours) as new:
+        _save_arrays(new.path / ARRAYS, arrays)
+        if tokenizer is not None:
+            tokenizer.save(new.path)
+        text = adapter_metadata(arrays, config, base, layers)
+        (new.path / METADATA).write_text(text, encoding="utf-8")
+    return path
+
+
+def adapter_metadata(
+    arrays: Mapping[str, np.ndarray],
+    config: LoRAConfig,
+    base: dict[str, Any] | None,
+    layers: Mapping[str, list[int]] | None = None,
+) -> str:
+    """Returns the text of an adapter's adapter.json; see `write_adapter` for the arguments.
+
+    It has the digest of every array, and one of itself.
+    """
     metadata = {
         "format": FORMAT,
         "lora": dataclasses.asdict(config),
         "base": base,
         "arrays": {name: list(x.shape) for name, x in arrays.items()},
-        "sha256": {name: of_array(np.asarray(x)) for name, x in arrays.items()},
+        **({"layers": layers} if layers else {}),
+        "digests": {name: array_digest(x) for name, x in arrays.items()},
     }
-    if layers:
-        metadata["layers"] = layers
-    with new_folder(path, opened_by=METADATA, replaces=is_ours) as new:
-        _save_arrays(new.path / ARRAYS, arrays)
-        if tokenizer is not None:
-            tokenizer.save(new.path)
-        text = json.dumps(metadata, indent=2) + "\n"
-        (new.path / METADATA).write_text(text, encoding="utf-8")
-    return path
+    metadata["sha256"] = text_digest(metadata)
+    return json.dumps(metadata, indent=2) + "\n"
 
 
 def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -233,7 +246,7 @@ def changed_base(path: str | os.PathLike[str]) -> Path | None:
 
 def read_adapter_config(path: str | os.PathLike[str]) -> LoRAConfig:
     """Reads an adapter's rank, alpha, dropout and targets."""
-    return _read_metadata(find_adapter(path))[0]
+    return read_metadata(find_adapter(path))[0]
 
 
 def describe_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -241,7 +254,7 @@ def describe_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:
     if is_peft(path):
         return describe_peft(path)
     folder = find_adapter(path)
-    config, metadata = _read_metadata(folder)
+    config, metadata = read_metadata(folder)
     shapes = metadata["arrays"].values()
     return {
         "kind": "adapter",
@@ -257,7 +270,7 @@ def misfits(path: str | os.PathLike[str], model: nnx.Module) -> list[str]:
     if is_peft(path):
         assert isinstance(model, Decoder)
         return peft_misfits(path, model)
-    config, metadata = _read_metadata(find_adapter(path))
+    config, metadata = read_metadata(find_adapter(path))
     problems = _other_base(model, config, metadata)
     try:
         graphdef, state = nnx.split(model)
@@ -296,12 +309,14 @@ def load_adapter(path: str | os.PathLike[str], model: M) -> M:
             )
         return cast(M, import_peft(path, model))
     folder = find_adapter(path)
-    config, metadata = _read_metadata(folder)
+    config, metadata = read_metadata(folder)
     problems = _other_base(model, config, metadata)
     model = _attached(folder, config, metadata, model, problems)
     graphdef, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
-    arrays = _restored(folder, metadata)
-    return nnx.merge(graphdef, unflatten(arrays, lora, f"adapter {folder}"), rest)
+    arrays = restored(folder, metadata)
+    lora = unflatten(arrays, lora, f"adapter {folder}")
+    check_unchanged(folder, metadata)
+    return nnx.merge(graphdef, lora, rest)
 
 
 def fit_adapter(
@@ -324,7 +339,7 @@ def fit_adapter(
     if is_peft(path):
         return fit_peft(path, base)
     folder = find_adapter(path)
-    config, metadata = _read_metadata(folder)
+    config, metadata = read_metadata(folder)
     problems = _other_base(base, config, metadata)
     graphdef, state = nnx.split(base)
     shapes = nnx.eval_shape(
@@ -333,8 +348,9 @@ def fit_adapter(
         ),
         state,
     )
-    arrays = _restored(folder, metadata)
+    arrays = restored(folder, metadata)
     check_names(arrays, nnx.state(shapes, nnx.LoRAParam), f"adapter {folder}")
+    check_unchanged(folder, metadata)
     return shapes, arrays
 
 
@@ -345,7 +361,7 @@ def base_scales(path: str | os.PathLike[str]) -> dict[str, float]:
     """
     if is_peft(path):
         return {}
-    return (_read_metadata(find_adapter(path))[1]["base"] or {}).get("scales", {})
+    return (read_metadata(find_adapter(path))[1]["base"] or {}).get("scales", {})
 
 
 def check_scales(path: str | os.PathLike[str], scales: dict[str, float]) -> None:
@@ -359,7 +375,7 @@ def check_scales(path: str | os.PathLike[str], scales: dict[str, float]) -> None
       AdapterMismatchError: they are others.
     """
     folder = find_adapter(path)
-    config, metadata = _read_metadata(folder)
+    config, metadata = read_metadata(folder)
     theirs = metadata["base"]
     if text := difference(theirs | {"scales": scales}, theirs):
         raise AdapterMismatchError(_unfit(folder, [_with_advice(text, config)]))
@@ -396,10 +412,62 @@ def _attached(
     return model
 
 
-def _restored(folder: Path, metadata: dict[str, Any]) -> dict[str, Any]:
-    """Reads an adapter's arrays, by dotted name."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(folder / ARRAYS, _abstract(metadata))
+def restored(folder: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Reads an adapter's arrays, by dotted name, and compares them with their digests.
+
+    Adapters of versions that wrote no digests are read unchecked.
+
+    Args:
+      folder: A folder with adapter.json: an adapter's, or a checkpoint of a run.
+      metadata: What adapter.json says.
+
+    Raises:
+      AdapterMismatchError: what is there is damaged; every array that is not as it was
+        written is named.
+    """
+    place = folder / ARRAYS
+    if not place.exists() and (folder / ADAPTER).is_dir():
+        place = folder / ADAPTER  # of a checkpoint
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            arrays = checkpointer.restore(place, _abstract(metadata))
+    except Exception as error:  # Orbax raises of every kind, Exception itself too
+        raise AdapterMismatchError(
+            f"{place} cannot be read, so it is damaged: {_first_line(error)}"
+        ) from None
+    digests = metadata.get("digests", {})
+    digests = digests if isinstance(digests, dict) else {"digests": digests}
+    problems = [
+        f"{name} is not as it was written: its sha256 is {found[:12]}..., expected "
+        f"{str(digests.get(name))[:12]}..."
+        for name, x in arrays.items()
+        if digests and (found := array_digest(x)) != digests.get(name)
+    ]
+    if problems:
+        raise AdapterMismatchError(gathered(f"adapter {folder} is damaged", problems))
+    return arrays
+
+
+def check_unchanged(folder: Path, metadata: dict[str, Any]) -> None:
+    """Refuses an adapter.json that is not as it was written.
+
+    Where it does not fit the model, that says more, so it is asked for afterwards.
+
+    Raises:
+      AdapterMismatchError: it was changed, or is damaged.
+    """
+    own = {name: value for name, value in metadata.items() if name != "sha256"}
+    if not metadata.keys() & {"sha256", "digests"}:
+        return  # of a version that wrote no digests
+    if text_digest(own) != metadata.get("sha256"):
+        raise AdapterMismatchError(
+            f"{folder / METADATA} was changed after it was written, or is damaged; to use it "
+            "as it is now, take the entries sha256 and digests out of it"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
 _ITS_BASE = (
@@ -461,7 +529,12 @@ def _unfit(folder: Path, problems: list[str]) -> str:
     return gathered(f"adapter {folder} does not fit this model", problems)
 
 
-def _read_metadata(folder: Path) -> tuple[LoRAConfig, dict[str, Any]]:
+def read_metadata(folder: Path) -> tuple[LoRAConfig, dict[str, Any]]:
+    """Reads the adapter.json of a folder.
+
+    Raises:
+      AdapterMismatchError: it cannot be read, or is of a later format.
+    """
     try:
         metadata = json.loads((folder / METADATA).read_text())
         if metadata["format"] > FORMAT:

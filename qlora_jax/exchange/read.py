@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import nnx
 from jaxtyping import Array
 
@@ -16,7 +15,12 @@ from qlora_jax.adapters.names import WRAPPED_BIAS
 from qlora_jax.adapters.value import Adapter
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.errors import AdapterMismatchError, gathered
-from qlora_jax.exchange.ours import ARRAYS, METADATA, find_adapter, read_adapter_config
+from qlora_jax.exchange.ours import (
+    check_unchanged,
+    find_adapter,
+    read_metadata,
+    restored,
+)
 from qlora_jax.exchange.peft import is_peft
 from qlora_jax.names import EMBEDDING, Numbered, stack_key
 
@@ -45,19 +49,13 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
             "import_peft(path, model), then Adapter.of(model)"
         )
     folder = find_adapter(path)
-    config = read_adapter_config(folder)
-    metadata = json.loads((folder / METADATA).read_text())
-    # The arrays are restored onto this process's device, whatever saved them.
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = {
-        name: jax.ShapeDtypeStruct(tuple(shape), np.float32, sharding=sharding)
-        for name, shape in metadata["arrays"].items()
-    }
-    with ocp.StandardCheckpointer() as checkpointer:
-        flat = checkpointer.restore(folder / ARRAYS, wanted)
+    config, metadata = read_metadata(folder)
+    flat = restored(folder, metadata)
     base = None if metadata["base"] is None else json.dumps(metadata["base"])
     own = {name: tuple(x) for name, x in metadata.get("layers", {}).items()}
-    return Adapter(_stacked(flat, config, own, base, folder), config)
+    adapter = Adapter(_stacked(flat, config, own, base, folder), config)
+    check_unchanged(folder, metadata)
+    return adapter
 
 
 def _stacked(

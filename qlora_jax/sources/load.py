@@ -261,6 +261,7 @@ def outlined(source: Source, prepared: Reading) -> Outline:
 
     graphdef, state = nnx.split(nnx.recursive_map(hold, skeleton))
     flat = [(path, fill(path, v)) for path, v in nnx.to_flat_state(state)]
+    reader.check(source)
     return Outline(nnx.merge(graphdef, nnx.from_flat_state(flat)), notes)
 
 
@@ -285,7 +286,10 @@ def original_kernels(
     checkpoint, table = source.tensors, hf_table(source.config)
 
     def read(path: str, index: tuple[int, ...]) -> np.ndarray:
-        return checkpoint[table.name(f"{path}.kernel", index)]
+        kernel = checkpoint[table.name(f"{path}.kernel", index)]
+        if problems := source.damage():
+            raise CheckpointError(gathered(f"{source} has unusable weights", problems))
+        return kernel
 
     return read
 
@@ -364,10 +368,8 @@ class Reader:
 
     def check(self, source: Source) -> None:
         """Raises CheckpointError with everything that could not be used."""
-        if self.problems:
-            raise CheckpointError(
-                gathered(f"{source} has unusable weights", self.problems)
-            )
+        if problems := [*source.damage(), *self.problems]:
+            raise CheckpointError(gathered(f"{source} has unusable weights", problems))
 
     def read(self, path: str, wanted: Wanted) -> Any:
         """Returns one parameter: an array, a PackedWeight, or a stack of either."""

@@ -8,7 +8,9 @@ checked before anything is read, so that a truncated file is named with its tens
 import json
 import math
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +33,8 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 _MAX_HEADER_BYTES = 100_000_000
+_BEHIND = 4
+"""So many tensors may be read before the digest of the first of them is known."""
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -67,7 +71,9 @@ class Checkpoint(Mapping[str, np.ndarray]):
             others than were written here; all of them are named.
         """
         self.infos: dict[str, TensorInfo] = {}
-        self._sound: set[str] = set()
+        self._checks: dict[str, Future[str]] = {}
+        self._last: deque[Future[str]] = deque(maxlen=_BEHIND)
+        self._thread = ThreadPoolExecutor(1, "digests")
         files, self.notes = _files(folder)
         written = digests.read(folder)
         problems, twice = [], []
@@ -120,23 +126,39 @@ class Checkpoint(Mapping[str, np.ndarray]):
         return info.dtype.name, math.prod(info.shape) * info.dtype.itemsize
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """Maps one tensor, read-only; the first time, its digest is checked if it has one.
+        """Maps one tensor, read-only.
 
-        Raises:
-          CheckpointError: its bytes are not those that were written.
+        A thread takes its digest meanwhile, which `damage` compares with the one that it was
+        written with.
         """
         info = self.infos[name]
         if 0 in info.shape:
             return np.zeros(info.shape, info.dtype)
         array = np.memmap(info.file, info.dtype, "r", info.start, info.shape or (1,))
-        if info.sha256 is not None and name not in self._sound:
-            if digests.of_array(array) != info.sha256:
-                raise CheckpointError(
-                    f"{name}: its bytes in {info.file} are not those that were written "
-                    f"there; {digests.ADVICE}"
-                )
-            self._sound.add(name)
+        if info.sha256 is not None and name not in self._checks:
+            if (
+                len(self._last) == _BEHIND
+            ):  # so that few are mapped for the thread alone
+                self._last[0].result()
+            self._checks[name] = self._thread.submit(digests.of_array, array)
+            self._last.append(self._checks[name])
         return array.reshape(info.shape)
+
+    def damage(self) -> list[str]:
+        """Returns a sentence for each tensor, of those read so far, that is damaged.
+
+        Of a folder that has no digests nothing is known.
+        """
+        wrong = [
+            name
+            for name, check in self._checks.items()
+            if check.result() != self.infos[name].sha256
+        ]
+        return [
+            f"{name}: its bytes in {self.infos[name].file.name} are not those that were "
+            f"written there; {digests.ADVICE}"
+            for name in wrong
+        ]
 
     def __iter__(self) -> Iterator[str]:
         """Yields the names."""

@@ -1,20 +1,48 @@
 """Run checkpoints: adapter, optimizer state and position; never the base.
 
-Orbax writes each into a temporary folder and renames it, so that a killed run leaves
-whole checkpoints only.
+Each is written beside, by a thread of its own, flushed to the disk and renamed to its step;
+only then do older ones go. So a kill or a power cut leaves older checkpoints as they were.
+`qlora_jax.exchange.steps` says what is in one, and how it proves that it is whole.
 """
 
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from qlora_jax.adapters.names import flatten, unflatten
-from qlora_jax.config.lora import LoRAConfig
-from qlora_jax.errors import CheckpointError, ConfigError, gathered
+from qlora_jax.errors import CheckpointError, SaveError
+from qlora_jax.exchange.digests import SUMS, array_digest, write_sums
+from qlora_jax.exchange.steps import (
+    DIGESTS,
+    POSITION,
+    damage,
+    none_whole,
+    read_position,
+    say_damaged,
+    steps,
+)
 from qlora_jax.train.older_state import older, regrouped
+from qlora_jax.train.position import EVAL_LOSS, check_same_run
 from qlora_jax.train.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+Beside = Callable[[Path, Mapping[str, np.ndarray]], None]
+"""(folder, the adapter's arrays by name): writes what lies beside a checkpoint's arrays."""
+
+ADAPTER, OPTIMIZER = "adapter", "optimizer"
+_PARTIAL = ".partial"
+_ORBAX_PARTIAL = ".orbax-checkpoint-tmp"
+"""What the names of unfinished checkpoints of this version, and of older ones, have."""
 
 
 class RunCheckpoints:
@@ -25,148 +53,337 @@ class RunCheckpoints:
     """
 
     def __init__(self, folder: Path, keep: int):
-        self._manager = ocp.CheckpointManager(
-            folder.absolute(),
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, enable_async_checkpointing=False
-            ),
-        )
+        """Opens a folder of checkpoints, which need not be there; nothing is written.
+
+        Args:
+          folder: The folder.
+          keep: So many of the newest are kept, and besides the one of the least eval loss.
+        """
+        self.folder, self._keep = Path(folder).absolute(), keep
+        self._damaged: set[int] = set()
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: Future[None] | None = None
+        self._saved: int | None = None
 
     @property
     def latest(self) -> int | None:
-        """The newest checkpoint's step."""
-        return self._manager.latest_step()
+        """The newest checkpoint's step, of those that are not known to be damaged."""
+        self.wait()
+        return max(self._whole(), default=None)
 
-    def save(self, state: TrainState, position: dict[str, Any]) -> None:
-        """Saves a run's state; a checkpoint of that step is kept as it is.
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """The step and the eval loss of the checkpoint that has the least."""
+        self.wait()
+        return self._best(self._whole())
+
+    def _whole(self) -> list[int]:
+        return [step for step in steps(self.folder) if step not in self._damaged]
+
+    def _best(self, among: list[int]) -> tuple[int, float] | None:
+        losses = []
+        for step in among:
+            try:
+                loss = read_position(self.folder / str(step)).get(EVAL_LOSS)
+            except CheckpointError:
+                continue  # damaged after it was opened; named when it is to be used
+            if isinstance(loss, float):
+                losses.append((step, loss))
+        return min(losses, key=lambda one: one[::-1], default=None)
+
+    def save(
+        self,
+        state: TrainState,
+        position: dict[str, Any],
+        *,
+        beside: Beside | None = None,
+    ) -> None:
+        """Saves a run's state; a whole checkpoint of that step is kept as it is.
+
+        The state is copied to host memory; the rest is done by a thread while the run goes
+        on, until the next `save` or `wait`.
 
         Args:
           state: What the run is now.
           position: What a run that goes on from here has to have in common with this one.
+          beside: Writes more into the folder.
+
+        Raises:
+          SaveError: the checkpoint before could not be written.
         """
-        if state.step == self.latest:
+        self.wait()
+        if state.step == self._saved or state.step in self._whole():
             return
-        self._manager.save(
-            state.step,
-            args=ocp.args.Composite(
-                adapter=ocp.args.StandardSave(flatten(state.lora)),
-                optimizer=ocp.args.StandardSave(_leaves(state.opt_state)),
-                position=ocp.args.JsonSave(position),
-            ),
+        # The next step takes these arrays' memory, which numpy would only look at.
+        arrays = {
+            ADAPTER: {name: np.array(x) for name, x in flatten(state.lora).items()},
+            OPTIMIZER: {name: np.array(x) for name, x in _leaves(state).items()},
+        }
+        self._saved = state.step
+        self._saving = self._thread.submit(
+            self._write, state.step, arrays, position, beside
         )
 
-    def restore(self, fresh: TrainState, position: dict[str, Any]) -> TrainState:
-        """Restores the newest checkpoint.
+    def wait(self) -> None:
+        """Waits until what was saved is on the disk.
+
+        Raises:
+          SaveError: it could not be written.
+        """
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    def check(self) -> None:
+        """Raises SaveError if a checkpoint could not be written; waits for none."""
+        if self._saving is not None and self._saving.done():
+            self.wait()
+
+    def _write(
+        self,
+        step: int,
+        arrays: dict[str, dict[str, np.ndarray]],
+        position: dict[str, Any],
+        beside: Beside | None,
+    ) -> None:
+        partial = self.folder / f"{step}{_PARTIAL}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+            partial.mkdir()
+            for item, values in arrays.items():
+                _write_arrays(partial / item, values)
+            digests = {
+                item: {name: array_digest(x) for name, x in values.items()}
+                for item, values in arrays.items()
+            }
+            (partial / POSITION).parent.mkdir()
+            text = json.dumps({**position, DIGESTS: digests}, allow_nan=False)
+            (partial / POSITION).write_text(text, encoding="utf-8")
+            if beside is not None:
+                beside(partial, arrays[ADAPTER])
+            write_sums(partial)
+            sync(partial)
+            self._make_room(step)
+            partial.rename(self.folder / str(step))
+            flush(self.folder)
+        except (
+            Exception
+        ) as error:  # Orbax and TensorStore raise a full disk as ValueError
+            shutil.rmtree(partial, ignore_errors=True)
+            whole = self._whole()
+            left = f"checkpoint {max(whole)} is whole" if whole else "there is none yet"
+            raise SaveError(
+                f"checkpoint {step} could not be written into {self.folder}: "
+                f"{_first_line(error)}. Of those before it, {left}; make room for another and "
+                "resume the run"
+            ) from error
+        self._prune(step)
+
+    def _sweep(self) -> None:
+        """Removes what a killed save left."""
+        for path in self.folder.iterdir():
+            name, _, _ = path.name.partition(".")
+            if path.is_dir() and name.isdigit():
+                if path.name.endswith(_PARTIAL) or _ORBAX_PARTIAL in path.name:
+                    shutil.rmtree(path)
+
+    def _make_room(self, step: int) -> None:
+        """Moves a damaged checkpoint of a step away; the next sweep or prune removes it."""
+        if (there := self.folder / str(step)).exists():
+            there.rename(self.folder / f"{step}.damaged{_PARTIAL}")
+        self._damaged.discard(step)
+
+    def _prune(self, step: int) -> None:
+        """Removes what is not to be kept, once a newer checkpoint is on the disk."""
+        whole = self._whole()
+        kept = {*whole[-self._keep :], step}
+        if (best := self._best(whole)) is not None:
+            kept.add(best[0])
+        try:
+            for old in {*whole, *self._damaged} - kept:
+                there = self.folder / str(old)
+                if (there / POSITION.parent).is_dir():  # else someone else's
+                    there.rename(self.folder / f"{old}.old{_PARTIAL}")  # at one stroke
+            self._sweep()
+        except OSError as error:
+            logger.warning("an older checkpoint could not be removed: %s", error)
+
+    def restore(
+        self,
+        fresh: TrainState,
+        position: dict[str, Any],
+        *,
+        may_differ: frozenset[str] = frozenset(),
+    ) -> TrainState:
+        """Restores the newest checkpoint that is whole.
+
+        Newer ones that are damaged are named, as a warning, and removed when the next
+        checkpoint is on the disk.
 
         Args:
           fresh: A run's state before its first step, for the wanted structure; arrays
             return to where its arrays are.
           position: What was given to `save`, to be compared.
+          may_differ: Names of the position that are not compared.
 
         Raises:
-          CheckpointError: there is no checkpoint, or it is of another run.
+          CheckpointError: there is no checkpoint, none is whole, or it is of another run.
         """
-        step = self.latest
-        if step is None:
-            raise CheckpointError(
-                f"{self._manager.directory} has no checkpoint to resume from; the run was "
-                "stopped before its first --train.save-every; start it anew"
-            )
-        # Before the arrays: those of another run may have other names and shapes.
-        stored = self._manager.restore(
-            step, args=ocp.args.Composite(position=ocp.args.JsonRestore())
-        )["position"]
-        _check_same_run(step, _as_written_now(stored), position)
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-        def abstract(x: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
-
-        stacks = self._stacks(step, fresh)
-        wanted = flatten(fresh.lora), _leaves(stacks)
-        adapter, optimizer = jax.tree.map(abstract, wanted)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                adapter=ocp.args.StandardRestore(adapter),
-                optimizer=ocp.args.StandardRestore(optimizer),
-            ),
+        problems: list[str] = []
+        for step in reversed(steps(self.folder)):
+            folder = self.folder / str(step)
+            found = damage(folder)
+            if not found:
+                stored = read_position(folder)
+                check_same_run(step, stored, position, may_differ)
+                try:
+                    state = _restore(folder, step, fresh, stored)
+                except _DamagedError as error:
+                    found = error.problems
+                else:
+                    say_damaged(folder, problems)
+                    if not (folder / SUMS).exists():
+                        logger.warning(
+                            "checkpoint %d is of a version that wrote no digests, so its "
+                            "arrays are used unchecked",
+                            step,
+                        )
+                    return state
+            problems += [f"{step}: {problem}" for problem in found]
+            self._damaged.add(step)
+        if problems:
+            raise none_whole(self.folder, problems)
+        raise CheckpointError(
+            f"{self.folder} has no checkpoint to resume from; the run was stopped before its "
+            "first step was saved (--train.save-every); start it anew"
         )
-        arrays = [x for _, x in sorted(restored["optimizer"].items())]
-        opt_state = jax.tree.structure(stacks).unflatten(arrays)
-        if stacks is not fresh.opt_state:
-            opt_state = regrouped(opt_state, fresh.opt_state)
-        opt_state = jax.tree.map(
-            lambda x, like: jax.device_put(x, like.sharding), opt_state, fresh.opt_state
-        )
-        lora = unflatten(restored["adapter"], fresh.lora, f"checkpoint {step}")
-        return TrainState(step, lora, opt_state)
 
-    def _stacks(self, step: int, fresh: TrainState) -> Any:
-        """Returns the optimizer's state, in the shapes that a checkpoint has it in.
+    def close(self, failed: bool = False) -> None:
+        """Waits for what is being saved, and ends the thread.
 
-        Raises:
-          CheckpointError: it has neither a run's of now nor an older one's.
+        Args:
+          failed: The run has an error of its own, so one of saving is only logged.
         """
-        folder = Path(self._manager.directory) / str(step) / "optimizer"
+        try:
+            self.wait()
+        except SaveError as error:
+            if not failed:
+                raise
+            logger.warning("%s", error)
+        finally:
+            self._thread.shutdown()
+
+
+class _DamagedError(Exception):
+    def __init__(self, problems: list[str]):
+        super().__init__(problems)
+        self.problems = problems
+
+
+def _restore(
+    folder: Path, step: int, fresh: TrainState, position: dict[str, Any]
+) -> TrainState:
+    """Reads the arrays of a checkpoint and compares them with their digests."""
+    stacks = _stacks(folder, step, fresh)
+    wanted = {ADAPTER: flatten(fresh.lora), OPTIMIZER: _named(jax.tree.leaves(stacks))}
+    read = {item: _read_arrays(folder / item, wanted[item]) for item in wanted}
+    digests = position.get(DIGESTS)
+    if digests is not None:
+        problems = [
+            f"{item}: array {name} is not as it was written (its sha256 differs)"
+            for item, arrays in read.items()
+            for name, x in arrays.items()
+            if array_digest(x) != digests[item].get(name)
+        ]
+        if problems:
+            raise _DamagedError(problems)
+    arrays = [x for _, x in sorted(read[OPTIMIZER].items())]
+    opt_state = jax.tree.structure(stacks).unflatten(arrays)
+    if stacks is not fresh.opt_state:
+        opt_state = regrouped(opt_state, fresh.opt_state)
+    opt_state = jax.tree.map(
+        lambda x, like: jax.device_put(x, like.sharding), opt_state, fresh.opt_state
+    )
+    lora = unflatten(read[ADAPTER], fresh.lora, f"checkpoint {step}")
+    return TrainState(step, lora, opt_state)
+
+
+def _stacks(folder: Path, step: int, fresh: TrainState) -> Any:
+    """Returns the optimizer's state, in the shapes that a checkpoint has it in.
+
+    Raises:
+      CheckpointError: it has neither a run's of now nor an older one's.
+    """
+    shapes = [shape for _, shape in sorted(_stored_shapes(folder / OPTIMIZER).items())]
+    if shapes == [x.shape for x in jax.tree.leaves(fresh.opt_state)]:
+        return fresh.opt_state
+    if (before := older(fresh.opt_state, shapes)) is not None:
+        return before
+    raise CheckpointError(
+        f"checkpoint {step} has an optimizer state of other shapes, as a version of "
+        "qlora_jax that grouped this model's layers otherwise wrote it; go on with that "
+        "version, or start a new run"
+    )
+
+
+def _write_arrays(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        checkpointer.save(folder, args=ocp.args.StandardSave(dict(arrays)))
+
+
+def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    try:
         with ocp.StandardCheckpointer() as checkpointer:
             stored: Any = checkpointer.metadata(folder).item_metadata
-        shapes = [tuple(x.shape) for _, x in sorted(dict(stored.tree).items())]
-        if shapes == [x.shape for x in jax.tree.leaves(fresh.opt_state)]:
-            return fresh.opt_state
-        if (before := older(fresh.opt_state, shapes)) is not None:
-            return before
-        raise CheckpointError(
-            f"checkpoint {step} has an optimizer state of other shapes, as a version of "
-            "qlora_jax that grouped this model's layers otherwise wrote it; go on with that "
-            "version, or start a new run"
-        )
-
-    def close(self) -> None:
-        """Ends Orbax's threads."""
-        self._manager.close()
+        return {name: tuple(x.shape) for name, x in dict(stored.tree).items()}
+    except Exception as error:  # Orbax raises of every kind, Exception itself too
+        raise _unreadable(folder, error) from None
 
 
-def _as_written_now(position: dict[str, Any]) -> dict[str, Any]:
-    """Returns a stored position as this version writes it.
-
-    Older runs had no objective, wrote names of modules as one text, and had fewer settings of
-    an adapter; what they lacked has its default. Settings that this version does not know stay
-    as they are.
-    """
-    position = {"objective": "sft"} | position
+def _read_arrays(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
+        for name, x in wanted.items()
+    }
     try:
-        lora = LoRAConfig.from_json(position["lora"])
-    except (KeyError, TypeError, ConfigError):
-        return position
-    return position | {"lora": lora.as_json()}
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(folder, shapes)
+    except Exception as error:
+        raise _unreadable(folder, error) from None
 
 
-def _check_same_run(step: int, stored: dict, position: dict) -> None:
-    """Refuses a checkpoint of a run with another position, with what differs."""
-    if stored == position:
-        return
-    names = sorted(
-        name
-        for name in stored.keys() | position.keys()
-        if stored.get(name) != position.get(name)
-    )
-    raise CheckpointError(
-        gathered(
-            f"checkpoint {step} belongs to another run",
-            [
-                f"{name}: it has {stored.get(name)!r}, the config says "
-                f"{position.get(name)!r}"
-                for name in names
-            ],
-        )
-    )
+def _unreadable(folder: Path, error: Exception) -> _DamagedError:
+    return _DamagedError([f"{folder.name}/ cannot be read: {_first_line(error)}"])
 
 
-def _leaves(opt_state: Any) -> dict[str, Any]:
-    # By position: an optax state's own keys are not all names that Orbax can write.
-    return {_name(i): x for i, x in enumerate(jax.tree.leaves(opt_state))}
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text[:200]}"
 
 
-def _name(i: int) -> str:
-    return f"{i:05d}"
+def _leaves(state: TrainState) -> dict[str, Any]:
+    return _named(jax.tree.leaves(state.opt_state))
+
+
+def _named(leaves: list[Any]) -> dict[str, Any]:
+    # By place: an optax state's own keys are not all names that Orbax can write.
+    return {f"{i:05d}": x for i, x in enumerate(leaves)}
+
+
+def sync(folder: Path) -> None:
+    """Flushes every file under a folder to the disk, and then the folders that name them."""
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            flush(Path(place, name))
+        flush(Path(place))
+
+
+def flush(path: Path) -> None:
+    """Flushes a file, or a folder's list of entries, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,7 +1,7 @@
 """Trainer: steps, eval losses, metrics, checkpoints, and resuming exactly."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +11,29 @@ import numpy as np
 from flax import nnx
 
 from qlora_jax.adapters.attach import join, split
-from qlora_jax.adapters.attached import lora_config
+from qlora_jax.adapters.attached import base_fingerprint, lora_config
+from qlora_jax.adapters.names import explicit_layers
 from qlora_jax.config.lora import LoRAConfig
+from qlora_jax.config.run import FILE
 from qlora_jax.config.train import TrainConfig
 from qlora_jax.data import Dataset
 from qlora_jax.errors import OutputExistsError, QLoRAError
-from qlora_jax.exchange.ours import save_adapter
+from qlora_jax.exchange.ours import METADATA, adapter_metadata, save_adapter
+from qlora_jax.exchange.steps import CHECKPOINTS
 from qlora_jax.models.streaming import stream
 from qlora_jax.objectives import Objective, find_objective
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train.checkpoints import RunCheckpoints
+from qlora_jax.train.figures import any_finite, figures_of, skipped_last
+from qlora_jax.train.lock import locked
 from qlora_jax.train.metrics import MetricsLog, device_memory_bytes
 from qlora_jax.train.optimizer import make_optimizer, make_schedule
+from qlora_jax.train.position import EVAL_LOSS, identity_of
 from qlora_jax.train.state import TrainState
 from qlora_jax.train.step import make_eval_step, make_train_step
 
 Progress = Callable[[dict[str, Any]], None]
 """Called with each step's metrics, and with eval losses."""
-
 
 OVERFLOWS = 5
 """Losses in a row that are not finite, at which a float16 run ends."""
@@ -61,6 +66,7 @@ class Trainer:
         objective: Objective | None = None,
         tokenizer: Tokenizer | None = None,
         progress: Progress | None = None,
+        identity: Mapping[str, Any] | None = None,
     ):
         """Prepares a run; nothing is written yet.
 
@@ -75,6 +81,8 @@ class Trainer:
           objective: What is minimized, in place of the one that `config` names.
           tokenizer: Saved with the adapter, where tokens were added.
           progress: Called with each step's metrics, and with eval losses.
+          identity: What else tells this run from others, such as digests of its base: JSON
+            values by name, which a checkpoint keeps and a resumed run has to have too.
 
         Raises:
           ConfigError: there is no such objective, or rows have not what it needs.
@@ -105,6 +113,11 @@ class Trainer:
         self._progress = progress or (lambda metrics: None)
         self._key = jax.random.key(config.seed)
         self._dropout = self.lora_config.dropout > 0
+        self._identity = identity_of(
+            config, train, evaluation, self.objective, self.lora_config
+        ) | dict(identity or {})
+        self._stop: Callable[[], bool] = lambda: False
+        self._saved_at = time.monotonic()
         self.start = 0
 
     @property
@@ -122,69 +135,98 @@ class Trainer:
         """The model with the adapter as it is now."""
         return join(self.graphdef, self.lora, self.base)
 
-    def fit(self, *, resume: bool = False) -> dict[str, Any]:
-        """Runs to the last step.
+    @property
+    def finished(self) -> bool:
+        """Whether the last step was taken."""
+        return self.state.step == self.steps
+
+    def fit(
+        self,
+        *,
+        resume: bool = False,
+        may_differ: Collection[str] = (),
+        stop: Callable[[], bool] | None = None,
+    ) -> dict[str, Any]:
+        """Runs to the last step, or until it is told to stop.
 
         Args:
-          resume: Continue from the newest checkpoint of the run folder.
+          resume: Continue from the newest checkpoint of the run folder that is whole.
+          may_differ: What of the checkpoint's position may be otherwise: "steps", where the
+            run is to end at another step.
+          stop: Asked after each step, and between the batches of an evaluation; when it
+            says yes, the run saves a checkpoint and its adapter, and returns.
 
         Returns:
-          Figures of the whole run: steps, loss (mean of the last tenth), tokens; and the
-          seconds that this call took.
+          Figures of the whole run: steps taken, loss (mean of the last tenth), tokens, where
+          rows are held out the best checkpoint; and the seconds that this call took.
 
         Raises:
           DivergedError: the loss is not finite; the last checkpoint is kept.
           CheckpointError: nothing to resume from, or a checkpoint of another run.
           OutputExistsError: the folder holds a run, and resume is false.
+          LockedError: another process trains in the folder.
+          SaveError: a checkpoint could not be written.
         """
+        self._stop = stop or self._stop
         self.out.mkdir(parents=True, exist_ok=True)
-        checkpoints = RunCheckpoints(
-            self.out / "checkpoints", self.config.keep_checkpoints
-        )
-        try:
-            if resume:
-                self.state = checkpoints.restore(self.state, self._position())
-                self.start = self.state.step
-            elif checkpoints.latest is not None:
+        with locked(self.out):
+            checkpoints = RunCheckpoints(
+                self.out / CHECKPOINTS, self.config.keep_checkpoints
+            )
+            failed = True
+            try:
+                log = self._begin(checkpoints, resume, frozenset(may_differ))
+                try:
+                    figures = self._run(checkpoints, log)
+                finally:
+                    log.close()
+                failed = False
+            finally:
+                checkpoints.close(failed)
+        return figures
+
+    def _begin(
+        self, checkpoints: RunCheckpoints, resume: bool, may_differ: frozenset[str]
+    ) -> MetricsLog:
+        """Restores the state of a run that goes on; opens the log."""
+        path = self.out / "metrics.jsonl"
+        if not resume:
+            if checkpoints.latest is not None:
                 raise OutputExistsError(
                     f"{self.out} holds a run of {checkpoints.latest} steps; resume it, or "
                     "choose another folder"
                 )
-            log = MetricsLog(self.out / "metrics.jsonl", self.start if resume else -1)
-            try:
-                return self._run(checkpoints, log)
-            finally:
-                log.close()
-        finally:
-            checkpoints.close()
+            return MetricsLog(path, -1)
+        position = self._position(None)
+        self.state = checkpoints.restore(self.state, position, may_differ=may_differ)
+        self.start = self.state.step
+        copy = checkpoints.folder / str(self.start) / path.name
+        return MetricsLog(path, self.start, copy if copy.is_file() else None)
 
     def evaluate(self, dataset: Dataset) -> float:
         """Returns the objective's mean loss, a token unless it has another normalizer."""
+        return self._evaluate(dataset, lambda: False)
+
+    def _evaluate(self, dataset: Dataset, stop: Callable[[], bool]) -> float:
         total, count = 0.0, 0.0
         for batch in dataset.in_order(self.config.micro_batch):
+            if stop():
+                raise _Stopped
             loss, normalizer = self._eval_step(self.lora, self.base, batch)
             total, count = total + float(loss), count + float(normalizer)
         return total / count
 
     def _run(self, checkpoints: RunCheckpoints, log: MetricsLog) -> dict[str, Any]:
-        config, began = self.config, time.monotonic()
-        evaluated = self.eval_data is not None
-        if evaluated and self.start == 0:
-            self._log_eval(log)
+        began = time.monotonic()
         # Figures are of the whole run, also where this process took only its end.
-        rows, overflows = [row for row in log.kept if "loss" in row], 0
-        while self.state.step < self.steps:
-            row = self._take_step()
-            log.write(**row)
-            self._progress(row)
-            overflows = self._check_finite(row, overflows)
-            rows.append(row)
-            if evaluated and self._due(config.eval_every):
-                self._log_eval(log)
-            if self._due(config.save_every):
-                checkpoints.save(self.state, self._position())
-        if overflows or not _finite(self.lora):
-            self._diverged(self.steps, "the adapter has values that are not finite")
+        rows = [row for row in log.kept if "loss" in row]
+        try:
+            self._take_steps(checkpoints, log, rows)
+        except _Stopped:
+            self._save(checkpoints, log)
+        if self.finished and rows and not any_finite(rows[-1:]):
+            self._diverged(checkpoints, self.steps, "the loss is not finite")
+        checkpoints.wait()
         save_adapter(
             self.out / "adapter",
             self.lora,
@@ -192,11 +234,70 @@ class Trainer:
             tokenizer=self._tokenizer,
             overwrite=True,
         )
+        best = checkpoints.best
         return {
-            "steps": self.steps,
-            **_figures(rows),
+            "steps": self.state.step,
+            **figures_of(rows),
+            **({"best_checkpoint": best[0], "best_eval_loss": best[1]} if best else {}),
             "seconds": round(time.monotonic() - began, 1),
         }
+
+    def _take_steps(
+        self,
+        checkpoints: RunCheckpoints,
+        log: MetricsLog,
+        rows: list[dict[str, Any]],
+    ) -> None:
+        """Takes what is left of the run's steps.
+
+        Raises:
+          _Stopped: it was told to stop.
+        """
+        config = self.config
+        # A run may have been stopped, or killed, before it had measured this.
+        if self._eval_due() and self._eval_loss(log) is None:
+            self._log_eval(checkpoints, log)
+        while not self.finished:
+            if self._stop():
+                raise _Stopped
+            row = self._take_step()
+            log.write(**row)
+            self._progress(row)
+            rows.append(row)
+            self._check_finite(checkpoints, rows)
+            if self._eval_due():
+                self._log_eval(checkpoints, log)
+            if self._due(config.save_every) or self._save_is_due():
+                self._save(checkpoints, log)
+            checkpoints.check()
+
+    def _save_is_due(self) -> bool:
+        """Whether a checkpoint is due besides those of `save_every`."""
+        minutes = self.config.save_minutes
+        waited = time.monotonic() - self._saved_at
+        return self.state.step == 1 or (minutes is not None and waited >= 60 * minutes)
+
+    def _save(self, checkpoints: RunCheckpoints, log: MetricsLog) -> None:
+        """Saves a checkpoint; it is on the disk when the next one is begun, or the run ends."""
+        if not _finite(self.lora):
+            what = "the adapter has values that are not finite"
+            self._diverged(checkpoints, self.state.step, what)
+        metrics, lora, config = log.text, self.lora, self.out / FILE
+        settings = config.read_bytes() if config.is_file() else None
+        mark, layers = base_fingerprint(lora), explicit_layers(lora, self.lora_config)
+
+        def beside(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
+            text = adapter_metadata(arrays, self.lora_config, mark, layers)
+            (folder / METADATA).write_text(text, encoding="utf-8")
+            (folder / "metrics.jsonl").write_text(metrics, encoding="utf-8")
+            if settings is not None:
+                (folder / FILE).write_bytes(settings)
+            if self._tokenizer is not None:
+                self._tokenizer.save(folder)
+
+        position = self._position(self._eval_loss(log))
+        checkpoints.save(self.state, position, beside=beside)
+        self._saved_at = time.monotonic()
 
     def _take_step(self) -> dict[str, Any]:
         """Moves the run's state on by a step; returns the step's metrics."""
@@ -217,44 +318,67 @@ class Trainer:
             "device_memory_bytes": device_memory_bytes(),
         }
 
+    def _eval_due(self) -> bool:
+        """Whether an eval loss is due now: it is before the first step, too."""
+        if self.eval_data is None:
+            return False
+        return self.state.step == 0 or self._due(self.config.eval_every)
+
+    def _eval_loss(self, log: MetricsLog) -> float | None:
+        """Returns the eval loss that was measured after the step that was taken last."""
+        return dict(log.eval_losses).get(self.state.step)
+
     def _due(self, every: int | None) -> bool:
         """Whether what happens after each so many steps, and the last, happens now."""
         step = self.state.step
         return step == self.steps or (every is not None and step % every == 0)
 
-    def _check_finite(self, row: dict[str, Any], overflows: int) -> int:
-        """Ends a run that diverged; returns the losses in a row that were not finite.
+    def _check_finite(
+        self, checkpoints: RunCheckpoints, rows: list[dict[str, Any]]
+    ) -> None:
+        """Ends a run that diverged.
 
         In float16 a step whose gradients overflow is skipped and the loss scale lowered. A
         loss is of the forward pass, which no scale mends: one batch may do that, not many.
         """
-        values = {"loss": row["loss"]}
-        if self.config.compute_dtype != "float16":
-            values["grad_norm"] = row["grad_norm"]
-        for name, value in values.items():
-            if not np.isfinite(value):
-                overflows += 1
-                allowed = 1 if len(values) > 1 else OVERFLOWS
-                if overflows >= allowed:
-                    said = "gradient's norm" if name == "grad_norm" else name
-                    self._diverged(row["step"], f"the {said} is {value}")
-                return overflows
-        return 0
+        row, half = rows[-1], self.config.compute_dtype == "float16"
+        loss, norm = row["loss"], row["grad_norm"]
+        many = len(rows) >= OVERFLOWS and not any_finite(rows[-OVERFLOWS:])
+        if not np.isfinite(loss) and (many or not half):
+            self._diverged(checkpoints, row["step"], f"the loss is {loss}")
+        if not half and not np.isfinite(norm):
+            what = f"the gradient's norm is {norm}"
+            self._diverged(checkpoints, row["step"], what)
+        if half and skipped_last(rows) >= self.config.max_skipped:
+            what = f"{self.config.max_skipped} steps in a row were skipped, as their "
+            what += "gradients overflowed (--train.max-skipped)"
+            self._diverged(checkpoints, row["step"], what)
 
-    def _diverged(self, step: int, what: str) -> None:
+    def _diverged(self, checkpoints: RunCheckpoints, step: int, what: str) -> None:
+        latest = checkpoints.latest
+        kept = (
+            "There is no checkpoint yet."
+            if latest is None
+            else f"{checkpoints.folder / str(latest)} is the last good checkpoint."
+        )
         raise DivergedError(
             f"step {step}: {what}. Lower --train.learning-rate, or compute in bfloat16 or "
-            f"float32. {self.out / 'checkpoints'} keeps the last good checkpoint."
+            f"float32. {kept}"
         )
 
-    def _log_eval(self, log: MetricsLog) -> None:
+    def _log_eval(self, checkpoints: RunCheckpoints, log: MetricsLog) -> None:
+        """Measures and logs the eval loss; saves a checkpoint where it is the least yet."""
         assert self.eval_data is not None
         step = self.state.step
-        row = {"step": step, "eval_loss": self.evaluate(self.eval_data)}
+        row = {"step": step, "eval_loss": self._evaluate(self.eval_data, self._stop)}
+        before = [loss for at, loss in log.eval_losses if at > 0]
         log.write(**row)
         self._progress(row)
         if not np.isfinite(row["eval_loss"]):
-            self._diverged(step, f"the eval loss is {row['eval_loss']}")
+            what = f"the eval loss is {row['eval_loss']}"
+            self._diverged(checkpoints, step, what)
+        if step > 0 and row["eval_loss"] < min(before, default=np.inf):
+            self._save(checkpoints, log)
 
     def _batch(self, step: int) -> dict[str, np.ndarray]:
         c = self.config
@@ -266,28 +390,12 @@ class Trainer:
             for name, x in batch.items()
         }
 
-    def _position(self) -> dict[str, Any]:
-        c, data = self.config, self.train_data
-        # Runs without shares wrote no more than their number of rows.
-        shares = [[len(one.rows), one.weight] for one in data.shares]
-        return {
-            **({"shares": shares} if shares else {}),
-            "seed": c.seed,
-            "batch": c.micro_batch * c.grad_accum,
-            "rows": len(data),
-            "steps": self.steps,
-            "compute_dtype": c.compute_dtype,
-            "optimizer": c.optimizer,
-            "objective": self.objective.name,
-            "lora": self.lora_config.as_json(),
-        }
+    def _position(self, eval_loss: float | None) -> dict[str, Any]:
+        return {**self._identity, "steps": self.steps, EVAL_LOSS: eval_loss}
 
 
-def _figures(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Returns the mean loss of the last tenth of a run's steps, and its tokens."""
-    last = rows[-max(1, len(rows) // 10) :]
-    loss = {"loss": float(np.mean([row["loss"] for row in last]))} if rows else {}
-    return {**loss, "tokens": sum((row["tokens"] for row in rows), 0.0)}
+class _Stopped(Exception):
+    """The run was told to stop."""
 
 
 def _settled(tree: Any) -> Any:

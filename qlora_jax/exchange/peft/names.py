@@ -29,7 +29,8 @@ from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from qlora_jax.errors import AdapterMismatchError
+from qlora_jax import digests
+from qlora_jax.errors import AdapterMismatchError, gathered
 from qlora_jax.models import Decoder, DecoderConfig, abstract, hf_table
 from qlora_jax.names import HEAD, Numbered, dotted
 
@@ -95,6 +96,15 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise AdapterMismatchError(
             f"{folder} cannot be read as a PEFT adapter: {error}"
         ) from None
+    entry = digests.read(folder).get(TENSORS, {})
+    if wrong := [
+        f"{name} is not as it was written"
+        for name, digest in entry.get("tensors", {}).items()
+        if name not in stored or digests.of_array(stored[name]) != digest
+    ]:
+        raise AdapterMismatchError(
+            gathered(f"{folder / TENSORS}: {digests.ADVICE}", wrong)
+        )
     if not isinstance(settings, dict):
         raise AdapterMismatchError(f"{folder / CONFIG} is no JSON object")
     given = {key: value for key, value in settings.items() if value is not None}

@@ -91,7 +91,10 @@ def write_gguf(
     meta |= gguf_tokenizer.write(source.path, source.hf, config.vocab_size)
     out.parent.mkdir(parents=True, exist_ok=True)
     with new_file(out, overwrite=overwrite) as beside:
-        if problems := _write(beside, meta, factors, checkpoint, names, dtype):
+        problems = _write(beside, meta, factors, checkpoint, names, dtype)
+        if damage := source.damage():
+            raise CheckpointError(gathered(f"{source} has unusable weights", damage))
+        if problems:
             raise CheckpointError(gathered(f"{source} does not fit {dtype}", problems))
     return {"out": str(out), "bytes": out.stat().st_size}
 
