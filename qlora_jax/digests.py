@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -89,17 +89,53 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
     return value["files"]
 
 
-def tensor_file_problems(path: Path, entry: Mapping[str, Any]) -> list[str]:
+def tensor_file_problems(
+    folder: Path, name: str, entry: Mapping[str, Any]
+) -> list[str]:
     """Returns how size and header of a file of tensors differ from its entry."""
+    path = folder / name
     size = path.stat().st_size
     if size != entry["bytes"]:
-        return [f"{path.name}: {size} bytes, {entry['bytes']} were written; {ADVICE}"]
-    if "tensors" in entry and header_digest(path) != entry["header"]:
-        return [f"{path.name}: its header is not the one that was written; {ADVICE}"]
+        return [f"{name}: {size} bytes, {entry['bytes']} were written; {ADVICE}"]
+    if "tensors" in entry and _header_digest(path) != entry["header"]:
+        return [f"{name}: its header is not the one that was written; {ADVICE}"]
     return []
 
 
-def header_digest(path: Path) -> str:
+def damage(folder: Path, name: str, entry: Mapping[str, Any]) -> list[str]:
+    """Compares every byte of a file in a folder with its entry.
+
+    Returns:
+      A sentence for the file, or for each tensor of a file of tensors, that is not as it
+      was written.
+    """
+    path = folder / name
+    if "tensors" not in entry:
+        return [] if of_file(path) == entry else [f"{name} is not as it was written"]
+    if problems := tensor_file_problems(folder, name, entry):
+        return problems
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        problems = []
+        for tensor, digest in entry["tensors"].items():
+            begin, end = header[tensor]["data_offsets"]
+            if _of_part(stream, 8 + length + begin, end - begin) != digest:
+                problems.append(f"{name}: {tensor} is not as it was written")
+    return problems
+
+
+def _of_part(stream: IO[bytes], start: int, size: int) -> str:
+    """Returns the sha256 of some bytes of a file."""
+    stream.seek(start)
+    found = hashlib.sha256()
+    while size > 0 and (data := stream.read(min(size, 1 << 20))):
+        found.update(data)
+        size -= len(data)
+    return found.hexdigest()
+
+
+def _header_digest(path: Path) -> str:
     """Returns the sha256 of a safetensors file's header and of its length before it."""
     with path.open("rb") as stream:
         size = stream.read(8)

@@ -1,11 +1,7 @@
 """Checks a folder that qlora_jax wrote against the digests in it: `qlora inspect --verify`."""
 
-import json
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from qlora_jax import digests
 from qlora_jax.config.run import has_run
@@ -116,33 +112,10 @@ def _is_read(name: str, inside: set[str]) -> bool:
 
 
 def _file(folder: Path, name: str, entry: dict[str, Any]) -> list[str]:
-    """Returns what is wrong with a file, a sentence for each tensor of one that has such."""
+    """Returns what is wrong with a file that a list names, a sentence for each thing."""
     path = folder / name
     if Path(name).is_absolute() or ".." in Path(name).parts:
         return [f"{digests.NAME} names {name!r}, which is no file in the folder"]
     if not path.is_file():
         return [f"{name} is missing"]
-    if "tensors" not in entry:
-        same = digests.of_file(path) == entry
-        return [] if same else [f"{name} is not as it was written"]
-    problems = digests.tensor_file_problems(path, entry)
-    return problems or _tensors(path, entry["tensors"])
-
-
-def _tensors(path: Path, written: dict[str, str]) -> list[str]:
-    """Compares every tensor of a file whose header is whole."""
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    problems = []
-    for name, digest in written.items():
-        begin, end = header[name]["data_offsets"]
-        array = np.zeros(0, np.uint8)
-        if end > begin:
-            array = np.memmap(path, np.uint8, "r", 8 + length + begin, (end - begin,))
-        if digests.of_array(array) != digest:
-            shape = header[name]["shape"]
-            problems.append(
-                f"{path.name}: {name} ({math.prod(shape)} values) is not as it was written"
-            )
-    return problems
+    return digests.damage(folder, name, entry)

@@ -80,7 +80,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
         for file in files:
             infos, problem = _read_header(file)
             if not problem and (entry := written.get(file.name)) is not None:
-                problem = digests.tensor_file_problems(file, entry)
+                problem = digests.tensor_file_problems(folder, file.name, entry)
                 own = entry.get("tensors", {})
                 infos = {
                     name: info._replace(sha256=own.get(name))
