@@ -5,44 +5,14 @@ import errno
 import logging
 import os
 import resource
-import shutil
-import sys
 from pathlib import Path
 
 import pytest
+from crash import states
 
 from qlora_jax import digests, files
 from qlora_jax.errors import CheckpointError, OutputError, OutputExistsError
 from qlora_jax.files import new_file, new_folder, write_file
-
-_WATCH: list = []
-_EVENTS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.chmod")
-
-
-def _hook(event: str, args: tuple) -> None:
-    if _WATCH and (event in _EVENTS or (event == "open" and args[2] & os.O_CREAT)):
-        watch = _WATCH.pop()  # what it does itself is no event
-        watch()
-        _WATCH.append(watch)
-
-
-sys.addaudithook(_hook)
-
-
-@contextlib.contextmanager
-def states(root: Path, into: Path):
-    """Copies a folder before each call that changes files: what a kill there leaves."""
-    found: list[Path] = []
-
-    def snapshot() -> None:
-        found.append(into / f"{len(found):03d}")
-        shutil.copytree(root, found[-1], symlinks=True)
-
-    _WATCH.append(snapshot)
-    try:
-        yield found
-    finally:
-        _WATCH.clear()
 
 
 def make(out: Path, text: str) -> None:

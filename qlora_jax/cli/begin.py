@@ -54,7 +54,8 @@ def _check_foreign(out: Path) -> None:
     problems = []
     if not (out / BEGUN).is_file():
         try:
-            read_run(out)
+            if read_run(out).model is None:
+                raise ConfigError("it names no model")
         except ConfigError as error:
             problems = [f"{name} is no {_called(name)} of a run" for name in there]
             if has_run(out):
