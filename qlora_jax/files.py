@@ -25,21 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax import digests
+from qlora_jax.disk import explained
 from qlora_jax.errors import OutputError, OutputExistsError
 
 logger = logging.getLogger(__name__)
 
 _WRITING, _BEFORE = ".writing-", ".before-"
-_ADVICE = {
-    errno.ENOSPC: "free some space there, or choose another place",
-    errno.EDQUOT: "your quota there is used up; free some space, or choose another place",
-    errno.EFBIG: "no file there may be that large (ulimit -f); raise the limit, or choose "
-    "another place",
-    errno.EROFS: "choose a place that can be written to",
-    errno.EACCES: "choose a place that you may write to",
-    errno.EPERM: "choose a place that you may write to",
-    errno.EIO: "the disk or its connection failed; look at the system's log",
-}
 _NO_SWAP = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EBUSY, errno.EMLINK)
 _NO_SWAP += (errno.ENOTSUP, errno.EINVAL, errno.ENOSYS, errno.EROFS)
 """Errors that say that a folder cannot be exchanged, or a file not be linked, where it is."""
@@ -92,16 +83,17 @@ def new_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """
     sweep(path)
     beside = _hidden(path, _WRITING)
-    with _explained(path):
+    with explained(path):
         handle = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             _lock(handle)
-            yield beside
-            if not overwrite and os.path.lexists(path):
-                raise OutputExistsError(f"{path} exists; give another file")
-            sync(beside)
-            os.replace(beside, path)
-            sync(path.parent)
+            with explained(path):  # while what there is of it takes its room
+                yield beside
+                if not overwrite and os.path.lexists(path):
+                    raise OutputExistsError(f"{path} exists; give another file")
+                sync(beside)
+                os.replace(beside, path)
+                sync(path.parent)
         finally:
             os.close(handle)
             beside.unlink(missing_ok=True)
@@ -170,17 +162,18 @@ def new_folder(
     """
     out = Path(os.path.realpath(out))
     check_output(out, overwrite=True)
-    with _explained(out), _parents(out):
+    with explained(out), _parents(out):
         sweep(out)
         folder = _hidden_folder(out)
         handle = os.open(folder, os.O_RDONLY)
         new = NewFolder(folder, out, replaces)
         try:
             _lock(handle)
-            yield new
-            digests.write(folder, new.digests)
-            _sync_all(folder)
-            _put_in_place(new, out, opened_by)
+            with explained(out):
+                yield new
+                digests.write(folder, new.digests)
+                _sync_all(folder)
+                _put_in_place(new, out, opened_by)
         finally:
             os.close(handle)
             _remove(folder)
@@ -250,7 +243,7 @@ def _put_in_place(new: NewFolder, out: Path, opened_by: str) -> None:
         sync(out.parent)
         return
     kept = new.kept()
-    _check_room(new.path, out)
+    _check_way(new.path, out)
     if not (_may_swap(new.path, out) and _swapped(new.path, out, kept)):
         logger.info("%s cannot be exchanged as a whole; its files are replaced", out)
         try:
@@ -262,7 +255,7 @@ def _put_in_place(new: NewFolder, out: Path, opened_by: str) -> None:
             ) from error
 
 
-def _check_room(folder: Path, out: Path) -> None:
+def _check_way(folder: Path, out: Path) -> None:
     """Refuses an old folder that has a folder where a new file goes, or the reverse."""
     for name in _walk(folder):
         old, new = out / name, folder / name
@@ -422,62 +415,3 @@ def _sync_all(folder: Path) -> None:
         if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
             sync(folder / name)
     sync(folder)
-
-
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Says of an error in writing an output what it was and what to do.
-
-    Errors in reading other files pass as they are.
-    """
-    try:
-        yield
-    except (OutputError, OutputExistsError):
-        raise
-    except OSError as error:
-        if error.errno is None or not _is_of(path, error):
-            raise
-        raise OutputError(unwritten(path, error)) from error
-
-
-def _is_of(path: Path, error: OSError) -> bool:
-    """Whether an error is about an output, what is above it, or what is written for it."""
-    if error.filename is None:  # as of a write to an open file
-        return True
-    named = Path(os.fsdecode(error.filename))
-    hidden = path.with_name(f".{path.name}.")
-    return (
-        path.is_relative_to(named)
-        or named.is_relative_to(path)
-        or str(named).startswith(str(hidden))
-    )
-
-
-def unwritten(path: Path, error: Exception) -> str:
-    """Returns the message for an output that cannot be written, with what to do.
-
-    Args:
-      path: The output.
-      error: What writing it raised; of an error that has no number its text is searched.
-    """
-    number = getattr(error, "errno", None) or next(
-        (n for n in _ADVICE if os.strerror(n).lower() in str(error).lower()), 0
-    )
-    why = os.strerror(number) if number else str(error).strip()
-    advice = _ADVICE.get(number, "see to that, and run it again")
-    if number == errno.ENOSPC and _no_inodes(path):
-        why, advice = (
-            "no inodes are left there",
-            "remove files there, or choose another",
-        )
-    return (
-        f"{path} cannot be written: {why}; {advice}. What was there before is as it was"
-    )
-
-
-def _no_inodes(path: Path) -> bool:
-    for place in (path, *path.parents):
-        with contextlib.suppress(OSError):
-            found = os.statvfs(place)
-            return found.f_files > 0 and found.f_favail == 0
-    return False

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from crash import states
 
-from qlora_jax import digests, files
+from qlora_jax import digests, disk, files
 from qlora_jax.errors import CheckpointError, OutputError, OutputExistsError
 from qlora_jax.files import new_file, new_folder, write_file
 
@@ -246,6 +246,29 @@ def test_what_ails_the_disk_is_said_with_what_to_do(
     assert str(out) in str(caught.value)
     assert content(out) == whole("old")
     assert [x.name for x in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_error_without_a_number_on_a_full_disk_is_that(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "_left", lambda path: (0, 5))
+    with (
+        pytest.raises(OutputError, match="No space left on device; free some"),
+        new_file(tmp_path / "x", overwrite=False),
+    ):
+        raise OSError("11008 requested and 8768 written")
+    monkeypatch.setattr(disk, "_left", lambda path: (0, 0))
+    with (
+        pytest.raises(OutputError, match="no inodes are left there; remove files"),
+        new_file(tmp_path / "x", overwrite=False),
+    ):
+        raise OSError(errno.ENOSPC, "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_room_is_asked_for_before_a_library_writes(tmp_path):
+    disk.check_room(tmp_path, 1 << 20)
+    with pytest.raises(OSError) as caught, file_limit(1000):
+        disk.check_room(tmp_path, 2000)
+    assert caught.value.errno == errno.EFBIG and not list(tmp_path.iterdir())
 
 
 def test_an_error_in_reading_another_file_stays_that(tmp_path):

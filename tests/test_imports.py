@@ -27,7 +27,7 @@ LAYERS = (
     ("config",),
     ("toml", "names", "user_folder"),
     ("files",),
-    ("digests",),
+    ("digests", "disk"),
     ("errors",),
     ("pallas_kernels",),
 )

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from qlora_jax import digests
 from qlora_jax.config.run import FILE, RunConfig, has_run, read_run
+from qlora_jax.disk import unwritten
 from qlora_jax.errors import ConfigError, OutputError, OutputExistsError, gathered
 from qlora_jax.exchange.ours import ADAPTER, BASE, METADATA, is_ours
 from qlora_jax.exchange.steps import CHECKPOINTS
-from qlora_jax.files import check_output, sync, unwritten
+from qlora_jax.files import check_output, sync
 from qlora_jax.toml import write_toml
 
 BEGUN = ".begun.toml"

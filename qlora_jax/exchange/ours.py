@@ -30,6 +30,7 @@ from qlora_jax.adapters.names import (
 from qlora_jax.adapters.value import other_base
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.digests import NAME as DIGESTS
+from qlora_jax.disk import check_room, unwritten
 from qlora_jax.errors import (
     AdapterMismatchError,
     ConfigError,
@@ -45,7 +46,7 @@ from qlora_jax.exchange.peft import (
     is_peft,
     peft_misfits,
 )
-from qlora_jax.files import new_folder, unwritten
+from qlora_jax.files import new_folder
 from qlora_jax.models import Decoder
 from qlora_jax.models.vocabulary import resize_tokens
 from qlora_jax.nn import Linear, LoRA
@@ -60,6 +61,8 @@ ADAPTER, BASE = "adapter", "base"
 """Folders that a run folder has: the adapter, and the 4-bit base that init 'pissa' made for
 it."""
 FORMAT = 1
+_OVERHEAD_BYTES = 1 << 17
+"""So much or less Orbax writes beside the arrays."""
 M = TypeVar("M", bound=nnx.Module)
 
 
@@ -133,7 +136,9 @@ def write_adapter(
             raise OutputExistsError(
                 f"{path} holds an adapter; pass overwrite to replace it"
             )
+    size = sum(np.asarray(x).nbytes for x in arrays.values())
     with new_folder(path, opened_by=METADATA, replaces=is_ours) as new:
+        check_room(new.path, size + _OVERHEAD_BYTES)
         _save_arrays(new.path / ARRAYS, arrays)
         if tokenizer is not None:
             tokenizer.save(new.path)
