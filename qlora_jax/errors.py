@@ -35,6 +35,10 @@ class OutputExistsError(QLoRAError, FileExistsError):
     """An output path is taken and overwriting was not asked for."""
 
 
+class OutputError(QLoRAError, OSError):
+    """An output cannot be written: a full disk, a folder that is read-only, a limit."""
+
+
 class LockedError(QLoRAError, BlockingIOError):
     """Another process works in the folder."""
 

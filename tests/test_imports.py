@@ -28,6 +28,7 @@ LAYERS = (
     ("config",),
     ("toml", "names", "user_folder"),
     ("files", "inputs", "schema"),
+    ("digests", "disk"),
     ("errors",),
     ("pallas_kernels",),
 )

@@ -31,6 +31,7 @@ from qlora_jax.evaluate import (
     window_losses,
 )
 from qlora_jax.evaluate.choices import Asked
+from qlora_jax.files import write_file
 from qlora_jax.inference import decoded
 from qlora_jax.text.tokenizer import Tokenizer
 
@@ -166,8 +167,8 @@ def run(args: Args) -> dict[str, Any]:
         score = functools.partial(_of_rows, args, rows, tokenizer, extract)
     each, lines = _by_adapter(models, bank, chosen, score)
     if args.predictions is not None:
-        with args.predictions.open("x", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(line) + "\n" for line in lines)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        write_file(args.predictions, text)
     return {**said, **(each[None] if bank is None else {"by_adapter": each})}
 
 

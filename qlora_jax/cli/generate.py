@@ -11,6 +11,7 @@ from qlora_jax.cli import options
 from qlora_jax.config.quant import QuantOptions
 from qlora_jax.data.prompts import Prompt, read_prompts
 from qlora_jax.errors import ConfigError, DataError
+from qlora_jax.files import new_file
 from qlora_jax.inference import SampleConfig, Stop, decoded, generate
 from qlora_jax.text.tokenizer import Tokenizer
 
@@ -173,11 +174,14 @@ def _write(
     prompts: list[Prompt],
     config: SampleConfig,
 ) -> int:
-    """Writes each batch's rows as they are done; returns the number of new tokens."""
+    """Writes a file of all rows, which is there when all are; returns the new tokens."""
     assert args.out is not None
     total, size, stop = 0, args.batch_size, _stop(args, prompts, tokenizer)
     model = decoded(model)  # once for all batches
-    with args.out.open("x", encoding="utf-8") as stream:
+    with (
+        new_file(args.out, overwrite=False) as beside,
+        beside.open("w", encoding="utf-8") as stream,
+    ):
         for start in range(0, len(prompts), size):
             some = prompts[start : start + size]
             # A short last batch is filled up, so that it compiles nothing anew.
@@ -196,6 +200,5 @@ def _write(
                 row = {**prompt.row, "completion": completion}
                 stream.write(json.dumps(row, ensure_ascii=False) + "\n")
                 total += len(ids)
-            stream.flush()
             logger.info("%d of %d prompts", start + len(some), len(prompts))
     return total

@@ -20,6 +20,7 @@ from qlora_jax.errors import (
 )
 from qlora_jax.exchange.ours import describe_adapter, misfits
 from qlora_jax.exchange.steps import place_of
+from qlora_jax.exchange.verify import verify
 from qlora_jax.models import hf_table
 from qlora_jax.names import dotted
 from qlora_jax.sources.load import outline
@@ -39,6 +40,10 @@ class Args:
     compare: tuple[str, str] | None = None
     """Two adapters: how large their updates are, and how alike."""
 
+    verify: bool = False
+    """Compare every byte of the folder with the digests that qlora_jax wrote into it, and name
+    what is damaged, missing or added. Loading a model checks its tensors alone."""
+
 
 def parse(args: list[str], prog: str) -> Args:
     """Parses the flags."""
@@ -49,10 +54,18 @@ def run(args: Args) -> dict[str, Any]:
     """Prints the findings; returns them."""
     if (args.folder is None) == (args.compare is None):
         raise ConfigError("give a folder, or --compare and two adapters")
+    if args.verify and (args.compare is not None or args.model is not None):
+        raise ConfigError("--verify goes with a folder alone")
     if args.compare is not None:
         return _compared(args.compare, args.model)
     assert args.folder is not None
     folder = place_of(args.folder)
+    if args.verify:
+        found = verify(folder)
+        print(f"{folder}: {found['files']} files are as they were written")
+        for name in found["others"]:
+            print(f"  {name} was added since; nothing reads it")
+        return found
     is_model = (folder / "config.json").exists() or any(folder.glob("*.gguf"))
     if is_model or not folder.is_dir():
         if args.model is not None:

@@ -1,17 +1,13 @@
 """`qlora merge`: fold an adapter into a model folder, and say what that lost."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from qlora_jax.cli import options
 from qlora_jax.config.quant import QuantConfig, QuantOptions
 from qlora_jax.exchange.merge import Merging, merge_folder
-from qlora_jax.exchange.ours import adapter_tokenizer
 from qlora_jax.sources.hub import find
-
-REPORT = "merge_report.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,16 +78,9 @@ def run(args: Args) -> dict[str, Any]:
     saved, report, corrected = merge_folder(
         source, args.adapter, args.out, merging, overwrite=args.overwrite
     )
-    tokenizer = source.tokenizer
-    if (larger := adapter_tokenizer(args.adapter, tokenizer)) is not tokenizer:
-        assert larger is not None
-        larger.save_vocabulary(args.out)
-    figures = report.to_json()
     said = {"relative_error": report.total[0], "error_of_update": report.total[1]}
     if corrected is not None:
-        figures["corrected"] = corrected.to_json()
         said["corrected_error"], said["corrected_error_of_update"] = corrected.total
-    (args.out / REPORT).write_text(json.dumps(figures, indent=2) + "\n")
     columns = {"relative error": report.relative, "of the update": report.of_update}
     options.print_figures(columns, dict(zip(columns, report.total, strict=True)))
     four_bit = quant or source.stored

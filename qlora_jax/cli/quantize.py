@@ -11,8 +11,8 @@ from typing import Any
 from qlora_jax.cli import options
 from qlora_jax.config.quant import QuantOptions
 from qlora_jax.errors import ConfigError
+from qlora_jax.files import check_output
 from qlora_jax.sources.quantize import quantize_folder
-from qlora_jax.sources.save import check_output
 from qlora_jax.sources.source import open_source
 
 

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import importlib.resources
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,16 +13,18 @@ import jax
 
 from qlora_jax.adapters import LoRAConfig, attach
 from qlora_jax.cli import options
+from qlora_jax.cli.begin import BASE_NF4, beginning, check_run_folder
 from qlora_jax.cli.progress import TrainProgress
 from qlora_jax.cli.train import sizes
 from qlora_jax.config.quant import QuantConfig, QuantOptions
-from qlora_jax.config.run import RunConfig, has_run, write_run
+from qlora_jax.config.run import RunConfig
 from qlora_jax.config.train import TrainConfig
 from qlora_jax.data import DataConfig, read_dataset
 from qlora_jax.evaluate import exact_match
 from qlora_jax.evaluate.exact_match import Answer
+from qlora_jax.files import write_file
 from qlora_jax.sources.load import load
-from qlora_jax.sources.save import check_output, save_model
+from qlora_jax.sources.save import save_model
 from qlora_jax.train.loop import Trainer
 from qlora_jax.train.report import write_report
 
@@ -79,10 +80,7 @@ def run(args: Args) -> dict[str, Any]:
     """Runs; returns the figures."""
     assets = Path(str(importlib.resources.files("qlora_jax") / "assets"))
     out = args.out
-    if args.overwrite and has_run(out):
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    else:
-        check_output(out, args.overwrite)
+    check_run_folder(out, args.overwrite)
     train = TRAIN
     if args.max_steps is not None:
         train = dataclasses.replace(TRAIN, max_steps=args.max_steps)
@@ -90,9 +88,9 @@ def run(args: Args) -> dict[str, Any]:
     with stage("1. Quantize the embedded base to NF4 and save it"):
         model, tokenizer = load(assets / "base", QuantConfig())
         assert tokenizer is not None
-        saved = save_model(
-            model, out / "base-nf4", source=assets / "base", overwrite=True
-        )
+        config = _as_of_train(assets, out, train)
+        with beginning(out, config):
+            saved = save_model(model, out / BASE_NF4, source=assets / "base")
 
     with stage("2. Attach an adapter, which changes nothing yet"):
         rows = read_dataset(assets / "train.jsonl", tokenizer, DATA)
@@ -112,8 +110,6 @@ def run(args: Args) -> dict[str, Any]:
         print(f"   exact match {before:.1%}")
 
     with stage(f"4. Fine-tune the adapter, {train.max_steps} steps"), progress:
-        out.mkdir(parents=True, exist_ok=True)
-        write_run(out, _as_of_train(assets, out, train))
         fitted = trainer.fit()
 
     with stage("5. Ask again"):
@@ -136,7 +132,7 @@ def run(args: Args) -> dict[str, Any]:
 def _as_of_train(assets: Path, out: Path, train: TrainConfig) -> RunConfig:
     """Returns what `qlora train` would call the same run."""
     return RunConfig(
-        model=str(out / "base-nf4"),
+        model=str(out / BASE_NF4),
         data_file=(str(assets / "train.jsonl"),),
         eval_file=(str(assets / "test.jsonl"),),
         lora=LORA,
@@ -161,4 +157,4 @@ def _report(out: Path, figures: dict[str, Any]) -> None:
         "optimizer {optimizer_bytes:,} B".format(**figures)
     )
     print(f"curve    {out / 'loss.png'}\nreport   {report}")
-    (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    write_file(out / "figures.json", json.dumps(figures, indent=2) + "\n")

@@ -1,6 +1,5 @@
 """Starts a run's adapter that begins with more than zeros (`--lora.init`)."""
 
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,9 @@ from qlora_jax.adapters.compensate import describe, input_moments, overall
 from qlora_jax.adapters.compensate import start as started
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.config.quant import QuantOptions
-from qlora_jax.config.run import has_run, read_run
 from qlora_jax.config.train import TrainConfig
 from qlora_jax.data import DataConfig, Dataset
-from qlora_jax.errors import CheckpointError, ConfigError, OutputExistsError, gathered
+from qlora_jax.errors import CheckpointError, ConfigError, gathered
 from qlora_jax.exchange.ours import BASE
 from qlora_jax.sources.load import original_kernels
 from qlora_jax.sources.save import save_model
@@ -67,7 +65,6 @@ def check_own_base(
 
     Raises:
       ConfigError: all that does not, by flag.
-      OutputExistsError: something else lies where the base goes.
     """
     problems = []
     if add_tokens:
@@ -92,18 +89,10 @@ def check_own_base(
     if problems:
         what = "--lora.init pissa, which changes the 4-bit base, does not go with"
         raise ConfigError(gathered(what, problems))
-    if base.exists() and not _made_one(out):
-        raise OutputExistsError(f"{base} exists, and is no base of a run; move it away")
-
-
-def _made_one(out: Path) -> bool:
-    """Whether the run in a folder made a base of its own, which a new one replaces."""
-    return has_run(out) and read_run(out).lora.init == "pissa"
 
 
 def save_base(model: Any, out: Path, source: Source) -> None:
     """Saves the base of a new run, which resume and the other subcommands find there."""
-    shutil.rmtree(out / BASE, ignore_errors=True)
     save_model(detach(model), out / BASE, source=source)
 
 

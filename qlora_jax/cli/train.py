@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import hashlib
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,19 @@ from qlora_jax.budget.host import available_host_bytes
 from qlora_jax.budget.plan import PICKED, flags_of, parse_bytes, plan_memory, said
 from qlora_jax.budget.setup import Setup
 from qlora_jax.cli import options, resume, start, stopping
+from qlora_jax.cli.begin import beginning, check_run_folder
 from qlora_jax.cli.progress import RowsProgress, TrainProgress
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.config.quant import QuantConfig
-from qlora_jax.config.run import RunConfig, has_run, read_run, write_run
+from qlora_jax.config.run import RunConfig, read_run, write_run
 from qlora_jax.data import Dataset, check_ids, read_dataset
 from qlora_jax.data.dataset import padded_length
 from qlora_jax.data.sources import parse_sources
 from qlora_jax.errors import ConfigError, DataError
+from qlora_jax.files import check_output
 from qlora_jax.objectives import find_objective
 from qlora_jax.sources.identity import identity_of
 from qlora_jax.sources.load import load
-from qlora_jax.sources.save import check_output
 from qlora_jax.sources.source import Source, open_source
 from qlora_jax.sources.tokens import add_tokens
 from qlora_jax.text import Tokenizer
@@ -135,8 +135,7 @@ def run(args: Args) -> dict[str, Any]:
     out = Path(str(args.out))
     if not args.overwrite:
         resume.refuse_taken(out)
-    if not (args.overwrite and has_run(out)):
-        check_output(out, args.overwrite)
+    check_output(out, args.overwrite)
     return train(args, out, resuming=False)
 
 
@@ -145,13 +144,14 @@ def train(args: Args, out: Path, *, resuming: bool) -> dict[str, Any]:
     # What is wrong with objective, rows or memory is found before the model is loaded.
     objective = find_objective(args.train.objective)
     source, quant = open_base(args, out, resume=resuming)
+    if not resuming:
+        check_run_folder(out, args.overwrite)
     rows, held = checked_rows(args, source)
     objective.check(rows.batch(0, 1, args.train.seed))
     args = within_memory(args, source, quant, rows)
     model, lora, added, started = adapted(args, source, quant, rows, resume=resuming)
     if not resuming:
-        # Not before all input was found good. Only what a run writes goes away: anything
-        # else in the folder stays.
+        # Not before all input was found good.
         out.mkdir(parents=True, exist_ok=True)
     with (
         locked(out),
@@ -159,12 +159,10 @@ def train(args: Args, out: Path, *, resuming: bool) -> dict[str, Any]:
         stopping.finishing() as stop,
     ):
         if not resuming:
-            if args.overwrite:
-                shutil.rmtree(out / "checkpoints", ignore_errors=True)
-            if makes_a_base(args):
-                start.save_base(model, out, source)
-                source = open_source(start.saved_base(out))
-            write_run(out, args.run)
+            with beginning(out, args.run):
+                if makes_a_base(args):
+                    start.save_base(model, out, source)
+                    source = open_source(start.saved_base(out))
         trainer = Trainer(
             model,
             rows,

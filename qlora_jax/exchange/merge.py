@@ -35,11 +35,13 @@ from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.config.quant import QuantConfig
 from qlora_jax.errors import ConfigError
 from qlora_jax.exchange.ours import (
+    adapter_tokenizer,
     base_scales,
     check_scales,
     fit_adapter,
     write_adapter,
 )
+from qlora_jax.files import check_output
 from qlora_jax.models import Decoder, hf_table
 from qlora_jax.models.vocabulary import grown
 from qlora_jax.names import EMBEDDING, HEAD, Numbered
@@ -48,9 +50,10 @@ from qlora_jax.nn.folding import Applied, Factors, Folding, fold
 from qlora_jax.nn.frozen import modules
 from qlora_jax.sources.load import Tables, outline, outlined, reading
 from qlora_jax.sources.save import (
+    MERGE_REPORT,
     Place,
     as_saved,
-    check_output,
+    new_model_folder,
     places,
     saved_config,
     saved_names,
@@ -132,30 +135,40 @@ def merge_folder(
     Args:
       source: The base.
       adapter: A run folder, an adapter folder or a PEFT folder.
-      out: The folder; a correction's adapter goes to `adapter/` in it.
+      out: The folder; a correction's adapter goes to `adapter/` in it, and the report to
+        merge_report.json.
       merging: The quantization of the base, and the dtype and quantization of the result.
       overwrite: Write into a folder that is not empty.
       shard_bytes: Largest size of a file.
 
     Raises:
-      OutputExistsError: see `check_output`.
+      OutputExistsError: see `check_output` and `write_folder`.
+      OutputError: the folder cannot be written.
       CheckpointError: as `load` and `save_model`.
-      AdapterMismatchError: as `load_adapter`, `merge` and `merge_corrected`; nothing is
-        written in either case.
+      AdapterMismatchError: as `load_adapter`, `merge` and `merge_corrected`. Whatever is
+        raised, the folder is as it was.
     """
     check_output(out, overwrite)
     weights = _Weights(source, adapter, merging)
-    saved = write_folder(
-        *(weights.parameters(), saved_config(weights.merged), merging.dtype),
-        *(source.hf, out),
-        origin=source,
-        shard_bytes=shard_bytes,
-    )
-    corrected = None
-    if weights.correction is not None:
-        weights.correction.save(out)
-        corrected = weights.report(weights.correction.squares)
-    return Merged(saved, weights.report({}), corrected)
+    with new_model_folder(out, source) as new:
+        saved = write_folder(
+            *(weights.parameters(), saved_config(weights.merged), merging.dtype),
+            *(source.hf, new),
+            origin=source,
+            shard_bytes=shard_bytes,
+        )
+        larger = adapter_tokenizer(adapter, source.tokenizer)
+        if larger is not None and larger is not source.tokenizer:
+            larger.save_vocabulary(new.path)
+        report, corrected = weights.report({}), None
+        figures = report.to_json()
+        if weights.correction is not None:
+            weights.correction.save(new.path)
+            corrected = weights.report(weights.correction.squares)
+            figures["corrected"] = corrected.to_json()
+        text = json.dumps(figures, indent=2) + "\n"
+        (new.path / MERGE_REPORT).write_text(text, encoding="utf-8")
+    return Merged(saved, report, corrected)
 
 
 class _Weights:

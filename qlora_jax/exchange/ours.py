@@ -29,9 +29,12 @@ from qlora_jax.adapters.names import (
 )
 from qlora_jax.adapters.value import other_base
 from qlora_jax.config.lora import LoRAConfig
+from qlora_jax.digests import NAME as DIGESTS
+from qlora_jax.disk import check_room, unwritten
 from qlora_jax.errors import (
     AdapterMismatchError,
     ConfigError,
+    OutputError,
     OutputExistsError,
     gathered,
 )
@@ -49,7 +52,7 @@ from qlora_jax.exchange.steps import (
     say_unfinished,
     unfinished,
 )
-from qlora_jax.files import write_file
+from qlora_jax.files import new_folder
 from qlora_jax.inputs import read_json
 from qlora_jax.models import Decoder
 from qlora_jax.models.settings import MAX_LAYERS
@@ -82,6 +85,8 @@ _KINDS = {
 }
 """Fields of adapter.json -> their kinds."""
 
+_OVERHEAD_BYTES = 1 << 17
+"""So much or less Orbax writes beside the arrays."""
 M = TypeVar("M", bound=nnx.Module)
 
 
@@ -107,6 +112,7 @@ def save_adapter(
 
     Raises:
       OutputExistsError: the folder is taken, and is no adapter or overwrite is false.
+      OutputError: the folder cannot be written; one that was there is as it was.
     """
     arrays = {name: np.asarray(x) for name, x in flatten(lora).items()}
     return write_adapter(
@@ -143,7 +149,9 @@ def write_adapter(
     path = Path(path).absolute()
     if path.exists() and (path.is_file() or any(path.iterdir())):
         # Without metadata but with nothing else either: a save that was killed.
-        half = overwrite and path.is_dir() and all(map(_is_ours, path.iterdir()))
+        half = (
+            overwrite and path.is_dir() and all(is_ours(x.name) for x in path.iterdir())
+        )
         if not (path / METADATA).exists() and not half:
             raise OutputExistsError(
                 f"{path} exists and is no adapter; choose another path"
@@ -152,15 +160,14 @@ def write_adapter(
             raise OutputExistsError(
                 f"{path} holds an adapter; pass overwrite to replace it"
             )
-    path.mkdir(parents=True, exist_ok=True)
-    # First away and last written, so that it never describes other arrays.
-    (path / METADATA).unlink(missing_ok=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path / ARRAYS, dict(arrays), force=True)
-        checkpointer.wait_until_finished()
-    if tokenizer is not None:
-        tokenizer.save(path)
-    write_file(path / METADATA, adapter_metadata(arrays, config, base, layers))
+    size = sum(np.asarray(x).nbytes for x in arrays.values())
+    with new_folder(path, opened_by=METADATA, replaces=is_ours) as new:
+        check_room(new.path, size + _OVERHEAD_BYTES)
+        _save_arrays(new.path / ARRAYS, arrays)
+        if tokenizer is not None:
+            tokenizer.save(new.path)
+        text = adapter_metadata(arrays, config, base, layers)
+        (new.path / METADATA).write_text(text, encoding="utf-8")
     return path
 
 
@@ -186,8 +193,24 @@ def adapter_metadata(
     return json.dumps(metadata, indent=2) + "\n"
 
 
-def _is_ours(entry: Path) -> bool:
-    return entry.name.startswith((ARRAYS, METADATA)) or entry.name in TOKENIZER_FILES
+def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays with Orbax.
+
+    Raises:
+      OutputError: they cannot be written; Orbax's own errors are of many kinds.
+    """
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path, dict(arrays))
+            checkpointer.wait_until_finished()
+    except Exception as error:
+        raise OutputError(unwritten(path.parent, error)) from error
+
+
+def is_ours(name: str) -> bool:
+    """Whether a path in an adapter's folder is one that `write_adapter` writes."""
+    top = name.partition("/")[0]
+    return top.startswith((ARRAYS, METADATA)) or top in (*TOKENIZER_FILES, DIGESTS)
 
 
 def adapter_tokenizer(

@@ -243,6 +243,7 @@ def outlined(source: Source, prepared: Reading) -> Outline:
 
     graphdef, state = nnx.split(replaced(skeleton, Weighted, hold))
     flat = [(path, fill(path, v)) for path, v in nnx.to_flat_state(state)]
+    reader.check(source)
     return Outline(nnx.merge(graphdef, nnx.from_flat_state(flat)), notes)
 
 
@@ -267,7 +268,10 @@ def original_kernels(
     checkpoint, table = source.tensors, hf_table(source.config)
 
     def read(path: str, index: tuple[int, ...]) -> np.ndarray:
-        return checkpoint[table.name(f"{path}.kernel", index)]
+        kernel = checkpoint[table.name(f"{path}.kernel", index)]
+        if problems := source.damage():
+            raise CheckpointError(gathered(f"{source} has unusable weights", problems))
+        return kernel
 
     return read
 

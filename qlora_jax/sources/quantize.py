@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax.config.quant import QuantConfig, TableFormat
+from qlora_jax.files import check_output
 from qlora_jax.sources.load import reading
 from qlora_jax.sources.reader import Reader, Wanted
-from qlora_jax.sources.save import check_output, write_folder
+from qlora_jax.sources.save import new_model_folder, write_folder
 from qlora_jax.sources.source import Source, say
 
 
@@ -43,16 +44,19 @@ def quantize_folder(
     Raises:
       OutputExistsError: see `check_output`.
       CheckpointError: as `load`; nothing is written then.
+      OutputError: the folder cannot be written; one that was there is as it was.
     """
     check_output(out, overwrite)
     prepared = reading(source, quant, dtype, embedding, head)
     say(source.path, prepared.notes)
     reader, wanted = prepared.reader, prepared.wanted
-    return write_folder(
-        *(_parameters(reader, wanted, source), source.config, dtype, source.hf, out),
-        origin=source,
-        shard_bytes=shard_bytes,
-    )
+    with new_model_folder(out, source) as new:
+        return write_folder(
+            *(_parameters(reader, wanted, source), source.config, dtype),
+            *(source.hf, new),
+            origin=source,
+            shard_bytes=shard_bytes,
+        )
 
 
 def _parameters(

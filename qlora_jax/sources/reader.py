@@ -101,10 +101,8 @@ class Reader:
 
     def check(self, source: Source) -> None:
         """Raises CheckpointError with everything that could not be used."""
-        if self.problems:
-            raise CheckpointError(
-                gathered(f"{source} has unusable weights", self.problems)
-            )
+        if problems := [*source.damage(), *self.problems]:
+            raise CheckpointError(gathered(f"{source} has unusable weights", problems))
 
     def read(self, path: str, wanted: Wanted) -> Any:
         """Returns one parameter: an array, a PackedWeight, or a stack of either."""

@@ -5,24 +5,24 @@ caller lets go of it, so that host memory holds one tensor and never a file. Hea
 checked before anything is read, so that a truncated file is named with its tensor.
 """
 
-import json
 import math
 import os
 import re
-import stat
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
 
+from qlora_jax import digests
 from qlora_jax.errors import CheckpointError, gathered
 from qlora_jax.inputs import check_regular, parse_json, read_json
 from qlora_jax.schema import TEXT, mapped, misfits
 
-_DTYPES = {
+DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -37,18 +37,24 @@ _DTYPES = {
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_INDEX_BYTES = 96 << 20
 _MAX_AXES, _MAX_AXIS = 8, 2**40
+_BEHIND = 4
+"""So many tensors may be read before the digest of the first of them is known."""
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 class TensorInfo(NamedTuple):
-    """Says where a tensor lies: its file, dtype, shape and first byte in the file."""
+    """Says where a tensor lies: its file, dtype, shape and first byte in the file.
+
+    Where qlora_jax wrote the file, the digest of the tensor's bytes is there too.
+    """
 
     file: Path
     dtype: np.dtype
     shape: tuple[int, ...]
     start: int
+    sha256: str | None = None
 
 
 class Checkpoint(Mapping[str, np.ndarray]):
@@ -65,14 +71,25 @@ class Checkpoint(Mapping[str, np.ndarray]):
         Which files, and which of two tensors of one name, is as transformers chooses.
 
         Raises:
-          CheckpointError: no file, or files that are missing, truncated or corrupt;
-            all of them are named.
+          CheckpointError: no file, or files that are missing, truncated or corrupt, or
+            others than were written here; all of them are named.
         """
         self.infos: dict[str, TensorInfo] = {}
+        self._checks: dict[str, Future[str]] = {}
+        self._last: deque[Future[str]] = deque(maxlen=_BEHIND)
+        self._thread = ThreadPoolExecutor(1, "digests")
         files, self.notes = _files(folder)
+        written = digests.read(folder)
         problems, twice = [], []
         for file in files:
             infos, problem = _read_header(file)
+            if not problem and (entry := written.get(file.name)) is not None:
+                problem = digests.tensor_file_problems(folder, file.name, entry)
+                own = entry.get("tensors", {})
+                infos = {
+                    name: info._replace(sha256=own.get(name))
+                    for name, info in infos.items()
+                }
             twice += [
                 f"{name} ({self.infos[name].file.name}, {file.name})"
                 for name in infos
@@ -113,13 +130,39 @@ class Checkpoint(Mapping[str, np.ndarray]):
         return info.dtype.name, math.prod(info.shape) * info.dtype.itemsize
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """Maps one tensor, read-only."""
+        """Maps one tensor, read-only.
+
+        A thread takes its digest meanwhile, which `damage` compares with the one that it was
+        written with.
+        """
         info = self.infos[name]
         if 0 in info.shape:
             return np.zeros(info.shape, info.dtype)
-        return np.memmap(
-            info.file, info.dtype, "r", info.start, info.shape or (1,)
-        ).reshape(info.shape)
+        array = np.memmap(info.file, info.dtype, "r", info.start, info.shape or (1,))
+        if info.sha256 is not None and name not in self._checks:
+            if (
+                len(self._last) == _BEHIND
+            ):  # so that few are mapped for the thread alone
+                self._last[0].result()
+            self._checks[name] = self._thread.submit(digests.of_array, array)
+            self._last.append(self._checks[name])
+        return array.reshape(info.shape)
+
+    def damage(self) -> list[str]:
+        """Returns a sentence for each tensor, of those read so far, that is damaged.
+
+        Of a folder that has no digests nothing is known.
+        """
+        wrong = [
+            name
+            for name, check in self._checks.items()
+            if check.result() != self.infos[name].sha256
+        ]
+        return [
+            f"{name}: its bytes in {self.infos[name].file.name} are not those that were "
+            f"written there; {digests.ADVICE}"
+            for name in wrong
+        ]
 
     def __iter__(self) -> Iterator[str]:
         """Yields the names."""
@@ -146,7 +189,7 @@ def _files(folder: Path) -> tuple[list[Path], list[str]]:
         return [folder / SINGLE], [beside] if index.exists() else []
     if not os.path.lexists(index):
         raise CheckpointError(_no_weights(folder))
-    shards = _shards(index)
+    shards = shards_of(index)
     if missing := [s for s in shards if not os.path.lexists(folder / s)]:
         raise CheckpointError(
             gathered(f"{folder} lacks shards that {INDEX} names; fetch them", missing)
@@ -154,7 +197,7 @@ def _files(folder: Path) -> tuple[list[Path], list[str]]:
     return [folder / shard for shard in shards], []
 
 
-def _shards(index: Path) -> list[str]:
+def shards_of(index: Path) -> list[str]:
     """Returns the files that an index names."""
     read = read_json(index, limit=_MAX_INDEX_BYTES)
     problems = misfits(read, {"weight_map": mapped(TEXT)}, ("weight_map",))
@@ -208,13 +251,13 @@ def _entry(name: str, value: Any) -> _Entry | str:
     if not isinstance(value, dict) or value.keys() != keys:
         return f"{name[:80]} has an entry other than dtype, shape and data_offsets"
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         return f"{name} has dtype {dtype!r:.80}, which is unknown"
     if not _are_sizes(shape) or len(shape) > _MAX_AXES or max([*shape, 0]) > _MAX_AXIS:
         return f"{name} has the shape {shape!r:.80}, which no array has"
     if not _are_sizes(offsets) or len(offsets) != 2:
         return f"{name} has the data_offsets {offsets!r:.80}, expected two places"
-    entry = _Entry(name, _DTYPES[dtype], tuple(shape), *offsets)
+    entry = _Entry(name, DTYPES[dtype], tuple(shape), *offsets)
     needed = math.prod(shape) * entry.dtype.itemsize
     if entry.end - entry.begin != needed:
         have = entry.end - entry.begin
@@ -281,122 +324,3 @@ def _unlike_the_file(entries: list[_Entry], size: int, *, whole: bool) -> list[s
     if at != size:
         return [f"{size - at} bytes after the last tensor; the file is corrupt"]
     return []
-
-
-class Writer:
-    """Writes tensors as they come, in shards of bounded size.
-
-    Shards get their final names at `close`, when their number is known; a single one is
-    model.safetensors. Values that are not finite are never written.
-    """
-
-    def __init__(self, folder: Path, shard_bytes: int = 4 << 30):
-        self.folder, self.shard_bytes = folder, shard_bytes
-        self.problems: list[str] = []
-        """Why tensors cannot be written, a sentence each; `close` raises them."""
-        self._pending: dict[str, np.ndarray] = {}
-        self._shards: list[list[str]] = []
-        self._bytes = 0
-
-    def add(self, name: str, tensor: np.ndarray) -> None:
-        """Adds a tensor; flushes a shard when it is full."""
-        if problem := _not_finite(tensor):
-            self.problems.append(f"{name}: {problem}")
-        if self.problems:  # nothing will be kept: look at the others alone
-            return
-        size = sum(t.nbytes for t in self._pending.values())
-        if self._pending and size + tensor.nbytes > self.shard_bytes:
-            self._flush()
-        self._pending[name] = np.asarray(tensor, order="C")
-        self._bytes += tensor.nbytes
-
-    def close(self) -> int:
-        """Writes what is left and the index; returns the bytes of all tensors.
-
-        A model that was in the folder is replaced whole: its file, or its index and the
-        shards that this names.
-
-        Raises:
-          CheckpointError: tensors have values that are not finite; all are named, and
-            what was in the folder is still there.
-        """
-        if self.problems:
-            self.discard()
-            raise CheckpointError(
-                gathered(f"nothing was saved in {self.folder}", self.problems)
-            )
-        self._flush()
-        count = len(self._shards)
-        final = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-        if count == 1:
-            final = [SINGLE]
-        before = self._before()
-        for i, name in enumerate(final):
-            os.replace(self.folder / _part(i), self.folder / name)
-        if count > 1:
-            weight_map = {
-                tensor: final[i]
-                for i, names in enumerate(self._shards)
-                for tensor in names
-            }
-            index = {"metadata": {"total_size": self._bytes}, "weight_map": weight_map}
-            (self.folder / INDEX).write_text(json.dumps(index, indent=2))
-            final.append(INDEX)
-        for name in before - set(final):
-            (self.folder / name).unlink(missing_ok=True)
-        return self._bytes
-
-    def discard(self) -> None:
-        """Removes what was written, where `close` has not been reached."""
-        for i in range(len(self._shards)):
-            (self.folder / _part(i)).unlink(missing_ok=True)
-
-    def _before(self) -> set[str]:
-        """Returns the files of a model that another save left in the folder."""
-        files = {SINGLE}
-        if (self.folder / INDEX).exists():
-            files.add(INDEX)
-            try:
-                files.update(filter(_SHARD.fullmatch, _shards(self.folder / INDEX)))
-            except CheckpointError:
-                pass  # of no model that could be opened
-        return files
-
-    def _flush(self) -> None:
-        if self._pending or not self._shards:
-            path = self.folder / _part(len(self._shards))
-            write_tensors(path, self._pending)
-            self._shards.append(list(self._pending))
-            self._pending = {}
-
-
-def _not_finite(tensor: np.ndarray) -> str | None:
-    """Says why an array cannot be saved; None where all of it is finite."""
-    if tensor.dtype.kind in "biu" or np.isfinite(tensor).all():
-        return None
-    if np.isnan(tensor).any():
-        return "NaN values"
-    if tensor.dtype == np.float16:
-        return (
-            f"values beyond {np.finfo(np.float16).max:.0f}, the largest of float16; save "
-            "in bfloat16 or float32 (--dtype)"
-        )
-    return "Inf values"
-
-
-def _part(i: int) -> str:
-    return f"part-{i:05d}.safetensors.partial"
-
-
-def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes a file of tensors in one go, with the mode that the umask gives a new file.
-
-    The library itself writes a temporary file, which others may not read, and renames it.
-    """
-    partial = path.with_name(f"{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    partial.touch()
-    mode = stat.S_IMODE(partial.stat().st_mode)
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.chmod(mode)
-    os.replace(partial, path)

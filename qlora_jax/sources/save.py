@@ -1,5 +1,6 @@
 """Saving a model as a Hugging Face folder, from a model or parameter by parameter."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -12,7 +13,8 @@ import numpy as np
 from flax import nnx
 
 from pallas_kernels.formats import PackedWeight
-from qlora_jax.errors import CheckpointError, OutputExistsError
+from qlora_jax.errors import CheckpointError
+from qlora_jax.files import NewFolder, check_output, new_folder
 from qlora_jax.models import Decoder, DecoderConfig, config_json, llama
 from qlora_jax.names import (
     EMBEDDING,
@@ -23,27 +25,12 @@ from qlora_jax.names import (
     template_of,
 )
 from qlora_jax.sources import bitsandbytes
-from qlora_jax.sources.safetensors import Writer
 from qlora_jax.sources.source import Source, open_source
-from qlora_jax.text.folder import copy_tokenizer
+from qlora_jax.sources.writer import Writer, weight_files
+from qlora_jax.text.folder import check_copies, copy_tokenizer, refuse_another
 
-
-def check_output(out: Path, overwrite: bool) -> None:
-    """Refuses an output folder that has something in it.
-
-    Raises:
-      OutputExistsError: `out` is taken and `overwrite` is false, or is a file.
-    """
-    if out.is_file():
-        raise OutputExistsError(
-            f"{out} is a file; give a folder that does not exist yet"
-        )
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise OutputExistsError(
-            f"{out} exists and is not empty; choose another --out, or pass --overwrite to "
-            "write into it (a model there is replaced, and files of the same names; others "
-            "are kept)"
-        )
+MERGE_REPORT = "merge_report.json"
+"""The file in which a merge says, beside the merged model, what it lost."""
 
 
 def save_model(
@@ -64,15 +51,16 @@ def save_model(
       out: The folder.
       source: The model's original folder or file, whose config and tokenizer go along;
         without it the config is written as a Llama's.
-      overwrite: Write into a folder that is not empty. The weights of a model there are
-        replaced whole, so that nothing opens the old ones.
+      overwrite: Write into a folder that is not empty. A model there is replaced whole and
+        at once; see `qlora_jax.files` for what is kept.
       shard_bytes: Largest size of a file.
 
     Returns:
       {"out": path, "bytes": of all tensors}.
 
     Raises:
-      OutputExistsError: see `check_output`.
+      OutputExistsError: see `check_output` and `write_folder`.
+      OutputError: the folder cannot be written; one that was there is as it was.
       CheckpointError: the model has adapters attached, or values that are not finite
         (as of weights too large for float16); nothing is written then.
     """
@@ -91,12 +79,38 @@ def save_model(
     origin = None if source is None else open_source(source)
     hf = config_json.write_config(model.config) if origin is None else origin.hf
     config = saved_config(model)
-    return write_folder(
-        *(_parameters(model, saved_names(config, origin)), config),
-        *(model.compute_dtype.name, hf, out),
-        origin=origin,
-        shard_bytes=shard_bytes,
-    )
+    with new_model_folder(out, origin) as new:
+        return write_folder(
+            *(_parameters(model, saved_names(config, origin)), config),
+            *(model.compute_dtype.name, hf, new),
+            origin=origin,
+            shard_bytes=shard_bytes,
+        )
+
+
+@contextlib.contextmanager
+def new_model_folder(out: Path, origin: Source | None) -> Iterator[NewFolder]:
+    """Gives the folder to write a model into with `write_folder`; it is then put in place.
+
+    A model that is in `out` is replaced whole: config, weights and tokenizer.
+
+    Args:
+      out: The folder.
+      origin: See `write_folder`.
+
+    Raises:
+      OutputError: see `new_folder`.
+      CheckpointError: the tokenizer of `origin` lies elsewhere, see `check_copies`.
+    """
+    if origin is not None and not origin.is_gguf:
+        check_copies(origin.path)
+    weights = weight_files(out)
+    with new_folder(
+        out,
+        opened_by="config.json",
+        replaces=lambda name: name in weights or name == MERGE_REPORT,
+    ) as new:
+        yield new
 
 
 def saved_config(model: Decoder) -> DecoderConfig:
@@ -168,7 +182,7 @@ def write_folder(
     config: DecoderConfig,
     dtype: str,
     hf: dict[str, Any],
-    out: Path,
+    new: NewFolder,
     *,
     origin: Source | None,
     shard_bytes: int = 4 << 30,
@@ -180,7 +194,7 @@ def write_folder(
       config: The config of the model.
       dtype: The name of the dtype that the model computes in.
       hf: A config.json, whose quantization, dtype and vocabulary are replaced.
-      out: The folder; what is there is replaced when all was written.
+      new: The folder, from `new_model_folder`.
       origin: The source whose tokenizer goes along; None for no tokenizer.
       shard_bytes: Largest size of a file; so much waits in memory.
 
@@ -188,8 +202,9 @@ def write_folder(
       {"out": path, "bytes": of all tensors}.
 
     Raises:
-      CheckpointError: values that are not finite, or whatever `parameters` raises; nothing
-        is written then.
+      CheckpointError: values that are not finite, or whatever `parameters` raises.
+      OutputExistsError: the old folder has a tokenizer's files that would be taken for the
+        new model's.
     """
     # Linears that stay dense in 4-bit folders: what the source says, and a router, which
     # transformers 4 would take for 4-bit.
@@ -202,25 +217,20 @@ def write_folder(
     hf["torch_dtype"] = dtype
     hf["vocab_size"] = config.vocab_size
     hf["tie_word_embeddings"] = config.tie_word_embeddings
-    made = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    writer = Writer(out, shard_bytes)
-    try:
-        quantization = _write(parameters, writer, dtype, skip)
-        size = writer.close()
-    except BaseException:
-        writer.discard()
-        if made:
-            out.rmdir()
-        raise
+    if origin is not None and not origin.is_gguf:
+        copy_tokenizer(origin.path, new.path)
+    elif origin is not None and origin.tokenizer is not None:
+        origin.tokenizer.save(new.path)
+    refuse_another(new)
+    writer = Writer(new.path, shard_bytes)
+    quantization = _write(parameters, writer, dtype, skip)
+    size = writer.close()
+    new.digests |= writer.digests
     if quantization is not None:
         hf["quantization_config"] = quantization
-    if origin is not None and not origin.is_gguf:
-        copy_tokenizer(origin.path, out)
-    elif origin is not None and origin.tokenizer is not None:
-        origin.tokenizer.save(out)
-    (out / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
-    return {"out": str(out), "bytes": size}
+    text = json.dumps(hf, indent=2) + "\n"
+    (new.path / "config.json").write_text(text, encoding="utf-8")
+    return {"out": str(new.out), "bytes": size}
 
 
 def _write(

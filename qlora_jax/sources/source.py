@@ -121,6 +121,14 @@ class Source:
             )
         return checkpoint
 
+    def damage(self) -> list[str]:
+        """Returns a sentence for each tensor, of those read so far, that is damaged.
+
+        Known are those of folders with digests, which qlora_jax wrote.
+        """
+        tensors = self.tensors
+        return tensors.damage() if isinstance(tensors, Checkpoint) else []
+
     @functools.cached_property
     def _gguf(self) -> GGUF:
         return open_gguf(self.path)

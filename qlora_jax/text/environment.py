@@ -224,11 +224,12 @@ def _limited(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @jinja2.pass_context
     @functools.wraps(function)
     def limited(context: Any, value: Any = "", *args: Any, **kwargs: Any) -> Any:
-        given = {
+        first: dict[Any, tuple[Any, ...]] = {
             _PassArg.context: (context,),
             _PassArg.eval_context: (context.eval_ctx,),
             _PassArg.environment: (context.environment,),
-        }.get(takes, ())
+        }
+        given = first.get(takes, ())
         run = CURRENT.get(None)
         if run is None or name in _PLAIN:
             return function(*given, value, *args, **kwargs)

@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
-from qlora_jax.errors import CheckpointError, gathered
+from qlora_jax.errors import CheckpointError, OutputExistsError, gathered
+from qlora_jax.files import NewFolder
 from qlora_jax.inputs import read_bytes, read_json, read_text
 from qlora_jax.schema import (
     FLAG,
@@ -114,17 +115,63 @@ class Parts(NamedTuple):
     templates: dict[str, str]
 
 
-def copy_tokenizer(folder: Path, out: Path) -> None:
-    """Copies a folder's tokenizer and chat templates as they are; leaves the same files."""
-    names = [name for name in FILES if (folder / name).is_file()]
-    names += [
-        f"{TEMPLATES}/{file.name}" for file in folder.glob(f"{TEMPLATES}/*.jinja")
+def check_copies(folder: Path) -> None:
+    """Refuses to copy a tokenizer whose files are links to other places.
+
+    A link may lead to a file in the folder, or in the cache of the hub's repository that the
+    folder is of.
+
+    Raises:
+      CheckpointError: others do; all are named.
+    """
+    inside = folder.resolve()
+    if inside.parent.name == "snapshots":  # of a hub cache, whose files lie in blobs/
+        inside = inside.parents[1]
+    elsewhere = [
+        f"{name} is a link to {(folder / name).resolve()}"
+        for name in _to_copy(folder)
+        if not (folder / name).resolve().is_relative_to(inside)
     ]
-    for name in names:
-        copy = out / name
-        if not (copy.exists() and copy.samefile(folder / name)):
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / name, copy)
+    if elsewhere:
+        raise CheckpointError(
+            gathered(
+                f"{folder} has a tokenizer's files that lie outside of it, and are not copied "
+                "from there; put the files themselves into the folder",
+                elsewhere,
+            )
+        )
+
+
+def _to_copy(folder: Path) -> list[str]:
+    """Returns the files of a folder's tokenizer and chat templates, as relative paths."""
+    names = [name for name in FILES if (folder / name).is_file()]
+    files = folder.glob(f"{TEMPLATES}/*.jinja")
+    return names + [f"{TEMPLATES}/{file.name}" for file in files if file.is_file()]
+
+
+def copy_tokenizer(folder: Path, out: Path) -> None:
+    """Copies a folder's tokenizer and chat templates as they are, see `check_copies`."""
+    for name in _to_copy(folder):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / name, out / name)
+
+
+def refuse_another(new: NewFolder) -> None:
+    """Refuses an old folder that keeps a tokenizer's files which the new one has none of.
+
+    They would be read as the new model's.
+
+    Raises:
+      OutputExistsError: there are such files, which no writer of ours put there.
+    """
+    others = [
+        name for name in new.kept() if name in FILES or name.startswith(f"{TEMPLATES}/")
+    ]
+    if others:
+        raise OutputExistsError(
+            f"{new.out} has {', '.join(others)} of another model, which would be read as this "
+            "one's; move them away, or choose another folder"
+        )
 
 
 def read_folder(folder: Path) -> Parts | None:

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,10 @@ def plot_loss(run: Path, objective: Objective = SFT) -> Path:
     if train or held:
         axes.legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(run / "loss.png")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
     pyplot.close(figure)
+    write_file(run / "loss.png", picture.getvalue())
     return run / "loss.png"
 
 

@@ -31,10 +31,10 @@ import tokenizers
 from flax import nnx
 
 import qlora_jax as qlora
+from qlora_jax.files import check_output
 from qlora_jax.models.decoder import Decoder, DecoderConfig
 from qlora_jax.nn import FrozenParam, Linear
 from qlora_jax.nn.matmul import factor_matmul
-from qlora_jax.sources.save import check_output
 
 CONFIG = DecoderConfig(
     vocab_size=512,

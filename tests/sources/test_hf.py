@@ -1,6 +1,7 @@
 """Hugging Face folders: loading, quantizing on the way, saving, and what is refused."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -16,12 +17,15 @@ from safetensors.numpy import load_file
 from pallas_kernels.formats import QuantizedTensor
 from qlora_jax.adapters import Adapter
 from qlora_jax.config.quant import QuantConfig
+from qlora_jax.digests import NAME as DIGESTS
 from qlora_jax.errors import CheckpointError, OutputExistsError, ShapeError
+from qlora_jax.exchange.peft import export_peft
 from qlora_jax.models import Decoder
 from qlora_jax.nn import FrozenParam, Linear, QuantizedLinear, quantize
 from qlora_jax.nn.packing import dequantize
 from qlora_jax.sources import hub
 from qlora_jax.sources.load import load
+from qlora_jax.sources.quantize import quantize_folder
 from qlora_jax.sources.safetensors import INDEX, SINGLE
 from qlora_jax.sources.save import _skipped, save_model
 from qlora_jax.sources.source import open_source
@@ -185,7 +189,8 @@ def test_the_source_gives_its_config_and_tokenizer(model, tmp_path):
     (source / "notes.txt").write_text("stays behind")
     save_model(model, tmp_path / "out", source=source)
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {SINGLE, "config.json", "tokenizer.json", "tokenizer_config.json"}
+    tokenizer = {"tokenizer.json", "tokenizer_config.json"}
+    assert names == {SINGLE, "config.json", DIGESTS, *tokenizer}
     assert json.loads((tmp_path / "out/config.json").read_text())["mine"] == 1
     loaded, tokenizer = load(tmp_path / "out", dtype="float32")
     assert tokenizer.eos_ids == (tiny.EOS,)
@@ -205,6 +210,53 @@ def test_every_family_survives_saving_without_a_source(tmp_path, changes):
     again, _ = load(tmp_path / "out", dtype="float32")
     assert again.config == loaded.config
     same(again, loaded)
+
+
+def test_a_tokenizer_that_links_elsewhere_is_not_copied(model, tmp_path):
+    source = oracle.write_folder(tmp_path / "source", CONFIG, tensors())
+    (tmp_path / "secret").write_text("far")
+    (source / "tokenizer.model").symlink_to(tmp_path / "secret")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "x.jinja").symlink_to("../../secret")
+    (source / "inside").write_text("near")
+    (source / "merges.txt").symlink_to("inside")
+    export = functools.partial(export_peft, tmp_path / "out", tokenizer=source)
+    for write in (
+        lambda: save_model(model, tmp_path / "out", source=source),
+        lambda: quantize_folder(open_source(source), tmp_path / "out", QuantConfig()),
+        lambda: export(tiny.adapted(tiny.decoder())),
+    ):
+        with pytest.raises(CheckpointError, match=r"not copied from.*2 problems") as e:
+            write()
+        assert f"tokenizer.model is a link to {tmp_path / 'secret'}" in str(e.value)
+        assert "x.jinja" in str(e.value) and not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_in_a_hub_cache_is_copied(model, tmp_path):
+    repo = tmp_path / "models--a--b"
+    source = oracle.write_folder(repo / "snapshots" / "1234", CONFIG, tensors())
+    (repo / "blobs").mkdir()
+    (repo / "blobs" / "ab").write_text("near")
+    (source / "merges.txt").symlink_to("../../blobs/ab")
+    save_model(model, tmp_path / "out", source=source)
+    assert (tmp_path / "out" / "merges.txt").read_text() == "near"
+    assert not (tmp_path / "out" / "merges.txt").is_symlink()
+
+
+def test_another_models_tokenizer_is_never_taken_for_the_new_ones(model, tmp_path):
+    out = tmp_path / "out"
+    save_model(model, out)
+    (out / "chat_template.jinja").write_text("mine")
+    before = (out / SINGLE).read_bytes()
+    with pytest.raises(OutputExistsError, match=r"has chat_template\.jinja of another"):
+        save_model(tiny.decoder(seed=1), out, overwrite=True)
+    assert (out / SINGLE).read_bytes() == before
+    source = oracle.write_folder(tmp_path / "source", CONFIG, tensors())
+    (source / "chat_template.jinja").write_text("theirs")
+    save_model(model, out, source=source, overwrite=True)
+    assert (out / "chat_template.jinja").read_text() == "theirs"
+    save_model(model, out, overwrite=True)  # which was ours, and goes
+    assert not (out / "chat_template.jinja").exists()
 
 
 def test_an_output_that_is_not_empty_is_refused(model, tmp_path):
@@ -270,7 +322,9 @@ def test_values_beyond_float16_are_never_saved(folder, tmp_path, shards):
             caught.value
         )
     assert not (tmp_path / "new").exists()
-    assert {p.name for p in (tmp_path / "there").iterdir()} == {SINGLE, "config.json"}
+    assert {p.name for p in (tmp_path / "there").iterdir()} == {
+        *(SINGLE, "config.json", DIGESTS)
+    }
     for name, value in load_file(tmp_path / "there" / SINGLE).items():
         np.testing.assert_array_equal(value, before[name])
 

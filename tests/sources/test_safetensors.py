@@ -1,6 +1,7 @@
 """Safetensors folders: read tensor by tensor, written shard by shard."""
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from qlora_jax import digests
 from qlora_jax.errors import CheckpointError
-from qlora_jax.sources.safetensors import INDEX, SINGLE, Checkpoint, Writer
+from qlora_jax.sources.safetensors import INDEX, SINGLE, Checkpoint
+from qlora_jax.sources.writer import Writer, write_tensors
 
 DTYPES = (
     np.float64,
@@ -42,6 +45,22 @@ def write(
     for name, value in values.items():
         writer.add(name, value)
     return writer.close()
+
+
+def test_a_file_is_the_one_that_the_package_writes(tmp_path):
+    values = tensors() | {'odd "name" \u00e9': np.ones((2, 2), np.float32)}
+    entry = write_tensors(tmp_path / "ours", values)
+    save_file(values, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert entry["tensors"].keys() == values.keys()
+    assert not digests.damage(tmp_path, "ours", entry)
+    assert (tmp_path / "ours").stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def raw(folder: Path, header: object, body: bytes = b"") -> Path:

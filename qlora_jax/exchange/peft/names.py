@@ -18,6 +18,7 @@ in the text part of a multimodal model.
 """
 
 import dataclasses
+import logging
 import os
 import re
 from pathlib import Path
@@ -28,12 +29,15 @@ from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from qlora_jax import digests
 from qlora_jax.errors import AdapterMismatchError, gathered
 from qlora_jax.exchange.peft.settings import KINDS
 from qlora_jax.inputs import check_regular, read_json
 from qlora_jax.models import Decoder, DecoderConfig, abstract, hf_table
 from qlora_jax.names import HEAD, Numbered, dotted
 from qlora_jax.schema import misfits
+
+logger = logging.getLogger(__name__)
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -106,6 +110,27 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         )
     given = {key: value for key, value in settings.items() if value is not None}
     return {"r": 8, "lora_alpha": 8} | given, stored
+
+
+def check_undamaged(folder: Path) -> None:
+    """Refuses tensors that are not as qlora_jax wrote them.
+
+    A file that another program wrote since, as its header shows, is taken as it is, and that
+    is said. Where tensors do not fit the model, that says more, so this comes afterwards.
+
+    Raises:
+      AdapterMismatchError: some are not; all are named.
+    """
+    entry = digests.read(folder).get(TENSORS)
+    if entry is None:
+        return
+    if digests.tensor_file_problems(folder, TENSORS, entry):
+        logger.warning(
+            "%s is not the file that qlora_jax wrote; it is read unchecked",
+            folder / TENSORS,
+        )
+    elif wrong := digests.damage(folder, TENSORS, entry):
+        raise AdapterMismatchError(gathered(f"{folder} is damaged", wrong))
 
 
 @dataclasses.dataclass

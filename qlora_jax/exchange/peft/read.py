@@ -21,6 +21,7 @@ from qlora_jax.exchange.peft.names import (
     CONFIG,
     TENSORS,
     Tensors,
+    check_undamaged,
     named,
     read_folder,
 )
@@ -84,6 +85,7 @@ def import_peft(path: str | os.PathLike[str], model: Decoder) -> Decoder:
     model = _attached(folder, read, model)
     graphdef, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
     lora = unflatten(_filled(read, lora), lora, str(folder))
+    check_undamaged(folder)
     _say(folder, read)
     return nnx.merge(graphdef, lora, rest)
 
@@ -108,6 +110,7 @@ def fit_peft(
     lora = nnx.state(shapes, nnx.LoRAParam)
     left = _left(read, jax.eval_shape(flatten, lora))
     check_names(read.flat | left, lora, str(folder))
+    check_undamaged(folder)
     _say(folder, read)
     return shapes, read.flat
 

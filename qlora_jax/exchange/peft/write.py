@@ -28,11 +28,12 @@ from qlora_jax.exchange.peft.names import (
     is_peft,
     module_names,
 )
+from qlora_jax.files import new_folder
 from qlora_jax.models import Decoder
 from qlora_jax.names import EMBEDDING, HEAD, Numbered
 from qlora_jax.nn.lora import adapter_scale
-from qlora_jax.sources.safetensors import write_tensors
-from qlora_jax.text.folder import copy_tokenizer
+from qlora_jax.sources.writer import write_tensors
+from qlora_jax.text.folder import check_copies, copy_tokenizer, refuse_another
 from qlora_jax.text.tokenizer import Tokenizer
 
 
@@ -61,7 +62,9 @@ def export_peft(
       overwrite: Replace an adapter that is there.
 
     Raises:
-      OutputExistsError: the folder has an adapter and overwrite is false, or is a file.
+      OutputExistsError: the folder has an adapter and overwrite is false, or is a file; or it
+        has a tokenizer's files that would be taken for this one's.
+      OutputError: the folder cannot be written; one that was there is as it was.
       AdapterMismatchError: an adapter of experts that PEFT cannot hold, see
         `_for_fused_experts`.
       ConfigError: one with init 'pissa', and no base is named.
@@ -127,14 +130,18 @@ def export_peft(
         "layers_pattern": None,
         "use_dora": config.dora,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    if isinstance(tokenizer, Tokenizer):
-        tokenizer.save(out)
-    elif tokenizer is not None:
-        copy_tokenizer(Path(tokenizer), out)
-    write_tensors(out / TENSORS, tensors)
-    text = json.dumps(settings, indent=2) + "\n"
-    (out / CONFIG).write_text(text, encoding="utf-8")
+    folder = None if isinstance(tokenizer, Tokenizer | None) else Path(tokenizer)
+    if folder is not None:
+        check_copies(folder)
+    with new_folder(out, opened_by=CONFIG) as new:
+        if isinstance(tokenizer, Tokenizer):
+            tokenizer.save(new.path)
+        elif folder is not None:
+            copy_tokenizer(folder, new.path)
+        refuse_another(new)
+        new.digests[TENSORS] = write_tensors(new.path / TENSORS, tensors)
+        text = json.dumps(settings, indent=2) + "\n"
+        (new.path / CONFIG).write_text(text, encoding="utf-8")
     return out
 
 

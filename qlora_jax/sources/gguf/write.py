@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from qlora_jax.errors import CheckpointError, OutputExistsError, ShapeError, gathered
+from qlora_jax.files import new_file
 from qlora_jax.sources.gguf import config as gguf_config
 from qlora_jax.sources.gguf import tokenizer as gguf_tokenizer
 from qlora_jax.sources.gguf.file import (
@@ -52,6 +53,7 @@ def write_gguf(
       OutputExistsError: `out` exists.
       CheckpointError: the folder cannot be read, has 4-bit weights, or is a model or a
         tokenizer that llama.cpp would run otherwise.
+      OutputError: the file cannot be written; one that was there is as it was.
     """
     if dtype not in DTYPES:
         raise ShapeError(f"dtype is {dtype!r}, expected {', '.join(DTYPES)}")
@@ -88,13 +90,12 @@ def write_gguf(
     }
     meta |= gguf_tokenizer.write(source.path, source.hf, config.vocab_size)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.name}.partial")
-    try:
-        if problems := _write(partial, meta, factors, checkpoint, names, dtype):
+    with new_file(out, overwrite=overwrite) as beside:
+        problems = _write(beside, meta, factors, checkpoint, names, dtype)
+        if damage := source.damage():
+            raise CheckpointError(gathered(f"{source} has unusable weights", damage))
+        if problems:
             raise CheckpointError(gathered(f"{source} does not fit {dtype}", problems))
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
     return {"out": str(out), "bytes": out.stat().st_size}
 
 

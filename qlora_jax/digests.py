@@ -1,0 +1,175 @@
+"""Digests of the files in a folder that qlora_jax wrote, in one file beside them.
+
+`qlora_jax.sha256.json` has the size of every file and the sha256 of its bytes. Of a file of
+tensors it has those of its header and of each tensor instead, which together are all of its
+bytes: a tensor is checked as it is read, without reading the file another time.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from qlora_jax.errors import CheckpointError
+
+NAME = "qlora_jax.sha256.json"
+FORMAT = 1
+ADVICE = (
+    "it is damaged, or was changed by another program; make it again, or remove "
+    f"{NAME} beside it to open the folder unchecked"
+)
+
+
+def of_array(array: np.ndarray) -> str:
+    """Returns the sha256 of an array's bytes in C order, in hex."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    return hashlib.sha256(flat.view(np.uint8)).hexdigest()
+
+
+def of_file(path: Path) -> dict[str, Any]:
+    """Returns the entry of a file: {"bytes": its size, "sha256": in hex}."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        return {"bytes": stream.tell(), "sha256": digest}
+
+
+def write(folder: Path, known: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes the list of a folder.
+
+    Args:
+      folder: A folder whose files are all there.
+      known: Entries by relative path; other files are read for theirs.
+    """
+    files = {
+        name: dict(known[name]) if name in known else of_file(folder / name)
+        for name in files_in(folder)
+        if name != NAME
+    }
+    value = {"format": FORMAT, "files": files, "sha256": of_list(files)}
+    text = json.dumps(value, indent=1) + "\n"
+    (folder / NAME).write_text(text, encoding="utf-8")
+
+
+def of_list(files: Mapping[str, Any]) -> str:
+    """Returns the sha256 of the entries of a list, which it has of itself."""
+    text = json.dumps(files, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def files_in(folder: Path) -> list[str]:
+    """Returns the relative paths of the files in a folder and in the folders in it."""
+    return sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.is_symlink()
+    )
+
+
+def read(folder: Path) -> dict[str, dict[str, Any]]:
+    """Reads the list of a folder, an entry a file; {} where there is none.
+
+    Raises:
+      CheckpointError: the list is damaged.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if problem := _problem(value):
+            raise ValueError(problem)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}), so what is in {folder} cannot be checked; make the "
+            "folder again, or remove this file to open the folder unchecked"
+        ) from None
+    return value["files"]
+
+
+def tensor_file_problems(
+    folder: Path, name: str, entry: Mapping[str, Any]
+) -> list[str]:
+    """Returns how size and header of a file of tensors differ from its entry."""
+    path = folder / name
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        return [f"{name}: {size} bytes, {entry['bytes']} were written; {ADVICE}"]
+    if "tensors" in entry and _header_digest(path) != entry["header"]:
+        return [f"{name}: its header is not the one that was written; {ADVICE}"]
+    return []
+
+
+def damage(folder: Path, name: str, entry: Mapping[str, Any]) -> list[str]:
+    """Compares every byte of a file in a folder with its entry.
+
+    Returns:
+      A sentence for the file, or for each tensor of a file of tensors, that is not as it
+      was written.
+    """
+    path = folder / name
+    if "tensors" not in entry:
+        return [] if of_file(path) == entry else [f"{name} is not as it was written"]
+    if problems := tensor_file_problems(folder, name, entry):
+        return problems
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        problems = []
+        for tensor, digest in entry["tensors"].items():
+            begin, end = header[tensor]["data_offsets"]
+            if _of_part(stream, 8 + length + begin, end - begin) != digest:
+                problems.append(f"{name}: {tensor} is not as it was written")
+    return problems
+
+
+def _of_part(stream: IO[bytes], start: int, size: int) -> str:
+    """Returns the sha256 of some bytes of a file."""
+    stream.seek(start)
+    found = hashlib.sha256()
+    while size > 0 and (data := stream.read(min(size, 1 << 20))):
+        found.update(data)
+        size -= len(data)
+    return found.hexdigest()
+
+
+def _header_digest(path: Path) -> str:
+    """Returns the sha256 of a safetensors file's header and of its length before it."""
+    with path.open("rb") as stream:
+        size = stream.read(8)
+        head = size + stream.read(int.from_bytes(size, "little"))
+    return hashlib.sha256(head).hexdigest()
+
+
+def listed(folder: Path) -> set[str]:
+    """Returns the files that a folder's list names; a damaged list names none."""
+    try:
+        return set(read(folder))
+    except CheckpointError:
+        return set()
+
+
+def _problem(value: Any) -> str | None:
+    """Says what is wrong with the content of a list; None if nothing is."""
+    if not isinstance(value, dict) or not isinstance(value.get("files"), dict):
+        return "it has no files"
+    if value.get("format") != FORMAT:
+        return f"it has format {value.get('format')!r}, expected {FORMAT}"
+    for name, entry in value["files"].items():
+        texts = [name]
+        if not isinstance(entry, dict) or type(entry.get("bytes")) is not int:
+            return f"{name!r} has no size"
+        if "tensors" in entry:
+            tensors = entry["tensors"]
+            if not isinstance(tensors, dict):
+                return f"{name!r} has no tensors"
+            texts += [entry.get("header"), *tensors.values()]
+        else:
+            texts.append(entry.get("sha256"))
+        if not all(isinstance(text, str) for text in texts):
+            return f"{name!r} has no sha256"
+    if value.get("sha256") != of_list(value["files"]):
+        return "it is not as it was written"
+    return None
