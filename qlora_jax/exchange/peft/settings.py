@@ -16,6 +16,7 @@ from qlora_jax.schema import (
     listed,
     mapped,
     number,
+    pattern_problem,
     whole,
 )
 
@@ -120,10 +121,8 @@ def _unreadable(settings: Mapping[str, Any]) -> list[str]:
         value = settings.get(key) or ()
         patterns += [value] if isinstance(value, str) else list(value)
     for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            problems.append(f"{pattern!r} is no pattern: {error}")
+        if problem := pattern_problem(pattern):
+            problems.append(f"{pattern!r:.80} is no pattern: {problem}")
     return problems
 
 
