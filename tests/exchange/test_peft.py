@@ -298,7 +298,7 @@ def experts() -> Decoder:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("r", "8", "r is '8', expected a whole number"),
+        ("r", "8", "r is '8', expected null or a whole number"),
         ("lora_alpha", True, "lora_alpha is True, expected null or a finite number"),
         ("rank_pattern", ["q_proj"], "rank_pattern is .*expected null or an object"),
         ("alpha_pattern", {"q_proj": "x"}, "alpha_pattern.q_proj is 'x'"),

@@ -28,12 +28,10 @@ from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from qlora_jax.errors import AdapterMismatchError, gathered
-from qlora_jax.exchange.peft.settings import KINDS
+from qlora_jax.errors import AdapterMismatchError
 from qlora_jax.inputs import check_regular, read_json
 from qlora_jax.models import Decoder, DecoderConfig, abstract, hf_table
 from qlora_jax.names import HEAD, Numbered, dotted
-from qlora_jax.schema import misfits
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -100,10 +98,6 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise AdapterMismatchError(
             f"{folder} cannot be read as a PEFT adapter: {error}"
         ) from None
-    if problems := misfits(settings, KINDS):
-        raise AdapterMismatchError(
-            gathered(f"{folder / CONFIG} cannot be used", problems)
-        )
     given = {key: value for key, value in settings.items() if value is not None}
     return {"r": 8, "lora_alpha": 8} | given, stored
 
