@@ -38,18 +38,31 @@ _HALVES = re.compile(r"\\u[dD][89a-fA-F]")
 Errors = type[QLoRAError]
 
 
-def check_regular(path: Path, error: Errors = CheckpointError) -> int:
+def check_regular(
+    path: Path, error: Errors = CheckpointError, limit: int | None = None
+) -> int:
     """Returns the size of a regular file, in bytes.
 
+    Args:
+      path: The file.
+      error: The class of error to raise.
+      limit: The most bytes that it may have; None for any number.
+
     Raises:
-      QLoRAError: it is a folder, FIFO, device or socket; of the class `error`.
+      QLoRAError: it is a folder, FIFO, device or socket, or too large; of the class `error`.
       OSError: there is none, or it cannot be looked at.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "no file")
         raise error(f"{path} is {kind}, expected a file")
+    if limit is not None and status.st_size > limit:
+        raise error(_too_large(path, status.st_size, limit))
     return status.st_size
+
+
+def _too_large(path: Path, size: int, limit: int) -> str:
+    return f"{path} has {size} bytes, expected at most {limit} of such a file"
 
 
 def read_bytes(
@@ -66,14 +79,12 @@ def read_bytes(
       QLoRAError: it is no regular file, or too large; of the class `error`.
       OSError: it cannot be read.
     """
-    size = check_regular(path, error)
-    if size <= limit:
-        with path.open("rb") as stream:
-            data = stream.read(limit + 1)  # files of /proc have no size
-        size = len(data)
-        if size <= limit:
-            return data
-    raise error(f"{path} has {size} bytes, expected at most {limit} of such a file")
+    check_regular(path, error, limit)
+    with path.open("rb") as stream:
+        data = stream.read(limit + 1)  # files of /proc say that they are empty
+    if len(data) > limit:
+        raise error(_too_large(path, len(data), limit))
+    return data
 
 
 def read_text(

@@ -7,7 +7,9 @@ Fields that a table does not name are left alone. A bool is no number here, and 
 an infinity fits any kind of number.
 """
 
+import re
 import reprlib
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -65,7 +67,7 @@ def number(low: float, high: float, *, least: bool = False) -> Kind:
 
 FINITE = Kind(
     "a finite number",
-    lambda value: type(value) in (int, float) and abs(value) < 1.8e308,
+    lambda value: type(value) in (int, float) and abs(value) <= sys.float_info.max,
 )
 
 
@@ -165,3 +167,37 @@ def _misfit(name: str, value: Any, kind: Kind) -> str:
 def shown(value: Any) -> str:
     """Returns a value for a message, shortened."""
     return "null" if value is None else _SHOWN.repr(value)
+
+
+def pattern_problem(text: str) -> str | None:
+    """Says why a text is no regular expression that can be matched; None where it is one.
+
+    A group that is repeated without end and holds a repeat or a choice can be matched in so
+    many ways that trying them takes for ever: `(a+)+b`, `(a|a)*b`.
+    """
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        return str(error)
+    groups: list[bool] = [False]  # whether each open group has a repeat or a choice
+    for token in _TOKENS.finditer(text):
+        part = token[0]
+        if part == "(":
+            groups.append(False)
+        elif part.startswith(")"):
+            varies = groups.pop() if len(groups) > 1 else False
+            if varies and len(part) > 1:
+                return (
+                    f"{part[1:]!r} repeats a group that has a repeat or a choice itself"
+                )
+            groups[-1] |= varies or len(part) > 1
+        elif part == "|" or part[0] in "*+{":
+            groups[-1] = True
+    return None
+
+
+_ENDLESS = r"[*+]|\{\d*,\}"
+_TOKENS = re.compile(
+    rf"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\)(?:{_ENDLESS})?|\(|\||{_ENDLESS}", re.DOTALL
+)
+"""What of a regular expression matters here; escapes and sets of characters are one piece."""

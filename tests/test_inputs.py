@@ -19,6 +19,7 @@ from qlora_jax.schema import (
     mapped,
     misfits,
     number,
+    pattern_problem,
     shaped,
     whole,
 )
@@ -64,13 +65,16 @@ def test_a_link_to_nothing_is_no_absent_file(tmp_path):
         ('{"a": NaN}', "has NaN, which is no number"),
         ('{"a": [-Infinity]}', "has -Infinity, which is no number"),
         ('{"a": 1e999}', "has 1e999, which is no number"),
-        ('{"a": ' + "9" * 5000 + "}", "a number of more digits"),
+        ('{"a": ' + "9" * 5000 + "}", "has a number of more digits"),
         ("[" * 200_000, "is not JSON: nested too deeply"),
         ("[" * 200_000 + "]" * 200_000, "is not JSON: nested too deeply"),
-        ("[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1), "in more than 100 levels"),
-        ('{"a": ["\\ud800b"]}', r"half of a surrogate pair: \\ud800b"),
-        ('{"\\udc00": 1}', r"half of a surrogate pair: \\udc00"),
-        ("[" + "[]," * 1_000_001 + "1]", "more than 1000000 lists and objects"),
+        (
+            "[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1),
+            "is nested in more than 100 levels",
+        ),
+        ('{"a": ["\\ud800b"]}', r"has a text with half of a surrogate pair: \\ud800b"),
+        ('{"\\udc00": 1}', r"has a text with half of a surrogate pair: \\udc00"),
+        ("[" + "[]," * 1_000_001 + "1]", "has more than 1000000 lists and objects"),
         ("", "is not JSON"),
     ],
 )
@@ -128,3 +132,23 @@ def test_misfits_name_the_place_and_the_value():
     ]
     (long,) = misfits({"size": "x" * 10**6}, kinds)
     assert len(long) < 200
+
+
+@pytest.mark.parametrize(
+    ("pattern", "bad"),
+    [
+        (r".*layers\.\d+\.(self_attn|mlp)\..*(q|k|v)_proj", False),
+        (r"(.*\.)?q_proj$", False),
+        (r"(?:a\.)*b", False),
+        (r"[(|+]*\(a+\)+", False),
+        (r"(a+)+b", True),
+        (r"(a|a)*b", True),
+        (r"((a*)b?)*c", True),
+        (r"(?:(?:a|b)c){2,}", True),
+        (r"(", True),
+        (r"a{99999999999}", True),
+        ("(" * 5000 + ")" * 5000, True),
+    ],
+)
+def test_patterns_that_never_end_are_told(pattern, bad):
+    assert (pattern_problem(pattern) is not None) == bad

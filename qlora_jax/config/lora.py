@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from qlora_jax.errors import ConfigError
 from qlora_jax.names import EMBEDDING, HEAD
+from qlora_jax.schema import pattern_problem
 from qlora_jax.toml import from_dict
 
 ALL_LINEAR = "all-linear"
@@ -143,11 +144,9 @@ class LoRAConfig:
                 f"--lora.init is {self.init!r}, expected {', '.join(get_args(Init))}"
             )
         if isinstance(self.targets, str):
-            try:
-                re.compile(self.targets)
-            except (re.error, OverflowError, RecursionError) as error:
+            if problem := pattern_problem(self.targets):
                 problems.append(
-                    f"--lora.targets {self.targets!r} is no pattern: {error}"
+                    f"--lora.targets {self.targets!r:.80} is no pattern: {problem}"
                 )
         if problems:
             raise ConfigError("; ".join(problems))

@@ -190,7 +190,9 @@ def _dataset(source: Source) -> tuple[Any, str | None]:
     folder = Path(source.name)
     if not source.local and offline():
         # Asked at every call, as the library reads its variables once.
-        datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
+        from datasets import config
+
+        config.HF_HUB_OFFLINE = config.HF_DATASETS_OFFLINE = True
     try:
         if source.local and (
             (folder / "dataset_dict.json").is_file()

@@ -224,12 +224,13 @@ def _limited(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @jinja2.pass_context
     @functools.wraps(function)
     def limited(context: Any, value: Any = "", *args: Any, **kwargs: Any) -> Any:
-        first: dict[Any, tuple[Any, ...]] = {
-            _PassArg.context: (context,),
-            _PassArg.eval_context: (context.eval_ctx,),
-            _PassArg.environment: (context.environment,),
-        }
-        given = first.get(takes, ())
+        given: tuple[Any, ...] = ()
+        if takes is _PassArg.context:
+            given = (context,)
+        elif takes is _PassArg.eval_context:
+            given = (context.eval_ctx,)
+        elif takes is _PassArg.environment:
+            given = (context.environment,)
         run = CURRENT.get(None)
         if run is None or name in _PLAIN:
             return function(*given, value, *args, **kwargs)

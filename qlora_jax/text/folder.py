@@ -28,7 +28,7 @@ import tokenizers
 
 from qlora_jax.errors import CheckpointError, OutputExistsError, gathered
 from qlora_jax.files import NewFolder
-from qlora_jax.inputs import read_bytes, read_json, read_text
+from qlora_jax.inputs import check_regular, read_json, read_text
 from qlora_jax.schema import (
     FLAG,
     NULL,
@@ -264,10 +264,10 @@ def _check(path: Path, problems: list[str]) -> None:
 
 
 def _open_tokenizer(path: Path) -> tokenizers.Tokenizer:
-    data = read_bytes(path, limit=_MAX_TOKENIZER_BYTES)
+    check_regular(path, limit=_MAX_TOKENIZER_BYTES)
     try:
         with no_panic():
-            return tokenizers.Tokenizer.from_buffer(data)
+            return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
         raise CheckpointError(f"{path} is no tokenizer: {error}") from None
 

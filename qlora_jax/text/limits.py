@@ -16,7 +16,7 @@ import jinja2
 MAX_STEPS = 2_000_000
 """Steps of one rendering."""
 
-MAX_SECONDS = 5.0
+MAX_SECONDS = 3.0
 """Time of the processor that one rendering may take, which ends what steps do not count."""
 
 MAX_CHARACTERS = 8_000_000

@@ -51,3 +51,14 @@ def test_an_adapter_that_was_merged_leaves_the_same_fingerprint():
 def test_an_abstract_model_has_none():
     model = nnx.eval_shape(lambda: Decoder(tiny.CONFIG, key=jax.random.key(0)))
     assert fingerprint(model) is None
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e308])
+def test_values_that_are_not_finite_never_agree(value):
+    mark = fingerprint(tiny.decoder())
+    assert mark is not None
+    ours, theirs = json.loads(mark), json.loads(mark)
+    theirs["sample"]["norm.weight"][0] = value
+    assert difference(ours, theirs) is not None
+    ours["sample"]["norm.weight"][0] = -value
+    assert difference(ours, theirs) is not None

@@ -13,11 +13,14 @@ from qlora_jax.adapters import LoRAConfig, split
 from qlora_jax.adapters.names import flatten
 from qlora_jax.errors import AdapterMismatchError, OutputExistsError
 from qlora_jax.exchange.ours import (
+    describe_adapter,
     find_adapter,
     load_adapter,
+    misfits,
     read_adapter_config,
     save_adapter,
 )
+from qlora_jax.exchange.read import read_adapter
 
 CONFIG = LoRAConfig(rank=4, alpha=8.0)
 TOKENS = tiny.tokens()
@@ -96,7 +99,7 @@ def test_folders_that_are_no_adapter_say_what_was_expected(tmp_path: Path):
     with pytest.raises(AdapterMismatchError, match="holds no adapter; expected a run"):
         load_adapter(tmp_path, tiny.quantized())
     (tmp_path / "adapter.json").write_text("{")
-    with pytest.raises(AdapterMismatchError, match=r"adapter\.json cannot be read"):
+    with pytest.raises(AdapterMismatchError, match=r"adapter\.json is not JSON"):
         load_adapter(tmp_path, tiny.quantized())
     (tmp_path / "adapter.json").write_text('{"format": 99, "lora": {}}')
     with pytest.raises(AdapterMismatchError, match="has format 99"):
@@ -107,3 +110,57 @@ def test_folders_that_are_no_adapter_say_what_was_expected(tmp_path: Path):
         load_adapter(tmp_path, tiny.quantized())
     with pytest.raises(AdapterMismatchError, match="is a PEFT adapter; import it"):
         find_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("format",), "1", "format is '1', expected a whole number"),
+        (("lora",), [1], r"lora is \[1\], expected an object"),
+        (("lora", "rank"), "4", "rank is '4', expected int"),
+        (("lora", "alpha"), None, "alpha is unset, expected float"),
+        (("lora", "rank_pattern"), {"q_proj": 0.5}, "rank_pattern is"),
+        (("lora", "more"), 1, "more is no known key"),
+        (("lora", "targets"), "(a+)+$", "is no pattern: .* repeats a group"),
+        (("base",), "x", "base is 'x', expected null or an object"),
+        (("base", "structure"), 3, "base.structure is 3, expected a text"),
+        (
+            ("base", "sample", "norm.weight"),
+            ["x"],
+            r"base.sample.norm.weight\[0\] is 'x'",
+        ),
+        (("arrays", "a"), [2**40], r"arrays.a\[0\] is 1099511627776"),
+        (("arrays",), [], r"arrays is \[\], expected an object"),
+        (("layers",), {"a": [10**9]}, r"layers.a\[0\] is 1000000000"),
+    ],
+)
+def test_metadata_are_held_to_their_kinds(saved, tmp_path, place, value, message):
+    shutil.copytree(saved, tmp_path / "a")
+    metadata = json.loads((saved / "adapter.json").read_text())
+    *outer, last = place
+    inner = metadata
+    for key in outer:
+        inner = inner[key]
+    inner[last] = value
+    (tmp_path / "a" / "adapter.json").write_text(json.dumps(metadata))
+    for read in (describe_adapter, read_adapter, read_adapter_config):
+        with pytest.raises(AdapterMismatchError, match=message):
+            read(tmp_path / "a")
+
+
+def test_a_sample_of_another_length_is_damaged(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "a")
+    metadata = json.loads((saved / "adapter.json").read_text())
+    metadata["base"]["sample"]["norm.weight"].pop()
+    (tmp_path / "a" / "adapter.json").write_text(json.dumps(metadata))
+    (problem, *_) = misfits(tmp_path / "a", tiny.decoder())
+    assert "sampled values, here are" in problem and "it is damaged" in problem
+
+
+def test_ids_that_no_vocabulary_has_make_no_rows(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "a")
+    metadata = json.loads((saved / "adapter.json").read_text())
+    metadata["lora"]["tokens"] = [10**9]
+    (tmp_path / "a" / "adapter.json").write_text(json.dumps(metadata))
+    with pytest.raises(AdapterMismatchError, match="the row of token 1000000000"):
+        load_adapter(tmp_path / "a", tiny.quantized())

@@ -293,3 +293,30 @@ def experts() -> Decoder:
         tiny.CONFIG, model_type="mixtral", num_experts=4, num_layers=1
     )
     return Decoder(config, key=jax.random.key(0), dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("r", "8", "r is '8', expected null or a whole number"),
+        ("lora_alpha", True, "lora_alpha is True, expected null or a finite number"),
+        ("rank_pattern", ["q_proj"], "rank_pattern is .*expected null or an object"),
+        ("alpha_pattern", {"q_proj": "x"}, "alpha_pattern.q_proj is 'x'"),
+        ("target_modules", {"a": 1}, "target_modules is"),
+        ("target_modules", "(a+)+b", "is no pattern"),
+        (
+            "modules_to_save",
+            "norm",
+            "modules_to_save is 'norm', expected null or a list",
+        ),
+        ("layers_to_transform", [0, -1], r"layers_to_transform\[1\] is -1"),
+        ("trainable_token_indices", {"a": 3}, "trainable_token_indices.a is 3"),
+        ("trainable_token_indices", [10**9], "the row of token 1000000000"),
+        ("use_rslora", "yes", "use_rslora is 'yes', expected null or true or false"),
+    ],
+)
+def test_settings_are_held_to_their_kinds(exported: Path, key, value, message):
+    path = exported / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(AdapterMismatchError, match=message):
+        import_peft(exported, tiny.decoder())

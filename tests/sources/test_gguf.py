@@ -607,6 +607,8 @@ def swapped(path: Path) -> bytes:
         (lambda whole: b"", "cannot be read as GGUF"),
         (lambda whole: b"PK" + whole[2:], "it begins with b'PKUF'"),
         (lambda whole: whole[:4] + b"\x09" + whole[5:], "its version is 9"),
+        (lambda whole: whole[:8] + b"\xff" * 8 + whole[16:], "settings and"),
+        (lambda whole: whole[:24] + b"\xff" * 8 + whole[32:], "byte 32 begins"),
         (lambda whole: whole[:20], "truncated or corrupt"),
         (lambda whole: whole[:300], "truncated or corrupt"),
         (lambda whole: whole[:-100], "truncated or corrupt, fetch it again"),

@@ -338,3 +338,9 @@ def test_a_wrapper_that_is_not_known_is_refused_by_name(tmp_path, hf, said):
     (tmp_path / "config.json").write_text(json.dumps(hf))
     with pytest.raises(CheckpointError, match=said):
         load(tmp_path)
+
+
+def test_more_layers_than_tensors_are_refused_before_they_are_made(tmp_path):
+    oracle.write_folder(tmp_path, CONFIG | {"num_hidden_layers": 900}, {})
+    with pytest.raises(CheckpointError, match="num_hidden_layers 900, and it has"):
+        _ = open_source(tmp_path).tensors

@@ -61,6 +61,14 @@ def test_eos_ids_come_from_all_files(tmp_path):
         {"tokenizer_config": {"added_tokens_decoder": ["<a>"]}},
         {"tokenizer_config": {"added_tokens_decoder": {"300": {"text": "<a>"}}}},
         {"added_tokens": {"<a>": "x"}},
+        {"tokenizer_config": {"eos_token": {"text": "a"}}},
+        {"tokenizer_config": {"eos_token": 3}},
+        {"tokenizer_config": {"added_tokens_decoder": {"x": "<a>"}}},
+        {"tokenizer_config": {"extra_special_tokens": [3]}},
+        {"generation_config": {"eos_token_id": True}},
+        {"generation_config": {"eos_token_id": [[1]]}},
+        {"config": {"bos_token_id": -5}},
+        {"config": {"bos_token_id": 0.5}},
     ],
 )
 def test_declarations_of_another_form_are_refused(tmp_path, files):

@@ -31,11 +31,9 @@ from safetensors.numpy import load_file
 
 from qlora_jax import digests
 from qlora_jax.errors import AdapterMismatchError, gathered
-from qlora_jax.exchange.peft.settings import KINDS
 from qlora_jax.inputs import check_regular, read_json
 from qlora_jax.models import Decoder, DecoderConfig, abstract, hf_table
 from qlora_jax.names import HEAD, Numbered, dotted
-from qlora_jax.schema import misfits
 
 logger = logging.getLogger(__name__)
 
@@ -104,10 +102,6 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise AdapterMismatchError(
             f"{folder} cannot be read as a PEFT adapter: {error}"
         ) from None
-    if problems := misfits(settings, KINDS):
-        raise AdapterMismatchError(
-            gathered(f"{folder / CONFIG} cannot be used", problems)
-        )
     given = {key: value for key, value in settings.items() if value is not None}
     return {"r": 8, "lora_alpha": 8} | given, stored
 

@@ -15,7 +15,10 @@ from qlora_jax.schema import (
     either,
     listed,
     mapped,
+    misfits,
     number,
+    pattern_problem,
+    shown,
     whole,
 )
 
@@ -73,6 +76,12 @@ KINDS: dict[str, Kind] = {
 }
 """Settings -> their kinds. Others are compared with the values that they may have."""
 
+_PATTERNS = (
+    *("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"),
+    *("modules_to_save", "layers_pattern"),
+)
+"""Settings of which PEFT takes a text, the names in a list, or the keys, as patterns."""
+
 _CHANGED_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 """init_lora_weights that take a part out of the base's own weights."""
 
@@ -80,51 +89,47 @@ _CHANGED_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 def not_held(settings: Mapping[str, Any]) -> list[str]:
     """Returns what is said of settings that make an adapter another than ours can be."""
     problems = [
-        f"{key} is {settings[key]!r}, which an adapter here cannot hold"
+        f"{key} is {shown(settings[key])}, which an adapter here cannot hold"
         for key, values in _ONLY.items()
         if settings.get(key, values[0]) not in values
     ]
     if settings.get("lora_bias"):
         problems.append(
-            f"lora_bias is {settings['lora_bias']!r}: lora_B has biases, and an adapter here "
-            "has factors without; train it in PEFT with bias='lora_only' instead, which "
+            f"lora_bias is {shown(settings['lora_bias'])}: lora_B has biases, and an adapter "
+            "here has factors without; train it in PEFT with bias='lora_only' instead, which "
             "trains the biases that the base has"
         )
-    problems += _unreadable(settings)
+    wrong = misfits(settings, KINDS)
+    problems += wrong + _unreadable(settings, {*settings} & {*_PATTERNS})
     known = {*_ONLY, *_HELD, *_ASIDE}
     problems += [
-        f"{key} is {value!r}, a setting that is not known here"
+        f"{key:.80} is {shown(value)}, a setting that is not known here"
         for key, value in settings.items()
         if value and key not in known
     ]
     start = settings.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(_CHANGED_BASE):
         problems.append(
-            f"init_lora_weights is {start!r}, which changed the base's weights; save it in "
-            "PEFT with path_initial_model_for_weight_conversion"
+            f"init_lora_weights is {shown(start)}, which changed the base's weights; save it "
+            "in PEFT with path_initial_model_for_weight_conversion"
         )
     return problems
 
 
-def _unreadable(settings: Mapping[str, Any]) -> list[str]:
-    """Returns what is said of patterns that do not compile."""
-    problems, patterns = [], []
-    for key in ("rank_pattern", "alpha_pattern"):
-        patterns += list(settings.get(key) or ())
-    for key in (
-        "target_modules",
-        "exclude_modules",
-        "modules_to_save",
-        "layers_pattern",
-    ):
-        value = settings.get(key) or ()
-        patterns += [value] if isinstance(value, str) else list(value)
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            problems.append(f"{pattern!r} is no pattern: {error}")
-    return problems
+def _unreadable(settings: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    """Returns what is said of patterns that cannot be matched, in settings of their kind."""
+    patterns: list[str] = []
+    for key in sorted(keys):
+        value = settings[key]
+        if isinstance(value, str):  # which is matched as it is
+            patterns.append(value)
+        elif KINDS[key].fits(value):
+            patterns += [f"({name})" for name in value or ()]
+    return [
+        f"{pattern!r:.80} is no pattern: {problem}"
+        for pattern in patterns
+        if (problem := pattern_problem(pattern))
+    ]
 
 
 def targeted(settings: Mapping[str, Any], module: str) -> bool:

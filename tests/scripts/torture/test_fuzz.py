@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from qlora_jax.text import limits
 from scripts.torture import fuzz
 from scripts.torture.readers import READERS
 
@@ -23,6 +24,7 @@ KEPT = {
 @pytest.mark.parametrize("name", READERS)
 def test_damaged_inputs_are_read_or_refused(name, monkeypatch):
     fuzz.quiet(monkeypatch.setenv)
+    monkeypatch.setattr(limits, "MAX_STEPS", 50_000)
     cases = [*range(3 if READERS[name].heavy else 12)]
     wanted = {7: cases}
     for seed, case in KEPT.get(name, ()):

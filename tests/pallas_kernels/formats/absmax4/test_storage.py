@@ -140,6 +140,8 @@ def test_a_missing_weight_or_state_is_named(entries):
         (b"{", "quant_state is not JSON"),
         (b"\xff\xfe", "quant_state is not JSON"),
         (b"[]", "quant_state is not JSON"),
+        (b"[" * 9000, "quant_state is not JSON"),
+        (b'{"a": "' + b"x" * 20_000 + b'"}', "quant_state is not JSON"),
         (b'{"quant_type": "nf4", "dtype": "float32"}', "lacks .*blocksize"),
     ],
 )
@@ -159,13 +161,44 @@ def test_a_state_that_cannot_be_is_refused(entries, text, message):
         ("shape", "64"),
         ("shape", [64, -64]),
         ("nested_blocksize", 0),
+        ("nested_blocksize", 10**30),
         ("nested_offset", "much"),
+        ("nested_offset", True),
+        ("nested_offset", 1e39),
+        ("nested_offset", float("nan")),
+        ("quant_type", "fp4"),
+        ("blocksize", True),
+        ("shape", [2**50, 1]),
+        ("shape", []),
     ],
 )
 def test_a_value_of_the_state_that_cannot_be_is_named(entries, key, value):
     text = json.dumps(state(entries) | {key: value}).encode()
     entries["weight.quant_state.bitsandbytes__nf4"] = np.frombuffer(text, np.uint8)
     with pytest.raises(FormatError, match=f"^weight: .*{key}"):
+        QuantizedTensor.from_storage(entries, "weight")
+
+
+def test_codes_are_no_scales(entries):
+    text = {k: v for k, v in state(entries).items() if k != "nested_offset"}
+    name = "weight.quant_state.bitsandbytes__nf4"
+    entries[name] = np.frombuffer(json.dumps(text).encode(), np.uint8)
+    with pytest.raises(FormatError, match="its absmax is uint8, expected floating"):
+        QuantizedTensor.from_storage(entries, "weight")
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("nested_quant_map", np.zeros(3, np.float32), "has 3 values of float32"),
+        ("nested_absmax", np.ones(1, np.int32), "nested_absmax is int32"),
+        ("nested_absmax", np.full(1, 1e300), "NaN or Inf in its absmax"),
+        ("absmax", np.ones(64, np.float32), "its absmax is float32, expected uint8"),
+    ],
+)
+def test_arrays_of_another_kind_are_refused(entries, part, value, message):
+    entries[f"weight.{part}"] = value
+    with pytest.raises(FormatError, match=message):
         QuantizedTensor.from_storage(entries, "weight")
 
 
