@@ -41,14 +41,13 @@ def explained(path: Path) -> Iterator[None]:
 
 def _is_of(path: Path, error: OSError) -> bool:
     """Whether an error is about an output, what is above it, or what is written for it."""
-    if error.filename is None:  # as of a write to an open file
-        return True
-    named = Path(os.fsdecode(error.filename))
-    hidden = path.with_name(f".{path.name}.")
-    return (
-        path.is_relative_to(named)
-        or named.is_relative_to(path)
-        or str(named).startswith(str(hidden))
+    named = [x for x in (error.filename, error.filename2) if x is not None]
+    hidden = str(path.with_name(f".{path.name}."))
+    return not named or any(  # without a name: of a write to an open file
+        path.is_relative_to(place)
+        or place.is_relative_to(path)
+        or str(place).startswith(hidden)
+        for place in map(Path, map(os.fsdecode, named))
     )
 
 

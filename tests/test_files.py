@@ -255,6 +255,11 @@ def test_an_error_without_a_number_on_a_full_disk_is_that(tmp_path, monkeypatch)
         new_file(tmp_path / "x", overwrite=False),
     ):
         raise OSError("11008 requested and 8768 written")
+    with (
+        pytest.raises(OutputError, match="No space left on device"),
+        new_folder(tmp_path / "y", opened_by="x") as new,
+    ):  # as shutil.copyfile names both files
+        raise OSError(errno.ENOSPC, "", "source", None, str(new.path / "x"))
     monkeypatch.setattr(disk, "_left", lambda path: (0, 0))
     with (
         pytest.raises(OutputError, match="no inodes are left there; remove files"),

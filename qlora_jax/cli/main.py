@@ -70,7 +70,7 @@ def _run(name: str, args: list[str], debug: bool, no_cache: bool) -> int:
         if debug:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, ArithmeticError) else 2
+        return 1 if isinstance(error, (ArithmeticError, MemoryError)) else 2
     except jax.errors.JaxRuntimeError as error:
         if debug or "RESOURCE_EXHAUSTED" not in str(error):
             raise

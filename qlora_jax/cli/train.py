@@ -13,7 +13,7 @@ from qlora_jax.budget.estimate import Platform, estimate
 from qlora_jax.budget.host import available_host_bytes
 from qlora_jax.budget.plan import PICKED, flags_of, parse_bytes, plan_memory, said
 from qlora_jax.budget.setup import Setup
-from qlora_jax.cli import options, start
+from qlora_jax.cli import options, out_of_memory, start
 from qlora_jax.cli.begin import beginning, check_run_folder
 from qlora_jax.cli.progress import RowsProgress, TrainProgress
 from qlora_jax.config.lora import LoRAConfig
@@ -138,7 +138,12 @@ def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
             with beginning(out, args.run):
                 if makes_a_base(args):
                     start.save_base(model, out, source)
-        figures = trainer.fit(resume=resume)
+        with out_of_memory.advised(
+            lambda: setup_of(args, source, quant, rows),
+            _memory_limit(args),
+            available_host_bytes(),
+        ):
+            figures = trainer.fit(resume=resume)
     figures = {
         "out": str(out),
         **figures,
