@@ -19,6 +19,7 @@ _ADVICE = {
     errno.EPERM: "choose a place that you may write to",
     errno.EIO: "the disk or its connection failed; look at the system's log",
 }
+_OVERHEAD_BYTES = 1 << 17
 _LITTLE = 1 << 16
 """A disk with fewer free bytes is taken for full, where an error gives no number."""
 
@@ -91,7 +92,8 @@ def check_room(folder: Path, size: int) -> None:
 
     Args:
       folder: A folder that is about to be written.
-      size: Bytes that will be written there.
+      size: Bytes of arrays that will be written there; what Orbax writes beside them is
+        allowed for.
 
     Raises:
       OSError: there is no such room, or no file may be that large.
@@ -99,7 +101,7 @@ def check_room(folder: Path, size: int) -> None:
     probe = folder / ".room"
     handle = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        os.posix_fallocate(handle, 0, max(1, size))
+        os.posix_fallocate(handle, 0, size + _OVERHEAD_BYTES)
     finally:
         os.close(handle)
         probe.unlink()

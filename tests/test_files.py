@@ -271,8 +271,8 @@ def test_an_error_without_a_number_on_a_full_disk_is_that(tmp_path, monkeypatch)
 
 def test_room_is_asked_for_before_a_library_writes(tmp_path):
     disk.check_room(tmp_path, 1 << 20)
-    with pytest.raises(OSError) as caught, file_limit(1000):
-        disk.check_room(tmp_path, 2000)
+    with pytest.raises(OSError) as caught, file_limit(1 << 18):
+        disk.check_room(tmp_path, 1 << 18)
     assert caught.value.errno == errno.EFBIG and not list(tmp_path.iterdir())
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from qlora_jax.errors import (
     QLoRAError,
 )
 from qlora_jax.exchange.ours import describe_adapter, misfits
+from qlora_jax.exchange.steps import place_of
 from qlora_jax.exchange.verify import verify
 from qlora_jax.models import hf_table
 from qlora_jax.names import dotted
@@ -59,7 +59,7 @@ def run(args: Args) -> dict[str, Any]:
     if args.compare is not None:
         return _compared(args.compare, args.model)
     assert args.folder is not None
-    folder = Path(args.folder)
+    folder = place_of(args.folder)
     if args.verify:
         found = verify(folder)
         print(f"{folder}: {found['files']} files are as they were written")

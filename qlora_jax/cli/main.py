@@ -6,6 +6,9 @@ import logging
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
+
+from qlora_jax.cli import stopping
 
 COMMANDS = {
     "quickstart": "quantize, fine-tune, evaluate and sample the embedded model",
@@ -32,8 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     which returns what the last line on stdout says.
 
     Returns:
-      The exit status: 0 done, 1 the run failed, 2 wrong input, 130 interrupted.
+      The exit status: 0 done, 1 the run failed, 2 wrong input, 130 interrupted (Ctrl-C), 143
+      terminated (SIGTERM).
     """
+    with stopping.handled(keep=argv is None):
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     debug, no_cache = "--debug" in args, "--no-compile-cache" in args
     args = [arg for arg in args if arg not in ("--debug", "--no-compile-cache")]
@@ -58,19 +67,21 @@ def _run(name: str, args: list[str], debug: bool, no_cache: bool) -> int:
     import jax
 
     from qlora_jax.cli.compile_cache import use_cache
-    from qlora_jax.errors import QLoRAError
+    from qlora_jax.errors import QLoRAError, SaveError
 
     try:
         module = "import_" if name == "import" else name  # a keyword
         command = importlib.import_module(f"qlora_jax.cli.{module}")
         parsed = command.parse(args, f"qlora {name}")
         use_cache(off=no_cache)
+        stopping.started()
         figures = command.run(parsed)
     except (QLoRAError, OSError) as error:
         if debug:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, (ArithmeticError, MemoryError)) else 2
+        failed = (ArithmeticError, MemoryError, SaveError)
+        return 1 if isinstance(error, failed) else 2
     except jax.errors.JaxRuntimeError as error:
         if debug or "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -80,11 +91,23 @@ def _run(name: str, args: list[str], debug: bool, no_cache: bool) -> int:
             file=sys.stderr,
         )
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    print(json.dumps(figures))
-    return 0
+    except BaseException as error:
+        if not stopping.status() and not isinstance(error, KeyboardInterrupt):
+            raise
+        print(stopping.word(), file=sys.stderr)
+        return stopping.status() or 130
+    _print(figures)
+    return stopping.status()
+
+
+def _print(figures: dict[str, Any]) -> None:
+    """Prints figures as JSON, which has no NaN and no Inf: those are null, and named."""
+    from qlora_jax.train.metrics import finite
+
+    said = finite(figures)
+    if lost := [name for name in figures if said[name] != figures[name]]:
+        print(f"not a finite number, so null: {', '.join(lost)}", file=sys.stderr)
+    print(json.dumps(said, allow_nan=False))
 
 
 def _usage() -> str:

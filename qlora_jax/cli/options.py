@@ -24,6 +24,7 @@ from qlora_jax.errors import (
 from qlora_jax.exchange.ours import adapter_tokenizer, changed_base, load_adapter
 from qlora_jax.exchange.peft import import_peft, is_peft
 from qlora_jax.exchange.read import read_adapter
+from qlora_jax.exchange.steps import place_of
 from qlora_jax.sources.hub import find
 from qlora_jax.sources.load import Tables, load, outline, resolve_tables
 from qlora_jax.sources.source import Source, open_source
@@ -125,7 +126,7 @@ def run_template(chosen: str | None, adapter: str | None) -> str | None:
     """Returns the chat template that was asked for, or that the adapter's run had."""
     if chosen is not None or adapter is None:
         return chosen
-    run = Path(adapter)
+    run = place_of(adapter)
     return read_run(run).data.chat_template if has_run(run) else None
 
 
@@ -172,8 +173,8 @@ def _open_base(
     source = open_base(model, adapters[0] if len(adapters) == 1 else None)
     held: dict[str, QuantOptions] = {}
     for adapter in adapters:
-        if has_run(Path(adapter)):
-            held[adapter] = read_run(Path(adapter)).quant
+        if has_run(place := place_of(adapter)):
+            held[adapter] = read_run(place).quant
     if quant == QuantOptions() and len(set(held.values())) > 1:
         ways = "; ".join(f"{adapter}: {run}" for adapter, run in held.items())
         raise ConfigError(

@@ -1,6 +1,8 @@
 """`qlora train`: fine-tune an adapter, or resume a run."""
 
+import contextlib
 import dataclasses
+import hashlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,24 +15,27 @@ from qlora_jax.budget.estimate import Platform, estimate
 from qlora_jax.budget.host import available_host_bytes
 from qlora_jax.budget.plan import PICKED, flags_of, parse_bytes, plan_memory, said
 from qlora_jax.budget.setup import Setup
-from qlora_jax.cli import options, out_of_memory, start
+from qlora_jax.cli import options, out_of_memory, resume, start, stopping
 from qlora_jax.cli.begin import beginning, check_run_folder
 from qlora_jax.cli.progress import RowsProgress, TrainProgress
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.config.quant import QuantConfig
-from qlora_jax.config.run import RunConfig, read_run
+from qlora_jax.config.run import RunConfig, read_run, write_run
 from qlora_jax.data import Dataset, check_ids, read_dataset
 from qlora_jax.data.dataset import padded_length
 from qlora_jax.data.sources import parse_sources
 from qlora_jax.errors import ConfigError, DataError
 from qlora_jax.files import check_output
 from qlora_jax.objectives import find_objective
+from qlora_jax.sources.identity import identity_of
 from qlora_jax.sources.load import load
 from qlora_jax.sources.source import Source, open_source
 from qlora_jax.sources.tokens import add_tokens
 from qlora_jax.text import Tokenizer
 from qlora_jax.toml import from_dict, read_toml
+from qlora_jax.train.lock import locked
 from qlora_jax.train.loop import Trainer
+from qlora_jax.train.metrics import eval_losses, read_metrics
 from qlora_jax.train.report import write_report
 
 
@@ -42,7 +47,9 @@ class Args(RunConfig):
     """The run folder: config, metrics, checkpoints, adapter, report."""
 
     resume: str | None = None
-    """Continue this run folder exactly; no other flag goes with it."""
+    """Continue this run folder exactly. Settings that make no other run may be given anew:
+    more --train.max-steps, when to save and evaluate, where arrays rest, micro-batches of the
+    same rows a step. What each means for exactness is said."""
 
     config: str | None = None
     """TOML file whose values replace the defaults; flags replace both."""
@@ -53,6 +60,9 @@ class Args(RunConfig):
     overwrite: bool = False
     """Start anew in a run folder, replacing that run."""
 
+    before: tyro.conf.Suppress[RunConfig | None] = None
+    """The settings that the run to resume had."""
+
     @property
     def run(self) -> RunConfig:
         """The settings that are the run's, wherever it is called from."""
@@ -61,19 +71,36 @@ class Args(RunConfig):
 
 
 def parse(args: list[str], prog: str) -> Args:
-    """Parses the flags, over the values of --config."""
+    """Parses the flags, over the values of --config, or of the run that --resume names."""
     default = None
-    for i, arg in enumerate(args):
-        if arg == "--config" and i + 1 < len(args):
-            path = args[i + 1]
-        elif arg.startswith("--config="):
-            path = arg.partition("=")[2]
-        else:
-            continue
-        default = from_dict(Args, read_toml(Path(path)), path)
+    given = {name: _value_of(name, args) for name in ("--config", "--resume")}
+    if given["--resume"] is not None:
+        with_it = ("--config", "--out", "--overwrite")
+        if wrong := [flag for flag in with_it if _is_given(flag, args)]:
+            raise ConfigError(f"{', '.join(wrong)}: does not go with --resume")
+        out = Path(given["--resume"])
+        now, before = resume.settings(out)
+        default = Args(**vars(now), resume=str(out), before=before)
+    elif given["--config"] is not None:
+        default = from_dict(Args, read_toml(Path(given["--config"])), given["--config"])
     rest, auto = _without_auto(args)
     parsed = options.parse(Args, rest, prog, default)
     return dataclasses.replace(parsed, auto=auto) if auto else parsed
+
+
+def _value_of(flag: str, args: list[str]) -> str | None:
+    """Returns the value of a flag, before the flags are parsed."""
+    found = None
+    for i, arg in enumerate(args):
+        if arg == flag and i + 1 < len(args):
+            found = args[i + 1]
+        elif arg.startswith(f"{flag}="):
+            found = arg.partition("=")[2]
+    return found
+
+
+def _is_given(flag: str, args: list[str]) -> bool:
+    return any(arg == flag or arg.startswith(f"{flag}=") for arg in args)
 
 
 def _without_auto(args: list[str]) -> tuple[list[str], tuple[str, ...]]:
@@ -96,32 +123,47 @@ def _without_auto(args: list[str]) -> tuple[list[str], tuple[str, ...]]:
 def run(args: Args) -> dict[str, Any]:
     """Runs; returns the figures."""
     if args.resume is not None:
-        if args != Args(resume=args.resume):
-            raise ConfigError(
-                "--resume continues a run with its own config; no other flag goes with it"
-            )
-        out = Path(args.resume)
-        return train(Args(**vars(read_run(out))), out, resume=True)
+        out, now = Path(args.resume), args.run
+        assert args.before is not None  # `parse` gives it with --resume
+        for line in resume.check_changes(out, args.before, now):
+            print(line, file=sys.stderr)
+        with locked(out):
+            return train(dataclasses.replace(args, **vars(now)), out, resuming=True)
     given = {"--model": args.model, "--data": args.data_file, "--out": args.out}
     if missing := [flag for flag, value in given.items() if not value]:
         raise ConfigError(f"{', '.join(missing)} missing; or give --resume RUN")
     out = Path(str(args.out))
+    if not args.overwrite:
+        resume.refuse_taken(out)
     check_output(out, args.overwrite)
-    return train(args, out, resume=False)
+    return train(args, out, resuming=False)
 
 
-def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
+def train(args: Args, out: Path, *, resuming: bool) -> dict[str, Any]:
     """Trains as a resolved config says; writes the run folder."""
     # What is wrong with objective, rows or memory is found before the model is loaded.
     objective = find_objective(args.train.objective)
-    source, quant = open_base(args, out, resume=resume)
-    if not resume:
+    source, quant = open_base(args, out, resume=resuming)
+    if not resuming:
         check_run_folder(out, args.overwrite)
     rows, held = checked_rows(args, source)
     objective.check(rows.batch(0, 1, args.train.seed))
     args = within_memory(args, source, quant, rows)
-    model, lora, added, started = adapted(args, source, quant, rows, resume=resume)
-    with TrainProgress(args.train.steps(rows.epoch_rows)) as progress:
+    model, lora, added, started = adapted(args, source, quant, rows, resume=resuming)
+    if not resuming:
+        # Not before all input was found good. Only what a run writes goes away: anything
+        # else in the folder stays.
+        out.mkdir(parents=True, exist_ok=True)
+    with (
+        locked(out),
+        TrainProgress(args.train.steps(rows.epoch_rows)) as progress,
+        stopping.finishing() as stop,
+    ):
+        if not resuming:
+            with beginning(out, args.run):
+                if makes_a_base(args):
+                    start.save_base(model, out, source)
+                    source = open_source(start.saved_base(out))
         trainer = Trainer(
             model,
             rows,
@@ -132,31 +174,66 @@ def train(args: Args, out: Path, *, resume: bool) -> dict[str, Any]:
             objective=objective,
             tokenizer=added,
             progress=progress,
+            identity=identity(args, source),
         )
-        if not resume:
-            # Not before all input was found good.
-            with beginning(out, args.run):
-                if makes_a_base(args):
-                    start.save_base(model, out, source)
+        if resuming:
+            restore(trainer, args, rows)
         with out_of_memory.advised(
             lambda: setup_of(args, source, quant, rows),
             _memory_limit(args),
             available_host_bytes(),
         ):
-            figures = trainer.fit(resume=resume)
-    figures = {
-        "out": str(out),
-        **figures,
-        "rows": len(rows),
-        "rows_left_out": rows.dropped,
-        "base": options.describe_quant(source, quant),
-        **({"base_folder": str(out / start.BASE)} if makes_a_base(args) else {}),
-        **started,
-        **sizes(trainer),
-    }
-    figures |= _eval_losses(out)
-    write_report(out, figures, objective)
+            figures = trainer.fit(resume=resuming, stop=stop)
+        figures = {
+            "out": str(out),
+            **({} if trainer.finished else {"finished": False}),
+            **figures,
+            "rows": len(rows),
+            "rows_left_out": rows.dropped,
+            "base": options.describe_quant(source, quant),
+            **({"base_folder": str(out / start.BASE)} if makes_a_base(args) else {}),
+            **started,
+            **sizes(trainer),
+        }
+        figures |= _eval_losses(out)
+        write_report(out, figures, objective)
+    if not trainer.finished:
+        print(
+            f"stopped after step {trainer.state.step} of {trainer.steps}, which is saved; "
+            f"to go on: {resume.command(out)}",
+            file=sys.stderr,
+        )
     return figures
+
+
+def identity(args: Args, source: Source) -> dict[str, str]:
+    """Returns digests of what a run reads beside its rows, for its checkpoints."""
+    found = {f"base.{name}": value for name, value in identity_of(source).items()}
+    template = args.data.chat_template
+    with contextlib.suppress(OSError, ValueError):  # a name, or a template's text
+        if template is not None and Path(template).is_file():
+            template = Path(template).read_text(encoding="utf-8", errors="replace")
+    if template is not None:
+        found["chat_template"] = hashlib.sha256(template.encode()).hexdigest()
+    return found
+
+
+def restore(trainer: Trainer, args: Args, rows: Dataset) -> None:
+    """Takes a run up where its newest whole checkpoint left it, with settings that changed.
+
+    Raises:
+      CheckpointError: see `Trainer.restore`.
+      ConfigError: the run is to end before that checkpoint.
+    """
+    assert args.before is not None  # `parse` gives it with --resume
+    before, now = args.before.train, args.train
+    ends = {config.steps(rows.epoch_rows) for config in (before, now)}
+    trainer.restore(may_differ={"steps"} if len(ends) > 1 else ())
+    end = resume.other_end(before, now, rows.epoch_rows, trainer.start)
+    if end is not None:
+        print(end, file=sys.stderr)
+    if args.run != read_run(trainer.out):
+        write_run(trainer.out, args.run)
 
 
 def makes_a_base(args: Args) -> bool:
@@ -397,13 +474,7 @@ def sizes(trainer: Trainer) -> dict[str, int]:
 
 
 def _eval_losses(out: Path) -> dict[str, float]:
-    from qlora_jax.train.metrics import read_metrics
-
-    losses = [
-        row["eval_loss"]
-        for row in read_metrics(out / "metrics.jsonl")
-        if "eval_loss" in row
-    ]
+    losses = [loss for _, loss in eval_losses(read_metrics(out / "metrics.jsonl"))]
     if not losses:
         return {}
     return {"eval_loss_before": losses[0], "eval_loss": losses[-1]}

@@ -14,11 +14,9 @@ _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
 def array_digest(array: Any) -> str:
-    """Returns the sha256, in hex, of an array's dtype, shape and bytes."""
-    value = np.asarray(array)
-    found = hashlib.sha256(f"{value.dtype.name} {list(value.shape)} ".encode())
-    found.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
-    return found.hexdigest()
+    """Returns the sha256 of an array's bytes in C order, in hex."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    return hashlib.sha256(flat.view(np.uint8)).hexdigest()
 
 
 def text_digest(value: Any) -> str:
@@ -62,14 +60,14 @@ def damaged_files(folder: Path) -> list[str]:
 def _changed(path: Path, name: str, expected: str) -> str | None:
     try:
         if not path.is_file():
-            return f"{name} is missing"
+            return f"{name} is missing, which {SUMS} lists"
         if (found := file_digest(path)) == expected:
             return None
     except (OSError, ValueError) as error:  # ValueError: a name with a null byte
         return f"{name} cannot be read: {error}"
     return (
         f"{name} ({path.stat().st_size} bytes) is not as it was written: its sha256 is "
-        f"{found[:12]}..., expected {expected[:12]}..."
+        f"{found[:12]}..., {SUMS} says {expected[:12]}..."
     )
 
 

@@ -46,6 +46,12 @@ from qlora_jax.exchange.peft import (
     is_peft,
     peft_misfits,
 )
+from qlora_jax.exchange.steps import (
+    CHECKPOINTS,
+    place_of,
+    say_unfinished,
+    unfinished,
+)
 from qlora_jax.files import new_folder
 from qlora_jax.models import Decoder
 from qlora_jax.models.vocabulary import resize_tokens
@@ -60,9 +66,9 @@ ARRAYS = "arrays"
 ADAPTER, BASE = "adapter", "base"
 """Folders that a run folder has: the adapter, and the 4-bit base that init 'pissa' made for
 it."""
+OWN_DIGEST = "metadata_sha256"
+"""The entry of adapter.json that has the digest of all others."""
 FORMAT = 1
-_OVERHEAD_BYTES = 1 << 17
-"""So much or less Orbax writes beside the arrays."""
 M = TypeVar("M", bound=nnx.Module)
 
 
@@ -138,7 +144,7 @@ def write_adapter(
             )
     size = sum(np.asarray(x).nbytes for x in arrays.values())
     with new_folder(path, opened_by=METADATA, replaces=is_ours) as new:
-        check_room(new.path, size + _OVERHEAD_BYTES)
+        check_room(new.path, size)
         _save_arrays(new.path / ARRAYS, arrays)
         if tokenizer is not None:
             tokenizer.save(new.path)
@@ -163,9 +169,9 @@ def adapter_metadata(
         "base": base,
         "arrays": {name: list(x.shape) for name, x in arrays.items()},
         **({"layers": layers} if layers else {}),
-        "digests": {name: array_digest(x) for name, x in arrays.items()},
+        "sha256": {name: array_digest(x) for name, x in arrays.items()},
     }
-    metadata["sha256"] = text_digest(metadata)
+    metadata[OWN_DIGEST] = text_digest(metadata)
     return json.dumps(metadata, indent=2) + "\n"
 
 
@@ -205,22 +211,21 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | None:
     Returns:
       None where there is none: an adapter without new tokens has its base's.
     """
-    folder = Path(path).expanduser()
-    if (folder / ADAPTER / METADATA).is_file():
-        folder = folder / ADAPTER
-    return Tokenizer.open(folder)
+    return Tokenizer.open(_found(path) or place_of(path))
 
 
 def find_adapter(path: str | os.PathLike[str]) -> Path:
     """Returns the adapter folder of a run folder or of an adapter folder.
 
+    Of an unfinished run it is its newest checkpoint that is whole, which is said. RUN@12 is
+    the one after step 12, and RUN@best the one with the least eval loss.
+
     Raises:
       AdapterMismatchError: there is none.
+      CheckpointError: that checkpoint is not there or damaged, or all are.
     """
-    path = Path(path).expanduser()
-    for candidate in (path, path / ADAPTER):
-        if (candidate / METADATA).is_file():
-            return candidate.absolute()
+    if (found := _found(path)) is not None:
+        return found.absolute()
     if is_peft(path):
         raise AdapterMismatchError(
             f"{path} is a PEFT adapter; import it first (qlora import)"
@@ -231,11 +236,24 @@ def find_adapter(path: str | os.PathLike[str]) -> Path:
     )
 
 
+def _found(path: str | os.PathLike[str]) -> Path | None:
+    """Returns the folder with adapter.json that a path means; None where there is none."""
+    place = place_of(path)
+    if (place / METADATA).is_file():
+        return place
+    current = unfinished(place)
+    if current is not None and (current / METADATA).is_file():
+        say_unfinished(current)
+        return current
+    folder = place / ADAPTER
+    return folder if (folder / METADATA).is_file() else None
+
+
 def changed_base(path: str | os.PathLike[str]) -> Path | None:
     """Returns the folder of the base that a run changed, which lies beside its adapter.
 
     Args:
-      path: A run folder, the adapter folder in it, or any other adapter.
+      path: A run folder, the adapter folder or a checkpoint in it, or any other adapter.
 
     Returns:
       None where the adapter's init changes no base, or its base is not there.
@@ -243,8 +261,11 @@ def changed_base(path: str | os.PathLike[str]) -> Path | None:
     if is_peft(path):
         return None
     folder = find_adapter(path)
-    base = folder.parent / BASE
-    if folder.name != ADAPTER or read_adapter_config(folder).init != "pissa":
+    inside = folder.parent if folder.parent.name == CHECKPOINTS else folder
+    if inside.name not in (ADAPTER, CHECKPOINTS):
+        return None
+    base = inside.parent / BASE
+    if read_adapter_config(folder).init != "pissa":
         return None
     return base if (base / "config.json").is_file() else None
 
@@ -440,8 +461,8 @@ def restored(folder: Path, metadata: dict[str, Any]) -> dict[str, Any]:
         raise AdapterMismatchError(
             f"{place} cannot be read, so it is damaged: {_first_line(error)}"
         ) from None
-    digests = metadata.get("digests", {})
-    digests = digests if isinstance(digests, dict) else {"digests": digests}
+    digests = metadata.get("sha256", {})
+    digests = digests if isinstance(digests, dict) else {"sha256": digests}
     problems = [
         f"{name} is not as it was written: its sha256 is {found[:12]}..., expected "
         f"{str(digests.get(name))[:12]}..."
@@ -461,13 +482,13 @@ def check_unchanged(folder: Path, metadata: dict[str, Any]) -> None:
     Raises:
       AdapterMismatchError: it was changed, or is damaged.
     """
-    own = {name: value for name, value in metadata.items() if name != "sha256"}
-    if not metadata.keys() & {"sha256", "digests"}:
+    own = {name: value for name, value in metadata.items() if name != OWN_DIGEST}
+    if not metadata.keys() & {OWN_DIGEST, "sha256"}:
         return  # of a version that wrote no digests
-    if text_digest(own) != metadata.get("sha256"):
+    if text_digest(own) != metadata.get(OWN_DIGEST):
         raise AdapterMismatchError(
             f"{folder / METADATA} was changed after it was written, or is damaged; to use it "
-            "as it is now, take the entries sha256 and digests out of it"
+            f"as it is now, take the entries sha256 and {OWN_DIGEST} out of it"
         )
 
 

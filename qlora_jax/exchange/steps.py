@@ -12,8 +12,10 @@
 Older versions wrote the first two alone. Those open unchecked.
 """
 
+import functools
 import json
 import logging
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,9 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 """The folder of a run that holds them."""
 POSITION = Path("position") / "metadata"
-DIGESTS = "digests"
-"""The key of a position that has the digests of arrays; older ones have none."""
+DIGESTS, EVAL_LOSS, END = "digests", "eval_loss", "steps"
+"""Keys of a position: the digests of arrays (older ones have none), the eval loss at its step
+(None where there is none), and the step that the run is to end at."""
 
 
 def steps(folder: Path) -> list[int]:
@@ -104,4 +107,85 @@ def none_whole(folder: Path, problems: list[str]) -> CheckpointError:
     """Returns the error of a folder whose checkpoints are all damaged."""
     return CheckpointError(
         gathered(f"{folder} has no checkpoint that is whole; start anew", problems)
+    )
+
+
+def best(folder: Path, among: list[int]) -> tuple[int, float] | None:
+    """Returns the step and the eval loss of the checkpoint with the least; None without any."""
+    losses = []
+    for step in among:
+        try:
+            loss = read_position(folder / str(step)).get(EVAL_LOSS)
+        except CheckpointError:
+            continue  # it is named when it is to be used
+        if isinstance(loss, float):
+            losses.append((step, loss))
+    return min(losses, key=lambda one: one[::-1], default=None)
+
+
+def place_of(path: str | os.PathLike[str]) -> Path:
+    """Returns the folder that a path of a run, adapter or model means.
+
+    RUN@12 is the checkpoint of a run after step 12, RUN@best the one with the least eval
+    loss. Every other path is itself, and so is one with @ in it that exists.
+
+    Raises:
+      CheckpointError: the run has no such checkpoint, or it is damaged.
+    """
+    place = Path(path).expanduser()
+    run, at, step = os.fspath(place).rpartition("@")
+    if not at or place.exists() or not (Path(run) / CHECKPOINTS).is_dir():
+        return place
+    folder = Path(run) / CHECKPOINTS
+    there = steps(folder)
+    if step == "best":
+        found = best(folder, there)
+        step = "best" if found is None else str(found[0])
+    if step not in map(str, there):
+        names = ", ".join(map(str, there)) or "none"
+        raise CheckpointError(
+            f"{path}: {run} has no checkpoint {step}; it has {names}, and best where eval "
+            "losses were measured"
+        )
+    if problems := damage(folder / step):
+        raise CheckpointError(gathered(f"checkpoint {path} is damaged", problems))
+    return folder / step
+
+
+def unfinished(run: Path) -> Path | None:
+    """Returns the newest whole checkpoint of a run that has not taken its last step.
+
+    Returns:
+      None where the run is finished, or has no checkpoint.
+
+    Raises:
+      CheckpointError: all checkpoints are damaged.
+    """
+    folder = run / CHECKPOINTS
+    if not (there := steps(folder)):
+        return None
+    last = folder / str(there[-1])
+    try:
+        if read_position(last).get(END) == there[-1]:
+            return None
+    except CheckpointError:
+        pass  # its damage is named below
+    return _newest_as_of(folder, last.stat().st_mtime_ns)
+
+
+@functools.lru_cache
+def _newest_as_of(folder: Path, stamp: int) -> Path | None:
+    """Returns `newest`, whose files are read once until there is another checkpoint."""
+    return newest(folder)
+
+
+@functools.lru_cache
+def say_unfinished(folder: Path) -> None:
+    """Warns, once, that what is used of a run is a checkpoint of it."""
+    end = read_position(folder).get(END)
+    logger.warning(
+        "%s is unfinished: its checkpoint %s of %s steps is used",
+        folder.parents[1],
+        folder.name,
+        end,
     )

@@ -184,6 +184,29 @@ class Decoder(nnx.Module):
         x, _ = self._through(x, self._layer_keys(key, micro), apply, checkpoint)
         return self.norm(x)
 
+    def finite(self, tokens: Int[Array, "batch seq"]) -> dict[str, Any]:
+        """Says what of a forward pass is finite, to find where a NaN or Inf begins.
+
+        Returns:
+          A bool for the output of `embed_tokens`, `norm` and `head`; and under `layers` for
+          each of `config.slots` an array of bools, one a layer's output.
+        """
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        context = Context(positions, self._shared(positions))
+
+        def apply(layer: DecoderLayer, x: Array, _: Any) -> tuple[Array, Any]:
+            x = layer(x, context, None, None)[0]
+            return x, jnp.isfinite(x).all()
+
+        found: dict[str, Any] = {}
+        x = self._embed(tokens)
+        found["embed_tokens"] = jnp.isfinite(x).all()
+        x, found["layers"] = self._through(x, [None] * len(self.stacks), apply)
+        x = self.norm(x)
+        found["norm"] = jnp.isfinite(x).all()
+        found["head"] = jnp.isfinite(self.logits(x[:, -1])).all()
+        return found
+
     def _layer_keys(self, key: Array | None, micro: list[int]) -> list[Array | None]:
         """Returns each slot's keys, one a layer, or one a layer and micro-batch."""
         slots = self.config.slots

@@ -19,11 +19,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from qlora_jax.adapters.names import flatten, unflatten
+from qlora_jax.disk import check_room
 from qlora_jax.errors import CheckpointError, SaveError
 from qlora_jax.exchange.digests import SUMS, array_digest, write_sums
 from qlora_jax.exchange.steps import (
     DIGESTS,
     POSITION,
+    best,
     damage,
     none_whole,
     read_position,
@@ -31,7 +33,7 @@ from qlora_jax.exchange.steps import (
     steps,
 )
 from qlora_jax.train.older_state import older, regrouped
-from qlora_jax.train.position import EVAL_LOSS, check_same_run
+from qlora_jax.train.position import check_same_run
 from qlora_jax.train.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -61,7 +63,7 @@ class RunCheckpoints:
         """
         self.folder, self._keep = Path(folder).absolute(), keep
         self._damaged: set[int] = set()
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._thread: ThreadPoolExecutor | None = None
         self._saving: Future[None] | None = None
         self._saved: int | None = None
 
@@ -75,21 +77,10 @@ class RunCheckpoints:
     def best(self) -> tuple[int, float] | None:
         """The step and the eval loss of the checkpoint that has the least."""
         self.wait()
-        return self._best(self._whole())
+        return best(self.folder, self._whole())
 
     def _whole(self) -> list[int]:
         return [step for step in steps(self.folder) if step not in self._damaged]
-
-    def _best(self, among: list[int]) -> tuple[int, float] | None:
-        losses = []
-        for step in among:
-            try:
-                loss = read_position(self.folder / str(step)).get(EVAL_LOSS)
-            except CheckpointError:
-                continue  # damaged after it was opened; named when it is to be used
-            if isinstance(loss, float):
-                losses.append((step, loss))
-        return min(losses, key=lambda one: one[::-1], default=None)
 
     def save(
         self,
@@ -120,6 +111,7 @@ class RunCheckpoints:
             OPTIMIZER: {name: np.array(x) for name, x in _leaves(state).items()},
         }
         self._saved = state.step
+        self._thread = self._thread or ThreadPoolExecutor(1, "checkpoint")
         self._saving = self._thread.submit(
             self._write, state.step, arrays, position, beside
         )
@@ -151,6 +143,8 @@ class RunCheckpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._sweep()
             partial.mkdir()
+            leaves = [x for values in arrays.values() for x in values.values()]
+            check_room(partial, sum(x.nbytes for x in leaves))
             for item, values in arrays.items():
                 _write_arrays(partial / item, values)
             digests = {
@@ -198,8 +192,8 @@ class RunCheckpoints:
         """Removes what is not to be kept, once a newer checkpoint is on the disk."""
         whole = self._whole()
         kept = {*whole[-self._keep :], step}
-        if (best := self._best(whole)) is not None:
-            kept.add(best[0])
+        if (least := best(self.folder, whole)) is not None:
+            kept.add(least[0])
         try:
             for old in {*whole, *self._damaged} - kept:
                 there = self.folder / str(old)
@@ -230,6 +224,7 @@ class RunCheckpoints:
         Raises:
           CheckpointError: there is no checkpoint, none is whole, or it is of another run.
         """
+        self.wait()
         problems: list[str] = []
         for step in reversed(steps(self.folder)):
             folder = self.folder / str(step)
@@ -272,7 +267,9 @@ class RunCheckpoints:
                 raise
             logger.warning("%s", error)
         finally:
-            self._thread.shutdown()
+            if self._thread is not None:
+                self._thread.shutdown()
+                self._thread = None
 
 
 class _DamagedError(Exception):

@@ -30,11 +30,11 @@ def any_finite(rows: Rows) -> bool:
 
 def skipped_last(rows: Rows) -> int:
     """Returns how many of the last steps, up to now, were skipped in a row."""
-    counts = [row.get("skipped", 0) for row in rows]
     number = 0
-    while number < len(counts):
-        before = counts[-number - 2] if number + 1 < len(counts) else 0
-        if counts[-number - 1] <= before:
+    while number < len(rows):
+        count = rows[-number - 1].get("skipped", 0)
+        before = rows[-number - 2].get("skipped", 0) if number + 1 < len(rows) else 0
+        if count <= before:
             break
         number += 1
     return number

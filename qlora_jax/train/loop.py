@@ -1,5 +1,6 @@
 """Trainer: steps, eval losses, metrics, checkpoints, and resuming exactly."""
 
+import contextlib
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from qlora_jax.config.train import TrainConfig
 from qlora_jax.data import Dataset
 from qlora_jax.errors import OutputExistsError, QLoRAError
 from qlora_jax.exchange.ours import METADATA, adapter_metadata, save_adapter
-from qlora_jax.exchange.steps import CHECKPOINTS
+from qlora_jax.exchange.steps import CHECKPOINTS, END, EVAL_LOSS
 from qlora_jax.models.streaming import stream
 from qlora_jax.objectives import Objective, find_objective
 from qlora_jax.text.tokenizer import Tokenizer
@@ -27,8 +28,9 @@ from qlora_jax.train.checkpoints import RunCheckpoints
 from qlora_jax.train.figures import any_finite, figures_of, skipped_last
 from qlora_jax.train.lock import locked
 from qlora_jax.train.metrics import MetricsLog, device_memory_bytes
+from qlora_jax.train.not_finite import first_not_finite
 from qlora_jax.train.optimizer import make_optimizer, make_schedule
-from qlora_jax.train.position import EVAL_LOSS, identity_of
+from qlora_jax.train.position import identity_of
 from qlora_jax.train.state import TrainState
 from qlora_jax.train.step import make_eval_step, make_train_step
 
@@ -118,6 +120,11 @@ class Trainer:
         ) | dict(identity or {})
         self._stop: Callable[[], bool] = lambda: False
         self._saved_at = time.monotonic()
+        self._checkpoints = RunCheckpoints(
+            self.out / CHECKPOINTS, config.keep_checkpoints
+        )
+        self._restored: Path | None = None
+        self._before: nnx.State | None = None
         self.start = 0
 
     @property
@@ -140,19 +147,30 @@ class Trainer:
         """Whether the last step was taken."""
         return self.state.step == self.steps
 
+    def restore(self, *, may_differ: Collection[str] = ()) -> None:
+        """Takes the state of the newest checkpoint of the run folder that is whole.
+
+        Args:
+          may_differ: What of the checkpoint's position may be otherwise: "steps", where the
+            run is to end at another step.
+
+        Raises:
+          CheckpointError: there is none, none is whole, or it is of another run.
+        """
+        self.state = self._checkpoints.restore(
+            self.state, self._position(None), may_differ=frozenset(may_differ)
+        )
+        self.start = self.state.step
+        self._restored = self._checkpoints.folder / str(self.start)
+
     def fit(
-        self,
-        *,
-        resume: bool = False,
-        may_differ: Collection[str] = (),
-        stop: Callable[[], bool] | None = None,
+        self, *, resume: bool = False, stop: Callable[[], bool] | None = None
     ) -> dict[str, Any]:
         """Runs to the last step, or until it is told to stop.
 
         Args:
-          resume: Continue from the newest checkpoint of the run folder that is whole.
-          may_differ: What of the checkpoint's position may be otherwise: "steps", where the
-            run is to end at another step.
+          resume: Continue from the newest checkpoint of the run folder that is whole, if
+            `restore` has not taken it yet.
           stop: Asked after each step, and between the batches of an evaluation; when it
             says yes, the run saves a checkpoint and its adapter, and returns.
 
@@ -170,38 +188,29 @@ class Trainer:
         self._stop = stop or self._stop
         self.out.mkdir(parents=True, exist_ok=True)
         with locked(self.out):
-            checkpoints = RunCheckpoints(
-                self.out / CHECKPOINTS, self.config.keep_checkpoints
-            )
             failed = True
             try:
-                log = self._begin(checkpoints, resume, frozenset(may_differ))
-                try:
-                    figures = self._run(checkpoints, log)
-                finally:
-                    log.close()
+                with contextlib.closing(self._begun(resume)) as log:
+                    figures = self._run(log)
                 failed = False
             finally:
-                checkpoints.close(failed)
+                self._checkpoints.close(failed)
         return figures
 
-    def _begin(
-        self, checkpoints: RunCheckpoints, resume: bool, may_differ: frozenset[str]
-    ) -> MetricsLog:
-        """Restores the state of a run that goes on; opens the log."""
+    def _begun(self, resume: bool) -> MetricsLog:
+        """Restores the state of a run that goes on, if need be; opens the log."""
         path = self.out / "metrics.jsonl"
-        if not resume:
-            if checkpoints.latest is not None:
-                raise OutputExistsError(
-                    f"{self.out} holds a run of {checkpoints.latest} steps; resume it, or "
-                    "choose another folder"
-                )
-            return MetricsLog(path, -1)
-        position = self._position(None)
-        self.state = checkpoints.restore(self.state, position, may_differ=may_differ)
-        self.start = self.state.step
-        copy = checkpoints.folder / str(self.start) / path.name
-        return MetricsLog(path, self.start, copy if copy.is_file() else None)
+        if resume:
+            if self._restored is None:
+                self.restore()
+            assert self._restored is not None
+            copy = self._restored / path.name
+            return MetricsLog(path, self.start, copy if copy.is_file() else None)
+        if (latest := self._checkpoints.latest) is not None:
+            raise OutputExistsError(
+                f"{self.out} holds a run of {latest} steps; resume it, or choose another folder"
+            )
+        return MetricsLog(path, -1)
 
     def evaluate(self, dataset: Dataset) -> float:
         """Returns the objective's mean loss, a token unless it has another normalizer."""
@@ -216,17 +225,17 @@ class Trainer:
             total, count = total + float(loss), count + float(normalizer)
         return total / count
 
-    def _run(self, checkpoints: RunCheckpoints, log: MetricsLog) -> dict[str, Any]:
+    def _run(self, log: MetricsLog) -> dict[str, Any]:
         began = time.monotonic()
         # Figures are of the whole run, also where this process took only its end.
         rows = [row for row in log.kept if "loss" in row]
         try:
-            self._take_steps(checkpoints, log, rows)
+            self._take_steps(log, rows)
         except _Stopped:
-            self._save(checkpoints, log)
+            self._save(log)
         if self.finished and rows and not any_finite(rows[-1:]):
-            self._diverged(checkpoints, self.steps, "the loss is not finite")
-        checkpoints.wait()
+            self._diverged(self.steps, "the loss is not finite")
+        self._checkpoints.wait()
         save_adapter(
             self.out / "adapter",
             self.lora,
@@ -234,7 +243,7 @@ class Trainer:
             tokenizer=self._tokenizer,
             overwrite=True,
         )
-        best = checkpoints.best
+        best = self._checkpoints.best
         return {
             "steps": self.state.step,
             **figures_of(rows),
@@ -244,7 +253,6 @@ class Trainer:
 
     def _take_steps(
         self,
-        checkpoints: RunCheckpoints,
         log: MetricsLog,
         rows: list[dict[str, Any]],
     ) -> None:
@@ -256,7 +264,7 @@ class Trainer:
         config = self.config
         # A run may have been stopped, or killed, before it had measured this.
         if self._eval_due() and self._eval_loss(log) is None:
-            self._log_eval(checkpoints, log)
+            self._log_eval(log)
         while not self.finished:
             if self._stop():
                 raise _Stopped
@@ -264,12 +272,12 @@ class Trainer:
             log.write(**row)
             self._progress(row)
             rows.append(row)
-            self._check_finite(checkpoints, rows)
+            self._check_finite(rows)
             if self._eval_due():
-                self._log_eval(checkpoints, log)
+                self._log_eval(log)
             if self._due(config.save_every) or self._save_is_due():
-                self._save(checkpoints, log)
-            checkpoints.check()
+                self._save(log)
+            self._checkpoints.check()
 
     def _save_is_due(self) -> bool:
         """Whether a checkpoint is due besides those of `save_every`."""
@@ -277,11 +285,11 @@ class Trainer:
         waited = time.monotonic() - self._saved_at
         return self.state.step == 1 or (minutes is not None and waited >= 60 * minutes)
 
-    def _save(self, checkpoints: RunCheckpoints, log: MetricsLog) -> None:
+    def _save(self, log: MetricsLog) -> None:
         """Saves a checkpoint; it is on the disk when the next one is begun, or the run ends."""
         if not _finite(self.lora):
             what = "the adapter has values that are not finite"
-            self._diverged(checkpoints, self.state.step, what)
+            self._diverged(self.state.step, what)
         metrics, lora, config = log.text, self.lora, self.out / FILE
         settings = config.read_bytes() if config.is_file() else None
         mark, layers = base_fingerprint(lora), explicit_layers(lora, self.lora_config)
@@ -296,7 +304,7 @@ class Trainer:
                 self._tokenizer.save(folder)
 
         position = self._position(self._eval_loss(log))
-        checkpoints.save(self.state, position, beside=beside)
+        self._checkpoints.save(self.state, position, beside=beside)
         self._saved_at = time.monotonic()
 
     def _take_step(self) -> dict[str, Any]:
@@ -304,6 +312,8 @@ class Trainer:
         began, step = time.monotonic(), self.state.step
         batch = self._batch(step)
         key = jax.random.fold_in(self._key, step) if self._dropout else None
+        if self.config.check_finite:
+            self._before = jax.tree.map(jnp.copy, self.lora)
         lora, opt_state, metrics = self._train_step(
             self.lora, self.base, self.opt_state, batch, key
         )
@@ -333,40 +343,53 @@ class Trainer:
         step = self.state.step
         return step == self.steps or (every is not None and step % every == 0)
 
-    def _check_finite(
-        self, checkpoints: RunCheckpoints, rows: list[dict[str, Any]]
-    ) -> None:
+    def _check_finite(self, rows: list[dict[str, Any]]) -> None:
         """Ends a run that diverged.
 
         In float16 a step whose gradients overflow is skipped and the loss scale lowered. A
         loss is of the forward pass, which no scale mends: one batch may do that, not many.
         """
         row, half = rows[-1], self.config.compute_dtype == "float16"
+        if self.config.check_finite and not _finite(self.lora):
+            what = "the adapter has values that are not finite"
+            self._diverged(row["step"], what)
         loss, norm = row["loss"], row["grad_norm"]
         many = len(rows) >= OVERFLOWS and not any_finite(rows[-OVERFLOWS:])
         if not np.isfinite(loss) and (many or not half):
-            self._diverged(checkpoints, row["step"], f"the loss is {loss}")
+            self._diverged(row["step"], f"the loss is {loss}")
         if not half and not np.isfinite(norm):
             what = f"the gradient's norm is {norm}"
-            self._diverged(checkpoints, row["step"], what)
+            self._diverged(row["step"], what)
         if half and skipped_last(rows) >= self.config.max_skipped:
             what = f"{self.config.max_skipped} steps in a row were skipped, as their "
             what += "gradients overflowed (--train.max-skipped)"
-            self._diverged(checkpoints, row["step"], what)
+            self._diverged(row["step"], what)
 
-    def _diverged(self, checkpoints: RunCheckpoints, step: int, what: str) -> None:
-        latest = checkpoints.latest
+    def _diverged(self, step: int, what: str) -> None:
+        latest = self._checkpoints.latest
         kept = (
             "There is no checkpoint yet."
             if latest is None
-            else f"{checkpoints.folder / str(latest)} is the last good checkpoint."
+            else f"{self._checkpoints.folder / str(latest)} is the last good checkpoint."
         )
+        if self._before is not None:
+            what += f"; the first that is not finite is {self._first_not_finite(step)}"
+        elif not self.config.check_finite:
+            what += " (--train.check-finite names where it begins)"
         raise DivergedError(
             f"step {step}: {what}. Lower --train.learning-rate, or compute in bfloat16 or "
             f"float32. {kept}"
         )
 
-    def _log_eval(self, checkpoints: RunCheckpoints, log: MetricsLog) -> None:
+    def _first_not_finite(self, step: int) -> str:
+        assert self._before is not None
+        key = jax.random.fold_in(self._key, step - 1) if self._dropout else None
+        parts = (self.graphdef, self._before, self.lora, self.base)
+        batch = self._batch(step - 1)
+        found = first_not_finite(*parts, batch, self.objective, key)
+        return found or "not found again when the step is computed a second time"
+
+    def _log_eval(self, log: MetricsLog) -> None:
         """Measures and logs the eval loss; saves a checkpoint where it is the least yet."""
         assert self.eval_data is not None
         step = self.state.step
@@ -376,9 +399,9 @@ class Trainer:
         self._progress(row)
         if not np.isfinite(row["eval_loss"]):
             what = f"the eval loss is {row['eval_loss']}"
-            self._diverged(checkpoints, step, what)
+            self._diverged(step, what)
         if step > 0 and row["eval_loss"] < min(before, default=np.inf):
-            self._save(checkpoints, log)
+            self._save(log)
 
     def _batch(self, step: int) -> dict[str, np.ndarray]:
         c = self.config
@@ -391,7 +414,7 @@ class Trainer:
         }
 
     def _position(self, eval_loss: float | None) -> dict[str, Any]:
-        return {**self._identity, "steps": self.steps, EVAL_LOSS: eval_loss}
+        return {**self._identity, END: self.steps, EVAL_LOSS: eval_loss}
 
 
 class _Stopped(Exception):

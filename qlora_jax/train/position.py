@@ -11,11 +11,9 @@ from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.config.train import MAY_CHANGE, TrainConfig
 from qlora_jax.data import Dataset
 from qlora_jax.errors import CheckpointError, ConfigError, gathered
-from qlora_jax.exchange.steps import DIGESTS
+from qlora_jax.exchange.steps import DIGESTS, EVAL_LOSS
 from qlora_jax.objectives import Objective
 
-EVAL_LOSS = "eval_loss"
-"""The key of a position that has the eval loss at its step; None where there is none."""
 NOT_COMPARED = frozenset({DIGESTS, EVAL_LOSS})
 ALWAYS = frozenset(
     {
@@ -25,6 +23,16 @@ ALWAYS = frozenset(
 )
 """What positions had from the beginning. A name that came later is compared where both have
 it: an older checkpoint does not, nor a Trainer that was given no identity."""
+
+BY_DIGEST = {
+    "data": "the rows to train on (their ids and weights) are",
+    "eval_data": "the held-out rows (their ids and weights) are",
+    "chat_template": "the chat template is",
+    "base.config": "the base's config.json is",
+    "base.weights": "the base's weights are",
+    "base.tokenizer": "the base's tokenizer is",
+}
+"""Names whose values are digests, and what they are of."""
 
 
 def identity_of(
@@ -91,7 +99,7 @@ def check_same_run(
     stored = _as_written_now(stored)
     common = (stored.keys() & position.keys()) | ALWAYS
     problems = [
-        f"{name}: it has {stored.get(name)!r}, the config says {position.get(name)!r}"
+        _difference(name, stored.get(name), position.get(name))
         for name in sorted(common - NOT_COMPARED - {*may_differ})
         if stored.get(name) != position.get(name)
     ]
@@ -99,6 +107,13 @@ def check_same_run(
         raise CheckpointError(
             gathered(f"checkpoint {step} belongs to another run", problems)
         )
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    if (what := BY_DIGEST.get(name)) is None:
+        return f"{name}: it has {before!r}, the config says {now!r}"
+    a, b = (x if x is None else f"{x[:12]}..." for x in (before, now))
+    return f"{name}: {what} not what it has trained with (sha256 {a}, here {b})"
 
 
 def _as_written_now(position: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from qlora_jax.files import write_file
 from qlora_jax.objectives import SFT, Objective
-from qlora_jax.train.metrics import read_metrics
+from qlora_jax.train.metrics import eval_losses, read_metrics
 
 
 def plot_loss(run: Path, objective: Objective = SFT) -> Path:
@@ -25,8 +25,9 @@ def plot_loss(run: Path, objective: Objective = SFT) -> Path:
     from matplotlib import pyplot
 
     rows = read_metrics(run / "metrics.jsonl")
-    train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-    held = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+    losses = ((row["step"], row.get("loss")) for row in rows)
+    train = [(step, loss) for step, loss in losses if loss is not None]
+    held = eval_losses(rows)
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=110)
     if train:
         axes.plot(
