@@ -8,11 +8,11 @@ import resource
 from pathlib import Path
 
 import pytest
-from crash import states
 
 from qlora_jax import digests, disk, files
 from qlora_jax.errors import CheckpointError, OutputError, OutputExistsError
 from qlora_jax.files import new_file, new_folder, write_file
+from scripts.torture.states import states
 
 
 def make(out: Path, text: str) -> None:

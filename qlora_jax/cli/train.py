@@ -24,6 +24,7 @@ from qlora_jax.config.run import RunConfig, read_run, write_run
 from qlora_jax.data import Dataset, check_ids, read_dataset
 from qlora_jax.data.dataset import padded_length
 from qlora_jax.data.sources import parse_sources
+from qlora_jax.disk import explained
 from qlora_jax.errors import ConfigError, DataError
 from qlora_jax.files import check_output
 from qlora_jax.objectives import find_objective
@@ -153,7 +154,8 @@ def train(args: Args, out: Path, *, resuming: bool) -> dict[str, Any]:
     if not resuming:
         # Not before all input was found good. Only what a run writes goes away: anything
         # else in the folder stays.
-        out.mkdir(parents=True, exist_ok=True)
+        with explained(out):
+            out.mkdir(parents=True, exist_ok=True)
     with (
         locked(out),
         TrainProgress(args.train.steps(rows.epoch_rows)) as progress,
