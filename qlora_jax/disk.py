@@ -19,6 +19,7 @@ _ADVICE = {
     errno.EPERM: "choose a place that you may write to",
     errno.EIO: "the disk or its connection failed; look at the system's log",
 }
+_OVERHEAD_BYTES = 1 << 17
 _LITTLE = 1 << 16
 """A disk with fewer free bytes is taken for full, where an error gives no number."""
 
@@ -41,14 +42,13 @@ def explained(path: Path) -> Iterator[None]:
 
 def _is_of(path: Path, error: OSError) -> bool:
     """Whether an error is about an output, what is above it, or what is written for it."""
-    if error.filename is None:  # as of a write to an open file
-        return True
-    named = Path(os.fsdecode(error.filename))
-    hidden = path.with_name(f".{path.name}.")
-    return (
-        path.is_relative_to(named)
-        or named.is_relative_to(path)
-        or str(named).startswith(str(hidden))
+    named = [x for x in (error.filename, error.filename2) if x is not None]
+    hidden = str(path.with_name(f".{path.name}."))
+    return not named or any(  # without a name: of a write to an open file
+        path.is_relative_to(place)
+        or place.is_relative_to(path)
+        or str(place).startswith(hidden)
+        for place in map(Path, map(os.fsdecode, named))
     )
 
 
@@ -92,7 +92,8 @@ def check_room(folder: Path, size: int) -> None:
 
     Args:
       folder: A folder that is about to be written.
-      size: Bytes that will be written there.
+      size: Bytes of arrays that will be written there; what Orbax writes beside them is
+        allowed for.
 
     Raises:
       OSError: there is no such room, or no file may be that large.
@@ -100,7 +101,7 @@ def check_room(folder: Path, size: int) -> None:
     probe = folder / ".room"
     handle = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        os.posix_fallocate(handle, 0, max(1, size))
+        os.posix_fallocate(handle, 0, size + _OVERHEAD_BYTES)
     finally:
         os.close(handle)
         probe.unlink()

@@ -47,6 +47,10 @@ class SaveError(QLoRAError, OSError):
     """A checkpoint could not be written; those before it are as they were."""
 
 
+class OutOfMemoryError(QLoRAError, MemoryError):
+    """The device has not the memory that a run needs."""
+
+
 def gathered(summary: str, problems: Sequence[str], limit: int = 20) -> str:
     """Returns one message for all problems of one input, at most `limit` of them."""
     shown = [f"  {problem}" for problem in problems[:limit]]

@@ -70,7 +70,7 @@ def _set_none(values: dict[str, Any], name: str, path: Path) -> None:
 
 
 def write_toml(path: Path, config: Any) -> None:
-    """Writes a config dataclass, all of it; see `write_file`."""
+    """Writes a config dataclass, all of it; a kill leaves what was there, or all of this."""
     values = dataclasses.asdict(config)
     unset = list(_nones(values, ""))
     text = tomli_w.dumps({**({UNSET: unset} if unset else {}), **_without_none(values)})

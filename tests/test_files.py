@@ -8,11 +8,11 @@ import resource
 from pathlib import Path
 
 import pytest
-from crash import states
 
 from qlora_jax import digests, disk, files
 from qlora_jax.errors import CheckpointError, OutputError, OutputExistsError
 from qlora_jax.files import new_file, new_folder, write_file
+from scripts.torture.states import states
 
 
 def make(out: Path, text: str) -> None:
@@ -255,6 +255,11 @@ def test_an_error_without_a_number_on_a_full_disk_is_that(tmp_path, monkeypatch)
         new_file(tmp_path / "x", overwrite=False),
     ):
         raise OSError("11008 requested and 8768 written")
+    with (
+        pytest.raises(OutputError, match="No space left on device"),
+        new_folder(tmp_path / "y", opened_by="x") as new,
+    ):  # as shutil.copyfile names both files
+        raise OSError(errno.ENOSPC, "", "source", None, str(new.path / "x"))
     monkeypatch.setattr(disk, "_left", lambda path: (0, 0))
     with (
         pytest.raises(OutputError, match="no inodes are left there; remove files"),
@@ -266,8 +271,8 @@ def test_an_error_without_a_number_on_a_full_disk_is_that(tmp_path, monkeypatch)
 
 def test_room_is_asked_for_before_a_library_writes(tmp_path):
     disk.check_room(tmp_path, 1 << 20)
-    with pytest.raises(OSError) as caught, file_limit(1000):
-        disk.check_room(tmp_path, 2000)
+    with pytest.raises(OSError) as caught, file_limit(1 << 18):
+        disk.check_room(tmp_path, 1 << 18)
     assert caught.value.errno == errno.EFBIG and not list(tmp_path.iterdir())
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from qlora_jax import digests
 from qlora_jax.config.run import FILE, RunConfig, has_run, read_run
-from qlora_jax.disk import unwritten
-from qlora_jax.errors import ConfigError, OutputError, OutputExistsError, gathered
+from qlora_jax.disk import explained
+from qlora_jax.errors import ConfigError, OutputExistsError, gathered
 from qlora_jax.exchange.ours import ADAPTER, BASE, METADATA, is_ours
 from qlora_jax.exchange.steps import CHECKPOINTS
 from qlora_jax.files import check_output, sync
@@ -137,14 +137,10 @@ def beginning(out: Path, config: RunConfig) -> Iterator[None]:
       OutputError: the folder cannot be written.
     """
     _check_foreign(out)
-    try:
+    with explained(out):
         out.mkdir(parents=True, exist_ok=True)
         write_toml(out / BEGUN, config)
         _clear(out)
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(unwritten(out, error)) from error
     try:
         yield
         os.replace(out / BEGUN, out / FILE)

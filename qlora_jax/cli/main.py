@@ -88,7 +88,8 @@ def _run(name: str, args: list[str], debug: bool, no_cache: bool) -> int:
         if debug:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, (ArithmeticError, SaveError)) else 2
+        failed = (ArithmeticError, MemoryError, SaveError)
+        return 1 if isinstance(error, failed) else 2
     except jax.errors.JaxRuntimeError as error:
         if debug or "RESOURCE_EXHAUSTED" not in str(error):
             return _fault(error, debug)

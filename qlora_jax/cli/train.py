@@ -15,7 +15,7 @@ from qlora_jax.budget.estimate import Platform, estimate
 from qlora_jax.budget.host import available_host_bytes
 from qlora_jax.budget.plan import PICKED, flags_of, parse_bytes, plan_memory, said
 from qlora_jax.budget.setup import Setup
-from qlora_jax.cli import options, resume, start, stopping
+from qlora_jax.cli import options, out_of_memory, resume, start, stopping
 from qlora_jax.cli.begin import beginning, check_run_folder
 from qlora_jax.cli.progress import RowsProgress, TrainProgress
 from qlora_jax.config.lora import LoRAConfig
@@ -24,6 +24,7 @@ from qlora_jax.config.run import RunConfig, read_run, write_run
 from qlora_jax.data import Dataset, check_ids, read_dataset
 from qlora_jax.data.dataset import padded_length
 from qlora_jax.data.sources import parse_sources
+from qlora_jax.disk import explained
 from qlora_jax.errors import ConfigError, DataError
 from qlora_jax.files import check_output
 from qlora_jax.objectives import find_objective
@@ -152,7 +153,8 @@ def train(args: Args, out: Path, *, resuming: bool) -> dict[str, Any]:
     model, lora, added, started = adapted(args, source, quant, rows, resume=resuming)
     if not resuming:
         # Not before all input was found good.
-        out.mkdir(parents=True, exist_ok=True)
+        with explained(out):
+            out.mkdir(parents=True, exist_ok=True)
     with (
         locked(out),
         TrainProgress(args.train.steps(rows.epoch_rows)) as progress,
@@ -177,7 +179,12 @@ def train(args: Args, out: Path, *, resuming: bool) -> dict[str, Any]:
         )
         if resuming:
             restore(trainer, args, rows)
-        figures = trainer.fit(resume=resuming, stop=stop)
+        with out_of_memory.advised(
+            lambda: setup_of(args, source, quant, rows),
+            _memory_limit(args),
+            available_host_bytes(),
+        ):
+            figures = trainer.fit(resume=resuming, stop=stop)
         figures = {
             "out": str(out),
             **({} if trainer.finished else {"finished": False}),

@@ -85,8 +85,7 @@ _KINDS = {
 }
 """Fields of adapter.json -> their kinds."""
 
-_OVERHEAD_BYTES = 1 << 17
-"""So much or less Orbax writes beside the arrays."""
+
 M = TypeVar("M", bound=nnx.Module)
 
 
@@ -162,7 +161,7 @@ def write_adapter(
             )
     size = sum(np.asarray(x).nbytes for x in arrays.values())
     with new_folder(path, opened_by=METADATA, replaces=is_ours) as new:
-        check_room(new.path, size + _OVERHEAD_BYTES)
+        check_room(new.path, size)
         _save_arrays(new.path / ARRAYS, arrays)
         if tokenizer is not None:
             tokenizer.save(new.path)

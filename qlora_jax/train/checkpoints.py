@@ -19,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from qlora_jax.adapters.names import flatten, unflatten
+from qlora_jax.disk import check_room
 from qlora_jax.errors import CheckpointError, SaveError
 from qlora_jax.exchange.digests import SUMS, array_digest, write_sums
 from qlora_jax.exchange.steps import (
@@ -142,6 +143,8 @@ class RunCheckpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._sweep()
             partial.mkdir()
+            leaves = [x for values in arrays.values() for x in values.values()]
+            check_room(partial, sum(x.nbytes for x in leaves))
             for item, values in arrays.items():
                 _write_arrays(partial / item, values)
             digests = {

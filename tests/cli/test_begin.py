@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import tiny
-from crash import states
 
 from qlora_jax.adapters import Adapter
 from qlora_jax.cli.begin import beginning, check_run_folder
@@ -13,6 +12,7 @@ from qlora_jax.config.run import RunConfig, has_run, read_run, write_run
 from qlora_jax.errors import OutputError, OutputExistsError
 from qlora_jax.exchange.ours import save_adapter
 from qlora_jax.exchange.steps import newest
+from scripts.torture.states import states
 
 OLD, NEW = (RunConfig(model=name, data_file=("rows",)) for name in ("old", "new"))
 

@@ -17,6 +17,7 @@ from qlora_jax.data import read_dataset
 from qlora_jax.errors import ConfigError
 from qlora_jax.sources.load import load
 from qlora_jax.sources.source import open_source
+from qlora_jax.train.loop import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +142,36 @@ def test_a_host_without_enough_memory_is_told_before_the_run(
     status, _, err = call(capsys, *args)
     assert status == 2
     assert "in host memory, of which 0.00 GiB are free. It would fit with" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "asked"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123 bytes.",
+            "123",
+        ),
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 1.50GiB", "1.50GiB"),
+        ("RESOURCE_EXHAUSTED: failed", ""),
+    ],
+)
+def test_a_device_that_runs_out_of_memory_is_answered_with_what_would_fit(
+    base: Path, tmp_path: Path, capsys, monkeypatch, error: str, asked: str
+):
+    def fit(self, **how):
+        raise jax.errors.JaxRuntimeError(error)
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    args = train(base, tmp_path, "--memory", "8GiB", "--train.no-stream")
+    status, _, err = call(capsys, *args)
+    assert status == 1 and "Traceback" not in err
+    assert f"ran out of memory{asked and f', asking for {asked}'}" in err
+    assert "this run needs 0.0" in err and "and 8.00 GiB were there" in err
+    assert (
+        "With other settings too, nothing fits" in err or "--train.micro-batch" in err
+    )
+    status, _, err = call(capsys, *args, "--overwrite", "--train.max-steps", 1)
+    assert status == 1 and "--resume" in err
 
 
 @pytest.mark.slow
