@@ -30,8 +30,8 @@ from qlora_jax.config.train import TrainConfig as TrainConfig
 from qlora_jax.data.intake import load_dataset as load_dataset
 from qlora_jax.errors import QLoRAError as QLoRAError
 from qlora_jax.evaluate.perplexity import perplexity as perplexity
+from qlora_jax.exchange.find import load_tokenizer as load_tokenizer
 from qlora_jax.exchange.ours import load_adapter as load_adapter
-from qlora_jax.exchange.ours import load_tokenizer as load_tokenizer
 from qlora_jax.exchange.ours import save_adapter as save_adapter
 from qlora_jax.exchange.peft import export_peft as export_peft
 from qlora_jax.exchange.peft import import_peft as import_peft

@@ -48,14 +48,14 @@ def write(folder: Path, known: Mapping[str, Mapping[str, Any]]) -> None:
         for name in files_in(folder)
         if name != NAME
     }
-    value = {"format": FORMAT, "files": files, "sha256": of_list(files)}
+    value = {"format": FORMAT, "files": files, "sha256": of_json(files)}
     text = json.dumps(value, indent=1) + "\n"
     (folder / NAME).write_text(text, encoding="utf-8")
 
 
-def of_list(files: Mapping[str, Any]) -> str:
-    """Returns the sha256 of the entries of a list, which it has of itself."""
-    text = json.dumps(files, sort_keys=True, separators=(",", ":"))
+def of_json(value: Any) -> str:
+    """Returns the sha256, in hex, of a JSON value, however its text is laid out."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -102,16 +102,40 @@ def tensor_file_problems(
     return []
 
 
+def damaged_files(folder: Path) -> list[str]:
+    """Compares the files of a folder with its list.
+
+    Files that the list does not name are not looked at.
+
+    Returns:
+      A sentence for each file that is missing or changed; [] where all are as they were
+      written.
+    """
+    try:
+        files = read(folder)
+    except CheckpointError as error:
+        return [str(error)]
+    return [x for name, entry in files.items() for x in damage(folder, name, entry)]
+
+
 def damage(folder: Path, name: str, entry: Mapping[str, Any]) -> list[str]:
     """Compares every byte of a file in a folder with its entry.
 
     Returns:
-      A sentence for the file, or for each tensor of a file of tensors, that is not as it
-      was written.
+      A sentence for the file, or for each tensor of a file of tensors, that is missing or
+      not as it was written.
     """
     path = folder / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        return [f"{NAME} names {name!r}, which is no file in the folder"]
+    if not path.is_file():
+        return [f"{name} is missing"]
     if "tensors" not in entry:
-        return [] if of_file(path) == entry else [f"{name} is not as it was written"]
+        if (found := of_file(path)) == entry:
+            return []
+        return [
+            f"{name} ({found['bytes']} bytes) is not as it was written ({entry['bytes']})"
+        ]
     if problems := tensor_file_problems(folder, name, entry):
         return problems
     with path.open("rb") as stream:
@@ -170,6 +194,6 @@ def _problem(value: Any) -> str | None:
             texts.append(entry.get("sha256"))
         if not all(isinstance(text, str) for text in texts):
             return f"{name!r} has no sha256"
-    if value.get("sha256") != of_list(value["files"]):
+    if value.get("sha256") != of_json(value["files"]):
         return "it is not as it was written"
     return None

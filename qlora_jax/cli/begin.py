@@ -15,7 +15,8 @@ from qlora_jax import digests
 from qlora_jax.config.run import FILE, RunConfig, has_run, read_run
 from qlora_jax.disk import explained
 from qlora_jax.errors import ConfigError, OutputExistsError, gathered
-from qlora_jax.exchange.ours import ADAPTER, BASE, METADATA, is_ours
+from qlora_jax.exchange.metadata import ADAPTER, BASE, METADATA
+from qlora_jax.exchange.ours import is_ours
 from qlora_jax.exchange.steps import CHECKPOINTS
 from qlora_jax.files import check_output, sync
 from qlora_jax.toml import write_toml
@@ -27,7 +28,7 @@ METRICS, REPORTS = "metrics.jsonl", ("report.html", "loss.png", "figures.json")
 _FOLDERS = (ADAPTER, BASE, BASE_NF4, CHECKPOINTS)
 _CLEARED = ".checkpoints.cleared"
 """The checkpoints of a run that is being replaced, which nothing opens under this name."""
-_OF_A_STEP = {"_CHECKPOINT_METADATA", "adapter", "optimizer", "position", "SHA256SUMS"}
+_OF_A_STEP = {"_CHECKPOINT_METADATA", "adapter", "optimizer", "position"}
 _UNFINISHED = (".orbax-checkpoint-tmp", ".partial", ".damaged")
 
 

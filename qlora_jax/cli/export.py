@@ -8,7 +8,7 @@ from typing import Any, Literal
 from qlora_jax.cli import options
 from qlora_jax.config.quant import QuantOptions
 from qlora_jax.errors import ConfigError
-from qlora_jax.exchange.ours import load_tokenizer
+from qlora_jax.exchange.find import load_tokenizer
 from qlora_jax.exchange.peft import export_peft
 from qlora_jax.sources.gguf.write import write_gguf
 from qlora_jax.sources.source import open_source

@@ -9,7 +9,8 @@ from qlora_jax.adapters.attached import lora_config
 from qlora_jax.cli import options
 from qlora_jax.config.quant import QuantOptions
 from qlora_jax.errors import ConfigError
-from qlora_jax.exchange.ours import load_tokenizer, save_adapter
+from qlora_jax.exchange.find import load_tokenizer
+from qlora_jax.exchange.ours import save_adapter
 from qlora_jax.exchange.peft import is_peft
 
 

@@ -21,7 +21,8 @@ from qlora_jax.errors import (
     OutputExistsError,
     gathered,
 )
-from qlora_jax.exchange.ours import adapter_tokenizer, changed_base, load_adapter
+from qlora_jax.exchange.find import adapter_tokenizer, changed_base
+from qlora_jax.exchange.ours import load_adapter
 from qlora_jax.exchange.peft import import_peft, is_peft
 from qlora_jax.exchange.read import read_adapter
 from qlora_jax.exchange.steps import place_of

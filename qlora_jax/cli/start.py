@@ -14,7 +14,7 @@ from qlora_jax.config.quant import QuantOptions
 from qlora_jax.config.train import TrainConfig
 from qlora_jax.data import DataConfig, Dataset
 from qlora_jax.errors import CheckpointError, ConfigError, gathered
-from qlora_jax.exchange.ours import BASE
+from qlora_jax.exchange.metadata import BASE
 from qlora_jax.sources.load import original_kernels
 from qlora_jax.sources.save import save_model
 from qlora_jax.sources.source import Source

@@ -34,8 +34,8 @@ from qlora_jax.adapters.names import explicit_layers, stacked_names
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.config.quant import QuantConfig
 from qlora_jax.errors import ConfigError
+from qlora_jax.exchange.find import adapter_tokenizer
 from qlora_jax.exchange.ours import (
-    adapter_tokenizer,
     base_scales,
     check_scales,
     fit_adapter,

@@ -5,7 +5,6 @@ rank, alpha, dropout, targets, the base's fingerprint.
 """
 
 import dataclasses
-import json
 import logging
 import math
 import os
@@ -20,7 +19,7 @@ from flax import nnx
 
 from qlora_jax.adapters.attach import attach_zero, detach
 from qlora_jax.adapters.attached import base_fingerprint
-from qlora_jax.adapters.fingerprint import MARK, difference
+from qlora_jax.adapters.fingerprint import difference
 from qlora_jax.adapters.names import (
     check_names,
     explicit_layers,
@@ -38,7 +37,17 @@ from qlora_jax.errors import (
     OutputExistsError,
     gathered,
 )
-from qlora_jax.exchange.digests import array_digest, text_digest
+from qlora_jax.exchange.find import find_adapter
+from qlora_jax.exchange.metadata import (
+    ADAPTER,
+    ARRAYS,
+    BASE,
+    METADATA,
+    adapter_metadata,
+    check_unchanged,
+    read_metadata,
+    restored,
+)
 from qlora_jax.exchange.peft import (
     describe_peft,
     fit_peft,
@@ -46,45 +55,15 @@ from qlora_jax.exchange.peft import (
     is_peft,
     peft_misfits,
 )
-from qlora_jax.exchange.steps import (
-    CHECKPOINTS,
-    place_of,
-    say_unfinished,
-    unfinished,
-)
 from qlora_jax.files import new_folder
-from qlora_jax.inputs import read_json
 from qlora_jax.models import Decoder
-from qlora_jax.models.settings import MAX_LAYERS
 from qlora_jax.models.vocabulary import check_rows, resize_tokens
 from qlora_jax.nn import LoRA
 from qlora_jax.nn.frozen import modules
-from qlora_jax.schema import NULL, OBJECT, TEXT, either, listed, mapped, whole
-from qlora_jax.schema import misfits as misfits_of
 from qlora_jax.text.tokenizer import FILES as TOKENIZER_FILES
 from qlora_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-METADATA = "adapter.json"
-ARRAYS = "arrays"
-ADAPTER, BASE = "adapter", "base"
-"""Folders that a run folder has: the adapter, and the 4-bit base that init 'pissa' made for
-it."""
-OWN_DIGEST = "metadata_sha256"
-"""The entry of adapter.json that has the digest of all others."""
-FORMAT = 1
-_KINDS = {
-    "format": whole(1, 2**31),
-    "lora": OBJECT,
-    "base": either(NULL, MARK),
-    "arrays": mapped(listed(whole(0, 2**31), 8)),
-    "layers": mapped(listed(whole(0, MAX_LAYERS - 1), MAX_LAYERS)),
-    "sha256": either(TEXT, mapped(TEXT)),
-    OWN_DIGEST: TEXT,
-}
-"""Fields of adapter.json -> their kinds."""
-
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -170,28 +149,6 @@ def write_adapter(
     return path
 
 
-def adapter_metadata(
-    arrays: Mapping[str, np.ndarray],
-    config: LoRAConfig,
-    base: dict[str, Any] | None,
-    layers: Mapping[str, list[int]] | None = None,
-) -> str:
-    """Returns the text of an adapter's adapter.json; see `write_adapter` for the arguments.
-
-    It has the digest of every array, and one of itself.
-    """
-    metadata = {
-        "format": FORMAT,
-        "lora": dataclasses.asdict(config),
-        "base": base,
-        "arrays": {name: list(x.shape) for name, x in arrays.items()},
-        **({"layers": layers} if layers else {}),
-        "sha256": {name: array_digest(x) for name, x in arrays.items()},
-    }
-    metadata[OWN_DIGEST] = text_digest(metadata)
-    return json.dumps(metadata, indent=2) + "\n"
-
-
 def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes arrays with Orbax.
 
@@ -210,86 +167,6 @@ def is_ours(name: str) -> bool:
     """Whether a path in an adapter's folder is one that `write_adapter` writes."""
     top = name.partition("/")[0]
     return top.startswith((ARRAYS, METADATA)) or top in (*TOKENIZER_FILES, DIGESTS)
-
-
-def adapter_tokenizer(
-    path: str | os.PathLike[str], base: Tokenizer | None
-) -> Tokenizer | None:
-    """Returns the tokenizer of a base with the tokens that an adapter added."""
-    own = load_tokenizer(path)
-    if base is None or own is None:
-        return base or own
-    return base.with_vocabulary(own) if own.rows > base.rows else base
-
-
-def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | None:
-    """Opens the tokenizer of a run folder, adapter folder or model folder.
-
-    Returns:
-      None where there is none: an adapter without new tokens has its base's.
-    """
-    return Tokenizer.open(_found(path) or place_of(path))
-
-
-def find_adapter(path: str | os.PathLike[str]) -> Path:
-    """Returns the adapter folder of a run folder or of an adapter folder.
-
-    Of an unfinished run it is its newest checkpoint that is whole, which is said. RUN@12 is
-    the one after step 12, and RUN@best the one with the least eval loss.
-
-    Raises:
-      AdapterMismatchError: there is none.
-      CheckpointError: that checkpoint is not there or damaged, or all are.
-    """
-    if (found := _found(path)) is not None:
-        return found.absolute()
-    if is_peft(path):
-        raise AdapterMismatchError(
-            f"{path} is a PEFT adapter; import it first (qlora import)"
-        )
-    raise AdapterMismatchError(
-        f"{path} holds no adapter; expected a run folder, an adapter folder with "
-        f"{METADATA}, or a PEFT folder"
-    )
-
-
-def _found(path: str | os.PathLike[str]) -> Path | None:
-    """Returns the folder with adapter.json that a path means; None where there is none."""
-    place = place_of(path)
-    if (place / METADATA).is_file():
-        return place
-    current = unfinished(place)
-    if current is not None and (current / METADATA).is_file():
-        say_unfinished(current)
-        return current
-    folder = place / ADAPTER
-    return folder if (folder / METADATA).is_file() else None
-
-
-def changed_base(path: str | os.PathLike[str]) -> Path | None:
-    """Returns the folder of the base that a run changed, which lies beside its adapter.
-
-    Args:
-      path: A run folder, the adapter folder or a checkpoint in it, or any other adapter.
-
-    Returns:
-      None where the adapter's init changes no base, or its base is not there.
-    """
-    if is_peft(path):
-        return None
-    folder = find_adapter(path)
-    inside = folder.parent if folder.parent.name == CHECKPOINTS else folder
-    if inside.name not in (ADAPTER, CHECKPOINTS):
-        return None
-    base = inside.parent / BASE
-    if read_adapter_config(folder).init != "pissa":
-        return None
-    return base if (base / "config.json").is_file() else None
-
-
-def read_adapter_config(path: str | os.PathLike[str]) -> LoRAConfig:
-    """Reads an adapter's rank, alpha, dropout and targets."""
-    return read_metadata(find_adapter(path))[0]
 
 
 def describe_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -452,64 +329,6 @@ def _attached(
     return model
 
 
-def restored(folder: Path, metadata: dict[str, Any]) -> dict[str, Any]:
-    """Reads an adapter's arrays, by dotted name, and compares them with their digests.
-
-    Adapters of versions that wrote no digests are read unchecked.
-
-    Args:
-      folder: A folder with adapter.json: an adapter's, or a checkpoint of a run.
-      metadata: What adapter.json says.
-
-    Raises:
-      AdapterMismatchError: what is there is damaged; every array that is not as it was
-        written is named.
-    """
-    place = folder / ARRAYS
-    if not place.exists() and (folder / ADAPTER).is_dir():
-        place = folder / ADAPTER  # of a checkpoint
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            arrays = checkpointer.restore(place, _abstract(metadata))
-    except Exception as error:  # Orbax raises of every kind, Exception itself too
-        raise AdapterMismatchError(
-            f"{place} cannot be read, so it is damaged: {_first_line(error)}"
-        ) from None
-    digests = metadata.get("sha256", {})
-    digests = digests if isinstance(digests, dict) else {"sha256": digests}
-    problems = [
-        f"{name} is not as it was written: its sha256 is {found[:12]}..., expected "
-        f"{str(digests.get(name))[:12]}..."
-        for name, x in arrays.items()
-        if digests and (found := array_digest(x)) != digests.get(name)
-    ]
-    if problems:
-        raise AdapterMismatchError(gathered(f"adapter {folder} is damaged", problems))
-    return arrays
-
-
-def check_unchanged(folder: Path, metadata: dict[str, Any]) -> None:
-    """Refuses an adapter.json that is not as it was written.
-
-    Where it does not fit the model, that says more, so it is asked for afterwards.
-
-    Raises:
-      AdapterMismatchError: it was changed, or is damaged.
-    """
-    own = {name: value for name, value in metadata.items() if name != OWN_DIGEST}
-    if not metadata.keys() & {OWN_DIGEST, "sha256"}:
-        return  # of a version that wrote no digests
-    if text_digest(own) != metadata.get(OWN_DIGEST):
-        raise AdapterMismatchError(
-            f"{folder / METADATA} was changed after it was written, or is damaged; to use it "
-            f"as it is now, take the entries sha256 and {OWN_DIGEST} out of it"
-        )
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
-
-
 _ITS_BASE = (
     f"so it belongs to the 4-bit base that its run saved in {BASE}/ beside {ADAPTER}/; keep "
     "the two together, or give that folder as --model"
@@ -542,15 +361,6 @@ def _with_room(model: M, config: LoRAConfig, metadata: dict[str, Any]) -> M:
     return cast(M, resize_tokens(model, max(0, *rows, *(i + 1 for i in ids), 0)))
 
 
-def _abstract(metadata: dict[str, Any]) -> dict[str, Any]:
-    # The arrays are restored onto this process's device, whatever saved them.
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return {
-        name: jax.ShapeDtypeStruct(tuple(shape), np.float32, sharding=sharding)
-        for name, shape in metadata["arrays"].items()
-    }
-
-
 def _shape_problems(metadata: dict[str, Any], model: nnx.Module) -> list[str]:
     wanted = jax.eval_shape(flatten, nnx.state(model, nnx.LoRAParam))
     have = {name: tuple(shape) for name, shape in metadata["arrays"].items()}
@@ -568,27 +378,3 @@ def _shape_problems(metadata: dict[str, Any], model: nnx.Module) -> list[str]:
 
 def _unfit(folder: Path, problems: list[str]) -> str:
     return gathered(f"adapter {folder} does not fit this model", problems)
-
-
-def read_metadata(folder: Path) -> tuple[LoRAConfig, dict[str, Any]]:
-    """Reads the adapter.json of a folder.
-
-    Raises:
-      AdapterMismatchError: it cannot be read, or is of a later format.
-    """
-    path = folder / METADATA
-    metadata = read_json(path, error=AdapterMismatchError)
-    problems = misfits_of(metadata, {"format": _KINDS["format"]}, ("format",))
-    if not problems and metadata["format"] > FORMAT:
-        raise AdapterMismatchError(
-            f"{folder} has format {metadata['format']}; this version reads up to {FORMAT}"
-        )
-    if "base" not in metadata:
-        problems.append("base is missing")
-    problems += misfits_of(metadata, _KINDS, ("lora", "arrays"))
-    if problems:
-        raise AdapterMismatchError(gathered(f"{path} cannot be read", problems))
-    try:
-        return LoRAConfig.from_json(metadata["lora"]), metadata
-    except ConfigError as error:
-        raise AdapterMismatchError(f"{path} cannot be read: {error}") from None

@@ -15,12 +15,8 @@ from qlora_jax.adapters.names import WRAPPED_BIAS
 from qlora_jax.adapters.value import Adapter
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.errors import AdapterMismatchError, gathered
-from qlora_jax.exchange.ours import (
-    check_unchanged,
-    find_adapter,
-    read_metadata,
-    restored,
-)
+from qlora_jax.exchange.find import find_adapter
+from qlora_jax.exchange.metadata import check_unchanged, read_metadata, restored
 from qlora_jax.exchange.peft import is_peft
 from qlora_jax.models.settings import MAX_EXPERTS, MAX_LAYERS
 from qlora_jax.names import EMBEDDING, Numbered, stack_key

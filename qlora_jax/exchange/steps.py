@@ -7,7 +7,7 @@
   this one, and the digest of every array;
 - `adapter.json`, `config.toml`, `metrics.jsonl` (up to this step) and, where tokens were
   added, the tokenizer: the folder is an adapter too, and the run can be made whole from it;
-- `SHA256SUMS`: the digest of every other file.
+- `qlora_jax.sha256.json`: the digest of every other file.
 
 Older versions wrote the first two alone. Those open unchecked.
 """
@@ -20,8 +20,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from qlora_jax import digests
 from qlora_jax.errors import CheckpointError, gathered
-from qlora_jax.exchange.digests import SUMS, damaged_files
 
 logger = logging.getLogger(__name__)
 
@@ -48,13 +48,13 @@ def damage(folder: Path) -> list[str]:
     """
     if not any(folder.iterdir()):
         return ["the folder is empty"]
-    if (folder / SUMS).exists():
-        return damaged_files(folder)
+    if (folder / digests.NAME).exists():
+        return digests.damaged_files(folder)
     try:
         position = read_position(folder)
     except CheckpointError as error:
         return [str(error)]
-    return [f"{SUMS} is missing"] if DIGESTS in position else []
+    return [f"{digests.NAME} is missing"] if DIGESTS in position else []
 
 
 def read_position(folder: Path) -> dict[str, Any]:

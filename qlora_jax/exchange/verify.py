@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from qlora_jax import digests
 from qlora_jax.config.run import has_run
 from qlora_jax.errors import CheckpointError, gathered
-from qlora_jax.exchange.ours import ADAPTER, BASE, METADATA
+from qlora_jax.exchange.metadata import ADAPTER, BASE, METADATA
 from qlora_jax.exchange.peft.names import CONFIG
 from qlora_jax.exchange.steps import CHECKPOINTS, damage, steps
 from qlora_jax.text.folder import FILES, TEMPLATES
@@ -91,7 +91,7 @@ def _folder(folder: Path) -> Verified:
     listed = digests.read(folder)
     problems, whole = [], 0
     for name, entry in listed.items():
-        found = _file(folder, name, entry)
+        found = digests.damage(folder, name, entry)
         problems += found
         whole += not found
     inside = {name.partition("/")[0] for name in listed if "/" in name}
@@ -109,13 +109,3 @@ def _is_read(name: str, inside: set[str]) -> bool:
     """Whether a file that was added to a folder may change what is read from it."""
     top = name.partition("/")[0]
     return name in _READ or top in {TEMPLATES, *inside} or name.endswith(".safetensors")
-
-
-def _file(folder: Path, name: str, entry: dict[str, Any]) -> list[str]:
-    """Returns what is wrong with a file that a list names, a sentence for each thing."""
-    path = folder / name
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        return [f"{digests.NAME} names {name!r}, which is no file in the folder"]
-    if not path.is_file():
-        return [f"{name} is missing"]
-    return digests.damage(folder, name, entry)

@@ -18,10 +18,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from qlora_jax import digests
 from qlora_jax.adapters.names import flatten, unflatten
 from qlora_jax.disk import check_room
 from qlora_jax.errors import CheckpointError, SaveError
-from qlora_jax.exchange.digests import SUMS, array_digest, write_sums
 from qlora_jax.exchange.steps import (
     DIGESTS,
     POSITION,
@@ -147,16 +147,16 @@ class RunCheckpoints:
             check_room(partial, sum(x.nbytes for x in leaves))
             for item, values in arrays.items():
                 _write_arrays(partial / item, values)
-            digests = {
-                item: {name: array_digest(x) for name, x in values.items()}
+            found = {
+                item: {name: digests.of_array(x) for name, x in values.items()}
                 for item, values in arrays.items()
             }
             (partial / POSITION).parent.mkdir()
-            text = json.dumps({**position, DIGESTS: digests}, allow_nan=False)
+            text = json.dumps({**position, DIGESTS: found}, allow_nan=False)
             (partial / POSITION).write_text(text, encoding="utf-8")
             if beside is not None:
                 beside(partial, arrays[ADAPTER])
-            write_sums(partial)
+            digests.write(partial, {})
             sync(partial)
             self._make_room(step)
             partial.rename(self.folder / str(step))
@@ -238,7 +238,7 @@ class RunCheckpoints:
                     found = error.problems
                 else:
                     say_damaged(folder, problems)
-                    if not (folder / SUMS).exists():
+                    if not (folder / digests.NAME).exists():
                         logger.warning(
                             "checkpoint %d is of a version that wrote no digests, so its "
                             "arrays are used unchecked",
@@ -285,13 +285,13 @@ def _restore(
     stacks = _stacks(folder, step, fresh)
     wanted = {ADAPTER: flatten(fresh.lora), OPTIMIZER: _named(jax.tree.leaves(stacks))}
     read = {item: _read_arrays(folder / item, wanted[item]) for item in wanted}
-    digests = position.get(DIGESTS)
-    if digests is not None:
+    expected = position.get(DIGESTS)
+    if expected is not None:
         problems = [
             f"{item}: array {name} is not as it was written (its sha256 differs)"
             for item, arrays in read.items()
             for name, x in arrays.items()
-            if array_digest(x) != digests[item].get(name)
+            if digests.of_array(x) != expected[item].get(name)
         ]
         if problems:
             raise _DamagedError(problems)

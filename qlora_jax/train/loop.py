@@ -19,7 +19,8 @@ from qlora_jax.config.run import FILE
 from qlora_jax.config.train import TrainConfig
 from qlora_jax.data import Dataset
 from qlora_jax.errors import OutputExistsError, QLoRAError
-from qlora_jax.exchange.ours import METADATA, adapter_metadata, save_adapter
+from qlora_jax.exchange.metadata import METADATA, adapter_metadata
+from qlora_jax.exchange.ours import save_adapter
 from qlora_jax.exchange.steps import CHECKPOINTS, END, EVAL_LOSS
 from qlora_jax.models.streaming import stream
 from qlora_jax.objectives import Objective, find_objective

@@ -21,7 +21,7 @@ from qlora_jax.cli.resume import check_changes, other_end
 from qlora_jax.config.run import read_run
 from qlora_jax.config.train import TrainConfig
 from qlora_jax.errors import ConfigError
-from qlora_jax.exchange.ours import find_adapter
+from qlora_jax.exchange.find import find_adapter
 from qlora_jax.exchange.read import read_adapter
 from qlora_jax.train.lock import locked
 from qlora_jax.train.loop import Trainer

@@ -12,12 +12,11 @@ import tiny
 from qlora_jax.adapters import LoRAConfig, split
 from qlora_jax.adapters.names import flatten
 from qlora_jax.errors import AdapterMismatchError, OutputExistsError
+from qlora_jax.exchange.find import find_adapter, read_adapter_config
 from qlora_jax.exchange.ours import (
     describe_adapter,
-    find_adapter,
     load_adapter,
     misfits,
-    read_adapter_config,
     save_adapter,
 )
 from qlora_jax.exchange.read import read_adapter

@@ -14,7 +14,8 @@ from flax import nnx
 from qlora_jax.adapters.combine import combine
 from qlora_jax.adapters.value import Adapter
 from qlora_jax.errors import AdapterMismatchError
-from qlora_jax.exchange.ours import METADATA, save_adapter
+from qlora_jax.exchange.metadata import METADATA
+from qlora_jax.exchange.ours import save_adapter
 from qlora_jax.exchange.peft import export_peft
 from qlora_jax.exchange.read import read_adapter
 

@@ -12,6 +12,7 @@ import optax
 import pytest
 import tiny
 
+from qlora_jax import digests
 from qlora_jax.adapters import split
 from qlora_jax.errors import CheckpointError, SaveError
 from qlora_jax.exchange.steps import damage
@@ -89,7 +90,7 @@ def test_damage_to_any_file_is_named(made: Path, tmp_path: Path):
             path.write_bytes(other)
             found, tried = damage(whole), tried + 1
             # A changed list of digests may say it of the files that it lists.
-            assert found and (name == "SHA256SUMS" or found[0].startswith(name))
+            assert found and (name == digests.NAME or found[0].startswith(name))
         path.unlink()
         assert any(f"{name} is missing" in problem for problem in damage(whole))
         path.write_bytes(data)
@@ -107,13 +108,13 @@ def break_array(folder: Path) -> None:
     digests = position["digests"]["adapter"]
     digests["layers.0.attn.q_proj.lora_a"] = digests["layers.1.attn.q_proj.lora_a"]
     place.write_text(json.dumps(position))
-    (folder / "SHA256SUMS").unlink()
-    module.write_sums(folder)
+    (folder / digests.NAME).unlink()
+    digests.write(folder, {})
 
 
 def break_older(folder: Path) -> None:
     """Damages what has no digests."""
-    (folder / "SHA256SUMS").unlink()
+    (folder / digests.NAME).unlink()
     place = folder / "position" / "metadata"
     position = json.loads(place.read_text())
     del position["digests"]

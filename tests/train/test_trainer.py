@@ -18,6 +18,7 @@ import tiny
 from models import family_folders
 
 import qlora_jax as qlora
+from qlora_jax import digests
 from qlora_jax.adapters import LoRAConfig, attach, split
 from qlora_jax.adapters.names import flatten
 from qlora_jax.config.train import TrainConfig
@@ -286,7 +287,7 @@ def test_a_run_that_an_older_version_left_goes_on(done, tmp_path, caplog):
         lora |= {"modules_to_save": "", "targets": "q_proj,down_proj"}
         del lora["layers_pattern"]  # which came later
         path.write_text(json.dumps(position))
-        for name in ("SHA256SUMS", "adapter.json", "metrics.jsonl"):
+        for name in (digests.NAME, "adapter.json", "metrics.jsonl"):
             (path.parents[1] / name).unlink()
     other = LoRAConfig(**{**vars(LORA), "targets": ("q_proj", "down_proj")})
     again = trainer(old, run.config, held=HELD)
