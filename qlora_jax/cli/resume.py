@@ -65,7 +65,7 @@ def settings(out: Path) -> tuple[RunConfig, RunConfig]:
       ConfigError: config.toml cannot be used, or lacks settings that the run had.
       CheckpointError: all checkpoints are damaged.
     """
-    folder = newest(out / CHECKPOINTS)
+    folder, _ = newest(out / CHECKPOINTS)  # what is damaged is said when it is restored
     if folder is None or not has_run(folder):
         return read_run(out), read_run(out)
     way_out = f"{folder / FILE} has them as they were saved; copy it to {out / FILE}"

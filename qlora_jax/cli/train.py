@@ -20,7 +20,7 @@ from qlora_jax.cli import options, resume, start, stopping
 from qlora_jax.cli.progress import RowsProgress, TrainProgress
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.config.quant import QuantConfig
-from qlora_jax.config.run import RunConfig, has_run, read_run, write_run
+from qlora_jax.config.run import FILE, RunConfig, has_run, read_run, write_run
 from qlora_jax.data import Dataset, check_ids, read_dataset
 from qlora_jax.data.dataset import padded_length
 from qlora_jax.data.sources import parse_sources
@@ -125,6 +125,11 @@ def run(args: Args) -> dict[str, Any]:
     if args.resume is not None:
         out, now = Path(args.resume), args.run
         assert args.before is not None  # `parse` gives it with --resume
+        if not now.model:
+            raise ConfigError(
+                f"{out / FILE} names no model, so it is not as a run wrote it; bring it back, "
+                "or start anew"
+            )
         for line in resume.check_changes(out, args.before, now):
             print(line, file=sys.stderr)
         with locked(out):

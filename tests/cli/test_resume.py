@@ -114,11 +114,13 @@ def test_an_end_that_moves_the_schedule_is_said():
     said = other_end(config, later, 12, start=40)
     assert said is not None and "step 41 has a learning rate of 0.0001" in said
     assert "bit-equal to no run" in said
-    constant = [dataclasses.replace(x, schedule="constant") for x in (config, later)]
-    said = other_end(*constant, 12, start=40)
+    config, later = (
+        dataclasses.replace(x, schedule="constant") for x in (config, later)
+    )
+    said = other_end(config, later, 12, start=40)
     assert said is not None and "the learning rate of no step up to 100 changes" in said
     # The rise from 0 is a part of all steps, so it is another one.
-    assert "step 1 has a learning rate" in str(other_end(*constant, 12, start=0))
+    assert "step 1 has a learning rate" in str(other_end(config, later, 12, start=0))
     assert other_end(config, dataclasses.replace(config, seed=1), 12, 40) is None
     with pytest.raises(ConfigError, match="would end at step 100, .* step 150"):
         other_end(later, config, 12, start=150)
@@ -170,7 +172,7 @@ def test_another_base_or_other_rows_in_the_same_place_are_refused(
     folders: Folders, run: Path, tmp_path: Path, capsys
 ):
     base = shutil.copytree(folders.base, tmp_path / "base")
-    rows = shutil.copy(folders.rows, tmp_path / "rows.jsonl")
+    rows = Path(shutil.copy(folders.rows, tmp_path / "rows.jsonl"))
     moved = ["train", "--resume", run, "--model", base, "--data", rows]
     scaled(base)
     error = refused(capsys, *moved)
