@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import hashlib
 import shutil
 import sys
@@ -25,6 +26,7 @@ from qlora_jax.data import Dataset, check_ids, read_dataset
 from qlora_jax.data.dataset import padded_length
 from qlora_jax.data.sources import parse_sources
 from qlora_jax.errors import ConfigError, DataError
+from qlora_jax.exchange.steps import BEGUN
 from qlora_jax.objectives import find_objective
 from qlora_jax.sources.identity import identity_of
 from qlora_jax.sources.load import load
@@ -32,6 +34,7 @@ from qlora_jax.sources.save import check_output
 from qlora_jax.sources.source import Source, open_source
 from qlora_jax.sources.tokens import add_tokens
 from qlora_jax.text import Tokenizer
+from qlora_jax.text.clock import stopped_at
 from qlora_jax.toml import from_dict, read_toml
 from qlora_jax.train.lock import locked
 from qlora_jax.train.loop import Trainer
@@ -63,6 +66,9 @@ class Args(RunConfig):
     before: tyro.conf.Suppress[RunConfig | None] = None
     """The settings that the run to resume had."""
 
+    begun: tyro.conf.Suppress[str | None] = None
+    """When the run to resume was begun."""
+
     @property
     def run(self) -> RunConfig:
         """The settings that are the run's, wherever it is called from."""
@@ -79,8 +85,8 @@ def parse(args: list[str], prog: str) -> Args:
         if wrong := [flag for flag in with_it if _is_given(flag, args)]:
             raise ConfigError(f"{', '.join(wrong)}: does not go with --resume")
         out = Path(given["--resume"])
-        now, before = resume.settings(out)
-        default = Args(**vars(now), resume=str(out), before=before)
+        now, before, begun = resume.settings(out)
+        default = Args(**vars(now), resume=str(out), before=before, begun=begun)
     elif given["--config"] is not None:
         default = from_dict(Args, read_toml(Path(given["--config"])), given["--config"])
     rest, auto = _without_auto(args)
@@ -147,6 +153,12 @@ def run(args: Args) -> dict[str, Any]:
 
 def train(args: Args, out: Path, *, resuming: bool) -> dict[str, Any]:
     """Trains as a resolved config says; writes the run folder."""
+    begun = args.begun or datetime.datetime.now().isoformat()
+    with stopped_at(begun):  # what templates write is the run's, whenever it goes on
+        return _train(dataclasses.replace(args, begun=begun), out, resuming)
+
+
+def _train(args: Args, out: Path, resuming: bool) -> dict[str, Any]:
     # What is wrong with objective, rows or memory is found before the model is loaded.
     objective = find_objective(args.train.objective)
     source, quant = open_base(args, out, resume=resuming)
@@ -210,6 +222,7 @@ def train(args: Args, out: Path, *, resuming: bool) -> dict[str, Any]:
 def identity(args: Args, source: Source) -> dict[str, str]:
     """Returns digests of what a run reads beside its rows, for its checkpoints."""
     found = {f"base.{name}": value for name, value in identity_of(source).items()}
+    found[BEGUN] = str(args.begun)
     template = args.data.chat_template
     with contextlib.suppress(OSError, ValueError):  # a name, or a template's text
         if template is not None and Path(template).is_file():

@@ -28,9 +28,9 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 """The folder of a run that holds them."""
 POSITION = Path("position") / "metadata"
-DIGESTS, EVAL_LOSS, END = "digests", "eval_loss", "steps"
+DIGESTS, EVAL_LOSS, END, BEGUN = "digests", "eval_loss", "steps", "begun"
 """Keys of a position: the digests of arrays (older ones have none), the eval loss at its step
-(None where there is none), and the step that the run is to end at."""
+(None where there is none), the step that the run is to end at, and when it was begun."""
 
 
 def steps(folder: Path) -> list[int]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import tiny
 from command import call, refused
 
-from qlora_jax.cli import stopping
+from qlora_jax.cli import stopping, train
 from qlora_jax.cli.main import main
 from qlora_jax.cli.progress import TrainProgress
 from qlora_jax.cli.resume import check_changes, other_end
@@ -23,6 +24,9 @@ from qlora_jax.config.train import TrainConfig
 from qlora_jax.errors import ConfigError
 from qlora_jax.exchange.ours import find_adapter
 from qlora_jax.exchange.read import read_adapter
+from qlora_jax.exchange.steps import read_position
+from qlora_jax.text.chat import ChatTemplate
+from qlora_jax.text.clock import stopped_at
 from qlora_jax.train.lock import locked
 from qlora_jax.train.loop import Trainer
 from qlora_jax.train.metrics import MetricsLog, read_metrics
@@ -217,6 +221,9 @@ def test_a_run_that_is_there_says_how_to_go_on(folders: Folders, run: Path, caps
 HOLD = """
 import sys, time
 from pathlib import Path
+from qlora_jax.exchange.steps import read_position
+from qlora_jax.text.chat import ChatTemplate
+from qlora_jax.text.clock import stopped_at
 from qlora_jax.train.lock import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
@@ -333,6 +340,16 @@ def signal_mask(status: Path) -> int:
         if line.startswith("SigCgt:"):
             return int(line.split()[1], 16) >> (signal.SIGTERM - 1) & 1
     return 0
+
+
+def test_templates_write_the_time_at_which_a_run_was_begun(run: Path, monkeypatch):
+    position = read_position(run / "checkpoints" / "2")
+    args = train.parse(["--resume", str(run)], "qlora train")
+    assert args.begun == position["begun"]
+    template = ChatTemplate("{{ strftime_now('%Y') }}")
+    with stopped_at("1999-12-31T23:59:59"), stopped_at("1998-01-01"):
+        assert template.render([{"role": "user", "content": "x"}]) == "1998"
+    assert "QLORA_JAX_NOW" not in os.environ
 
 
 def test_handlers_are_put_back():
