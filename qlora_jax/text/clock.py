@@ -11,10 +11,15 @@ from collections.abc import Iterator
 VARIABLE = "QLORA_JAX_NOW"
 
 
+def stopped() -> datetime.datetime | None:
+    """Returns the time that it is kept at; None where it goes on."""
+    text = os.environ.get(VARIABLE)
+    return datetime.datetime.fromisoformat(text) if text else None
+
+
 def now() -> datetime.datetime:
     """Returns the time for templates."""
-    text = os.environ.get(VARIABLE)
-    return datetime.datetime.fromisoformat(text) if text else datetime.datetime.now()
+    return stopped() or datetime.datetime.now()
 
 
 @contextlib.contextmanager
