@@ -139,7 +139,10 @@ class RunCheckpoints:
     ) -> None:
         partial = self.folder / f"{step}{_PARTIAL}"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if not self.folder.is_dir():
+                self.folder.mkdir(parents=True)
+                flush(self.folder.parent)
+                flush(self.folder.parents[1])
             self._sweep()
             partial.mkdir()
             for item, values in arrays.items():
