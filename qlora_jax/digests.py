@@ -23,7 +23,7 @@ ADVICE = (
 )
 
 
-def of_array(array: np.ndarray) -> str:
+def of_array(array: Any) -> str:
     """Returns the sha256 of an array's bytes in C order, in hex."""
     flat = np.ascontiguousarray(array).reshape(-1)
     return hashlib.sha256(flat.view(np.uint8)).hexdigest()

@@ -10,7 +10,6 @@ Source: transformers 5.24, utils/chat_template_utils.py (_compile_jinja_template
 """
 
 import contextlib
-import datetime
 import functools
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +23,7 @@ import jinja2.sandbox
 import jinja2.visitor
 from jinja2.utils import _PassArg
 
+from qlora_jax.text import clock
 from qlora_jax.text.limits import (
     A_STEP,
     CALL,
@@ -287,7 +287,7 @@ def _refuse(message: str) -> None:
 
 
 def _strftime_now(format: str) -> str:  # noqa: A002
-    return datetime.datetime.now().strftime(format)
+    return clock.now().strftime(format)
 
 
 @functools.cache
