@@ -82,6 +82,8 @@ class Source:
         if path.exists():
             if split is not None and path.is_file():
                 raise DataError(f"{text}: {rest} is a file, which has no splits")
+            if not (path.is_file() or path.is_dir()):
+                raise DataError(f"{text} is no file and no folder; expected {ROWS}")
             return cls(str(path), True, split=split, weight=weight)
         prefix, rest = split_prefix(rest)
         file = not prefix and suffix_of(path) in _FILES

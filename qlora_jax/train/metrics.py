@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ from typing import Any
 import jax
 
 from qlora_jax.files import write_file
+from qlora_jax.inputs import read_bytes
 
 logger = logging.getLogger(__name__)
+
+_MAX_BYTES = 1 << 30
 
 
 class MetricsLog:
@@ -102,7 +106,9 @@ def finite(value: Any) -> Any:
 
 
 def _raw_lines(path: Path) -> list[bytes]:
-    return path.read_bytes().splitlines() if path.exists() else []
+    if not os.path.lexists(path):
+        return []
+    return read_bytes(path, limit=_MAX_BYTES).splitlines()
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

@@ -98,7 +98,6 @@ def run_case(reader: Any, good: Path, folder: Path, rng: random.Random) -> Ended
     if harness.held_bytes("VmHWM") - held > LARGE_BYTES // 2:
         harness.forget_peak()
     began = time.perf_counter()
-    faulthandler.dump_traceback_later(4 * SLOW_SECONDS, exit=True)
     signal.setitimer(signal.ITIMER_REAL, SLOW_SECONDS, 1)
     how, what = "fine", ""
     try:
@@ -115,7 +114,6 @@ def run_case(reader: Any, good: Path, folder: Path, rng: random.Random) -> Ended
         how, what = "traceback", _signature(error)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        faulthandler.cancel_dump_traceback_later()
     seconds = time.perf_counter() - began
     if harness.held_bytes("VmHWM") - held > LARGE_BYTES:
         how = "large"
@@ -174,6 +172,8 @@ def run_reader(
         for case in cases:
             if seconds is not None and time.monotonic() - began > seconds:
                 break
+            if not counts.total() % 50:  # it starts a thread, which takes its time
+                faulthandler.dump_traceback_later(10 * SLOW_SECONDS, exit=True)
             folder = Path(scratch) / "case"
             folder.mkdir()
             ended = run_case(reader, good, folder, rng_of(name, seed, case))
@@ -183,6 +183,7 @@ def run_reader(
             if ended.how not in ("fine", "refused"):
                 places = failed.setdefault(f"{ended.how}: {ended.what}", [])
                 places.append(case)
+    faulthandler.cancel_dump_traceback_later()
     return {
         "reader": name,
         "seed": seed,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -212,3 +213,21 @@ def test_the_library_that_is_missing_is_named(tmp_path, monkeypatch):
     for name in (str(tmp_path), "owner/name"):
         with pytest.raises(DataError, match="needs the datasets library: pip install"):
             read_dataset(name, tiny.tokenizer(), DataConfig())
+
+
+def test_the_hub_is_asked_only_where_nothing_local_is_meant(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(DataError, match="runs is, so a path seems .*hf://runs/typo"):
+        Source.parse("runs/typo:train")
+    source = Source.parse("hf://runs/typo:train:2")
+    assert (source.name, source.local, source.split) == ("runs/typo", False, "train")
+    assert str(source) == "hf://runs/typo:train:2"
+    assert Source.parse(str(source)) == source == Source.parse("hub:runs/typo:train:2")
+    assert str(Source.parse("owner/name")) == "owner/name"
+
+
+def test_a_fifo_is_no_file_of_rows(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match="a.jsonl is no file and no folder"):
+        Source.parse(str(tmp_path / "a.jsonl"))
