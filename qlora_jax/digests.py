@@ -7,6 +7,7 @@ bytes: a tensor is checked as it is read, without reading the file another time.
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -14,6 +15,8 @@ from typing import IO, Any
 import numpy as np
 
 from qlora_jax.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 NAME = "qlora_jax.sha256.json"
 FORMAT = 1
@@ -89,17 +92,21 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
     return value["files"]
 
 
-def tensor_file_problems(
-    folder: Path, name: str, entry: Mapping[str, Any]
-) -> list[str]:
-    """Returns how size and header of a file of tensors differ from its entry."""
-    path = folder / name
-    size = path.stat().st_size
-    if size != entry["bytes"]:
-        return [f"{name}: {size} bytes, {entry['bytes']} were written; {ADVICE}"]
-    if "tensors" in entry and _header_digest(path) != entry["header"]:
-        return [f"{name}: its header is not the one that was written; {ADVICE}"]
-    return []
+def is_other(folder: Path, name: str, entry: Mapping[str, Any]) -> bool:
+    """Whether a file of tensors is none that its entry is of, as its header tells.
+
+    Then another program wrote it since, and its entry says nothing of it. A warning says so.
+    """
+    with (folder / name).open("rb") as stream:
+        size = stream.read(8)
+        head = size + stream.read(int.from_bytes(size, "little"))
+    if hashlib.sha256(head).hexdigest() == entry.get("header"):
+        return False
+    logger.warning(
+        "%s is not the file that qlora_jax wrote there, so it is read unchecked",
+        folder / name,
+    )
+    return True
 
 
 def damaged_files(folder: Path) -> list[str]:
@@ -136,12 +143,17 @@ def damage(folder: Path, name: str, entry: Mapping[str, Any]) -> list[str]:
         return [
             f"{name} ({found['bytes']} bytes) is not as it was written ({entry['bytes']})"
         ]
-    if problems := tensor_file_problems(folder, name, entry):
-        return problems
+    if path.stat().st_size != entry["bytes"]:
+        size = path.stat().st_size
+        return [f"{name} has {size} bytes, and {entry['bytes']} were written"]
+    problems = []
     with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-        problems = []
+        size = stream.read(8)
+        length = int.from_bytes(size, "little")
+        text = stream.read(length)
+        if hashlib.sha256(size + text).hexdigest() != entry["header"]:
+            return [f"{name}: its header is not as it was written"]
+        header = json.loads(text)
         for tensor, digest in entry["tensors"].items():
             begin, end = header[tensor]["data_offsets"]
             if _of_part(stream, 8 + length + begin, end - begin) != digest:
@@ -157,14 +169,6 @@ def _of_part(stream: IO[bytes], start: int, size: int) -> str:
         found.update(data)
         size -= len(data)
     return found.hexdigest()
-
-
-def _header_digest(path: Path) -> str:
-    """Returns the sha256 of a safetensors file's header and of its length before it."""
-    with path.open("rb") as stream:
-        size = stream.read(8)
-        head = size + stream.read(int.from_bytes(size, "little"))
-    return hashlib.sha256(head).hexdigest()
 
 
 def listed(folder: Path) -> set[str]:

@@ -71,8 +71,8 @@ class Checkpoint(Mapping[str, np.ndarray]):
         Which files, and which of two tensors of one name, is as transformers chooses.
 
         Raises:
-          CheckpointError: no file, or files that are missing, truncated or corrupt, or
-            others than were written here; all of them are named.
+          CheckpointError: no file, or files that are missing, truncated or corrupt; all
+            of them are named.
         """
         self.infos: dict[str, TensorInfo] = {}
         self._checks: dict[str, Future[str]] = {}
@@ -83,8 +83,8 @@ class Checkpoint(Mapping[str, np.ndarray]):
         problems, twice = [], []
         for file in files:
             infos, problem = _read_header(file)
-            if not problem and (entry := written.get(file.name)) is not None:
-                problem = digests.tensor_file_problems(folder, file.name, entry)
+            entry = written.get(file.name)
+            if entry and not problem and not digests.is_other(folder, file.name, entry):
                 own = entry.get("tensors", {})
                 infos = {
                     name: info._replace(sha256=own.get(name))
