@@ -141,7 +141,7 @@ def damage(folder: Path, name: str, entry: Mapping[str, Any]) -> list[str]:
         if (found := of_file(path)) == entry:
             return []
         return [
-            f"{name} ({found['bytes']} bytes) is not as it was written ({entry['bytes']})"
+            f"{name} is not as it was written: {found['bytes']} bytes, and was {entry['bytes']}"
         ]
     if path.stat().st_size != entry["bytes"]:
         size = path.stat().st_size

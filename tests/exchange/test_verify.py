@@ -145,7 +145,7 @@ def test_a_list_that_names_other_places_reads_nothing_there(written, tmp_path):
     folder = shutil.copytree(written / "adapter", tmp_path / "adapter")
     listed = json.loads((folder / digests.NAME).read_text())
     listed["files"]["../secret"] = {"bytes": 1, "sha256": "x"}
-    listed["sha256"] = digests.of_list(listed["files"])
+    listed["sha256"] = digests.of_json(listed["files"])
     (folder / digests.NAME).write_text(json.dumps(listed))
     with pytest.raises(
         CheckpointError, match=r"'\.\./secret', which is no file in the"

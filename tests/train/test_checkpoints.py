@@ -105,8 +105,8 @@ def break_array(folder: Path) -> None:
     """Writes an array's digest that is another's, and a list of files that fits."""
     place = folder / "position" / "metadata"
     position = json.loads(place.read_text())
-    digests = position["digests"]["adapter"]
-    digests["layers.0.attn.q_proj.lora_a"] = digests["layers.1.attn.q_proj.lora_a"]
+    adapter = position["digests"]["adapter"]
+    adapter["layers.0.attn.q_proj.lora_a"] = adapter["layers.1.attn.q_proj.lora_a"]
     place.write_text(json.dumps(position))
     (folder / digests.NAME).unlink()
     digests.write(folder, {})
@@ -130,7 +130,7 @@ def empty(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (break_file, "4: optimizer/manifest.ocdbt (0 bytes) is not as it was written"),
+        (break_file, "4: optimizer/manifest.ocdbt is not as it was written: 0 bytes"),
         (break_array, "4: adapter: array layers.0.attn.q_proj.lora_a is not as it was"),
         (break_older, "4: adapter/ cannot be read: "),
         (empty, "4: the folder is empty"),
