@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9.-]*[a-z0-9]")
 OTHERS = {"--debug", "--no-compile-cache", "--help", "--max-steps"}
-"""Flags that are the command's own, or those of scripts."""
+OTHERS |= {"--signal", "--requeue", "--open-mode"}
+"""Flags that are the command's own, those of scripts, and Slurm's."""
 
 
 @functools.cache

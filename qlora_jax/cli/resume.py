@@ -1,6 +1,7 @@
 """`qlora train --resume RUN`: what the run was, and what of it may change."""
 
 import dataclasses
+import datetime
 import shlex
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,14 @@ import numpy as np
 from qlora_jax.config.run import FILE, RunConfig, has_run, read_run
 from qlora_jax.config.train import MAY_CHANGE, TrainConfig
 from qlora_jax.errors import CheckpointError, ConfigError, OutputExistsError, gathered
-from qlora_jax.exchange.steps import CHECKPOINTS, END, newest, read_position, steps
+from qlora_jax.exchange.steps import (
+    BEGUN,
+    CHECKPOINTS,
+    END,
+    newest,
+    read_position,
+    steps,
+)
 from qlora_jax.toml import read_toml
 from qlora_jax.train.optimizer import make_schedule
 
@@ -55,19 +63,19 @@ def refuse_taken(out: Path) -> None:
     )
 
 
-def settings(out: Path) -> tuple[RunConfig, RunConfig]:
-    """Returns the settings of a run that is to go on, and those that it had.
+def settings(out: Path) -> tuple[RunConfig, RunConfig, str]:
+    """Returns the settings of a run that is to go on, those that it had, and when it began.
 
     The first are config.toml's, the second those of the newest whole checkpoint; where an
-    older version wrote that, or there is none, they are config.toml's too.
+    older version wrote that, or there is none, they are config.toml's too, and it begins now.
 
     Raises:
       ConfigError: config.toml cannot be used, or lacks settings that the run had.
       CheckpointError: all checkpoints are damaged.
     """
-    folder = newest(out / CHECKPOINTS)
+    folder, _ = newest(out / CHECKPOINTS)  # what is damaged is said when it is restored
     if folder is None or not has_run(folder):
-        return read_run(out), read_run(out)
+        return read_run(out), read_run(out), datetime.datetime.now().isoformat()
     way_out = f"{folder / FILE} has them as they were saved; copy it to {out / FILE}"
     try:
         now = read_run(out)
@@ -78,7 +86,13 @@ def settings(out: Path) -> tuple[RunConfig, RunConfig]:
         problems = [f"{name} (it was {before[name]!r})" for name in sorted(lacking)]
         what = f"{out / FILE} lacks settings that the run had, so it was cut or edited"
         raise ConfigError(f"{gathered(what, problems)}\n{way_out}")
-    return now, read_run(folder)
+    return now, read_run(folder), _begun(folder)
+
+
+def _begun(folder: Path) -> str:
+    """Returns when a run was begun, which templates may have written into its rows."""
+    begun = read_position(folder).get(BEGUN)
+    return begun if isinstance(begun, str) else datetime.datetime.now().isoformat()
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

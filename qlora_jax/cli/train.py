@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import hashlib
 import sys
 from pathlib import Path
@@ -20,12 +21,13 @@ from qlora_jax.cli.begin import beginning, check_run_folder
 from qlora_jax.cli.progress import RowsProgress, TrainProgress
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.config.quant import QuantConfig
-from qlora_jax.config.run import RunConfig, read_run, write_run
+from qlora_jax.config.run import FILE, RunConfig, read_run, write_run
 from qlora_jax.data import Dataset, check_ids, read_dataset
 from qlora_jax.data.dataset import padded_length
 from qlora_jax.data.sources import parse_sources
 from qlora_jax.disk import explained
 from qlora_jax.errors import ConfigError, DataError
+from qlora_jax.exchange.steps import BEGUN
 from qlora_jax.files import check_output
 from qlora_jax.objectives import find_objective
 from qlora_jax.sources.identity import identity_of
@@ -33,6 +35,7 @@ from qlora_jax.sources.load import load
 from qlora_jax.sources.source import Source, open_source
 from qlora_jax.sources.tokens import add_tokens
 from qlora_jax.text import Tokenizer
+from qlora_jax.text.clock import stopped_at
 from qlora_jax.toml import from_dict, read_toml
 from qlora_jax.train.lock import locked
 from qlora_jax.train.loop import Trainer
@@ -64,6 +67,9 @@ class Args(RunConfig):
     before: tyro.conf.Suppress[RunConfig | None] = None
     """The settings that the run to resume had."""
 
+    begun: tyro.conf.Suppress[str | None] = None
+    """When the run to resume was begun."""
+
     @property
     def run(self) -> RunConfig:
         """The settings that are the run's, wherever it is called from."""
@@ -80,8 +86,8 @@ def parse(args: list[str], prog: str) -> Args:
         if wrong := [flag for flag in with_it if _is_given(flag, args)]:
             raise ConfigError(f"{', '.join(wrong)}: does not go with --resume")
         out = Path(given["--resume"])
-        now, before = resume.settings(out)
-        default = Args(**vars(now), resume=str(out), before=before)
+        now, before, begun = resume.settings(out)
+        default = Args(**vars(now), resume=str(out), before=before, begun=begun)
     elif given["--config"] is not None:
         default = from_dict(Args, read_toml(Path(given["--config"])), given["--config"])
     rest, auto = _without_auto(args)
@@ -126,6 +132,11 @@ def run(args: Args) -> dict[str, Any]:
     if args.resume is not None:
         out, now = Path(args.resume), args.run
         assert args.before is not None  # `parse` gives it with --resume
+        if not now.model:
+            raise ConfigError(
+                f"{out / FILE} names no model, so it is not as a run wrote it; bring it back, "
+                "or start anew"
+            )
         for line in resume.check_changes(out, args.before, now):
             print(line, file=sys.stderr)
         with locked(out):
@@ -142,6 +153,12 @@ def run(args: Args) -> dict[str, Any]:
 
 def train(args: Args, out: Path, *, resuming: bool) -> dict[str, Any]:
     """Trains as a resolved config says; writes the run folder."""
+    begun = args.begun or datetime.datetime.now().isoformat()
+    with stopped_at(begun):  # what templates write is the run's, whenever it goes on
+        return _train(dataclasses.replace(args, begun=begun), out, resuming)
+
+
+def _train(args: Args, out: Path, resuming: bool) -> dict[str, Any]:
     # What is wrong with objective, rows or memory is found before the model is loaded.
     objective = find_objective(args.train.objective)
     source, quant = open_base(args, out, resume=resuming)
@@ -211,6 +228,7 @@ def train(args: Args, out: Path, *, resuming: bool) -> dict[str, Any]:
 def identity(args: Args, source: Source) -> dict[str, str]:
     """Returns digests of what a run reads beside its rows, for its checkpoints."""
     found = {f"base.{name}": value for name, value in identity_of(source).items()}
+    found[BEGUN] = str(args.begun)
     template = args.data.chat_template
     with contextlib.suppress(OSError, ValueError):  # a name, or a template's text
         if template is not None and Path(template).is_file():

@@ -151,6 +151,8 @@ class TrainConfig:
             for name, low in least.items()
             if (value := getattr(self, name)) is not None and value < low
         ]
+        if self.seed >= 2**63:
+            problems.append(f"--train.seed is {self.seed}, expected less than 2**63")
         for name in ("learning_rate", "lora_plus_ratio", "epochs", "save_minutes"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

@@ -27,7 +27,7 @@ import numpy as np
 from qlora_jax.config.data import DataConfig
 from qlora_jax.data.forming import Formed
 from qlora_jax.data.tokenize import Row
-from qlora_jax.text import Tokenizer
+from qlora_jax.text import Tokenizer, clock
 from qlora_jax.text.folder import read_text
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,8 @@ def digest_of(identity: Path | str, tokenizer: Tokenizer, config: DataConfig) ->
     parts["settings"] = settings
     # Some templates write the date.
     if any("strftime_now" in text for text in tokenizer.chat_templates.values()):
-        parts["date"] = datetime.date.today().isoformat()
+        kept = clock.stopped()
+        parts["date"] = (kept or datetime.date.today()).isoformat()[:10]
     parts["versions"] = {
         name: metadata.version(name) for name in ("tokenizers", "jinja2")
     }

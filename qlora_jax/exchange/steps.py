@@ -28,9 +28,9 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 """The folder of a run that holds them."""
 POSITION = Path("position") / "metadata"
-DIGESTS, EVAL_LOSS, END = "digests", "eval_loss", "steps"
+DIGESTS, EVAL_LOSS, END, BEGUN = "digests", "eval_loss", "steps", "begun"
 """Keys of a position: the digests of arrays (older ones have none), the eval loss at its step
-(None where there is none), and the step that the run is to end at."""
+(None where there is none), the step that the run is to end at, and when it was begun."""
 
 
 def steps(folder: Path) -> list[int]:
@@ -74,10 +74,11 @@ def read_position(folder: Path) -> dict[str, Any]:
     return position
 
 
-def newest(folder: Path) -> Path | None:
-    """Returns the newest checkpoint whose files are whole; None where there is none at all.
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """Returns the newest checkpoint whose files are whole, and what is wrong with newer ones.
 
-    Newer ones that are damaged are named, as a warning.
+    Returns:
+      (None, []) where there is no checkpoint at all.
 
     Raises:
       CheckpointError: there are checkpoints, and all of them are damaged.
@@ -86,12 +87,11 @@ def newest(folder: Path) -> Path | None:
     for step in reversed(steps(folder)):
         found = damage(folder / str(step))
         if not found:
-            say_damaged(folder / str(step), problems)
-            return folder / str(step)
+            return folder / str(step), problems
         problems += [f"{step}: {problem}" for problem in found]
     if problems:
         raise none_whole(folder, problems)
-    return None
+    return None, []
 
 
 def say_damaged(used: Path, problems: list[str]) -> None:
@@ -175,8 +175,11 @@ def unfinished(run: Path) -> Path | None:
 
 @functools.lru_cache
 def _newest_as_of(folder: Path, stamp: int) -> Path | None:
-    """Returns `newest`, whose files are read once until there is another checkpoint."""
-    return newest(folder)
+    """Returns `newest`; files are read, and damage said, once until there is another one."""
+    found, problems = newest(folder)
+    if found is not None:
+        say_damaged(found, problems)
+    return found
 
 
 @functools.lru_cache

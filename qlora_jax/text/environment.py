@@ -9,7 +9,6 @@ Source: transformers 5.24, utils/chat_template_utils.py (_compile_jinja_template
 """
 
 import contextvars
-import datetime
 import functools
 import json
 from collections.abc import Iterable, Iterator
@@ -21,6 +20,8 @@ import jinja2.meta
 import jinja2.nodes
 import jinja2.sandbox
 import jinja2.visitor
+
+from qlora_jax.text import clock
 
 MAX_STEPS = 2_000_000
 """Rounds of loops in one rendering; a call of a function counts as CALL of them."""
@@ -187,7 +188,7 @@ def _refuse(message: str) -> None:
 
 
 def _strftime_now(format: str) -> str:  # noqa: A002
-    return datetime.datetime.now().strftime(format)
+    return clock.now().strftime(format)
 
 
 @functools.cache

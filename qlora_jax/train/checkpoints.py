@@ -140,7 +140,10 @@ class RunCheckpoints:
     ) -> None:
         partial = self.folder / f"{step}{_PARTIAL}"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if not self.folder.is_dir():
+                self.folder.mkdir(parents=True)
+                flush(self.folder.parent)
+                flush(self.folder.parents[1])
             self._sweep()
             partial.mkdir()
             leaves = [x for values in arrays.values() for x in values.values()]

@@ -28,10 +28,10 @@ from qlora_jax.train.checkpoints import RunCheckpoints
 from qlora_jax.train.figures import any_finite, figures_of, skipped_last
 from qlora_jax.train.lock import locked
 from qlora_jax.train.metrics import MetricsLog, device_memory_bytes
-from qlora_jax.train.not_finite import first_not_finite
+from qlora_jax.train.not_finite import all_finite, first_not_finite
 from qlora_jax.train.optimizer import make_optimizer, make_schedule
 from qlora_jax.train.position import identity_of
-from qlora_jax.train.state import TrainState
+from qlora_jax.train.state import TrainState, settled
 from qlora_jax.train.step import make_eval_step, make_train_step
 
 Progress = Callable[[dict[str, Any]], None]
@@ -102,8 +102,8 @@ class Trainer:
         if config.stream:
             self.base = stream(self.base)
         # A copy, because the step donates it and the caller keeps the model.
-        fresh = _settled(jax.tree.map(jnp.copy, lora_state))
-        self.state = TrainState(0, fresh, _settled(tx.init(fresh)))
+        fresh = settled(jax.tree.map(jnp.copy, lora_state))
+        self.state = TrainState(0, fresh, settled(tx.init(fresh)))
         self._train_step = make_train_step(
             self.graphdef,
             tx,
@@ -145,7 +145,7 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """Whether the last step was taken."""
-        return self.state.step == self.steps
+        return self.state.step >= self.steps
 
     def restore(self, *, may_differ: Collection[str] = ()) -> None:
         """Takes the state of the newest checkpoint of the run folder that is whole.
@@ -287,7 +287,7 @@ class Trainer:
 
     def _save(self, log: MetricsLog) -> None:
         """Saves a checkpoint; it is on the disk when the next one is begun, or the run ends."""
-        if not _finite(self.lora):
+        if not all_finite(self.lora):
             what = "the adapter has values that are not finite"
             self._diverged(self.state.step, what)
         metrics, lora, config = log.text, self.lora, self.out / FILE
@@ -350,7 +350,7 @@ class Trainer:
         loss is of the forward pass, which no scale mends: one batch may do that, not many.
         """
         row, half = rows[-1], self.config.compute_dtype == "float16"
-        if self.config.check_finite and not _finite(self.lora):
+        if self.config.check_finite and not all_finite(self.lora):
             what = "the adapter has values that are not finite"
             self._diverged(row["step"], what)
         loss, norm = row["loss"], row["grad_norm"]
@@ -419,18 +419,3 @@ class Trainer:
 
 class _Stopped(Exception):
     """The run was told to stop."""
-
-
-def _settled(tree: Any) -> Any:
-    """Ties arrays to the devices they are on, as the step's results are.
-
-    jit tells arrays that may still move from those that may not: without this the second
-    step, and the second evaluation, would compile everything again.
-    """
-    return jax.tree.map(lambda x: jax.device_put(x, x.sharding), tree)
-
-
-def _finite(lora: nnx.State) -> bool:
-    """Whether every value of an adapter is finite."""
-    leaves = jax.tree.leaves(jax.tree.map(lambda x: jnp.isfinite(x).all(), lora))
-    return bool(jnp.stack(leaves).all())

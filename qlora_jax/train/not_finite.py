@@ -61,6 +61,12 @@ def first_not_finite(
     return f"the adapter's {wrong[0]}, after the step's update" if wrong else None
 
 
+def all_finite(lora: nnx.State) -> bool:
+    """Whether every value of an adapter is finite."""
+    leaves = jax.tree.leaves(jax.tree.map(lambda x: jnp.isfinite(x).all(), lora))
+    return bool(jnp.stack(leaves).all())
+
+
 def _first_activation(model: Decoder, tokens: jax.Array) -> str | None:
     graphdef, state = nnx.split(model)
     found = jax.jit(lambda state: nnx.merge(graphdef, state).finite(tokens))(state)

@@ -11,10 +11,10 @@ from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.config.train import MAY_CHANGE, TrainConfig
 from qlora_jax.data import Dataset
 from qlora_jax.errors import CheckpointError, ConfigError, gathered
-from qlora_jax.exchange.steps import DIGESTS, EVAL_LOSS
+from qlora_jax.exchange.steps import BEGUN, DIGESTS, EVAL_LOSS
 from qlora_jax.objectives import Objective
 
-NOT_COMPARED = frozenset({DIGESTS, EVAL_LOSS})
+NOT_COMPARED = frozenset({DIGESTS, EVAL_LOSS, BEGUN})
 ALWAYS = frozenset(
     {
         *("seed", "batch", "rows", "steps", "compute_dtype", "optimizer"),

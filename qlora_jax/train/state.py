@@ -24,3 +24,12 @@ class TrainState:
     step: int
     lora: nnx.State
     opt_state: Any
+
+
+def settled(tree: Any) -> Any:
+    """Ties arrays to the devices they are on, as the step's results are.
+
+    jit tells arrays that may still move from those that may not: without this the second
+    step, and the second evaluation, would compile everything again.
+    """
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding), tree)

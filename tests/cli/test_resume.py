@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import tiny
 from command import call, refused
 
-from qlora_jax.cli import stopping
+from qlora_jax.cli import stopping, train
 from qlora_jax.cli.main import main
 from qlora_jax.cli.progress import TrainProgress
 from qlora_jax.cli.resume import check_changes, other_end
@@ -23,6 +24,9 @@ from qlora_jax.config.train import TrainConfig
 from qlora_jax.errors import ConfigError
 from qlora_jax.exchange.ours import find_adapter
 from qlora_jax.exchange.read import read_adapter
+from qlora_jax.exchange.steps import read_position
+from qlora_jax.text.chat import ChatTemplate
+from qlora_jax.text.clock import stopped_at
 from qlora_jax.train.lock import locked
 from qlora_jax.train.loop import Trainer
 from qlora_jax.train.metrics import MetricsLog, read_metrics
@@ -114,11 +118,13 @@ def test_an_end_that_moves_the_schedule_is_said():
     said = other_end(config, later, 12, start=40)
     assert said is not None and "step 41 has a learning rate of 0.0001" in said
     assert "bit-equal to no run" in said
-    constant = [dataclasses.replace(x, schedule="constant") for x in (config, later)]
-    said = other_end(*constant, 12, start=40)
+    config, later = (
+        dataclasses.replace(x, schedule="constant") for x in (config, later)
+    )
+    said = other_end(config, later, 12, start=40)
     assert said is not None and "the learning rate of no step up to 100 changes" in said
     # The rise from 0 is a part of all steps, so it is another one.
-    assert "step 1 has a learning rate" in str(other_end(*constant, 12, start=0))
+    assert "step 1 has a learning rate" in str(other_end(config, later, 12, start=0))
     assert other_end(config, dataclasses.replace(config, seed=1), 12, 40) is None
     with pytest.raises(ConfigError, match="would end at step 100, .* step 150"):
         other_end(later, config, 12, start=150)
@@ -170,7 +176,7 @@ def test_another_base_or_other_rows_in_the_same_place_are_refused(
     folders: Folders, run: Path, tmp_path: Path, capsys
 ):
     base = shutil.copytree(folders.base, tmp_path / "base")
-    rows = shutil.copy(folders.rows, tmp_path / "rows.jsonl")
+    rows = Path(shutil.copy(folders.rows, tmp_path / "rows.jsonl"))
     moved = ["train", "--resume", run, "--model", base, "--data", rows]
     scaled(base)
     error = refused(capsys, *moved)
@@ -215,6 +221,9 @@ def test_a_run_that_is_there_says_how_to_go_on(folders: Folders, run: Path, caps
 HOLD = """
 import sys, time
 from pathlib import Path
+from qlora_jax.exchange.steps import read_position
+from qlora_jax.text.chat import ChatTemplate
+from qlora_jax.text.clock import stopped_at
 from qlora_jax.train.lock import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
@@ -331,6 +340,16 @@ def signal_mask(status: Path) -> int:
         if line.startswith("SigCgt:"):
             return int(line.split()[1], 16) >> (signal.SIGTERM - 1) & 1
     return 0
+
+
+def test_templates_write_the_time_at_which_a_run_was_begun(run: Path, monkeypatch):
+    position = read_position(run / "checkpoints" / "2")
+    args = train.parse(["--resume", str(run)], "qlora train")
+    assert args.begun == position["begun"]
+    template = ChatTemplate("{{ strftime_now('%Y') }}")
+    with stopped_at("1999-12-31T23:59:59"), stopped_at("1998-01-01"):
+        assert template.render([{"role": "user", "content": "x"}]) == "1998"
+    assert "QLORA_JAX_NOW" not in os.environ
 
 
 def test_handlers_are_put_back():

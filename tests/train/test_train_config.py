@@ -34,6 +34,9 @@ NAN = float("nan")
         ("weight_decay", -0.1, "--train.weight-decay is -0.1"),
         ("weight_decay", NAN, "--train.weight-decay is nan"),
         ("seed", -1, "--train.seed is -1"),
+        ("seed", 2**63, "--train.seed is 9223372036854775808, expected less than"),
+        ("save_minutes", 0.0, "--train.save-minutes is 0.0, expected > 0"),
+        ("max_skipped", 0, "--train.max-skipped is 0"),
     ],
 )
 def test_a_wrong_value_names_its_flag(field, value, flag):
