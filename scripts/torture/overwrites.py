@@ -5,7 +5,8 @@
 Before each call by which the command changes files, the folder of the output is copied. Every
 distinct copy has to be the old output or the new one, by the loss that it gives, or be refused
 when it is opened; and the same command has to make the new output of it (of a run's, of every
-eighth), with nothing left over. Calls of Python are seen; Orbax's own all write under a hidden name.
+eighth), with nothing left over. Calls of Python are seen; Orbax's own all write under a hidden
+name.
 """
 
 import contextlib
