@@ -8,6 +8,7 @@ metrics, eval losses, learning rates and adapter have to be those of a run that 
 stopped, bit for bit. The seed of the moments is printed.
 """
 
+import argparse
 import random
 import signal
 import subprocess
@@ -28,28 +29,24 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=12, help="kills of one run")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, help="begin no chain after so many")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
         whole, log = Path(root) / "whole", Path(root) / "log"
-        took = []
-        for _ in range(2):  # the second finds its programs compiled
-            words = (
-                next_words(whole, args.steps)
-                if not took
-                else flags(Path(root) / "again", args.steps)
-            )
+        seconds = 0.0
+        for out in (whole, Path(root) / "again"):  # the second finds programs compiled
             began = time.monotonic()
-            if start(words, log).wait():
+            if start(flags(out, args.steps), log).wait():
                 sys.exit(log.read_text())
-            took.append(time.monotonic() - began)
+            seconds = time.monotonic() - began
         wanted = ended_with(whole)
         counts: Counter[str] = Counter()
-        chance = random.Random(args.seed)
-        while counts["kills"] < args.kills:
-            _chain(
-                Path(root) / f"run{counts['chains']}", args, took[-1], chance, counts
-            )
-            found = ended_with(Path(root) / f"run{counts['chains']}")
+        chance, began = random.Random(args.seed), time.monotonic()
+        end = began + 60 * (args.minutes or float("inf"))
+        while counts["kills"] < args.kills and time.monotonic() < end:
+            out = Path(root) / f"run{counts['chains']}"
+            _chain(out, args, seconds, chance, counts)
+            found = ended_with(out)
             counts["chains"] += 1
             counts["bit_equal"] += found == wanted
             print(dict(counts), file=sys.stderr)
@@ -65,7 +62,11 @@ def main() -> None:
 
 
 def _chain(
-    out: Path, args, seconds: float, chance: random.Random, counts: Counter
+    out: Path,
+    args: argparse.Namespace,
+    seconds: float,
+    chance: random.Random,
+    counts: Counter[str],
 ) -> None:
     """Kills one run at random moments, and lets it end."""
     log = out.with_suffix(".log")

@@ -48,7 +48,7 @@ def test_every_moment_is_the_old_run_or_the_new_or_none(finished: Path, tmp_path
         adapter = (left / "adapter" / "adapter.json").exists()
         if not has_run(left):  # nothing is opened, and the next try goes on
             seen.add("none")
-            assert not adapter and newest(left / "checkpoints")[0] is None
+            assert not adapter and newest(left / "checkpoints") == (None, [])
         elif read_run(left) == OLD:  # finished, to be resumed, or without a checkpoint
             at, _ = newest(left / "checkpoints")
             seen.add(f"adapter {adapter}, {at and at.name}")
