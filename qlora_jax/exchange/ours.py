@@ -44,7 +44,7 @@ from qlora_jax.exchange.peft import (
     peft_misfits,
 )
 from qlora_jax.files import write_file
-from qlora_jax.inputs import read_json
+from qlora_jax.inputs import check_tree, read_json
 from qlora_jax.models import Decoder
 from qlora_jax.models.settings import MAX_LAYERS
 from qlora_jax.models.vocabulary import check_rows, resize_tokens
@@ -425,6 +425,7 @@ def restored(folder: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     place = folder / ARRAYS
     if not place.exists() and (folder / ADAPTER).is_dir():
         place = folder / ADAPTER  # of a checkpoint
+    check_tree(place, AdapterMismatchError)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             arrays = checkpointer.restore(place, _abstract(metadata))
