@@ -65,6 +65,20 @@ def _too_large(path: Path, size: int, limit: int) -> str:
     return f"{path} has {size} bytes, expected at most {limit} of such a file"
 
 
+def check_tree(folder: Path, error: Errors = CheckpointError) -> None:
+    """Refuses a folder that has something else in it than files and folders.
+
+    Libraries that open whatever they find would wait for a FIFO for ever.
+
+    Raises:
+      QLoRAError: it has; of the class `error`.
+      OSError: it cannot be looked at.
+    """
+    for path in folder.rglob("*"):
+        if not path.is_dir():
+            check_regular(path, error)
+
+
 def read_bytes(
     path: Path, *, limit: int = MAX_BYTES, error: Errors = CheckpointError
 ) -> bytes:

@@ -345,7 +345,8 @@ def _parquet(path: Path, problems: Problems) -> Iterator[Record]:
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except arrow.ArrowException as error:
+    # It decodes the names of columns by itself, and lets that error through.
+    except (arrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path} is no Parquet that can be read: {error}") from None
 
 

@@ -18,7 +18,7 @@ from qlora_jax import digests
 from qlora_jax.adapters.fingerprint import MARK
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.errors import AdapterMismatchError, ConfigError, gathered
-from qlora_jax.inputs import read_json
+from qlora_jax.inputs import check_tree, read_json
 from qlora_jax.models.settings import MAX_LAYERS
 from qlora_jax.schema import NULL, OBJECT, TEXT, either, listed, mapped, misfits, whole
 
@@ -104,6 +104,7 @@ def restored(folder: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     place = folder / ARRAYS
     if not place.exists() and (folder / ADAPTER).is_dir():
         place = folder / ADAPTER  # of a checkpoint
+    check_tree(place, AdapterMismatchError)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             arrays = checkpointer.restore(place, _abstract(metadata))

@@ -22,6 +22,7 @@ from typing import Any
 
 from qlora_jax import digests
 from qlora_jax.errors import CheckpointError, gathered
+from qlora_jax.inputs import check_tree
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,10 @@ def damage(folder: Path) -> list[str]:
     """
     if not any(folder.iterdir()):
         return ["the folder is empty"]
+    try:
+        check_tree(folder)
+    except (CheckpointError, OSError) as error:
+        return [str(error)]
     if (folder / digests.NAME).exists():
         return digests.damaged_files(folder)
     try:

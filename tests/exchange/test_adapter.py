@@ -1,6 +1,7 @@
 """Adapters on disk: what is in them, and what they refuse."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -163,3 +164,12 @@ def test_ids_that_no_vocabulary_has_make_no_rows(saved, tmp_path):
     (tmp_path / "a" / "adapter.json").write_text(json.dumps(metadata))
     with pytest.raises(AdapterMismatchError, match="the row of token 1000000000"):
         load_adapter(tmp_path / "a", tiny.quantized())
+
+
+def test_a_fifo_among_the_arrays_is_not_waited_for(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "a")
+    (path := tmp_path / "a" / "arrays" / "_METADATA").unlink()
+    os.mkfifo(path)
+    for read in (read_adapter, lambda path: load_adapter(path, tiny.quantized())):
+        with pytest.raises(AdapterMismatchError, match="_METADATA is a FIFO, expected"):
+            read(tmp_path / "a")
