@@ -7,6 +7,7 @@ the next `--overwrite` knows what there is as a run's.
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,8 @@ _FOLDERS = (ADAPTER, BASE, BASE_NF4, CHECKPOINTS)
 _CLEARED = ".checkpoints.cleared"
 """The checkpoints of a run that is being replaced, which nothing opens under this name."""
 _OF_A_STEP = {"_CHECKPOINT_METADATA", "adapter", "optimizer", "position"}
-_UNFINISHED = (".orbax-checkpoint-tmp", ".partial", ".damaged")
+_UNFINISHED = re.compile(r"\.(?:(?:old|damaged)\.)?partial|\.orbax-checkpoint-tmp.*")
+"""What the names of checkpoints end in that a run had not finished, or was removing."""
 
 
 def check_run_folder(out: Path, overwrite: bool) -> None:
@@ -120,7 +122,7 @@ def _is_checkpoint(entry: Path) -> bool:
     inside = {x.name.partition(".")[0] for x in entry.iterdir()}
     return (
         step.isdigit()
-        and (not dot or f".{rest}".startswith(_UNFINISHED))
+        and (not dot or _UNFINISHED.fullmatch(f".{rest}") is not None)
         and (not inside or bool(inside & _OF_A_STEP))
     )
 

@@ -12,18 +12,14 @@ import jax
 import tyro
 
 from qlora_jax.adapters.attach import attach_zero
-from qlora_jax.budget.estimate import Platform, estimate
 from qlora_jax.budget.host import available_host_bytes
-from qlora_jax.budget.plan import PICKED, flags_of, parse_bytes, plan_memory, said
-from qlora_jax.budget.setup import Setup
-from qlora_jax.cli import options, out_of_memory, resume, start, stopping
+from qlora_jax.cli import memory, options, resume, start, stopping
 from qlora_jax.cli.begin import beginning, check_run_folder
 from qlora_jax.cli.progress import RowsProgress, TrainProgress
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.config.quant import QuantConfig
 from qlora_jax.config.run import FILE, RunConfig, read_run, write_run
 from qlora_jax.data import Dataset, check_ids, read_dataset
-from qlora_jax.data.dataset import padded_length
 from qlora_jax.data.sources import parse_sources
 from qlora_jax.disk import explained
 from qlora_jax.errors import ConfigError, DataError
@@ -44,7 +40,7 @@ from qlora_jax.train.report import write_report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Args(RunConfig):
+class Args(memory.Auto):
     """Fine-tune an adapter on a 4-bit base (a dense folder is quantized as it loads)."""
 
     out: str | None = None
@@ -57,9 +53,6 @@ class Args(RunConfig):
 
     config: str | None = None
     """TOML file whose values replace the defaults; flags replace both."""
-
-    auto: tyro.conf.Suppress[tuple[str, ...]] = ()
-    """Names of the settings that were given as auto: micro_batch, offload."""
 
     overwrite: bool = False
     """Start anew in a run folder, replacing that run."""
@@ -89,7 +82,10 @@ def parse(args: list[str], prog: str) -> Args:
         now, before, begun = resume.settings(out)
         default = Args(**vars(now), resume=str(out), before=before, begun=begun)
     elif given["--config"] is not None:
-        default = from_dict(Args, read_toml(Path(given["--config"])), given["--config"])
+        values, path = read_toml(Path(given["--config"])), given["--config"]
+        if hidden := [name for name in ("auto", "before", "begun") if name in values]:
+            raise ConfigError(f"{path}: {', '.join(hidden)}: no setting of a run")
+        default = from_dict(Args, values, path)
     rest, auto = _without_auto(args)
     parsed = options.parse(Args, rest, prog, default)
     return dataclasses.replace(parsed, auto=auto) if auto else parsed
@@ -166,7 +162,7 @@ def _train(args: Args, out: Path, resuming: bool) -> dict[str, Any]:
         check_run_folder(out, args.overwrite)
     rows, held = checked_rows(args, source)
     objective.check(rows.batch(0, 1, args.train.seed))
-    args = within_memory(args, source, quant, rows)
+    args = memory.within_memory(args, source, quant, rows)
     model, lora, added, started = adapted(args, source, quant, rows, resume=resuming)
     if not resuming:
         # Not before all input was found good.
@@ -196,9 +192,9 @@ def _train(args: Args, out: Path, resuming: bool) -> dict[str, Any]:
         )
         if resuming:
             restore(trainer, args, rows)
-        with out_of_memory.advised(
-            lambda: setup_of(args, source, quant, rows),
-            _memory_limit(args),
+        with memory.advised(
+            lambda: memory.setup_of(args, source, quant, rows),
+            memory.memory_limit(args),
             available_host_bytes(),
         ):
             figures = trainer.fit(resume=resuming, stop=stop)
@@ -364,91 +360,6 @@ def read_rows(args: Args, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None
             args.eval_file, tokenizer, args.data, keep=keep, progress=progress
         )
     return rows, held
-
-
-def within_memory(
-    args: Args, source: Source, quant: QuantConfig | None, rows: Dataset
-) -> Args:
-    """Refuses a run that its memory cannot hold; picks settings that are auto.
-
-    Raises:
-      ConfigError: it does not fit, with the settings that would; or there is no limit to
-        pick them for.
-    """
-    limit, host = _memory_limit(args), available_host_bytes()
-    if limit is None:
-        if args.auto:
-            flags = " and ".join(
-                f"--train.{x.replace('_', '-')} auto" for x in args.auto
-            )
-            raise ConfigError(
-                f"{flags}: a {jax.default_backend()} reports no memory to keep to; give "
-                "--memory, such as --memory 16GiB"
-            )
-        return args
-    setup = setup_of(args, source, quant, rows)
-    platform: Platform = "gpu" if jax.default_backend() == "gpu" else "cpu"
-    if args.auto:
-        chosen = plan_memory(
-            setup,
-            limit,
-            host_bytes=host,
-            platform=platform,
-            fixed=set(PICKED) - set(args.auto),
-        ).setup
-        print(f"{args.memory or 'the GPU'}: {flags_of(chosen)}", file=sys.stderr)
-        return dataclasses.replace(args, train=chosen.train, auto=())
-    need = estimate(setup, platform)
-    if need.device_bytes <= limit and (host is None or need.host_bytes <= host):
-        if need.safe_bytes > limit:
-            print(
-                f"this run needs about {said(need.device_bytes)} of {said(limit)} of "
-                f"device memory and may run out: such an estimate can be {need.margin:.0%} "
-                "too low",
-                file=sys.stderr,
-            )
-        return args
-    try:
-        plan = plan_memory(setup, limit, host_bytes=host, platform=platform)
-        way_out = f"It would fit with {flags_of(plan.setup)}."
-    except ConfigError as error:
-        way_out = f"With other settings too, {error}"
-    if need.device_bytes > limit:
-        parts = sorted(need.device.items(), key=lambda part: -part[1])[:3]
-        said_parts = ", ".join(f"{name} {said(size)}" for name, size in parts)
-        what = (
-            f"needs about {said(need.device_bytes)} of device memory and has "
-            f"{said(limit)} ({said_parts})"
-        )
-    else:
-        assert host is not None
-        what = (
-            f"keeps about {said(need.host_bytes)} in host memory, of which {said(host)} "
-            "are free"
-        )
-    raise ConfigError(f"this run {what}. {way_out}")
-
-
-def setup_of(
-    args: Args, source: Source, quant: QuantConfig | None, rows: Dataset
-) -> Setup:
-    """Returns what the memory of a run depends on."""
-    longest = max((len(row.tokens) for row in rows.rows), default=1)
-    return Setup(
-        config=source.config,
-        train=args.train,
-        lora=args.lora,
-        quant=quant or source.stored,
-        max_tokens=padded_length(longest, rows.max_tokens),
-        **options.held_tables(args.quant, source),
-    )
-
-
-def _memory_limit(args: Args) -> int | None:
-    if args.memory is not None:
-        return parse_bytes(args.memory)
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return stats.get("bytes_limit") if jax.default_backend() == "gpu" else None
 
 
 def _anywhere(config: RunConfig) -> RunConfig:

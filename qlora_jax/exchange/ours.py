@@ -125,19 +125,7 @@ def write_adapter(
     Returns and raises as `save_adapter`.
     """
     path = Path(path).absolute()
-    if path.exists() and (path.is_file() or any(path.iterdir())):
-        # Without metadata but with nothing else either: a save that was killed.
-        half = (
-            overwrite and path.is_dir() and all(is_ours(x.name) for x in path.iterdir())
-        )
-        if not (path / METADATA).exists() and not half:
-            raise OutputExistsError(
-                f"{path} exists and is no adapter; choose another path"
-            )
-        if not overwrite:
-            raise OutputExistsError(
-                f"{path} holds an adapter; pass overwrite to replace it"
-            )
+    check_free(path, overwrite)
     size = sum(np.asarray(x).nbytes for x in arrays.values())
     with new_folder(path, opened_by=METADATA, replaces=is_ours) as new:
         check_room(new.path, size)
@@ -147,6 +135,24 @@ def write_adapter(
         text = adapter_metadata(arrays, config, base, layers)
         (new.path / METADATA).write_text(text, encoding="utf-8")
     return path
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """Refuses a folder that an adapter cannot be saved in.
+
+    Raises:
+      OutputExistsError: it is taken, and is no adapter or overwrite is false.
+    """
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    # Without metadata but with nothing else either: a save that was killed.
+    half = overwrite and path.is_dir() and all(is_ours(x.name) for x in path.iterdir())
+    if not (path / METADATA).exists() and not half:
+        raise OutputExistsError(f"{path} exists and is no adapter; choose another path")
+    if not overwrite:
+        raise OutputExistsError(
+            f"{path} holds an adapter; pass overwrite to replace it"
+        )
 
 
 def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -19,8 +19,8 @@ from qlora_jax.config.run import FILE
 from qlora_jax.config.train import TrainConfig
 from qlora_jax.data import Dataset
 from qlora_jax.errors import OutputExistsError, QLoRAError
-from qlora_jax.exchange.metadata import METADATA, adapter_metadata
-from qlora_jax.exchange.ours import save_adapter
+from qlora_jax.exchange.metadata import ADAPTER, METADATA, adapter_metadata
+from qlora_jax.exchange.ours import check_free, save_adapter
 from qlora_jax.exchange.steps import CHECKPOINTS, END, EVAL_LOSS
 from qlora_jax.models.streaming import stream
 from qlora_jax.objectives import Objective, find_objective
@@ -182,11 +182,13 @@ class Trainer:
         Raises:
           DivergedError: the loss is not finite; the last checkpoint is kept.
           CheckpointError: nothing to resume from, or a checkpoint of another run.
-          OutputExistsError: the folder holds a run, and resume is false.
+          OutputExistsError: the folder holds a run, and resume is false; or its adapter/ is
+            no adapter.
           LockedError: another process trains in the folder.
           SaveError: a checkpoint could not be written.
         """
         self._stop = stop or self._stop
+        check_free(self.out / ADAPTER, overwrite=True)  # and not after the last step
         self.out.mkdir(parents=True, exist_ok=True)
         with locked(self.out):
             failed = True
@@ -238,7 +240,7 @@ class Trainer:
             self._diverged(self.steps, "the loss is not finite")
         self._checkpoints.wait()
         save_adapter(
-            self.out / "adapter",
+            self.out / ADAPTER,
             self.lora,
             self.lora_config,
             tokenizer=self._tokenizer,

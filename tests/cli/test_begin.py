@@ -69,6 +69,20 @@ def test_every_moment_is_the_old_run_or_the_new_or_none(finished: Path, tmp_path
 
 
 @pytest.mark.parametrize(
+    "left",
+    ["3.partial", "2.old.partial", "2.damaged.partial", "4.orbax-checkpoint-tmp-17"],
+)
+def test_checkpoints_that_a_kill_left_go_with_the_run(
+    finished: Path, tmp_path: Path, left: str
+):
+    out = shutil.copytree(finished, tmp_path / "run")
+    (out / "checkpoints" / left / "adapter").mkdir(parents=True)
+    with beginning(out, NEW):
+        pass
+    assert not (out / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
     ("name", "said"),
     [
         ("checkpoints/mine.txt", "checkpoints/mine.txt is no checkpoint"),

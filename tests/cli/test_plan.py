@@ -11,6 +11,7 @@ import tiny
 
 import qlora_jax as qlora
 from qlora_jax.budget.estimate import estimate
+from qlora_jax.cli import memory
 from qlora_jax.cli import train as cli_train
 from qlora_jax.cli.main import main
 from qlora_jax.data import read_dataset
@@ -89,13 +90,13 @@ def test_the_optimizer_state_leaves_only_where_it_must(
     flags = train(base, tmp_path, "--train.offload", "auto", "--lora.rank", 32)
     args = cli_train.parse([str(flag) for flag in flags[1:]], "qlora train")
     rows = read_dataset(args.data_file, tiny.tokenizer(), args.data)
-    setup = cli_train.setup_of(args, open_source(base), qlora.QuantConfig(), rows)
+    setup = memory.setup_of(args, open_source(base), qlora.QuantConfig(), rows)
     assert (setup.train, setup.lora) == (args.train, args.lora)
     away = dataclasses.replace(setup, offload=True)
 
-    def fitted(memory: int) -> bool:
-        limited = dataclasses.replace(args, memory=str(memory))
-        known = cli_train.within_memory(
+    def fitted(limit: int) -> bool:
+        limited = dataclasses.replace(args, memory=str(limit))
+        known = memory.within_memory(
             limited, open_source(base), qlora.QuantConfig(), rows
         )
         return known.train.offload
@@ -104,7 +105,7 @@ def test_the_optimizer_state_leaves_only_where_it_must(
     assert fitted(estimate(away).safe_bytes)
     with pytest.raises(ConfigError, match="the least is"):
         fitted(estimate(away).safe_bytes - 1)
-    monkeypatch.setattr(cli_train, "available_host_bytes", lambda: 1000)
+    monkeypatch.setattr(memory, "available_host_bytes", lambda: 1000)
     with pytest.raises(ConfigError, match="with no more than 0.00 GiB of the host"):
         fitted(estimate(away).safe_bytes)
 
@@ -117,13 +118,11 @@ def test_a_run_near_the_limit_is_told_that_it_may_run_out(
     args = cli_train.parse([str(flag) for flag in flags[1:]], "qlora train")
     rows = read_dataset(args.data_file, tiny.tokenizer(), args.data)
     quant = qlora.QuantConfig()
-    need = estimate(cli_train.setup_of(args, open_source(base), quant, rows))
+    need = estimate(memory.setup_of(args, open_source(base), quant, rows))
 
-    def told(memory: int) -> str:
-        limited = dataclasses.replace(args, memory=str(memory))
-        assert (
-            cli_train.within_memory(limited, open_source(base), quant, rows) == limited
-        )
+    def told(limit: int) -> str:
+        limited = dataclasses.replace(args, memory=str(limit))
+        assert memory.within_memory(limited, open_source(base), quant, rows) == limited
         return capsys.readouterr().err
 
     assert told(need.safe_bytes) == ""
@@ -137,7 +136,7 @@ def test_a_host_without_enough_memory_is_told_before_the_run(
     base: Path, tmp_path: Path, monkeypatch, capsys
 ):
     monkeypatch.setattr(cli_train.jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(cli_train, "available_host_bytes", lambda: 1000)
+    monkeypatch.setattr(memory, "available_host_bytes", lambda: 1000)
     args = train(base, tmp_path, "--train.stream", "--memory", "8GiB")
     status, _, err = call(capsys, *args)
     assert status == 2

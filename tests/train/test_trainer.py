@@ -130,6 +130,14 @@ def done(tmp_path_factory) -> tuple[Path, Trainer, dict[str, Any], list[dict]]:
     return out, run, figures, said
 
 
+def test_what_stands_in_the_adapters_place_is_refused_before_a_step(tmp_path: Path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "mine.txt").write_text("mine")
+    with pytest.raises(OutputExistsError, match="is no adapter; choose another path"):
+        trainer(tmp_path).fit()
+    assert [x.name for x in tmp_path.iterdir()] == ["adapter"]
+
+
 def test_step_and_evaluation_are_compiled_once(done):
     # What the first step gets and what it returns look the same to jit.
     run = done[1]
