@@ -126,8 +126,7 @@ class Source:
 
         Known are those of folders with digests, which qlora_jax wrote.
         """
-        tensors = self.tensors
-        return tensors.damage() if isinstance(tensors, Checkpoint) else []
+        return self.tensors.damage()
 
     @functools.cached_property
     def _gguf(self) -> GGUF:

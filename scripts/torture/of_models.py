@@ -8,8 +8,8 @@ import functools
 import json
 import math
 import random
+import runpy
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,8 @@ from scripts.torture.reader import BASE, ROOT, Reader, one_of
 
 @functools.cache
 def _configs() -> dict[str, dict[str, Any]]:
-    sys.path.insert(0, str(ROOT / "tests" / "models"))
-    try:
-        import family_cases
-    finally:
-        sys.path.pop(0)
-    inner = family_cases.CASES["gemma3_text"]
+    cases = runpy.run_path(str(ROOT / "tests" / "models" / "family_cases.py"))["CASES"]
+    inner = cases["gemma3_text"]
     packed = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -44,10 +40,10 @@ def _configs() -> dict[str, dict[str, Any]]:
         "bnb_4bit_use_double_quant": True,
         "llm_int8_skip_modules": ["lm_head"],
     }
-    return family_cases.CASES | {
+    return cases | {
         "gemma3": {"model_type": "gemma3", "text_config": inner, "eos_token_id": [1]},
-        "packed": family_cases.CASES["qwen2"] | {"quantization_config": packed},
-        "tables": family_cases.CASES["qwen2"]
+        "packed": cases["qwen2"] | {"quantization_config": packed},
+        "tables": cases["qwen2"]
         | {
             "quantization_config": {
                 "quant_method": bitsandbytes.WITH_INT8,
@@ -230,12 +226,12 @@ def _make_gguf(folder: Path) -> None:
         shutil.copyfile(BASE / name, base / name)
     rng = np.random.default_rng(0)
     from qlora_jax.models import hf_table
-    from qlora_jax.sources.load import _wanted
+    from qlora_jax.sources.reader import wanted_of
 
     config = open_source(base).config
     tensors = {
         name: rng.standard_normal(shape).astype(np.float16)
-        for names, _, shape in _wanted(abstract(config), hf_table(config)).values()
+        for names, _, shape in wanted_of(abstract(config), hf_table(config)).values()
         for name in names
     }
     save_file(tensors, base / "model.safetensors")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 import tiny
 from command import call, refused
 
+from qlora_jax import digests
 from qlora_jax.cli import stopping, train
 from qlora_jax.cli.main import main
 from qlora_jax.cli.progress import TrainProgress
@@ -159,12 +161,22 @@ def test_settings_that_make_another_run_are_refused_by_name(run: Path, capsys):
     assert before == {path: path.read_bytes() for path in before}
 
 
+@pytest.fixture(autouse=True)
+def heeded() -> Iterator[None]:
+    """Python's own handler of Ctrl-C, also where a shell has started the tests in the
+    background, and so with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def scaled(base: Path) -> None:
     """Multiplies one value of a weight."""
     path = base / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(data)
+    (base / digests.NAME).unlink()  # else it is known for damage before
 
 
 def edited(rows: Path) -> None:
@@ -313,7 +325,7 @@ def test_any_checkpoint_is_an_adapter(folders: Folders, run: Path, caplog, capsy
     assert "has no checkpoint 3; it has 2" in refused(capsys, "inspect", f"{run}@3")
     (checkpoint / "adapter" / "manifest.ocdbt").write_bytes(b"")
     error = refused(capsys, "inspect", f"{run}@2")
-    assert "adapter/manifest.ocdbt (0 bytes) is not as it was written" in error
+    assert "adapter/manifest.ocdbt is not as it was written: 0 bytes" in error
 
 
 @pytest.mark.slow

@@ -274,8 +274,8 @@ def test_the_command_takes_an_objective_by_its_name(focal, tmp_path, capsys):
     assert 'objective = "focal:FOCAL"' in text
     # A run goes on with what it was begun with, or not at all.
     for other, message in (
-        ("sft", "objective: it has 'focal', the config says 'sft'"),
-        ("focal:BLURRY", "focal has no BLURRY; its objectives are FOCAL"),
+        ("sft", "--train.objective is sft, it was focal:FOCAL"),
+        ("focal:BLURRY", "--train.objective is focal:BLURRY, it was focal:FOCAL"),
     ):
         config.write_text(text.replace("focal:FOCAL", other))
         assert main(["train", "--resume", str(out)]) == 2

@@ -132,6 +132,10 @@ class GGUF(Mapping[str, np.ndarray]):
         """Counts the tensors."""
         return len(self._tensors)
 
+    def damage(self) -> list[str]:
+        """Returns nothing: a GGUF file has no digests to compare with."""
+        return []
+
     def stored(self, name: str) -> tuple[str, int]:
         """Returns how a tensor is stored: the name of its kind (q4_k), and its bytes."""
         tensor = self._tensors[name]
