@@ -33,7 +33,7 @@ _KINDS = {
     stat.S_IFBLK: "a device",
 }
 _HALVES = re.compile(r"\\u[dD][89a-fA-F]")
-"""How JSON writes a half of a surrogate pair."""
+"""This finds an escape by which JSON writes a half of a surrogate pair."""
 
 Errors = type[QLoRAError]
 

@@ -59,6 +59,7 @@ def tracked() -> list[str]:
 def test_the_wheel_has_all_that_it_needs_and_asks_no_network(tmp_path: Path):
     setuptools = pytest.importorskip("setuptools", minversion="77")
     if not (ROOT / ".git").exists():
+        # Only git says which files the wheel may be built from.
         pytest.skip("not in a clone of the repository")
     source, dist = tmp_path / "source", tmp_path / "dist"
     for name in tracked():

@@ -1,5 +1,6 @@
 """Folding adapters into the base of a model in memory (nn/folding.py has the arithmetic)."""
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -66,7 +67,8 @@ def merge(
         return node if path[:-1] in adapted else node.merged(folding)
 
     def merged(path: tuple, node: Adapted) -> nnx.Module:
-        return node.merged(folding, dense=stays_dense(path, node))
+        dense = stays_dense(path, node)
+        return node.merged(dataclasses.replace(folding, dense=dense))
 
     return own_head(replaced(replaced(model, Weighted, frozen), Adapted, merged))
 

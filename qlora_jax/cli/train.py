@@ -1,6 +1,5 @@
 """`qlora train`: fine-tune an adapter, or resume a run."""
 
-import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -224,13 +223,19 @@ def identity(args: Args, source: Source) -> dict[str, str]:
     """Returns digests of what a run reads beside its rows, for its checkpoints."""
     found = {f"base.{name}": value for name, value in identity_of(source).items()}
     found[BEGUN] = str(args.begun)
-    template = args.data.chat_template
-    with contextlib.suppress(OSError, ValueError):  # a name, or a template's text
-        if template is not None and Path(template).is_file():
-            template = Path(template).read_text(encoding="utf-8", errors="replace")
-    if template is not None:
-        found["chat_template"] = hashlib.sha256(template.encode()).hexdigest()
+    if args.data.chat_template is not None:
+        found["chat_template"] = _template_digest(args.data.chat_template)
     return found
+
+
+def _template_digest(template: str) -> str:
+    """Returns the sha256, in hex, of a template's file; of a name or a text, that of itself."""
+    try:
+        a_file = Path(template).is_file()
+    except (OSError, ValueError):  # no path can be so long, or have a null byte
+        a_file = False
+    text = template.encode("utf-8", "surrogateescape")
+    return hashlib.sha256(Path(template).read_bytes() if a_file else text).hexdigest()
 
 
 def restore(trainer: Trainer, args: Args, rows: Dataset) -> None:

@@ -255,7 +255,8 @@ class _Weights:
             if (array := self._factor(f"{name}.{part}")) is not None
         }
         dense = stays_dense(place.module, node)
-        made = node.folded(value, parts, self.folding, dense=dense)
+        folding = dataclasses.replace(self.folding, dense=dense)
+        made = node.folded(value, parts, folding)
         exact = node.applied(value, parts)
         if exact is not None:
             made = self._measured(name, exact, made)

@@ -108,7 +108,7 @@ ROPE_KINDS: dict[str, Kind] = {
     "short_factor": _FACTORS,
     "long_factor": _FACTORS,
 }
-"""The same of rope_scaling and rope_parameters."""
+"""Fields of rope_scaling and rope_parameters -> the kinds of values that they may have."""
 
 QUANTIZATION_KINDS: dict[str, Kind] = {
     "quant_method": either(NULL, TEXT),
@@ -119,7 +119,8 @@ QUANTIZATION_KINDS: dict[str, Kind] = {
     "int8_tables": listed(TEXT),
     "linears": either(NULL, OBJECT),
 }
-"""The same of quantization_config, and of the `linears` in ours."""
+"""Fields of quantization_config, and of the `linears` in ours -> the kinds of values that they
+may have."""
 
 LAYER_ROPES = ("full_attention", "sliding_attention")
 """Objects that rope_parameters has where kinds of layers differ in it."""

@@ -3,7 +3,7 @@
 A tied head is made of the table by `head`.
 """
 
-from collections.abc import Mapping
+import abc
 from typing import Any, ClassVar
 
 import jax
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.formats import PackedWeight
 from qlora_jax.nn.folding import Applied, Factors, Folding, with_rows
-from qlora_jax.nn.frozen import Adapted, Weighted
+from qlora_jax.nn.frozen import Adapted, Parts, Weighted
 from qlora_jax.nn.linear import DecodedLinear, FrozenLinear, Linear, QuantizedLinear
 from qlora_jax.nn.lora import adapter_scale
 from qlora_jax.nn.matmul import factor_matmul
@@ -36,13 +36,13 @@ class FrozenTable(Weighted):
         packed = isinstance(weight, PackedWeight)
         return QuantizedEmbedding(weight) if packed else Embedding(weight)
 
+    @abc.abstractmethod
     def head(self) -> FrozenLinear:
         """Returns the head that a tied table is."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch hidden"]:
         """Returns the tokens' rows."""
-        raise NotImplementedError
 
 
 class Embedding(FrozenTable):
@@ -158,18 +158,12 @@ class LoRAEmbedding(Adapted):
         return self.base.head()
 
     def folded(
-        self,
-        weight: Any,
-        parts: Mapping[str, Array],
-        folding: Folding,
-        *,
-        stack: tuple[int, ...] = (),
-        dense: bool = False,
+        self, weight: Any, parts: Parts, folding: Folding
     ) -> Float[Array, "vocab hidden"]:
         """Returns the merged table, which is dense; see `Weighted.folded`."""
         return folding.table(weight, parts["lora_a"], parts["lora_b"], self.scale)
 
-    def applied(self, weight: Any, parts: Mapping[str, Array]) -> Applied:
+    def applied(self, weight: Any, parts: Parts) -> Applied:
         """Returns the table with its update: its rows are the outputs of a linear."""
         factors = Factors(parts["lora_b"].T, parts["lora_a"].T)
         return Applied(weight, factors, jnp.float32(self.scale))
@@ -222,16 +216,10 @@ class TrainedRows(Adapted):
         return TrainedRows(self.base.head(), self.rows, self.tokens)
 
     def folded(
-        self,
-        weight: Any,
-        parts: Mapping[str, Array],
-        folding: Folding,
-        *,
-        stack: tuple[int, ...] = (),
-        dense: bool = False,
+        self, weight: Any, parts: Parts, folding: Folding
     ) -> Float[Array, "vocab hidden"]:
         """Returns the table or head with these rows; see `Weighted.folded`."""
         return with_rows(weight, parts["rows"], self.tokens)
 
-    def applied(self, weight: Any, parts: Mapping[str, Array]) -> None:
+    def applied(self, weight: Any, parts: Parts) -> None:
         """Returns None: rows take the place of the base's."""

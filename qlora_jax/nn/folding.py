@@ -95,30 +95,30 @@ class Folding:
     Attributes:
       dtype: The dtype of the weights that become dense: 'bfloat16', 'float16' or 'float32'.
       requantize: The settings to quantize merged linears with; None makes all dense.
+      stack: The leading axes of the weights that are folded together; () for one weight.
+      dense: Whether a weight stays dense whatever `requantize` says, as a dense head does.
     """
 
     dtype: str
     requantize: QuantConfig | None = None
+    stack: tuple[int, ...] = ()
+    dense: bool = False
 
     def linear(
         self,
         kernel: Array | PackedWeight,
         factors: Factors,
         scale: float,
-        *,
-        stack: tuple[int, ...] = (),
-        dense: bool = False,
     ) -> Array | PackedWeight:
         """Returns the weight of an adapted linear, or of a stack of them.
 
         Args:
-          kernel: The base's weight, (..., out, in).
+          kernel: The base's weight, (*stack, out, in).
           factors: The adapter's part of it.
           scale: What the update is multiplied by.
-          stack: The leading axes; () for one linear.
-          dense: Whether it stays dense whatever `requantize` says, as a dense head does.
         """
-        if self.requantize is None or dense:
+        stack = self.stack
+        if self.requantize is None or self.dense:
             return _folded(kernel, factors, scale, stack, self.dtype)
         own = kernel.dtype if isinstance(kernel, PackedWeight) else kernel.dtype.name
         if not stack:

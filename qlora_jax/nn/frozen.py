@@ -5,6 +5,8 @@ norm. `Adapted` is one with something beside it that trains. Attaching, merging,
 saving go through a model by `modules` and `replaced`, and ask.
 """
 
+import abc
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -19,6 +21,8 @@ from qlora_jax.nn.variables import FrozenParam, trained, trains
 K = TypeVar("K", bound=nnx.Module)
 M = TypeVar("M", bound=nnx.Module)
 Path = tuple[Any, ...]
+Parts = Mapping[str, Array]
+"""An adapter's arrays of one module by their names, without those that a layer lacks."""
 
 
 def modules(model: nnx.Module, kind: type[K]) -> Iterator[tuple[Path, K]]:
@@ -92,9 +96,9 @@ class Weighted(nnx.Module):
         rows = held.decode_rows(ids, "float32") if self.packed else held[ids]
         return rows.astype(jnp.float32)
 
+    @abc.abstractmethod
     def holding(self, weight: Any, bias: Any = None) -> nnx.Module:
         """Returns what holds another weight, dense or packed, in this module's place."""
-        raise NotImplementedError(f"{type(self).__name__} keeps its weight")
 
     def decodes_for_products(self, tied: bool) -> bool:
         """Whether products of its packed weight decode it each time.
@@ -105,8 +109,8 @@ class Weighted(nnx.Module):
         return False
 
     def decoded(self, dtype: str) -> "Weighted":
-        """Returns what computes as it does with its weight decoded once, for inference."""
-        raise NotImplementedError
+        """Returns what computes as it does, for inference, with its weight decoded once."""
+        return self
 
     def parameters(self) -> dict[str, nnx.Variable]:
         """Returns its weight and, where it has one, its bias, by their names."""
@@ -121,32 +125,22 @@ class Weighted(nnx.Module):
         setattr(self, name, nnx.data(variable))
         return variable
 
-    def folded(
-        self,
-        weight: Any,
-        parts: Mapping[str, Array],
-        folding: Folding,
-        *,
-        stack: tuple[int, ...] = (),
-        dense: bool = False,
-    ) -> Any:
+    def folded(self, weight: Any, parts: Parts, folding: Folding) -> Any:
         """Returns the merged weight, of one layer or of a stack.
 
         Args:
           weight: The base's, as it is held.
-          parts: The adapter's arrays by their names in PARTS, without those that this layer
-            does not have.
-          folding: The dtype, and the quantization, of what a merge makes.
-          stack: The leading axes of weight and parts.
-          dense: Whether it stays dense whatever the folding quantizes, as a dense head does.
+          parts: The adapter's arrays by their names in PARTS.
+          folding: The dtype and the quantization of what a merge makes, and the leading axes
+            of weight and parts.
         """
         return folding.kept(weight)
 
-    def applied(self, weight: Any, parts: Mapping[str, Array]) -> Applied | None:
+    def applied(self, weight: Any, parts: Parts) -> Applied | None:
         """Returns the weight with its update; None where no update is added to it."""
         return None
 
-    def merged(self, folding: Folding, *, dense: bool = False) -> nnx.Module:
+    def merged(self, folding: Folding) -> nnx.Module:
         """Returns the module without adapters; it may change itself, being a copy."""
         weight = self.folded(self.stored, {}, folding)
         if self.packed and not isinstance(weight, PackedWeight):
@@ -185,28 +179,19 @@ class Adapted(nnx.Module):
         held = {name: getattr(self, name) for name in self.PARTS}
         return {name: x[...] for name, x in held.items() if x is not None}
 
-    def folded(
-        self,
-        weight: Any,
-        parts: Mapping[str, Array],
-        folding: Folding,
-        *,
-        stack: tuple[int, ...] = (),
-        dense: bool = False,
-    ) -> Any:
+    @abc.abstractmethod
+    def folded(self, weight: Any, parts: Parts, folding: Folding) -> Any:
         """Returns the merged weight; see `Weighted.folded`."""
-        raise NotImplementedError
 
-    def applied(self, weight: Any, parts: Mapping[str, Array]) -> Applied | None:
+    @abc.abstractmethod
+    def applied(self, weight: Any, parts: Parts) -> Applied | None:
         """Returns the weight with its update; see `Weighted.applied`."""
-        raise NotImplementedError
 
-    def merged(self, folding: Folding, *, dense: bool = False) -> nnx.Module:
+    def merged(self, folding: Folding) -> nnx.Module:
         """Returns the base with the adapter folded into its weight."""
         base = cast(Weighted, self.base)
-        weight = self.folded(
-            base.stored, self.parts, folding, stack=base.stack, dense=dense
-        )
+        folding = dataclasses.replace(folding, stack=base.stack)
+        weight = self.folded(base.stored, self.parts, folding)
         return base.holding(weight, base.frozen_bias(folding))
 
 

@@ -4,6 +4,7 @@ Kernels are in Hugging Face orientation, (out, in). A linear that stands for a s
 layers has them on a leading axis; the model slices before it calls.
 """
 
+import abc
 import functools
 from typing import Any, ClassVar
 
@@ -58,6 +59,7 @@ class FrozenLinear(Weighted):
             return held.decode(dtype)
         return held if dtype is None else held.astype(dtype)
 
+    @abc.abstractmethod
     def product(
         self,
         x: Float[Array, "*batch in"],
@@ -65,7 +67,6 @@ class FrozenLinear(Weighted):
     ) -> Float[Array, "*batch out"]:
         """Computes x @ kernel.T in x's dtype, and adds an adapter's (lora_a, lora_b, scale)
         part, in the same pass where a kernel can."""
-        raise NotImplementedError
 
     def holding(self, weight: Any, bias: Any = None) -> nnx.Module:
         """Returns the linear of another kernel in its place: a QuantizedLinear of a packed

@@ -5,7 +5,6 @@ lora_A kaiming_uniform with a=sqrt(5), lora_B zero).
 """
 
 import math
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -17,7 +16,7 @@ from jaxtyping import Array, Float
 from qlora_jax.config.lora import Init
 from qlora_jax.nn.dora import adapted_norms, row_norms
 from qlora_jax.nn.folding import Applied, Factors, Folding
-from qlora_jax.nn.frozen import Adapted
+from qlora_jax.nn.frozen import Adapted, Parts
 from qlora_jax.nn.linear import FrozenLinear, add_bias, low_rank
 from qlora_jax.nn.variables import FrozenParam
 
@@ -92,20 +91,11 @@ class LoRA(Adapted):
         """What the adapter has of the linear."""
         return _factors(self.parts)
 
-    def folded(
-        self,
-        weight: Any,
-        parts: Mapping[str, Array],
-        folding: Folding,
-        *,
-        stack: tuple[int, ...] = (),
-        dense: bool = False,
-    ) -> Any:
+    def folded(self, weight: Any, parts: Parts, folding: Folding) -> Any:
         """Returns the merged kernel; see `Weighted.folded`."""
-        factors = _factors(parts)
-        return folding.linear(weight, factors, self.scale, stack=stack, dense=dense)
+        return folding.linear(weight, _factors(parts), self.scale)
 
-    def applied(self, weight: Any, parts: Mapping[str, Array]) -> Applied:
+    def applied(self, weight: Any, parts: Parts) -> Applied:
         """Returns the kernel with its update; see `Weighted.applied`."""
         return Applied(weight, _factors(parts), jnp.float32(self.scale))
 
@@ -149,7 +139,7 @@ class LoRA(Adapted):
         return self.base.product(x) + update.reshape(*x.shape[:-1], -1)
 
 
-def _factors(parts: Mapping[str, Array]) -> Factors:
+def _factors(parts: Parts) -> Factors:
     """Returns an adapter's arrays of a linear as what folds them takes them."""
     active = parts.get("active")
     if active is not None:

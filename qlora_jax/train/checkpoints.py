@@ -164,9 +164,9 @@ class RunCheckpoints:
             self._make_room(step)
             partial.rename(self.folder / str(step))
             flush(self.folder)
-        except (
-            Exception
-        ) as error:  # Orbax and TensorStore raise a full disk as ValueError
+        # Orbax and TensorStore raise errors of every kind; a full disk is a ValueError there.
+        except Exception as error:
+            # What cannot be removed now, the next save sweeps; the error itself says more.
             shutil.rmtree(partial, ignore_errors=True)
             whole = self._whole()
             left = f"checkpoint {max(whole)} is whole" if whole else "there is none yet"

@@ -166,6 +166,8 @@ def _damage_bnb(folder: Path, rng: random.Random) -> None:
     name = rng.choice([*tensors])
     if name.endswith("__nf4") and rng.random() < 0.9:
         state = json.loads(tensors[name].tobytes())
+        # Mutated texts may have halves of surrogate pairs, which UTF-8 cannot: "?" is another
+        # damage that is as good.
         text = mutate.json_text(mutate.mutated(state, rng)).encode(errors="replace")
         tensors[name] = np.frombuffer(text, np.uint8)
     else:

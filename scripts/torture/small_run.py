@@ -58,7 +58,8 @@ def next_words(out: Path, steps: int) -> list[str]:
         path.name.isdigit() for path in (out / "checkpoints").iterdir()
     ):
         return ["train", "--resume", str(out)]
-    shutil.rmtree(out, ignore_errors=True)  # nothing was saved
+    if out.exists():  # nothing was saved
+        shutil.rmtree(out)
     return flags(out, steps)
 
 
