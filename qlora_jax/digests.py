@@ -109,10 +109,14 @@ def is_other(folder: Path, name: str, entry: Mapping[str, Any]) -> bool:
     return True
 
 
-def damaged_files(folder: Path) -> list[str]:
+def damaged_files(folder: Path, within: str = "") -> list[str]:
     """Compares the files of a folder with its list.
 
-    Files that the list does not name are not looked at.
+    Files that the list does not name are not looked at; without a list, none are.
+
+    Args:
+      folder: The folder.
+      within: What the names of the files to compare begin with, such as "arrays/".
 
     Returns:
       A sentence for each file that is missing or changed; [] where all are as they were
@@ -122,7 +126,8 @@ def damaged_files(folder: Path) -> list[str]:
         files = read(folder)
     except CheckpointError as error:
         return [str(error)]
-    return [x for name, entry in files.items() for x in damage(folder, name, entry)]
+    wanted = [name for name in files if name.startswith(within)]
+    return [x for name in wanted for x in damage(folder, name, files[name])]
 
 
 def damage(folder: Path, name: str, entry: Mapping[str, Any]) -> list[str]:

@@ -51,6 +51,12 @@ class OutOfMemoryError(QLoRAError, MemoryError):
     """The device has not the memory that a run needs."""
 
 
+def first_line(error: Exception) -> str:
+    """Returns the kind of another library's error, and the first line of what it says."""
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text[:200]}"
+
+
 def gathered(summary: str, problems: Sequence[str], limit: int = 20) -> str:
     """Returns one message for all problems of one input, at most `limit` of them."""
     shown = [f"  {problem}" for problem in problems[:limit]]

@@ -1,9 +1,9 @@
 """Outputs that are whole or not there: files and folders written beside, and then swapped in.
 
 `write_file` and `new_file` write a file, `new_folder` a folder. All of them write under a
-hidden name beside the output, `.NAME.writing-XXXXXXXX`, flush it to the disk, and then give it
-its own name. A process that is killed leaves the old output or the new one, and perhaps such a
-hidden entry, which the next writer of the same output removes.
+hidden name beside the output, `.NAME.writing-` and a random number, flush it to the disk, and
+then give it its own name. A process that is killed leaves the old output or the new one, and
+perhaps such a hidden entry, which the next writer of the same output removes.
 
 What becomes of an old folder follows one rule. Files that its list of digests names (see
 `qlora_jax.digests`) or that the writer knows as its own, and files that have the name of a new
@@ -172,7 +172,7 @@ def new_folder(
             with explained(out):
                 yield new
                 digests.write(folder, new.digests)
-                _sync_all(folder)
+                sync_tree(folder)
                 _put_in_place(new, out, opened_by)
         finally:
             os.close(handle)
@@ -285,7 +285,7 @@ def _swapped(folder: Path, out: Path, kept: list[str]) -> bool:
         for name in kept:
             _link(out, folder, name)
         if kept:
-            _sync_all(folder)
+            sync_tree(folder)
         folder.chmod(stat.S_IMODE(out.stat().st_mode))
         if not _exchange(folder, out):
             before = _hidden(out, _BEFORE)
@@ -351,7 +351,7 @@ def _move_in(folder: Path, out: Path, opened_by: str, kept: set[str]) -> None:
     rest = [name for name in files if name not in (digests.NAME, opened_by)]
     for name in (digests.NAME, *rest, opened_by):
         if name == opened_by:
-            _sync_all(out)
+            sync_tree(out)
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(folder / name, out / name)
     sync(out)
@@ -409,7 +409,8 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _sync_all(folder: Path) -> None:
+def sync_tree(folder: Path) -> None:
+    """Waits until the disk has all that is in a folder, and then the names of it."""
     for name in _walk(folder):
         mode = (folder / name).lstat().st_mode
         if stat.S_ISREG(mode) or stat.S_ISDIR(mode):

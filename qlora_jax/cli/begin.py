@@ -16,7 +16,7 @@ from qlora_jax import digests
 from qlora_jax.config.run import FILE, RunConfig, has_run, read_run
 from qlora_jax.disk import explained
 from qlora_jax.errors import ConfigError, OutputExistsError, gathered
-from qlora_jax.exchange.metadata import ADAPTER, BASE, METADATA
+from qlora_jax.exchange.metadata import ADAPTER, BASE, BASE_NF4, METADATA
 from qlora_jax.exchange.ours import is_ours
 from qlora_jax.exchange.steps import CHECKPOINTS
 from qlora_jax.files import check_output, sync
@@ -24,7 +24,6 @@ from qlora_jax.toml import write_toml
 
 BEGUN = ".begun.toml"
 """The settings of a run that begins; they get the name config.toml when all else is there."""
-BASE_NF4 = "base-nf4"
 METRICS, REPORTS = "metrics.jsonl", ("report.html", "loss.png", "figures.json")
 _FOLDERS = (ADAPTER, BASE, BASE_NF4, CHECKPOINTS)
 _CLEARED = ".checkpoints.cleared"

@@ -13,7 +13,7 @@ import jax
 
 from qlora_jax.adapters import LoRAConfig, attach
 from qlora_jax.cli import options
-from qlora_jax.cli.begin import BASE_NF4, beginning, check_run_folder
+from qlora_jax.cli.begin import beginning, check_run_folder
 from qlora_jax.cli.progress import TrainProgress
 from qlora_jax.cli.train import sizes
 from qlora_jax.config.quant import QuantConfig, QuantOptions
@@ -22,6 +22,7 @@ from qlora_jax.config.train import TrainConfig
 from qlora_jax.data import DataConfig, read_dataset
 from qlora_jax.evaluate import exact_match
 from qlora_jax.evaluate.exact_match import Answer
+from qlora_jax.exchange.metadata import BASE_NF4
 from qlora_jax.files import write_file
 from qlora_jax.sources.load import load
 from qlora_jax.sources.save import save_model

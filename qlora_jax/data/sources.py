@@ -183,7 +183,6 @@ def _dataset(source: Source) -> tuple[Any, str | None]:
     """Opens a dataset by the `datasets` library; returns its table and split."""
     try:
         import datasets
-        import datasets.config
     except ImportError:
         raise DataError(
             f"{source}: a dataset in a folder or of the hub needs the datasets library: pip "

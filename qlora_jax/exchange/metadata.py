@@ -17,16 +17,21 @@ import orbax.checkpoint as ocp
 from qlora_jax import digests
 from qlora_jax.adapters.fingerprint import MARK
 from qlora_jax.config.lora import LoRAConfig
-from qlora_jax.errors import AdapterMismatchError, ConfigError, gathered
+from qlora_jax.errors import (
+    AdapterMismatchError,
+    ConfigError,
+    first_line,
+    gathered,
+)
 from qlora_jax.inputs import check_tree, read_json
 from qlora_jax.models.settings import MAX_LAYERS
 from qlora_jax.schema import NULL, OBJECT, TEXT, either, listed, mapped, misfits, whole
 
 METADATA = "adapter.json"
 ARRAYS = "arrays"
-ADAPTER, BASE = "adapter", "base"
-"""Folders that a run folder has: the adapter, and the 4-bit base that init 'pissa' made for
-it."""
+ADAPTER, BASE, BASE_NF4 = "adapter", "base", "base-nf4"
+"""Folders that a run folder has: the adapter, the 4-bit base that init 'pissa' made for it, and
+the one that quickstart makes."""
 OWN_DIGEST = "metadata_sha256"
 """The entry of adapter.json that has the digest of all others."""
 FORMAT = 1
@@ -105,12 +110,15 @@ def restored(folder: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     if not place.exists() and (folder / ADAPTER).is_dir():
         place = folder / ADAPTER  # of a checkpoint
     check_tree(place, AdapterMismatchError)
+    # Orbax names no file, and leaves noise behind, so the files are compared before.
+    if wrong := digests.damaged_files(folder, within=f"{place.name}/"):
+        raise AdapterMismatchError(gathered(f"adapter {folder} is damaged", wrong))
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             arrays = checkpointer.restore(place, _abstract(metadata))
     except Exception as error:  # Orbax raises of every kind, Exception itself too
         raise AdapterMismatchError(
-            f"{place} cannot be read, so it is damaged: {_first_line(error)}"
+            f"{place} cannot be read, so it is damaged: {first_line(error)}"
         ) from None
     expected = metadata.get("sha256", {})
     expected = expected if isinstance(expected, dict) else {"sha256": expected}
@@ -141,10 +149,6 @@ def check_unchanged(folder: Path, metadata: dict[str, Any]) -> None:
             f"{folder / METADATA} was changed after it was written, or is damaged; to use it "
             f"as it is now, take the entries sha256 and {OWN_DIGEST} out of it"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
 def _abstract(metadata: dict[str, Any]) -> dict[str, Any]:

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 from qlora_jax import digests
 from qlora_jax.config.run import has_run
 from qlora_jax.errors import CheckpointError, gathered
-from qlora_jax.exchange.metadata import ADAPTER, BASE, METADATA
+from qlora_jax.exchange.metadata import ADAPTER, BASE, BASE_NF4, METADATA
 from qlora_jax.exchange.peft.names import CONFIG
 from qlora_jax.exchange.steps import CHECKPOINTS, damage, steps
 from qlora_jax.text.folder import FILES, TEMPLATES
 
-_PARTS = (ADAPTER, BASE, "base-nf4")
+_PARTS = (ADAPTER, BASE, BASE_NF4)
 """Folders in a run's folder that have digests of their own."""
 _READ = (*FILES, CONFIG, METADATA, "config.json", "model.safetensors.index.json")
 

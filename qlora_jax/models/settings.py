@@ -149,7 +149,7 @@ def misfitting(hf: Mapping[str, Any]) -> list[str]:
 
 
 def misfitting_quantization(hf: Mapping[str, Any]) -> list[str]:
-    """Returns the same of its quantization_config."""
+    """Returns a sentence for each field of quantization_config that cannot be what it is."""
     stored, within = hf.get("quantization_config"), "quantization_config."
     if not isinstance(stored, dict):
         return misfits(hf, {"quantization_config": KINDS["quantization_config"]})

@@ -7,7 +7,6 @@ only then do older ones go. So a kill or a power cut leaves older checkpoints as
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +20,7 @@ import orbax.checkpoint as ocp
 from qlora_jax import digests
 from qlora_jax.adapters.names import flatten, unflatten
 from qlora_jax.disk import check_room
-from qlora_jax.errors import CheckpointError, SaveError
+from qlora_jax.errors import CheckpointError, SaveError, first_line
 from qlora_jax.exchange.steps import (
     DIGESTS,
     POSITION,
@@ -32,6 +31,7 @@ from qlora_jax.exchange.steps import (
     say_damaged,
     steps,
 )
+from qlora_jax.files import sync, sync_tree
 from qlora_jax.train.older_state import older, regrouped
 from qlora_jax.train.position import check_same_run
 from qlora_jax.train.state import TrainState
@@ -142,8 +142,8 @@ class RunCheckpoints:
         try:
             if not self.folder.is_dir():
                 self.folder.mkdir(parents=True)
-                flush(self.folder.parent)
-                flush(self.folder.parents[1])
+                sync(self.folder.parent)
+                sync(self.folder.parents[1])
             self._sweep()
             partial.mkdir()
             leaves = [x for values in arrays.values() for x in values.values()]
@@ -160,10 +160,10 @@ class RunCheckpoints:
             if beside is not None:
                 beside(partial, arrays[ADAPTER])
             digests.write(partial, {})
-            sync(partial)
+            sync_tree(partial)
             self._make_room(step)
             partial.rename(self.folder / str(step))
-            flush(self.folder)
+            sync(self.folder)
         # Orbax and TensorStore raise errors of every kind; a full disk is a ValueError there.
         except Exception as error:
             # What cannot be removed now, the next save sweeps; the error itself says more.
@@ -172,7 +172,7 @@ class RunCheckpoints:
             left = f"checkpoint {max(whole)} is whole" if whole else "there is none yet"
             raise SaveError(
                 f"checkpoint {step} could not be written into {self.folder}: "
-                f"{_first_line(error)}. Of those before it, {left}; make room for another and "
+                f"{first_line(error)}. Of those before it, {left}; make room for another and "
                 "resume the run"
             ) from error
         self._prune(step)
@@ -355,12 +355,7 @@ def _read_arrays(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unreadable(folder: Path, error: Exception) -> _DamagedError:
-    return _DamagedError([f"{folder.name}/ cannot be read: {_first_line(error)}"])
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {text[:200]}"
+    return _DamagedError([f"{folder.name}/ cannot be read: {first_line(error)}"])
 
 
 def _leaves(state: TrainState) -> dict[str, Any]:
@@ -370,20 +365,3 @@ def _leaves(state: TrainState) -> dict[str, Any]:
 def _named(leaves: list[Any]) -> dict[str, Any]:
     # By place: an optax state's own keys are not all names that Orbax can write.
     return {f"{i:05d}": x for i, x in enumerate(leaves)}
-
-
-def sync(folder: Path) -> None:
-    """Flushes every file under a folder to the disk, and then the folders that name them."""
-    for place, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            flush(Path(place, name))
-        flush(Path(place))
-
-
-def flush(path: Path) -> None:
-    """Flushes a file, or a folder's list of entries, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

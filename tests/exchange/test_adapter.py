@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
+from qlora_jax import digests
 from qlora_jax.adapters import LoRAConfig, split
 from qlora_jax.adapters.names import flatten
 from qlora_jax.errors import AdapterMismatchError, OutputExistsError
@@ -173,3 +174,44 @@ def test_a_fifo_among_the_arrays_is_not_waited_for(saved, tmp_path):
     for read in (read_adapter, lambda path: load_adapter(path, tiny.quantized())):
         with pytest.raises(AdapterMismatchError, match="_METADATA is a FIFO, expected"):
             read(tmp_path / "a")
+
+
+def swapped(folder: Path) -> None:
+    """Gives an array the digest of another one."""
+    path = folder / "adapter.json"
+    metadata = json.loads(path.read_text())
+    names = [name for name in metadata["sha256"] if name.endswith("q_proj.lora_a")]
+    metadata["sha256"][names[0]] = metadata["sha256"][names[1]]
+    del metadata["metadata_sha256"]
+    metadata["metadata_sha256"] = digests.of_json(metadata)
+    path.write_text(json.dumps(metadata))
+
+
+def changed(folder: Path) -> None:
+    path = folder / "adapter.json"
+    path.write_text(path.read_text().replace('"alpha": 8.0', '"alpha": 9.0'))
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (
+            swapped,
+            r"layers\.0\.attn\.q_proj\.lora_a is not as it was written: its sha256",
+        ),
+        (changed, r"adapter\.json was changed after it was written, or is damaged"),
+        (
+            lambda folder: (folder / "arrays" / "manifest.ocdbt").unlink(),
+            r"is damaged \(1 problem\):\n  arrays/manifest\.ocdbt is missing",
+        ),
+    ],
+)
+def test_what_is_damaged_is_named_as_it_is_read(saved: Path, tmp_path, harm, said):
+    folder = shutil.copytree(saved, tmp_path / "adapter")
+    harm(folder)
+    for read in (
+        lambda: load_adapter(folder, tiny.quantized()),
+        lambda: read_adapter(folder),
+    ):
+        with pytest.raises(AdapterMismatchError, match=said):
+            read()

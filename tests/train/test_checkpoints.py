@@ -12,7 +12,7 @@ import optax
 import pytest
 import tiny
 
-from qlora_jax import digests
+from qlora_jax import digests, files
 from qlora_jax.adapters import split
 from qlora_jax.errors import CheckpointError, SaveError
 from qlora_jax.exchange.steps import damage
@@ -179,13 +179,14 @@ def test_an_older_one_goes_only_when_the_new_one_is_flushed(
     folder: Path, states, monkeypatch
 ):
     seen: list[tuple[str, set[str]]] = []
-    flush = module.flush
+    sync = files.sync
 
     def watched(path: Path) -> None:
-        flush(path)
+        sync(path)
         seen.append((Path(path).relative_to(folder.parent).as_posix(), names(folder)))
 
-    monkeypatch.setattr(module, "flush", watched)
+    for one in (files, module):
+        monkeypatch.setattr(one, "sync", watched)
     several = RunCheckpoints(folder, keep=1)
     new = TrainState(6, states[4].lora, states[4].opt_state)
     several.save(new, POSITION)
@@ -193,9 +194,9 @@ def test_an_older_one_goes_only_when_the_new_one_is_flushed(
     assert names(folder) == {"6"}
     assert all({"2", "4"} <= there for _, there in seen)
     order = [path for path, _ in seen]
-    files = [p for p in (folder / "6").rglob("*") if p.is_file()]
+    written = [p for p in (folder / "6").rglob("*") if p.is_file()]
     flushed = {path.removeprefix("checkpoints/6.partial") for path in order[:-1]}
-    assert {f"/{p.relative_to(folder / '6').as_posix()}" for p in files} <= flushed
+    assert {f"/{p.relative_to(folder / '6').as_posix()}" for p in written} <= flushed
     # The folder's own entries, then the name that the rename gave it.
     assert order[-2:] == ["checkpoints/6.partial", "checkpoints"]
     assert seen[-1][1] == {"2", "4", "6"} and seen[-2][1] == {"2", "4", "6.partial"}
