@@ -80,7 +80,9 @@ def unwritten(path: Path, error: Exception) -> str:
 def _left(path: Path) -> tuple[float, float]:
     """Returns the bytes and the inodes that are free where a path is."""
     for place in (path, *path.parents):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(
+            OSError
+        ):  # which is not there: the folder above it is asked
             found = os.statvfs(place)
             inodes = found.f_favail if found.f_files else math.inf
             return found.f_bavail * found.f_frsize, inodes

@@ -229,9 +229,9 @@ def _parents(out: Path) -> Iterator[None]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         yield
-    except BaseException:
+    except BaseException:  # an interrupt leaves no empty folders either
         for parent in missing:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # which has something in it by now
                 parent.rmdir()
         raise
 

@@ -44,7 +44,7 @@ def no_swap(monkeypatch) -> None:
 
 
 def no_room_beside(monkeypatch) -> None:
-    """As where the output is a mount point, or the folder above it cannot be written to."""
+    """No exchange is possible: the output is a mount point, or its parent is read-only."""
 
     def inside(out: Path) -> Path:
         folder = out / f".{out.name}.writing-00000000"

@@ -147,9 +147,9 @@ def beginning(out: Path, config: RunConfig) -> Iterator[None]:
         yield
         os.replace(out / BEGUN, out / FILE)
         sync(out)
-    except BaseException:
+    except BaseException:  # an interrupt, too
         (out / BEGUN).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # which has something in it
             out.rmdir()
         raise
 

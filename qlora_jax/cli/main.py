@@ -99,6 +99,7 @@ def _run(name: str, args: list[str], debug: bool, no_cache: bool) -> int:
             file=sys.stderr,
         )
         return 1
+    # Panics of compiled packages and interrupts are no Exceptions.
     except BaseException as error:
         if isinstance(error, SystemExit):  # of flags that cannot be parsed, or --help
             raise

@@ -165,7 +165,7 @@ def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(path, dict(arrays))
             checkpointer.wait_until_finished()
-    except Exception as error:
+    except Exception as error:  # Orbax raises of every kind, Exception itself too
         raise OutputError(unwritten(path.parent, error)) from error
 
 

@@ -280,7 +280,7 @@ def no_panic() -> Iterator[None]:
     """
     try:
         yield
-    except BaseException as error:
+    except BaseException as error:  # a panic is no Exception
         if type(error).__name__ != "PanicException":
             raise
         raise CheckpointError(

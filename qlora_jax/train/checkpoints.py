@@ -350,7 +350,7 @@ def _read_arrays(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(folder, shapes)
-    except Exception as error:
+    except Exception as error:  # Orbax raises of every kind, Exception itself too
         raise _unreadable(folder, error) from None
 
 

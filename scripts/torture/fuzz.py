@@ -41,7 +41,7 @@ _SHORT = 60
 
 
 class Ended(NamedTuple):
-    """How reading one case ended.
+    """Says how the reading of one case ended.
 
     Attributes:
       how: "fine", "refused", "traceback", "slow" or "large".

@@ -10,7 +10,7 @@ from qlora_jax.sources import hub
 
 
 class PanicException(BaseException):
-    """As the package tokenizers raises it: no Exception."""
+    """The package tokenizers raises one of this name, which is no Exception."""
 
 
 @pytest.mark.parametrize(
