@@ -53,6 +53,9 @@ class DecoderConfig:
     """Added to norms' stored weights (1 for Gemma)."""
     qk_norm: Literal["none", "head", "all"] = "none"
     """RMSNorm on queries and keys: of each head (Qwen3), or over all heads (OLMo 2)."""
+    attention_gate: bool = False
+    """q_proj makes a gate of as many features behind each head's query; what is mixed is
+    multiplied by its sigmoid (Qwen3.5)."""
     fused: bool = False
     """One linear for q, k and v, and one for gate and up (Phi-3)."""
     attention_scale: float | None = None

@@ -73,9 +73,13 @@ class Decoder(nnx.Module):
         def normal(*shape: int) -> Array:
             return (0.02 * jax.random.normal(next(keys), shape)).astype(dtype)
 
-        def norm(features: int, stack: tuple[int, ...] = ()) -> RMSNorm:
-            weight = jnp.full((*stack, features), 1 - config.norm_offset, dtype)
-            return RMSNorm(weight, config.rms_norm_eps, config.norm_offset)
+        def norm(
+            features: int,
+            offset: float = config.norm_offset,
+            stack: tuple[int, ...] = (),
+        ) -> RMSNorm:
+            weight = jnp.full((*stack, features), 1 - offset, dtype)
+            return RMSNorm(weight, config.rms_norm_eps, offset)
 
         def stacked(layers: range, spec: LayerSpec) -> DecoderLayer:
             count = (len(layers),)

@@ -28,6 +28,7 @@ from qlora_jax.nn.variables import arrive, rests_on_host
 
 SAVED = (
     *("q", "k", "v", "mixed", "middle", "gate", "up", "gate_up"),
+    *("qkv", "z", "rates"),
     *("unnormed", "lora_hidden", "lora_norms", "lora_unscaled"),
 )
 """Activations kept for backward without checkpointing: each matmul's output and the
@@ -58,7 +59,7 @@ class DecoderLayer(nnx.Module):
         spec: LayerSpec,
         config: DecoderConfig,
         linear: Callable[..., Linear],
-        norm: Callable[[int], RMSNorm],
+        norm: Callable[..., RMSNorm],
         normal: Callable[..., Array],
     ):
         hidden = config.hidden_size
@@ -69,7 +70,7 @@ class DecoderLayer(nnx.Module):
         if config.norms != "pre":
             self.attn_post_norm = norm(hidden)
             self.mlp_post_norm = norm(hidden)
-        self.attn = MIXERS[type(spec.mixer)](spec.mixer, config, linear, norm)
+        self.attn = MIXERS[type(spec.mixer)](spec.mixer, config, linear, norm, normal)
         make = FEED_FORWARDS[type(spec.feed_forward)]
         self.mlp = make(spec.feed_forward, config, linear, normal)
 

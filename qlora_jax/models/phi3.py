@@ -25,5 +25,9 @@ def read_config(hf: dict[str, Any]) -> reading.Read:
     if kind in ("su", "yarn"):  # what early checkpoints call it
         rope["rope_type"] = "longrope"
     return reading.read(
-        hf, rope=rope, fused=True, sliding_window=hf.get("sliding_window")
+        hf,
+        rope=rope,
+        partial_rotary=True,
+        fused=True,
+        sliding_window=hf.get("sliding_window"),
     )

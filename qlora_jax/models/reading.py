@@ -37,8 +37,10 @@ def read(
     problems: Iterable[str] = (),
     *,
     rope: dict[str, Any] | None = None,
+    partial_rotary: bool = False,
     types: Iterable[str] | None = None,
     sliding_rope: str = "global",
+    mixers: Sequence[Any] | None = None,
     feed_forwards: Sequence[Any] | None = None,
     **fields: Any,
 ) -> Read:
@@ -48,9 +50,12 @@ def read(
       hf: The object of config.json.
       problems: Problems that were found already.
       rope: Rotary settings, where they are not at their usual place.
+      partial_rotary: Whether a share of a head may be rotated where positions are not
+        scaled, as transformers has it in some families alone.
       types: What layer_types is where config.json has none; None for a family whose
         layers are all alike.
       sliding_rope: The rotary positions of sliding layers, an AttentionSpec's.
+      mixers: A spec a layer, where layers differ in it and not as `types` has them.
       feed_forwards: A spec a layer, where layers differ in it.
       **fields: The values that this family gives to fields of DecoderConfig.
     """
@@ -59,6 +64,8 @@ def read(
     if found:
         return None, found
     scaling, theta, partial, _ = read_rope(hf, rope)
+    if scaling is None and not partial_rotary:
+        partial = 1.0
     heads = hf["num_attention_heads"]
     kv_heads = hf.get("num_key_value_heads") or heads
     head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
@@ -71,7 +78,6 @@ def read(
                 f"rope_scaling has short_factor and long_factor of {sorted(sizes)} values, "
                 f"expected {rotated // 2}"
             )
-    mixers = None
     if types is not None:
         mixers, more = _mixers(hf, list(types), sliding_rope)
         found += more
@@ -184,8 +190,6 @@ def read_rope(
     partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor")) or 1.0
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
-        if hf.get("model_type") != "phi3":  # transformers does not heed it elsewhere
-            partial = 1.0
         return None, theta, partial, None
     if kind not in _NEEDS:
         known = ", ".join(("default", *_NEEDS))

@@ -73,6 +73,13 @@ KINDS: dict[str, Kind] = {
     "num_local_experts": _EXPERTS,
     "num_experts_per_tok": _EXPERTS,
     "norm_topk_prob": either(NULL, FLAG),
+    # The gated delta net
+    "full_attention_interval": either(NULL, whole(1, _LONGEST)),
+    "linear_conv_kernel_dim": either(NULL, whole(1, 64)),
+    "linear_num_key_heads": either(NULL, whole(1, 2**12)),
+    "linear_num_value_heads": either(NULL, whole(1, 2**12)),
+    "linear_key_head_dim": either(NULL, whole(1, 2**13)),
+    "linear_value_head_dim": either(NULL, whole(1, 2**13)),
     # Scales
     "embedding_multiplier": _SCALE,
     "attention_multiplier": _SCALE,

@@ -28,6 +28,33 @@ class AttentionSpec:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DeltaSpec:
+    """The gated delta net; sizes in heads and features of a head."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int = 4
+    """Tokens that the convolution reaches over, itself included."""
+
+    @property
+    def key_size(self) -> int:
+        """Features of all keys of a token, and of all queries."""
+        return self.key_heads * self.key_dim
+
+    @property
+    def value_size(self) -> int:
+        """Features of all values of a token."""
+        return self.value_heads * self.value_dim
+
+    @property
+    def qkv_size(self) -> int:
+        """Features that the convolution goes over."""
+        return 2 * self.key_size + self.value_size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MLPSpec:
     """One gated feed-forward that all tokens take."""
 

@@ -58,6 +58,9 @@ TEXTS = {
     "qwen3": Text("qwen3", "Qwen3ForCausalLM", (151936, 4096, 22016, 32, 32)),
     "qwen2_vl_text": _QWEN2_VL,
     "qwen2_5_vl_text": _QWEN2_VL,
+    "qwen3_5_text": Text(
+        "qwen3_5_text", "Qwen3_5ForCausalLM", (248320, 4096, 12288, 32, 16)
+    ),
     "qwen3_vl_text": Text(
         "qwen3",
         "Qwen3ForCausalLM",
@@ -92,6 +95,7 @@ WRAPPERS = {
     "mistral3": Wrapper("mistral", "outer", True),
     "qwen2_vl": Wrapper("qwen2_vl_text"),
     "qwen2_5_vl": Wrapper("qwen2_5_vl_text"),
+    "qwen3_5": Wrapper("qwen3_5_text", "outer"),
     "qwen3_vl": Wrapper("qwen3_vl_text", "outer"),
 }
 """model_type of a wrapper -> how its config.json is read."""

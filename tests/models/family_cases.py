@@ -135,6 +135,30 @@ CASES: dict[str, dict[str, Any]] = {
         sliding_window=8,
         max_window_layers=1,
     ),
+    "qwen3_5_text": _config(
+        "qwen3_5_text",
+        head_dim=16,
+        num_hidden_layers=6,
+        full_attention_interval=3,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=12,
+        rope_parameters={"rope_theta": 500.0, "partial_rotary_factor": 0.5},
+    ),
+    "qwen3_5_text_types": _config(
+        "qwen3_5_text",
+        head_dim=32,
+        num_hidden_layers=4,
+        layer_types=["linear_attention", *["full_attention"] * 2, "linear_attention"],
+        linear_conv_kernel_dim=3,
+        linear_num_key_heads=3,
+        linear_num_value_heads=3,
+        linear_key_head_dim=16,
+        linear_value_head_dim=8,
+        attention_bias=True,
+        tie_word_embeddings=True,
+    ),
     "gemma": _config("gemma", head_dim=24, num_key_value_heads=1, hidden_act="gelu"),
     "gemma2": _config(
         "gemma2",
@@ -277,7 +301,9 @@ def weight(case: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
     if part.endswith("norm"):
         # Larger for q and k, so that normed scores are far from equal.
         center = 1.5 if part in ("q_norm", "k_norm") else 1.0
-        center -= family.startswith("gemma")  # whose norms multiply by 1 + weight
+        # Those of Gemma multiply by 1 + weight, and Qwen3.5's but for the delta net's.
+        center -= family.startswith("gemma")
+        center -= family == "qwen3_5_text" and "linear_attn" not in name
         return (center + 0.25 * x).astype(np.float32)
     if name.endswith("bias"):
         return (0.3 * x).astype(np.float32)

@@ -3,13 +3,16 @@
 from typing import Any
 
 from qlora_jax.models.mixers.attention import Attention
-from qlora_jax.models.spec import AttentionSpec
+from qlora_jax.models.mixers.delta_net import DeltaNet
+from qlora_jax.models.spec import AttentionSpec, DeltaSpec
 
-MIXERS: dict[type, Any] = {AttentionSpec: Attention}
+MIXERS: dict[type, Any] = {AttentionSpec: Attention, DeltaSpec: DeltaNet}
 """Class of a LayerSpec's mixer -> the module that it stands for, which has
 
-    __init__(spec, config, linear, norm)
-        linear(out, in, bias) and norm(features) make its parts, with the axis of a stack.
+    __init__(spec, config, linear, norm, normal)
+        linear(out, in, bias) and norm(features, offset) make its parts, and normal(*shape)
+        draws other parameters, all with the axis of a stack. A norm's offset is the config's
+        where none is given.
     shared(positions) -> dict
         What all layers need that depends on positions alone, int32 (batch, seq), such as
         rotations; made once for all layers.

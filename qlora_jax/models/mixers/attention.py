@@ -38,8 +38,10 @@ class Attention(nnx.Module):
         spec: AttentionSpec,
         config: DecoderConfig,
         linear: Callable[..., Linear],
-        norm: Callable[[int], RMSNorm],
+        norm: Callable[..., RMSNorm],
+        normal: Any = None,
     ):
+        del normal
         c = self.config = config
         self.spec = spec
         q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
@@ -47,7 +49,7 @@ class Attention(nnx.Module):
         if c.fused:
             self.qkv_proj = linear(q_size + 2 * kv_size, hidden, bias)
         else:
-            self.q_proj = linear(q_size, hidden, bias)
+            self.q_proj = linear(q_size * (1 + c.attention_gate), hidden, bias)
             self.k_proj = linear(kv_size, hidden, bias)
             self.v_proj = linear(kv_size, hidden, bias)
         self.o_proj = linear(hidden, q_size, c.output_bias)
@@ -81,7 +83,9 @@ class Attention(nnx.Module):
         """Features a token that backward keeps, by their checkpoint names."""
         c = self.config
         q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        kept = {"q": q, "k": kv, "v": kv, "mixed": q}
+        kept = {"q": q, "k": kv, "v": kv, "mixed": q} | (
+            {"z": q} if c.attention_gate else {}
+        )
         return kept if c.qk_norm == "none" else kept | {"unnormed": q + kv}
 
     def __call__(
@@ -93,7 +97,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "batch seq hidden"], KeysValues | None]:
         """Attends; with a cache, over its keys and the new ones, which are returned."""
         c, spec = self.config, self.spec
-        q, k, v = self._heads(x, key)
+        q, k, v, gate = self._heads(x, key)
         if spec.rope != "none":
             cos_sin = context.shared[spec.rope]
             q, k = rotate(q, cos_sin), rotate(k, cos_sin)
@@ -117,13 +121,22 @@ class Attention(nnx.Module):
             new = k, v
             mixed = attention(q, k, v, context.positions, seen, **options)
         mixed = checkpoint_name(mixed.reshape(*x.shape[:2], -1), "mixed")
+        if gate is not None:
+            mixed = mixed * jax.nn.sigmoid(gate)
         return project(self.o_proj, mixed, key, 3), new
 
-    def _heads(self, x: Array, key: Array | None) -> tuple[Array, Array, Array]:
-        """Returns q, k and v, (batch, seq, heads, head_dim), normed and not yet rotated."""
-        c = self.config
+    def _heads(
+        self, x: Array, key: Array | None
+    ) -> tuple[Array, Array, Array, Array | None]:
+        """Returns q, k and v, (batch, seq, heads, head_dim), normed and not yet rotated; and
+        the gate of what is mixed, (batch, seq, heads * head_dim), where there is one."""
+        c, gate = self.config, None
         q, k, v = self._projected(x, key)
-        heads = lambda y, n: y.reshape(*x.shape[:2], n, c.head_dim)  # noqa: E731
+        heads = lambda y, n: y.reshape(*x.shape[:2], n, -1)  # noqa: E731
+        if c.attention_gate:  # behind each head's query
+            q, gate = jnp.split(heads(q, c.num_heads), 2, axis=-1)
+            q, gate = (y.reshape(*x.shape[:2], -1) for y in (q, gate))
+            gate = checkpoint_name(gate, "z")
         if c.qk_norm != "none":
             q, k = checkpoint_name(q, "unnormed"), checkpoint_name(k, "unnormed")
         if c.qk_norm == "all":
@@ -131,7 +144,7 @@ class Attention(nnx.Module):
         q, k = heads(q, c.num_heads), heads(k, c.num_kv_heads)
         if c.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, heads(v, c.num_kv_heads)
+        return q, k, heads(v, c.num_kv_heads), gate
 
     def _projected(self, x: Array, key: Array | None) -> list[Array]:
         c = self.config

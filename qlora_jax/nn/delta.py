@@ -1,0 +1,227 @@
+"""The gated delta rule in chunks, and the short convolution before it.
+
+A head has a state of (key features, value features). At each token the state decays, what it
+holds under the token's key moves towards the token's value by a share, and the token's query
+reads it:
+
+    S = exp(log_decay) S;    S = S + key (rate (value - S^T key))^T;    y = S^T query
+
+(Gated Delta Networks, arXiv 2412.06464). Within a chunk of tokens that is one triangular
+system and matrix products, as that paper derives; between chunks the state goes on. All of it
+is float32. A token at position 0 begins a document: nothing before it reaches it. A position
+of -1 is padding, which leaves the state as it is.
+"""
+
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from qlora_jax.nn.frozen import Weighted
+from qlora_jax.nn.variables import FrozenParam
+
+CHUNK = 64
+"""Tokens of a chunk, as in transformers and in flash-linear-attention."""
+
+TOGETHER = 16
+"""Chunks that are worked on at once. Backward keeps a state for each group of so many, and
+makes the rest of one group at a time again."""
+
+_EPSILON = 1e-6
+"""Added to a squared length, as in transformers' l2norm (models/qwen3_next)."""
+
+
+class Convolution(Weighted):
+    """A causal convolution of each feature with itself.
+
+    Attributes:
+      weight: FrozenParam, (..., features, 1, taps), the last tap for the token itself.
+    """
+
+    NDIM = 3
+    AXES: ClassVar = {"weight": ("out", None, None)}
+
+    def __init__(self, weight: Array):
+        self.weight = FrozenParam(weight)
+
+    def holding(self, weight: Any, bias: Any = None) -> "Convolution":
+        """Returns the convolution of another weight."""
+        return Convolution(weight)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq features"],
+        positions: Int[Array, "batch seq"],
+        before: Float[Array, "batch past features"] | None = None,
+    ) -> tuple[Float[Array, "batch seq features"], Float[Array, "batch past features"]]:
+        """Returns the convolution, float32, and the inputs that the next token needs.
+
+        Args:
+          x: What is convolved.
+          positions: A token's position; no tap reaches over position 0.
+          before: The inputs of the tokens before, one fewer than taps; None for none.
+        """
+        weight = self.weight[...].astype(jnp.float32)[:, 0]
+        taps, seq = weight.shape[1], x.shape[1]
+        if before is None:
+            before = jnp.zeros((x.shape[0], taps - 1, x.shape[2]), x.dtype)
+        along = jnp.concatenate([before.astype(x.dtype), x], axis=1)
+        y = jnp.zeros(x.shape, jnp.float32)
+        for back in range(taps):
+            first = taps - 1 - back
+            part = along[:, first : first + seq].astype(jnp.float32)
+            inside = (positions >= back)[..., None]
+            y += jnp.where(inside, part, 0) * weight[:, first]
+        return y, along[:, seq:]
+
+
+class Decay(Weighted):
+    """The logarithm of a state's decay: -exp(weight) * softplus(x + bias).
+
+    Attributes:
+      weight: FrozenParam, (..., heads); A_log in the files.
+      bias: FrozenParam, (..., heads); dt_bias in the files.
+    """
+
+    NDIM = 1
+    AXES: ClassVar = {"weight": ("heads",), "bias": ("heads",)}
+
+    def __init__(self, weight: Array, bias: Array):
+        self.weight = FrozenParam(weight)
+        self.bias = FrozenParam(bias)
+
+    def holding(self, weight: Any, bias: Any = None) -> "Decay":
+        """Returns the decay of another weight and bias."""
+        return Decay(weight, bias)
+
+    def __call__(self, x: Float[Array, "*batch heads"]) -> Float[Array, "*batch heads"]:
+        """Returns values of 0 at most, float32."""
+        weight, bias = self.weight[...], self.bias[...]
+        rate = jnp.exp(weight.astype(jnp.float32))
+        return -rate * jax.nn.softplus(x.astype(jnp.float32) + bias)
+
+
+class _Chunks(NamedTuple):
+    """Tokens of some chunks; axes are (chunks, batch, key heads, ..., tokens, features)."""
+
+    q: Array
+    k: Array
+    v: Array  # with an axis of value heads a key head behind the key heads
+    decay: Array  # as v, without features
+    rate: Array  # as decay
+    begun: (
+        Array  # (chunks, batch, tokens): documents begun in the chunk up to each token
+    )
+
+
+def gated_delta_rule(
+    q: Float[Array, "batch seq key_heads keys"],
+    k: Float[Array, "batch seq key_heads keys"],
+    v: Float[Array, "batch seq value_heads values"],
+    log_decay: Float[Array, "batch seq value_heads"],
+    rate: Float[Array, "batch seq value_heads"],
+    positions: Int[Array, "batch seq"],
+    state: Float[Array, "batch value_heads keys values"] | None = None,
+) -> tuple[
+    Float[Array, "batch seq value_heads values"],
+    Float[Array, "batch value_heads keys values"],
+]:
+    """Applies the rule to all tokens; memory is linear in their number.
+
+    Args:
+      q, k: Queries and keys, which are scaled to length 1 here, and queries by
+        keys**-0.5 beside. A key head serves value_heads / key_heads value heads in a row.
+      v: Values.
+      log_decay: At most 0.
+      rate: From 0 to 1.
+      positions: 0 where a document begins, -1 for padding.
+      state: What the tokens before have left, float32; None for none.
+
+    Returns:
+      float32 outputs, and the state after the last token.
+    """
+    batch, seq, key_heads, keys = k.shape
+    heads, values = v.shape[2:]
+    each = heads // key_heads
+    first, real = positions == 0, positions >= 0
+    rate = jnp.where(real[..., None], rate, 0)
+    # The first token's own decay would be of a state that it does not see.
+    log_decay = jnp.where((real & ~first)[..., None], log_decay, 0)
+    size = min(CHUNK, seq)
+    chunks = -(-seq // size)
+    groups = -(-chunks // TOGETHER)
+    together = -(-chunks // groups)
+
+    def cut(x: Array) -> Array:
+        more = groups * together * size - seq
+        x = jnp.pad(x, ((0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)))
+        x = x.reshape(batch, groups, together, size, *x.shape[2:])
+        return jnp.moveaxis(x, 0, 2)  # (groups, together, batch, size, ...)
+
+    def by_head(x: Array, *heads: int) -> Array:
+        x = cut(x)
+        x = x.reshape(*x.shape[:4], *heads, *x.shape[5:])
+        return jnp.moveaxis(x, 3, 3 + len(heads))
+
+    xs = _Chunks(
+        by_head(q, key_heads),
+        by_head(k, key_heads),
+        by_head(v, key_heads, each),
+        by_head(log_decay, key_heads, each),
+        by_head(rate, key_heads, each),
+        jnp.cumsum(cut(first.astype(jnp.int32)), axis=-1),
+    )
+    if state is None:
+        state = jnp.zeros((batch, heads, keys, values), jnp.float32)
+    state = state.reshape(batch, key_heads, each, keys, values)
+    state, y = lax.scan(jax.checkpoint(_some, prevent_cse=False), state, xs)
+    y = jnp.moveaxis(
+        y, -2, 3
+    )  # (groups, together, batch, size, key heads, each, values)
+    y = jnp.moveaxis(y, 2, 0).reshape(batch, -1, heads, values)[:, :seq]
+    return y, state.reshape(batch, heads, keys, values)
+
+
+def _some(state: Array, some: _Chunks) -> tuple[Array, Array]:
+    """Goes over one group of chunks; returns the state after it and its outputs."""
+    q, k, v = (x.astype(jnp.float32) for x in some[:3])
+    k = k * lax.rsqrt(jnp.sum(k * k, -1, keepdims=True) + _EPSILON)
+    q = q * lax.rsqrt(jnp.sum(q * q, -1, keepdims=True) + _EPSILON)
+    q = q * q.shape[-1] ** -0.5
+    decay = jnp.cumsum(some.decay, axis=-1)  # since the chunk's beginning
+    size = decay.shape[-1]
+    begun = some.begun[:, :, None, None]  # for each pair of heads
+    whole = (begun == 0).astype(
+        jnp.float32
+    )  # tokens that see the state before the chunk
+    ends = (begun == begun[..., -1:]).astype(
+        jnp.float32
+    )  # and that the one behind sees
+    seen = (begun[..., :, None] == begun[..., None, :]) & jnp.tri(size, dtype=bool)
+    # The decay between two tokens; masked before exp, which could overflow.
+    between = decay[..., :, None] - decay[..., None, :]
+    between = jnp.exp(jnp.where(seen, between, -jnp.inf))
+    k, q = k[:, :, :, None], q[:, :, :, None]  # an axis for the value heads of each
+    kt = k.swapaxes(-1, -2)
+    rate, since = some.rate[..., None], (jnp.exp(decay) * whole)[..., None]
+    # What each token writes depends on what those before it wrote: unit lower triangular.
+    system = rate * (k @ kt) * between
+    right = jnp.concatenate([rate * v, rate * since * k], axis=-1)
+    solved = lax.linalg.triangular_solve(
+        system, right, left_side=True, lower=True, unit_diagonal=True
+    )
+    written, old = jnp.split(solved, [v.shape[-1]], axis=-1)
+    until = (jnp.exp(decay[..., -1:] - decay) * ends)[..., None]
+    through = jnp.exp(decay[..., -1]) * whole[..., -1]
+    parts = written, old, q * since, (q @ kt) * between, k * until, through
+
+    def chunk(state: Array, parts: Any) -> tuple[Array, Array]:
+        written, old, reads, within, writes, through = parts
+        new = written - old @ state
+        y = reads @ state + within @ new
+        state = state * through[..., None, None] + writes.swapaxes(-1, -2) @ new
+        return state, y
+
+    return lax.scan(chunk, state, parts)
