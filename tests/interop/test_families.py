@@ -1,12 +1,19 @@
-"""Every family of dense models, live: 4-bit folder and adapter open in PyTorch."""
+"""Every family of dense models, live: 4-bit folder and adapter open in PyTorch, and a step's
+loss and gradients are those of PEFT."""
 
+import functools
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 from models import family_cases
+from safetensors.numpy import load_file
 
 import qlora_jax as qlora
 from qlora_jax.models import FAMILIES
+from qlora_jax.objectives import SFT
 
 pytestmark = pytest.mark.interop
 
@@ -19,6 +26,9 @@ CASES = {
 }
 # bitsandbytes on CPUs decodes rows wrongly that are no multiple of a block.
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+SIZES |= {"linear_value_head_dim": 16}
+GRADIENTS = 2e-4
+"""Of the largest of a tensor's gradient: float32 sums in another order."""
 
 
 @pytest.mark.parametrize("family", CASES)
@@ -32,7 +42,32 @@ def test_a_4_bit_folder_and_its_adapter_open_in_pytorch(side, tmp_path, family):
     np.save(tmp_path / "ids.npy", family_cases.tokens("llama", 24))
     ids = np.load(tmp_path / "ids.npy")
     job = {"base": folder, "ids": tmp_path / "ids.npy", "out": tmp_path / "t.npz"}
-    for ours, more in ((model, {}), (adapted, {"adapter": adapter})):
+    for ours, more in ((model, {}), (adapted, {"adapter": adapter, "grads": True})):
         side("logits", **job, **more)
-        theirs = np.load(tmp_path / "t.npz")["logits"]
-        np.testing.assert_allclose(tiny.logits(ours, ids), theirs, atol=ORDER, rtol=0)
+        theirs = dict(np.load(tmp_path / "t.npz"))
+        np.testing.assert_allclose(
+            tiny.logits(ours, ids), theirs["logits"], atol=ORDER, rtol=0
+        )
+    graphdef, lora, rest = qlora.split(adapted)
+    loss, grads = step(graphdef, lora, rest, jnp.asarray(ids))
+    np.testing.assert_allclose(loss, theirs["loss"], rtol=1e-5)
+    # Written as if they were an adapter, gradients have PEFT's names.
+    out = qlora.export_peft(tmp_path / "grads", qlora.join(graphdef, grads, rest))
+    written = load_file(out / "adapter_model.safetensors")
+    assert {f"grad:{name}" for name in written} == {n for n in theirs if ":" in n}
+    for name, got in written.items():
+        want = theirs[f"grad:{name}"]
+        atol = GRADIENTS * np.abs(want).max()
+        np.testing.assert_allclose(got, want, atol=atol, rtol=0, err_msg=name)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def step(graphdef, lora, rest, tokens):
+    """Returns loss and gradients of the adapter."""
+    batch = {"tokens": tokens, "weights": jnp.ones(tokens.shape, jnp.float32)}
+
+    def loss(lora):
+        model = qlora.join(graphdef, lora, rest)
+        return SFT(model, batch)[0] / (tokens.size - len(tokens))
+
+    return jax.value_and_grad(loss)(lora)

@@ -59,7 +59,7 @@ def test_chunks_are_the_rule_token_by_token(seq):
 
 
 def test_documents_of_one_row_do_not_see_each_other():
-    """They begin inside of a chunk, at its first token and at its last; padding is passed by."""
+    """They begin inside of a chunk, at its first and last tokens; padding is passed by."""
     seq = 4 * CHUNK
     starts = [0, 3, CHUNK - 1, CHUNK, 2 * CHUNK + 9, 3 * CHUNK - 1]
     positions = np.tile(np.arange(seq), (2, 1))

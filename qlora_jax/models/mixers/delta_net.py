@@ -26,8 +26,8 @@ class DeltaNet(nnx.Module):
 
     Attributes:
       spec: Its sizes.
-      in_proj_qkv, in_proj_z, in_proj_b, in_proj_a: Linears for queries, keys and values together; for the
-        gate of the output; for the rates; and for the decays.
+      in_proj_qkv: The linear for queries, keys and values together.
+      in_proj_z, in_proj_b, in_proj_a: Those for the output's gate, the rates and the decays.
       conv: Convolution of queries, keys and values.
       decay: Decay, of the states.
       norm: RMSNorm of each head's output, before the gate.
