@@ -13,7 +13,7 @@ from models import unlike
 
 import qlora_jax as qlora
 from qlora_jax.models import Decoder
-from qlora_jax.models.spec import AttentionSpec, LayerSpec
+from qlora_jax.models.spec import AttentionSpec, DeltaSpec, LayerSpec
 from qlora_jax.nn import quantize
 from qlora_jax.objectives import SFT
 from qlora_jax.train.step import make_train_step
@@ -29,17 +29,17 @@ def quantized():
     return quantize(unlike.decoder())
 
 
-def losses(model, checkpoint, stream, memory_kind, micro=1):
+def losses(model, checkpoint, stream, memory_kind, micro=1, seq=12):
     graphdef, lora, base = qlora.split(model)
     lora = jax.tree.map(jnp.copy, lora)  # which the step donates
     base = qlora.stream(base) if stream else base
     # Not Adam, whose first step is as large for a gradient that is mere rounding.
     tx = qlora.offload(optax.sgd(0.05, momentum=0.9), memory_kind)
     step = make_train_step(graphdef, tx, checkpoint=checkpoint)
-    ids = tiny.tokens(2, 12)
+    ids = tiny.tokens(2, seq)
     batch = {"tokens": ids, "weights": jnp.ones(ids.shape, jnp.float32)}
     if micro > 1:
-        batch = {name: x.reshape(micro, -1, 12) for name, x in batch.items()}
+        batch = {name: x.reshape(micro, -1, seq) for name, x in batch.items()}
     state, found = tx.init(lora), []
     for _ in range(2):
         lora, state, metrics = step(lora, base, state, batch)
@@ -56,6 +56,27 @@ def test_streamed_paged_and_checkpointed_steps_are_the_same():
     assert losses(model, "attention", True, "device") == plain
     together = losses(model, "attention", True, "device", micro=2)
     np.testing.assert_allclose(together, plain, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_recurrent_mixer_gives_the_same_however_its_step_is_made():
+    """Rows are longer than a chunk, so that states and what they forget are made again."""
+    mixers = (
+        DeltaSpec(key_heads=2, value_heads=4, key_dim=16, value_dim=16),
+        AttentionSpec(),
+    )
+    layers = tuple(LayerSpec(mixer=mixer) for mixer in mixers * 2)
+    shape = dataclasses.replace(tiny.CONFIG, num_layers=4, layers=layers)
+    model = tiny.adapted(quantize(tiny.drawn(shape)))
+    plain = losses(model, "layer", False, "device", seq=70)
+    assert plain[1] < plain[0]
+    for checkpoint, stream, micro in (
+        ("none", False, 1),
+        ("host", True, 1),
+        ("attention", True, 2),
+    ):
+        again = losses(model, checkpoint, stream, "device", micro, seq=70)
+        np.testing.assert_allclose(again, plain, rtol=1e-5, err_msg=checkpoint)
 
 
 def kept(model):
