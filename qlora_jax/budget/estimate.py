@@ -39,7 +39,7 @@ from qlora_jax.models.layers import SAVED
 from qlora_jax.models.streaming import copies_ahead
 from qlora_jax.names import EMBEDDING, HEAD, is_stacked, layers_at, plain
 from qlora_jax.nn import FrozenLinear, Weighted
-from qlora_jax.nn.frozen import replaced
+from qlora_jax.nn.frozen import modules, replaced
 from qlora_jax.optim.adamw import adamw
 
 Platform = Literal["gpu", "cpu"]
@@ -262,12 +262,13 @@ def _features_kept(setup: Setup) -> int:
     """Returns the features of a token that all layers together keep for backward."""
     c, total = setup.config, 0
     saved = {"layer": (), "host": (), "attention": ("mixed",), "none": SAVED}
-    for layers, kept, _ in _slots(c):
+    for slot in _slots(c):
         features = c.hidden_size
-        features += sum(kept.get(name, 0) for name in saved[setup.train.checkpoint])
+        names = saved[setup.train.checkpoint]
+        features += sum(slot.kept.get(name, 0) for name in names)
         if setup.train.checkpoint == "none":
-            features += (4 if c.fused else 7) * setup.lora.rank
-        total += layers * features
+            features += slot.linears * setup.lora.rank
+        total += slot.layers * features
     return total
 
 
@@ -278,17 +279,24 @@ class _Slot(NamedTuple):
       layers: The number of layers.
       kept: Features a token by the checkpoint names that they are kept under.
       wide: Features between gate and down that a token meets.
+      linears: The linears of one layer; those of all experts count once.
     """
 
     layers: int
     kept: Mapping[str, int]
     wide: int
+    linears: int
 
 
 @functools.lru_cache(maxsize=64)  # a plan asks for hundreds of one model's setups
 def _slots(config: DecoderConfig) -> tuple[_Slot, ...]:
     return tuple(
-        _Slot(len(layers), stack.kept, sum(stack.mlp.kept.values()) // 2)
+        _Slot(
+            len(layers),
+            stack.kept,
+            sum(stack.mlp.kept.values()) // 2,
+            sum(1 for _ in modules(stack, FrozenLinear)),
+        )
         for (layers, _), stack in zip(
             config.slots, abstract(config).stacks, strict=True
         )

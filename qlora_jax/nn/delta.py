@@ -6,10 +6,10 @@ reads it:
 
     S = exp(log_decay) S;    S = S + key (rate (value - S^T key))^T;    y = S^T query
 
-(Gated Delta Networks, arXiv 2412.06464). Within a chunk of tokens that is one triangular
-system and matrix products, as that paper derives; between chunks the state goes on. All of it
-is float32. A token at position 0 begins a document: nothing before it reaches it. A position
-of -1 is padding, which leaves the state as it is.
+(Gated Delta Networks, arXiv 2412.06464). Within a chunk of tokens that is one triangular system
+and matrix products, as that paper derives; between chunks the state goes on. It is computed in
+float32. A token at position 0 begins a document: nothing before it reaches it. A position of -1
+is padding, which leaves the state as it is.
 """
 
 from typing import Any, ClassVar, NamedTuple
@@ -41,7 +41,7 @@ class Convolution(Weighted):
     """
 
     NDIM = 3
-    AXES: ClassVar = {"weight": ("out", None, None)}
+    AXES: ClassVar = {"weight": ("out", "in", "taps")}
 
     def __init__(self, weight: Array):
         self.weight = FrozenParam(weight)
@@ -140,7 +140,7 @@ def gated_delta_rule(
       state: What the tokens before have left, float32; None for none.
 
     Returns:
-      float32 outputs, and the state after the last token.
+      Outputs in the dtype of the values, and the state after the last token.
     """
     batch, seq, key_heads, keys = k.shape
     heads, values = v.shape[2:]
@@ -222,6 +222,6 @@ def _some(state: Array, some: _Chunks) -> tuple[Array, Array]:
         new = written - old @ state
         y = reads @ state + within @ new
         state = state * through[..., None, None] + writes.swapaxes(-1, -2) @ new
-        return state, y
+        return state, y.astype(some.v.dtype)
 
     return lax.scan(chunk, state, parts)

@@ -24,7 +24,7 @@ from qlora_jax.adapters import LoRAConfig
 from qlora_jax.budget.setup import Setup
 from qlora_jax.config.quant import QuantConfig
 from qlora_jax.models import DecoderConfig
-from qlora_jax.models.spec import AttentionSpec, LayerSpec
+from qlora_jax.models.spec import AttentionSpec, DeltaSpec, LayerSpec
 from qlora_jax.train.compiled import account, compile_step
 from scripts.bench import harness
 
@@ -80,6 +80,29 @@ UNSEEN: dict[str, dict[str, Any]] = {
         **{"layers": 48, "hidden": 2048, "wide": 768, "heads": (32, 4, 128)},
         **{"vocab_size": 151936, "qk_norm": "head"},
         **{"num_experts": 128, "experts_per_token": 8},
+    },
+}
+_HYBRID = {"qk_norm": "head", "attention_gate": True, "rotary_dim": 64}
+_DELTA = {"key_heads": 16, "key_dim": 128, "value_dim": 128}
+UNSEEN |= {
+    "qwen3.5-27b": {
+        **{"layers": 64, "hidden": 5120, "wide": 17408, "heads": (24, 4, 256)},
+        **{"vocab_size": 248320, "norm_offset": 1.0, **_HYBRID},
+        "mixers": (
+            *(DeltaSpec(value_heads=48, **_DELTA),) * 3,
+            AttentionSpec(),
+        )
+        * 16,
+    },
+    "qwen3.5-2b": {
+        **{"layers": 24, "hidden": 2048, "wide": 6144, "heads": (8, 2, 256)},
+        **{"vocab_size": 248320, "norm_offset": 1.0, **_HYBRID},
+        **{"tie_word_embeddings": True},
+        "mixers": (
+            *(DeltaSpec(value_heads=16, **_DELTA),) * 3,
+            AttentionSpec(),
+        )
+        * 6,
     },
 }
 UNSEEN["gemma3-1b"]["mixers"] += (AttentionSpec(window=512),) * 2

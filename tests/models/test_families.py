@@ -120,6 +120,8 @@ def test_layers_are_scanned_by_the_pattern_that_repeats():
     assert [spec.mixer.window for spec in read(hf).specs] == [None] * 3 + [9] * 2
     assert shape(read(hf)) == [(1, 3), (1, 2)]
     assert shape(read(oracle.hf_config(model_type="qwen2"))) == [(1, 2)]
+    hf = oracle.hf_config(model_type="qwen3_5_text", num_hidden_layers=64)
+    assert shape(read(hf)) == [(4, 16)]
 
 
 def test_what_a_family_cannot_be_is_refused():
@@ -139,6 +141,15 @@ def test_what_a_family_cannot_be_is_refused():
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0"),
         ({"model_type": "mixtral", "num_experts_per_tok": 9}, "is 9, of 8 experts"),
         ({"model_type": "smollm3", "no_rope_layers": [1]}, "has 1 entries for 2"),
+        ({"model_type": "qwen3_5_text", "layer_types": ["mamba"]}, "1 entries for 2"),
+        (
+            {"model_type": "qwen3_5_text", "layer_types": ["full_attention", "conv"]},
+            "layer_types has conv; known: full_attention, linear_attention",
+        ),
+        (
+            {"model_type": "qwen3_5_text", "linear_num_value_heads": 24},
+            "24, expected a multiple of linear_num_key_heads, which is 16",
+        ),
         (
             {
                 "model_type": "phi3",
@@ -210,6 +221,14 @@ def test_a_written_config_reads_back_as_it_was(changes):
         ({"model_type": "granite", "logits_scaling": 0}, "logits_scaling is 0"),
         ({"model_type": "qwen3_moe", "decoder_sparse_step": 0}, "sparse_step is 0"),
         ({"model_type": "smollm3", "no_rope_layers": "ab"}, "no_rope_layers is 'ab'"),
+        (
+            {"model_type": "qwen3_5_text", "full_attention_interval": 0},
+            "full_attention_interval is 0",
+        ),
+        (
+            {"model_type": "qwen3_5_text", "linear_key_head_dim": 1.5},
+            "linear_key_head_dim is 1.5",
+        ),
         ({"num_key_value_heads": 3}, "expected a multiple of num_key_value_heads"),
         (
             {"num_attention_heads": 64, "num_key_value_heads": 64},

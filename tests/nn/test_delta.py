@@ -1,5 +1,7 @@
 """The gated delta rule in chunks against itself token by token, in numpy and float64."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +12,10 @@ from qlora_jax.nn.delta import CHUNK, TOGETHER, Convolution, gated_delta_rule
 RTOL = 2e-5
 """Of the largest value: float32 sums in another order; 3e-6 here at most."""
 
+rule: Any = jax.jit(gated_delta_rule)
 
-def drawn(seq: int, seed: int = 0, heads: int = 4) -> list[np.ndarray]:
+
+def drawn(seq: int, seed: int = 0, heads: int = 4) -> Any:
     """Returns q, k, v, log_decay and rate of two key heads, with fast and slow decays."""
     rng = np.random.default_rng(seed)
     q, k = rng.standard_normal((2, 2, seq, 2, 16))
@@ -53,7 +57,7 @@ def single(arrays) -> list[jax.Array]:
 def test_chunks_are_the_rule_token_by_token(seq):
     positions = np.tile(np.arange(seq), (2, 1))
     inputs = drawn(seq)
-    got = jax.jit(gated_delta_rule)(*single(inputs), positions)
+    got = rule(*single(inputs), positions)
     for a, b in zip(got, one_by_one(*inputs, positions), strict=True):
         close(a, b)
 
@@ -68,7 +72,7 @@ def test_documents_of_one_row_do_not_see_each_other():
     positions[1, :70] = -1
     positions[1, 70:] = np.arange(seq - 70)
     inputs = drawn(seq)
-    got, state = jax.jit(gated_delta_rule)(*single(inputs), positions)
+    got, state = rule(*single(inputs), positions)
     want, last = one_by_one(*inputs, positions)
     close(got[0], want[0])
     close(got[1, 70:], want[1, 70:])
@@ -77,18 +81,18 @@ def test_documents_of_one_row_do_not_see_each_other():
     changed = [x.copy() for x in inputs]
     for x in changed[:3]:
         x[0, : starts[-1]] *= -2
-    again, _ = jax.jit(gated_delta_rule)(*single(changed), positions)
+    again, _ = rule(*single(changed), positions)
     np.testing.assert_array_equal(again[0, starts[-1] :], got[0, starts[-1] :])
 
 
 def test_a_state_goes_on_where_it_was_left():
     seq = 2 * CHUNK + 9
     inputs, positions = drawn(seq), np.tile(np.arange(seq), (2, 1))
-    whole, last = jax.jit(gated_delta_rule)(*single(inputs), positions)
+    whole, last = rule(*single(inputs), positions)
     state, parts = None, []
     for part in (slice(0, CHUNK + 5), slice(CHUNK + 5, seq - 1), slice(seq - 1, seq)):
         xs = single(x[:, part] for x in inputs)
-        y, state = jax.jit(gated_delta_rule)(*xs, positions[:, part], state)
+        y, state = rule(*xs, positions[:, part], state)
         parts.append(y)
     close(np.concatenate(parts, 1), whole)
     close(state, last)
@@ -104,7 +108,7 @@ def test_gradients_are_those_of_the_rule():
     weight = rng.standard_normal(inputs[2].shape)
 
     def loss(*xs):
-        y, _ = gated_delta_rule(*xs, jnp.asarray(positions))
+        y, _ = rule(*xs, positions)
         return jnp.sum(y * weight)
 
     grads = jax.jit(jax.grad(loss, argnums=range(5)))(*single(inputs))
@@ -125,11 +129,13 @@ def test_memory_is_linear_in_the_number_of_tokens():
     def held(seq):
         def loss(*xs):
             positions = jnp.broadcast_to(jnp.arange(seq), (2, seq))
-            return jnp.sum(gated_delta_rule(*xs, positions)[0])
+            return jnp.sum(rule(*xs, positions)[0])
 
         xs = single(drawn(seq))
         compiled = jax.jit(jax.grad(loss, argnums=range(5))).lower(*xs).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        analysis = compiled.memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
 
     tokens = CHUNK * TOGETHER
     state = 4 * 2 * 4 * 16 * 16

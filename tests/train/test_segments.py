@@ -65,18 +65,13 @@ def test_a_recurrent_mixer_gives_the_same_however_its_step_is_made():
         DeltaSpec(key_heads=2, value_heads=4, key_dim=16, value_dim=16),
         AttentionSpec(),
     )
-    layers = tuple(LayerSpec(mixer=mixer) for mixer in mixers * 2)
-    shape = dataclasses.replace(tiny.CONFIG, num_layers=4, layers=layers)
+    layers = tuple(LayerSpec(mixer=mixer) for mixer in mixers)
+    shape = dataclasses.replace(tiny.CONFIG, layers=layers)
     model = tiny.adapted(quantize(tiny.drawn(shape)))
     plain = losses(model, "layer", False, "device", seq=70)
     assert plain[1] < plain[0]
-    for checkpoint, stream, micro in (
-        ("none", False, 1),
-        ("host", True, 1),
-        ("attention", True, 2),
-    ):
-        again = losses(model, checkpoint, stream, "device", micro, seq=70)
-        np.testing.assert_allclose(again, plain, rtol=1e-5, err_msg=checkpoint)
+    again = losses(model, "host", True, "device", micro=2, seq=70)
+    np.testing.assert_allclose(again, plain, rtol=1e-5)
 
 
 def kept(model):
