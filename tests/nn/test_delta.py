@@ -58,7 +58,7 @@ def test_chunks_are_the_rule_token_by_token(seq):
     positions = np.tile(np.arange(seq), (2, 1))
     inputs = drawn(seq)
     got = rule(*single(inputs), positions)
-    for a, b in zip(got, one_by_one(*inputs, positions), strict=True):
+    for a, b in zip(got, one_by_one(*inputs, positions=positions), strict=True):
         close(a, b)
 
 
@@ -73,7 +73,7 @@ def test_documents_of_one_row_do_not_see_each_other():
     positions[1, 70:] = np.arange(seq - 70)
     inputs = drawn(seq)
     got, state = rule(*single(inputs), positions)
-    want, last = one_by_one(*inputs, positions)
+    want, last = one_by_one(*inputs, positions=positions)
     close(got[0], want[0])
     close(got[1, 70:], want[1, 70:])
     close(state, last)
@@ -117,7 +117,7 @@ def test_gradients_are_those_of_the_rule():
         sides = []
         for step in (1e-5, -1e-5):
             moved = [x + step * along if i == j else x for j, x in enumerate(inputs)]
-            sides.append((one_by_one(*moved, positions)[0] * weight).sum())
+            sides.append((one_by_one(*moved, positions=positions)[0] * weight).sum())
         want = (sides[0] - sides[1]) / 2e-5
         size = np.linalg.norm(grad) * np.linalg.norm(along) / np.sqrt(along.size)
         assert abs((np.asarray(grad) * along).sum() - want) <= 1e-3 * size
