@@ -62,6 +62,26 @@ def test_chunks_are_the_rule_token_by_token(seq):
         close(a, b)
 
 
+def test_keys_that_are_all_the_same_lose_nothing():
+    """Each token then takes back all that the one before has written: powers of the matrix,
+    by which it could be inverted too, have entries of 1e18."""
+    q, k, v, decay, rate = drawn(CHUNK)
+    k[:], decay[:], rate[:] = k[:1, :1], 0, 1
+    positions = np.tile(np.arange(CHUNK), (2, 1))
+    inputs = [q, k, v, decay, rate]
+    got, state = rule(*single(inputs), positions)
+    want, last = one_by_one(*inputs, positions=positions)
+    close(got, want)
+    close(state, last)
+
+
+def test_no_solver_of_lapack_is_called():
+    """jaxlib's waits for threads of its own pool, for ever where all of them wait."""
+    positions = np.tile(np.arange(9), (2, 1))
+    text = rule.lower(*single(drawn(9)), positions).as_text()
+    assert "lapack" not in text and "trsm" not in text
+
+
 def test_documents_of_one_row_do_not_see_each_other():
     """They begin inside of a chunk, at its first and last tokens; padding is passed by."""
     seq = 4 * CHUNK

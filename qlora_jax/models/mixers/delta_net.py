@@ -91,7 +91,8 @@ class DeltaNet(nnx.Module):
         b = checkpoint_name(project(self.in_proj_b, x, key, 2), "rates")
         a = checkpoint_name(project(self.in_proj_a, x, key, 3), "rates")
         inputs, state = (None, None) if cache is None else cache
-        qkv, inputs = self._convolved(qkv, positions, inputs)
+        qkv, inputs = self.conv(qkv, positions, inputs)
+        qkv = jax.nn.silu(qkv).astype(x.dtype)
         q, k, v = jnp.split(qkv, [s.key_size, 2 * s.key_size], axis=-1)
         heads = lambda y, n: y.reshape(*x.shape[:2], n, -1)  # noqa: E731
         rate = jax.nn.sigmoid(b.astype(jnp.float32))
@@ -109,16 +110,3 @@ class DeltaNet(nnx.Module):
         mixed = (self.norm(mixed) * gate).astype(x.dtype)
         y = project(self.out_proj, mixed.reshape(*x.shape[:2], -1), key, 7)
         return y, None if cache is None else (inputs, state)
-
-    def _convolved(
-        self, qkv: Array, positions: Array, inputs: Array | None
-    ) -> tuple[Array, Array]:
-        """Convolves and activates; backward makes its float32 again, of any policy."""
-        graphdef, state = nnx.split(self.conv)
-
-        @jax.checkpoint
-        def run(state: nnx.State, qkv: Array) -> tuple[Array, Array]:
-            y, left = nnx.merge(graphdef, state)(qkv, positions, inputs)
-            return jax.nn.silu(y).astype(qkv.dtype), left
-
-        return run(state, qkv)
