@@ -234,6 +234,8 @@ UNSEEN_GRID: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("qwen3-4b", {**ALL, "stream": True, "grad_accum": 4}),
         ("gemma3-1b", {}),
         ("qwen3-30b-a3b", {}),
+        ("qwen3.5-27b", {}),
+        ("qwen3.5-27b", {"max_tokens": 8192}),
     ],
     "cpu": [
         ("smollm2-360m", {"max_tokens": 512}),
@@ -243,6 +245,7 @@ UNSEEN_GRID: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("qwen3-4b", {"max_tokens": 1024, "stream": True, **TABLES}),
         ("gemma3-1b", {"max_tokens": 512}),
         ("qwen3-30b-a3b", {"max_tokens": 512}),
+        ("qwen3.5-2b", {"max_tokens": 512}),
     ],
 }
 
