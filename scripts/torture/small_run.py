@@ -21,7 +21,14 @@ def flags(out: Path, steps: int, *more: str) -> list[str]:
     """
     words = ["train", "--model", ASSETS / "base", "--data", ASSETS / "train.jsonl"]
     words += ["--out", out, "--lora.rank", 4, "--lora.dropout", 0.1]
-    words += ["--data.max-tokens", 32, "--data.eval-rows", 16]
+    words += [
+        "--lora.targets",
+        "q_proj",
+        "--data.max-tokens",
+        32,
+        "--data.eval-rows",
+        8,
+    ]
     words += ["--train.max-steps", steps, "--train.save-every", 2]
     words += ["--train.eval-every", 4, "--train.compute-dtype", "float32"]
     if "--train.micro-batch" not in more:
