@@ -76,7 +76,7 @@ def cases(model: Path, root: Path) -> dict[str, tuple[list, list, list]]:
         "run": (
             [*train, "--train.seed", "1"],
             [*train, "--train.seed", "2"],
-            by_adapter,
+            ["inspect", "--verify", "OUT"],
         ),
     }
 
@@ -180,7 +180,7 @@ def judged(
 def answer(opens: list, place: Path) -> tuple[int, str]:
     """Opens an output by a command; returns its status and what it measured."""
     status, said = call(*placed(opens, place))
-    return status, str(json.loads(said)["loss"]) if status == 0 else ""
+    return status, str(json.loads(said).get("loss")) if status == 0 else ""
 
 
 def tree(folder: Path) -> str:
