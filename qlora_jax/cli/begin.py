@@ -15,7 +15,7 @@ from pathlib import Path
 
 from qlora_jax import digests
 from qlora_jax.config.run import FILE, RunConfig, has_run, read_run
-from qlora_jax.disk import explained
+from qlora_jax.disk import PROBE, explained
 from qlora_jax.errors import CheckpointError, ConfigError, OutputExistsError, gathered
 from qlora_jax.exchange.metadata import ADAPTER, BASE, BASE_NF4, METADATA
 from qlora_jax.exchange.ours import is_ours
@@ -135,7 +135,7 @@ def _is_checkpoint(entry: Path) -> bool:
     if entry.is_symlink() or not entry.is_dir():
         return False
     step, dot, rest = entry.name.partition(".")
-    inside = {x.name.partition(".")[0] for x in entry.iterdir()}
+    inside = {x.name.partition(".")[0] for x in entry.iterdir() if x.name != PROBE}
     return (
         step.isdigit()
         and (not dot or _UNFINISHED.fullmatch(f".{rest}") is not None)

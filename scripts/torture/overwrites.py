@@ -121,7 +121,7 @@ def overwrite(
         if resumed and not call("train", "--resume", place)[0]:
             counts["resumed"] += 1
         else:
-            must(*placed(new, place), "--overwrite")
+            call(*placed(new, place), "--overwrite")
         left = [x.name for x in place.parent.iterdir() if x != place]
         now = answer(opens, place), parts(place)
         if now != after or left or not keeps_others(place):

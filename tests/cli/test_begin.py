@@ -15,6 +15,7 @@ from qlora_jax.cli.begin import (
     withdrawn_unless_saved,
 )
 from qlora_jax.config.run import RunConfig, has_run, read_run, write_run
+from qlora_jax.disk import PROBE
 from qlora_jax.errors import OutputError, OutputExistsError
 from qlora_jax.exchange.ours import save_adapter
 from qlora_jax.exchange.steps import newest
@@ -84,6 +85,8 @@ def test_checkpoints_that_a_kill_left_go_with_the_run(
 ):
     out = shutil.copytree(finished, tmp_path / "run")
     (out / "checkpoints" / left / "adapter").mkdir(parents=True)
+    (out / "checkpoints" / "9.partial").mkdir()  # as it asks for room
+    (out / "checkpoints" / "9.partial" / PROBE).touch()
     with beginning(out, NEW):
         pass
     assert not (out / "checkpoints").exists()
