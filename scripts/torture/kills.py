@@ -7,11 +7,12 @@ report, and the commands that overwrite an earlier output. Half of the kills com
 of a process, half at any moment after it has first changed something on the disk. The seed of
 the moments is printed.
 
-A chain is one output that is killed `--each` times, and then let go to its end. A run goes on
-after each kill, and has to end with the metrics, eval losses, learning rates, adapter and base
-of a run that was never stopped, bit for bit. An output that was being overwritten has to be
-the old one or the new one after each kill, byte for byte, or be refused when it is opened; and
-the same command has to make the new one of it. Nothing may be left over in either.
+Each output in turn has `--each` processes that are killed, unless they have ended before, and
+one that comes to its end. A run goes on after each kill, and has to end with the metrics, eval
+losses, learning rates, adapter and base of a run that was never stopped, bit for bit. An output
+that was being overwritten has to be the old one or the new one after each kill, byte for byte,
+or be refused when it is opened; and the same command has to make the new one of it. Nothing may
+be left over in either.
 """
 
 import argparse
@@ -96,7 +97,9 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=8, help="kills of one output")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, help="begin no chain after so many")
+    parser.add_argument(
+        "--minutes", type=float, help="begin no output anew after so many"
+    )
     parser.add_argument("--lives", nargs="*", help="some of them, by name")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -158,7 +161,7 @@ def _killed(
         kills = sum(one["kills"] for one in counts.values())
         if kills >= args.kills or time.monotonic() > end:
             return counts
-        _chain(life, whole, min(args.each, args.kills - kills), chance, counts, log)
+        _in_turn(life, whole, min(args.each, args.kills - kills), chance, counts, log)
         print(life.name, dict(counts[life.name]), file=sys.stderr, flush=True)
     return counts
 
@@ -186,7 +189,7 @@ def _never_killed(life: Life, log: Path) -> Whole:
     return wholes[1]
 
 
-def _chain(
+def _in_turn(
     life: Life,
     whole: Whole,
     kills: int,
@@ -194,26 +197,25 @@ def _chain(
     counts: dict[str, Counter[str]],
     log: Path,
 ) -> None:
-    """Kills one output's makers at random moments, and lets the last go to its end."""
+    """Kills some of an output's makers at random moments, and lets the last go to its end."""
     count = counts[life.name]
-    count["chains"] += 1
     life.reset()
-    for _ in range(kills):
+    for i in range(kills + 1):
         log.write_bytes(b"")
-        status = _ended(life, whole, chance, log)
+        status = _ended(life, whole, chance, log, kill=i < kills)
         if status is None:
             count["kills"] += 1
             count[f"after {_looked_at(life, whole)}"] += 1
         elif status:
             _refused(life, status, log, count)
-        elif life.old is None:
-            break
-        if life.old is not None and life.found() == whole.ends:
+        else:
+            _judge(life, whole, count)
+        if status == 0 or (life.old is not None and life.found() == whole.ends):
             life.reset()
-    if status := start(life.words(), log).wait():
-        _refused(life, status, log, count)
-        count["lost"] += 1
-        return
+
+
+def _judge(life: Life, whole: Whole, count: Counter[str]) -> None:
+    """Compares what a process that came to its end has made with what it should be."""
     same = life.found() == whole.ends and not _wrong(life.place)
     left = _left_over(life)
     count["ended equal"] += same
@@ -223,10 +225,14 @@ def _chain(
         print(f"{life.name}: equal {same}, left over {left}", file=sys.stderr)
 
 
-def _ended(life: Life, whole: Whole, chance: random.Random, log: Path) -> int | None:
-    """Starts a process and kills it; returns its status where it had ended before."""
+def _ended(
+    life: Life, whole: Whole, chance: random.Random, log: Path, kill: bool
+) -> int | None:
+    """Starts a process; returns its status, or None where it was killed before its end."""
     before, at_once = _listing(life.place), chance.random() < 0.5
     child = start(life.words(), log)
+    if not kill:
+        return child.wait()
     if not at_once:
         while child.poll() is None and _listing(life.place) == before:
             time.sleep(0.002)

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from qlora_jax.adapters import LoRAConfig, attach
+from qlora_jax.cli.compile_cache import use_cache
 from qlora_jax.config.quant import QuantConfig
 from qlora_jax.config.train import TrainConfig
 from qlora_jax.data import DataConfig, read_dataset
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    use_cache()
     compiled = 0
 
     def count(event: str, duration_secs: float, **_: str | int) -> None:
@@ -85,7 +87,7 @@ def main() -> None:
 
 
 def trainer(
-    base: Path, root: Path, steps: int, seed: int, progress: Any, longest: int = 256
+    base: Path, root: Path, steps: int, seed: int, progress: Any, longest: int = 128
 ) -> Trainer:
     """Returns what trains on rows of 2 to `longest` tokens, most of them short."""
     model, tokenizer = load(base, QuantConfig())
