@@ -19,6 +19,8 @@ _ADVICE = {
     errno.EPERM: "choose a place that you may write to",
     errno.EIO: "the disk or its connection failed; look at the system's log",
 }
+PROBE = ".room"
+"""A file that takes room for a moment, in a folder that is being written."""
 _OVERHEAD_BYTES = 1 << 17
 _LITTLE = 1 << 16
 """A disk with fewer free bytes is taken for full, where an error gives no number."""
@@ -100,7 +102,7 @@ def check_room(folder: Path, size: int) -> None:
     Raises:
       OSError: there is no such room, or no file may be that large.
     """
-    probe = folder / ".room"
+    probe = folder / PROBE
     handle = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         os.posix_fallocate(handle, 0, size + _OVERHEAD_BYTES)

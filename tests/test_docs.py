@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9.-]*[a-z0-9]")
 OTHERS = {"--debug", "--offline", "--no-compile-cache", "--help", "--max-steps"}
-OTHERS |= {"--signal", "--requeue", "--open-mode"}
-"""Flags that are the command's own, those of scripts, and Slurm's."""
+OTHERS |= {"--signal", "--requeue", "--open-mode", "--xla"}
+"""Flags that are the command's own, those of scripts, Slurm's, and how XLA's begin."""
 
 
 @functools.cache

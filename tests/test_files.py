@@ -1,13 +1,12 @@
 """Outputs are whole or not there: at every moment, for every kind of folder and failure."""
 
-import contextlib
 import errno
 import logging
 import os
-import resource
 from pathlib import Path
 
 import pytest
+import tiny
 
 from qlora_jax import digests, disk, files
 from qlora_jax.errors import CheckpointError, OutputError, OutputExistsError
@@ -196,27 +195,16 @@ def test_a_file_is_replaced_whole_and_never_through_a_link(tmp_path):
     assert {x.name for x in tmp_path.iterdir()} == {"far", "config.toml"}
 
 
-@contextlib.contextmanager
-def file_limit(size: int):
-    """Lets no file grow beyond some bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_limit_on_files_is_one_message(tmp_path):
     out = tmp_path / "model"
     make(out, "old")
     with (
         pytest.raises(OutputError, match=r"model cannot be written: .*ulimit -f"),
-        file_limit(100),
+        tiny.file_limit(100),
         new_folder(out, opened_by="x") as new,
     ):
         (new.path / "x").write_bytes(bytes(1000))
-    with pytest.raises(OutputError, match="ulimit"), file_limit(100):
+    with pytest.raises(OutputError, match="ulimit"), tiny.file_limit(100):
         write_file(out / "config.json", bytes(1000))
     assert content(out) == whole("old")
     assert [x.name for x in tmp_path.iterdir()] == ["model"]
@@ -271,7 +259,7 @@ def test_an_error_without_a_number_on_a_full_disk_is_that(tmp_path, monkeypatch)
 
 def test_room_is_asked_for_before_a_library_writes(tmp_path):
     disk.check_room(tmp_path, 1 << 20)
-    with pytest.raises(OSError) as caught, file_limit(1 << 18):
+    with pytest.raises(OSError) as caught, tiny.file_limit(1 << 18):
         disk.check_room(tmp_path, 1 << 18)
     assert caught.value.errno == errno.EFBIG and not list(tmp_path.iterdir())
 

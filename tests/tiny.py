@@ -4,10 +4,12 @@ The model is random, 2 layers of hidden 64; the tokenizer has one token a byte. 
 are cached: tests must not write to them (nothing in qlora_jax does).
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+import resource
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -238,3 +240,14 @@ def arrays(tree: Any) -> list[np.ndarray]:
 def frozen(model: nnx.Module) -> list[np.ndarray]:
     """Returns the values of every frozen variable."""
     return arrays(nnx.state(model, FrozenParam))
+
+
+@contextlib.contextmanager
+def file_limit(size: int) -> Iterator[None]:
+    """Lets no file grow beyond some bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

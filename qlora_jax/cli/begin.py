@@ -2,7 +2,8 @@
 
 A folder with config.toml is a run's. While a run begins, its settings stand in a hidden file,
 so that a process that is killed meanwhile leaves a folder that nothing opens, and in which
-the next `--overwrite` knows what there is as a run's.
+the next `--overwrite` knows what there is as a run's. A folder that a `Trainer` alone wrote has
+no settings, and its checkpoints say whose it is.
 """
 
 import contextlib
@@ -14,11 +15,11 @@ from pathlib import Path
 
 from qlora_jax import digests
 from qlora_jax.config.run import FILE, RunConfig, has_run, read_run
-from qlora_jax.disk import explained
-from qlora_jax.errors import ConfigError, OutputExistsError, gathered
+from qlora_jax.disk import PROBE, explained
+from qlora_jax.errors import CheckpointError, ConfigError, OutputExistsError, gathered
 from qlora_jax.exchange.metadata import ADAPTER, BASE, BASE_NF4, METADATA
 from qlora_jax.exchange.ours import is_ours
-from qlora_jax.exchange.steps import CHECKPOINTS
+from qlora_jax.exchange.steps import CHECKPOINTS, END, read_position, steps
 from qlora_jax.files import check_output, sync
 from qlora_jax.toml import write_toml
 
@@ -55,7 +56,10 @@ def _check_foreign(out: Path) -> None:
         name for name in (FILE, METRICS, *REPORTS, *_FOLDERS) if (out / name).exists()
     ]
     problems = []
-    if not (out / BEGUN).is_file():
+    if _of_a_trainer(out):
+        others = [x for x in there if x not in (METRICS, ADAPTER, CHECKPOINTS)]
+        problems = [f"{name} is no {_called(name)} of a Trainer" for name in others]
+    elif not (out / BEGUN).is_file():
         try:
             if read_run(out).model is None:
                 raise ConfigError("it names no model")
@@ -72,6 +76,19 @@ def _check_foreign(out: Path) -> None:
                 problems,
             )
         )
+
+
+def _of_a_trainer(out: Path) -> bool:
+    """Whether a Trainer without the command wrote this: it keeps checkpoints, no settings."""
+    folder = out / CHECKPOINTS
+    there = [] if folder.is_symlink() else steps(folder)
+    if not there or any(os.path.lexists(out / name) for name in (FILE, BEGUN)):
+        return False
+    try:
+        positions = [read_position(folder / str(step)) for step in there]
+    except CheckpointError:
+        return False
+    return all({"seed", "rows", "lora", END} <= one.keys() for one in positions)
 
 
 def _called(name: str) -> str:
@@ -118,7 +135,7 @@ def _is_checkpoint(entry: Path) -> bool:
     if entry.is_symlink() or not entry.is_dir():
         return False
     step, dot, rest = entry.name.partition(".")
-    inside = {x.name.partition(".")[0] for x in entry.iterdir()}
+    inside = {x.name.partition(".")[0] for x in entry.iterdir() if x.name != PROBE}
     return (
         step.isdigit()
         and (not dot or _UNFINISHED.fullmatch(f".{rest}") is not None)
@@ -131,7 +148,7 @@ def beginning(out: Path, config: RunConfig) -> Iterator[None]:
     """Makes a folder that of a run; what else the run begins with is written in between.
 
     Args:
-      out: The folder, which `check_run_folder` allows; a run that is there is replaced.
+      out: The folder, which is `made` and `check_run_folder` allows; a run in it is replaced.
       config: The run's settings.
 
     Raises:
@@ -140,7 +157,6 @@ def beginning(out: Path, config: RunConfig) -> Iterator[None]:
     """
     _check_foreign(out)
     with explained(out):
-        out.mkdir(parents=True, exist_ok=True)
         write_toml(out / BEGUN, config)
         _clear(out)
     try:
@@ -148,10 +164,51 @@ def beginning(out: Path, config: RunConfig) -> Iterator[None]:
         os.replace(out / BEGUN, out / FILE)
         sync(out)
     except BaseException:  # an interrupt, too
-        (out / BEGUN).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # which has something in it
-            out.rmdir()
+        _withdraw(out)
         raise
+
+
+@contextlib.contextmanager
+def made(out: Path) -> Iterator[None]:
+    """Makes the folder of a run; after an error it goes again, if it is empty then.
+
+    Raises:
+      OutputError: it cannot be made.
+    """
+    missing = [one for one in (out, *out.parents) if not one.exists()]
+    try:
+        with explained(out):
+            out.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:  # an interrupt, too
+        for one in missing:
+            with contextlib.suppress(OSError):  # which has something in it
+                one.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def withdrawn_unless_saved(out: Path) -> Iterator[None]:
+    """Clears a new run away after an error that comes before its first checkpoint.
+
+    There is nothing to go on from, and the same command can be given again.
+    """
+    try:
+        yield
+    except BaseException:  # an interrupt, too
+        if not steps(out / CHECKPOINTS):
+            _withdraw(out)
+        raise
+
+
+def _withdraw(out: Path) -> None:
+    """Removes what a run has begun with; a kill meanwhile leaves what is known as a run's."""
+    if any(_foreign(out, name) for name in _FOLDERS):
+        return  # others have put something there meanwhile; --overwrite names it
+    if (out / FILE).is_file():
+        os.replace(out / FILE, out / BEGUN)
+    _clear(out)
+    (out / BEGUN).unlink(missing_ok=True)
 
 
 def _clear(out: Path) -> None:

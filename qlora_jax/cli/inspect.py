@@ -3,6 +3,7 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from qlora_jax.errors import (
     QLoRAError,
 )
 from qlora_jax.exchange.ours import describe_adapter, misfits
-from qlora_jax.exchange.steps import place_of
+from qlora_jax.exchange.steps import CHECKPOINTS, best, eval_loss_of, place_of, steps
 from qlora_jax.exchange.verify import verify
 from qlora_jax.models import hf_table
 from qlora_jax.names import dotted
@@ -74,7 +75,7 @@ def run(args: Args) -> dict[str, Any]:
             )
         found = _model(args.folder)
     else:
-        found = describe_adapter(folder)
+        found = describe_adapter(folder) | _checkpoints(folder / CHECKPOINTS)
         if args.model is not None:
             problems = misfits(folder, outline(args.model).model)
             found |= {"fits": not problems, "misfits": problems}
@@ -86,6 +87,17 @@ def run(args: Args) -> dict[str, Any]:
         else:
             print(f"{name:<24}{_said(value)}")
     return found
+
+
+def _checkpoints(folder: Path) -> dict[str, Any]:
+    """Says which checkpoints a run has, with their eval losses, and which is the best."""
+    if not (there := steps(folder)):
+        return {}
+    least = best(folder, there)
+    return {
+        "checkpoints": {str(step): eval_loss_of(folder / str(step)) for step in there},
+        **({"best_checkpoint": least[0], "best_eval_loss": least[1]} if least else {}),
+    }
 
 
 def _compared(paths: tuple[str, str], model: str | None) -> dict[str, Any]:

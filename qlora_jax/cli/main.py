@@ -1,5 +1,6 @@
 """`qlora SUBCOMMAND`: parses, runs, prints one JSON line; errors are one message."""
 
+import errno
 import importlib
 import json
 import logging
@@ -40,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     which returns what the last line on stdout says.
 
     Returns:
-      The exit status: 0 done, 1 the run failed, 2 wrong input, 130 interrupted (Ctrl-C), 143
-      terminated (SIGTERM).
+      The exit status: 0 done; 2 refused, as something of what was given is wrong; 1 failed,
+      though nothing of it is wrong; 130 interrupted (Ctrl-C), 143 terminated (SIGTERM).
     """
     with stopping.handled(keep=argv is None):
         return _main(argv)
@@ -75,7 +76,7 @@ def _run(name: str, args: list[str], debug: bool, no_cache: bool) -> int:
     import jax
 
     from qlora_jax.cli.compile_cache import use_cache
-    from qlora_jax.errors import QLoRAError, SaveError
+    from qlora_jax.errors import QLoRAError
 
     try:
         module = "import_" if name == "import" else name  # a keyword
@@ -88,8 +89,7 @@ def _run(name: str, args: list[str], debug: bool, no_cache: bool) -> int:
         if debug:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
-        failed = (ArithmeticError, MemoryError, SaveError)
-        return 1 if isinstance(error, failed) else 2
+        return 1 if _failed(error) else 2
     except jax.errors.JaxRuntimeError as error:
         if debug or "RESOURCE_EXHAUSTED" not in str(error):
             return _fault(error, debug)
@@ -109,6 +109,16 @@ def _run(name: str, args: list[str], debug: bool, no_cache: bool) -> int:
         return stopping.status() or 130
     _print(figures)
     return stopping.status()
+
+
+def _failed(error: Exception) -> bool:
+    """Whether nothing that was given is wrong: disk, memory or numbers let the command down."""
+    from qlora_jax.errors import OutputError, SaveError
+
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+    if isinstance(error, OSError) and error.errno in full:
+        return True
+    return isinstance(error, (ArithmeticError, MemoryError, OutputError, SaveError))
 
 
 def _fault(error: BaseException, debug: bool) -> int:

@@ -13,7 +13,7 @@ import jax
 
 from qlora_jax.adapters import LoRAConfig, attach
 from qlora_jax.cli import options
-from qlora_jax.cli.begin import beginning, check_run_folder
+from qlora_jax.cli.begin import beginning, check_run_folder, made
 from qlora_jax.cli.progress import TrainProgress
 from qlora_jax.cli.train import sizes
 from qlora_jax.config.quant import QuantConfig, QuantOptions
@@ -90,7 +90,7 @@ def run(args: Args) -> dict[str, Any]:
         model, tokenizer = load(assets / "base", QuantConfig())
         assert tokenizer is not None
         config = _as_of_train(assets, out, train)
-        with beginning(out, config):
+        with made(out), beginning(out, config):
             saved = save_model(model, out / BASE_NF4, source=assets / "base")
 
     with stage("2. Attach an adapter, which changes nothing yet"):

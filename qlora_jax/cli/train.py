@@ -1,5 +1,6 @@
 """`qlora train`: fine-tune an adapter, or resume a run."""
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -13,14 +14,18 @@ import tyro
 from qlora_jax.adapters.attach import attach_zero
 from qlora_jax.budget.host import available_host_bytes
 from qlora_jax.cli import memory, options, resume, start, stopping
-from qlora_jax.cli.begin import beginning, check_run_folder
+from qlora_jax.cli.begin import (
+    beginning,
+    check_run_folder,
+    made,
+    withdrawn_unless_saved,
+)
 from qlora_jax.cli.progress import RowsProgress, TrainProgress
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.config.quant import QuantConfig
 from qlora_jax.config.run import FILE, RunConfig, read_run, write_run
 from qlora_jax.data import Dataset, check_ids, read_dataset
 from qlora_jax.data.sources import parse_sources
-from qlora_jax.disk import explained
 from qlora_jax.errors import ConfigError, DataError
 from qlora_jax.exchange.steps import BEGUN
 from qlora_jax.files import check_output
@@ -163,11 +168,8 @@ def _train(args: Args, out: Path, resuming: bool) -> dict[str, Any]:
     objective.check(rows.batch(0, 1, args.train.seed))
     args = memory.within_memory(args, source, quant, rows)
     model, lora, added, started = adapted(args, source, quant, rows, resume=resuming)
-    if not resuming:
-        # Not before all input was found good.
-        with explained(out):
-            out.mkdir(parents=True, exist_ok=True)
     with (
+        made(out),  # not before all input was found good
         locked(out),
         TrainProgress(args.train.steps(rows.epoch_rows)) as progress,
         stopping.finishing() as stop,
@@ -177,26 +179,27 @@ def _train(args: Args, out: Path, resuming: bool) -> dict[str, Any]:
                 if makes_a_base(args):
                     start.save_base(model, out, source)
                     source = open_source(start.saved_base(out))
-        trainer = Trainer(
-            model,
-            rows,
-            args.train,
-            out,
-            evaluation=held,
-            lora=lora,
-            objective=objective,
-            tokenizer=added,
-            progress=progress,
-            identity=identity(args, source),
-        )
-        if resuming:
-            restore(trainer, args, rows)
-        with memory.advised(
-            lambda: memory.setup_of(args, source, quant, rows),
-            memory.memory_limit(args),
-            available_host_bytes(),
-        ):
-            figures = trainer.fit(resume=resuming, stop=stop)
+        with withdrawn_unless_saved(out) if not resuming else contextlib.nullcontext():
+            trainer = Trainer(
+                model,
+                rows,
+                args.train,
+                out,
+                evaluation=held,
+                lora=lora,
+                objective=objective,
+                tokenizer=added,
+                progress=progress,
+                identity=identity(args, source),
+            )
+            if resuming:
+                restore(trainer, args, rows)
+            with memory.advised(
+                lambda: memory.setup_of(args, source, quant, rows),
+                memory.memory_limit(args),
+                available_host_bytes(),
+            ):
+                figures = trainer.fit(resume=resuming, stop=stop)
         figures = {
             "out": str(out),
             **({} if trainer.finished else {"finished": False}),

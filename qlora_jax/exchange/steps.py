@@ -117,15 +117,18 @@ def none_whole(folder: Path, problems: list[str]) -> CheckpointError:
 
 def best(folder: Path, among: list[int]) -> tuple[int, float] | None:
     """Returns the step and the eval loss of the checkpoint with the least; None without any."""
-    losses = []
-    for step in among:
-        try:
-            loss = read_position(folder / str(step)).get(EVAL_LOSS)
-        except CheckpointError:
-            continue  # it is named when it is to be used
-        if isinstance(loss, float):
-            losses.append((step, loss))
+    found = [(step, eval_loss_of(folder / str(step))) for step in among]
+    losses = [(step, loss) for step, loss in found if loss is not None]
     return min(losses, key=lambda one: one[::-1], default=None)
+
+
+def eval_loss_of(folder: Path) -> float | None:
+    """Returns the eval loss at a checkpoint; None where none was measured, or it is damaged."""
+    try:
+        loss = read_position(folder).get(EVAL_LOSS)
+    except CheckpointError:
+        return None  # it is named when it is to be used
+    return loss if isinstance(loss, float) else None
 
 
 def place_of(path: str | os.PathLike[str]) -> Path:

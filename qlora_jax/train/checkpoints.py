@@ -169,11 +169,14 @@ class RunCheckpoints:
             # What cannot be removed now, the next save sweeps; the error itself says more.
             shutil.rmtree(partial, ignore_errors=True)
             whole = self._whole()
-            left = f"checkpoint {max(whole)} is whole" if whole else "there is none yet"
+            left = (
+                f"Checkpoint {max(whole)} is whole; see to that, then resume the run"
+                if whole
+                else "There is none before it; see to that, then begin the run again"
+            )
             raise SaveError(
                 f"checkpoint {step} could not be written into {self.folder}: "
-                f"{first_line(error)}. Of those before it, {left}; make room for another and "
-                "resume the run"
+                f"{first_line(error)}. {left}"
             ) from error
         self._prune(step)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from qlora_jax.disk import explained
 from qlora_jax.errors import LockedError
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
       LockedError: another process has it; its host, pid and start are named.
+      OutputError: the folder cannot be written to.
     """
     place = folder.resolve()
     if place in _held:
@@ -48,7 +50,8 @@ def locked(folder: Path) -> Iterator[None]:
 def _locked(path: Path) -> IO[str]:
     while True:
         # What is in it is shown to people at most, so bytes that are no text may be replaced.
-        stream = path.open("a+", encoding="utf-8", errors="replace")
+        with explained(path):
+            stream = path.open("a+", encoding="utf-8", errors="replace")
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -78,8 +81,9 @@ def _locked(path: Path) -> IO[str]:
     stream.truncate(0)
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     who = {"host": socket.gethostname(), "pid": os.getpid(), "start": now}
-    stream.write(json.dumps(who) + "\n")
-    stream.flush()
+    with explained(path):
+        stream.write(json.dumps(who) + "\n")
+        stream.flush()
     return stream
 
 

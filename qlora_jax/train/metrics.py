@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from qlora_jax.disk import explained
 from qlora_jax.files import write_file
 from qlora_jax.inputs import read_bytes
 
@@ -48,7 +49,7 @@ class MetricsLog:
         self.kept = [json.loads(line) for line in self._lines]
         self.eval_losses = eval_losses(self.kept)
         write_file(path, self.text)
-        self._stream = path.open("a", encoding="utf-8")
+        self._path, self._stream = path, path.open("a", encoding="utf-8")
 
     @property
     def text(self) -> str:
@@ -56,16 +57,22 @@ class MetricsLog:
         return "".join(self._lines)
 
     def write(self, **row: Any) -> None:
-        """Adds a row; what is not finite is null there."""
+        """Adds a row; what is not finite is null there.
+
+        Raises:
+          OutputError: it cannot be written.
+        """
         row = finite(row)
         self._lines.append(json.dumps(row, allow_nan=False) + "\n")
         self.eval_losses += eval_losses([row])
-        self._stream.write(self._lines[-1])
-        self._stream.flush()
+        with explained(self._path):
+            self._stream.write(self._lines[-1])
+            self._stream.flush()
 
     def close(self) -> None:
         """Closes the file."""
-        self._stream.close()
+        with explained(self._path):  # what could not be written is tried once more
+            self._stream.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -5,8 +5,10 @@
 Before each call by which the command changes files, the folder of the output is copied. Every
 distinct copy has to be the old output or the new one, by the loss that it gives, or be refused
 when it is opened; and the same command has to make the new output of it (of a run's, of every
-eighth), with nothing left over. Calls of Python are seen; Orbax's own all write under a hidden
-name.
+`--each`-th), with nothing left over. A run that opens has to be the old one or the new one, as
+far as it is, in its settings, in every line of metrics, and in its adapter and checkpoints; and
+resuming has to end it. Files of others lie in each folder, and have to stay as they are. Calls
+of Python are seen; Orbax's own all write under a hidden name.
 """
 
 import contextlib
@@ -20,7 +22,10 @@ from collections import Counter
 from pathlib import Path
 
 from qlora_jax.cli.main import main as qlora
+from qlora_jax.inputs import read_json
+from qlora_jax.train.metrics import read_metrics
 from scripts.bench import harness
+from scripts.torture.small_run import MEASURED
 from scripts.torture.states import states
 
 RUN = ("--train.max-steps", "2", "--train.micro-batch", "2", "--lora.rank", "4")
@@ -71,7 +76,7 @@ def cases(model: Path, root: Path) -> dict[str, tuple[list, list, list]]:
         "run": (
             [*train, "--train.seed", "1"],
             [*train, "--train.seed", "2"],
-            by_adapter,
+            ["inspect", "--verify", "OUT"],
         ),
     }
 
@@ -80,46 +85,102 @@ def placed(command: list, out: Path) -> list:
     return [out if word == "OUT" else word for word in command]
 
 
-def overwrite(kind: str, old: list, new: list, opens: list, root: Path) -> Counter[str]:
+def overwrite(
+    kind: str, old: list, new: list, opens: list, root: Path, each: int
+) -> Counter[str]:
     """Overwrites an output; returns how many states of each sort that left."""
     name = "out.gguf" if kind == "gguf" else "out"
     place = root / "place" / name
     place.parent.mkdir(parents=True)
     must(*placed(old, place))
-    before = answer(opens, place)
+    if place.is_dir():
+        for other in OTHERS:
+            (place / other).parent.mkdir(exist_ok=True)
+            (place / other).write_text(other)
+    before = answer(opens, place), parts(place)
     counts: Counter[str] = Counter()
     with states(place.parent, root / "states") as found:
         must(*placed(new, place), "--overwrite")
-    after = answer(opens, place)
-    assert before[0] == after[0] == 0 and before != after, (kind, before, after)
+    after = answer(opens, place), parts(place)
+    assert before[0][0] == after[0][0] == 0 and before != after, (kind, before, after)
     distinct = {tree(state): state for state in found}
     counts["states"] = len(distinct)
     for i, state in enumerate(distinct.values()):
         # Opened where the output was: some paths are said in what a command prints.
         shutil.rmtree(place.parent)
         shutil.copytree(state, place.parent, symlinks=True)
-        status, said = now = answer(opens, place)
-        if now in (before, after):
-            counts["old" if now == before else "new"] += 1
-        elif status == 2:
-            counts["refused"] += 1
-        else:
-            counts["wrong"] += 1
-            print(kind, state, status, said, file=sys.stderr)
-        if kind == "run" and i % 8:
+        sort = judged(kind, answer(opens, place), parts(place), before, after)
+        counts[sort] += 1
+        if not keeps_others(place):
+            counts["others' files lost"] += 1
+        if sort == "wrong":
+            print(kind, state, answer(opens, place), parts(place), file=sys.stderr)
+        if kind == "run" and i % each:
             continue  # to train again takes its time
-        must(*placed(new, place), "--overwrite")
+        resumed = kind == "run" and sort == "new" and i % (2 * each) == 0
+        if resumed and not call("train", "--resume", place)[0]:
+            counts["resumed"] += 1
+        else:
+            call(*placed(new, place), "--overwrite")
         left = [x.name for x in place.parent.iterdir() if x != place]
-        if answer(opens, place) != after or left:
+        now = answer(opens, place), parts(place)
+        if now != after or left or not keeps_others(place):
             counts["not mended"] += 1
             print(kind, state, left, file=sys.stderr)
+        counts["made again"] += 1
     return counts
+
+
+OTHERS = ("notes.txt", "mine/model.pt")
+"""Files that no command wrote."""
+
+
+def keeps_others(place: Path) -> bool:
+    """Whether the files of others are in an output that is a folder, as they were."""
+    there = [place / name for name in OTHERS]
+    return not place.is_dir() or all(
+        x.is_file() and x.read_text() == name
+        for x, name in zip(there, OTHERS, strict=True)
+    )
+
+
+def parts(run: Path) -> dict[str, str]:
+    """Returns what a run's folder has, a text a part: settings, metrics, adapters."""
+    if not (run / "config.toml").is_file():
+        return {}  # no run, or one that nothing opens
+    found = {"settings": (run / "config.toml").read_text()}
+    for row in read_metrics(run / "metrics.jsonl"):
+        kept = {name: row[name] for name in MEASURED if name in row}
+        found[f"metrics {row['step']} {sorted(kept)}"] = json.dumps(kept)
+    folders = [run / "adapter", *(run / "checkpoints").glob("[0-9]*")]
+    for one in folders:
+        if "." not in one.name and (one / "adapter.json").is_file():
+            found[one.name] = json.dumps(read_json(one / "adapter.json")["sha256"])
+    return found
+
+
+Seen = tuple[tuple[int, str], dict[str, str]]
+"""What `answer` and `parts` say of an output."""
+
+
+def judged(
+    kind: str, now: tuple[int, str], has: dict[str, str], before: Seen, after: Seen
+) -> str:
+    """Says whether an output is the old one or the new one, is refused, or is wrong."""
+    if kind != "run" or not has:
+        if now in (before[0], after[0]):
+            return "old" if now == before[0] else "new"
+        return "refused" if now[0] == 2 else "wrong"
+    for name, whole in (("old", before[1]), ("new", after[1])):
+        if all(whole.get(part) == text for part, text in has.items()):
+            return name if now[0] == 0 else f"refused, {name}"
+    return "wrong"
 
 
 def answer(opens: list, place: Path) -> tuple[int, str]:
     """Opens an output by a command; returns its status and what it measured."""
     status, said = call(*placed(opens, place))
-    return status, str(json.loads(said)["loss"]) if status == 0 else ""
+    return status, str(json.loads(said).get("loss")) if status == 0 else ""
 
 
 def tree(folder: Path) -> str:
@@ -135,6 +196,7 @@ def main() -> None:
     """Runs."""
     parser = harness.parser(__doc__)
     parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--each", type=int, default=8)
     parser.add_argument("--kinds", nargs="*", help="some of them")
     args = parser.parse_args()
     figures = {}
@@ -143,7 +205,7 @@ def main() -> None:
         for kind, commands in cases(args.model, root).items():
             if args.kinds and kind not in args.kinds:
                 continue
-            figures[kind] = overwrite(kind, *commands, root / kind)
+            figures[kind] = overwrite(kind, *commands, root / kind, args.each)
             print(kind, dict(figures[kind]), file=sys.stderr)
     harness.record(
         "overwrites",
@@ -151,8 +213,11 @@ def main() -> None:
         command=harness.command("torture.overwrites"),
         **{kind: dict(counts) for kind, counts in figures.items()},
     )
-    if any(counts["wrong"] or counts["not mended"] for counts in figures.values()):
-        sys.exit("a state was neither old nor new, and not refused")
+    wrong = ("wrong", "not mended", "others' files lost")
+    if any(counts[name] for counts in figures.values() for name in wrong):
+        sys.exit(
+            "a state was neither old nor new, and not refused; or others' files went"
+        )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A run begins whole: what was there goes in an order that mixes nothing, and only ours."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,11 +8,18 @@ import pytest
 import tiny
 
 from qlora_jax.adapters import Adapter
-from qlora_jax.cli.begin import beginning, check_run_folder
+from qlora_jax.cli.begin import (
+    beginning,
+    check_run_folder,
+    made,
+    withdrawn_unless_saved,
+)
 from qlora_jax.config.run import RunConfig, has_run, read_run, write_run
+from qlora_jax.disk import PROBE
 from qlora_jax.errors import OutputError, OutputExistsError
 from qlora_jax.exchange.ours import save_adapter
 from qlora_jax.exchange.steps import newest
+from qlora_jax.train.lock import locked
 from scripts.torture.states import states
 
 OLD, NEW = (RunConfig(model=name, data_file=("rows",)) for name in ("old", "new"))
@@ -77,6 +85,8 @@ def test_checkpoints_that_a_kill_left_go_with_the_run(
 ):
     out = shutil.copytree(finished, tmp_path / "run")
     (out / "checkpoints" / left / "adapter").mkdir(parents=True)
+    (out / "checkpoints" / "9.partial").mkdir()  # as it asks for room
+    (out / "checkpoints" / "9.partial" / PROBE).touch()
     with beginning(out, NEW):
         pass
     assert not (out / "checkpoints").exists()
@@ -140,9 +150,70 @@ def test_what_fails_as_a_run_begins_leaves_no_run(finished: Path, tmp_path: Path
     with pytest.raises(ZeroDivisionError), beginning(out, NEW):
         raise ZeroDivisionError
     assert [x.name for x in out.iterdir()] == ["notes.txt"]
-    with pytest.raises(ZeroDivisionError), beginning(tmp_path / "new", NEW):
+    new = tmp_path / "new"
+    with pytest.raises(ZeroDivisionError), made(new), beginning(new, NEW):
         raise ZeroDivisionError
-    assert not (tmp_path / "new").exists()
+    assert not new.exists()
+
+
+def test_an_error_before_the_first_checkpoint_leaves_nothing(
+    finished: Path, tmp_path: Path
+):
+    class BadRowsError(Exception):
+        """What a run fails with."""
+
+    def fail(out: Path, saved: bool) -> None:
+        with (
+            pytest.raises(BadRowsError),
+            made(out),
+            locked(out),
+            withdrawn_unless_saved(out),
+        ):
+            with beginning(out, NEW):
+                pass
+            (out / "metrics.jsonl").write_text("")
+            (out / "checkpoints" / ("1" if saved else "1.partial")).mkdir(parents=True)
+            raise BadRowsError
+
+    fail(tmp_path / "a" / "new", saved=False)
+    assert not (tmp_path / "a").exists()
+    fail(tmp_path / "a" / "new", saved=True)
+    assert (tmp_path / "a" / "new" / "config.toml").exists()
+    out = shutil.copytree(finished, tmp_path / "run")
+    fail(out, saved=False)
+    assert [x.name for x in out.iterdir()] == ["notes.txt"]
+
+
+@pytest.fixture
+def of_a_trainer(finished: Path, tmp_path: Path) -> Path:
+    """What a Trainer writes without the command: no settings."""
+    out = shutil.copytree(finished, tmp_path / "trained")
+    for name in ("config.toml", "report.html", "loss.png"):
+        (out / name).unlink()
+    for step in ("1", "2"):
+        position = {"seed": 0, "rows": 8, "lora": {}, "steps": 2}
+        place = out / "checkpoints" / step / "position" / "metadata"
+        place.write_text(json.dumps(position))
+    return out
+
+
+def test_a_folder_of_a_trainer_alone_may_be_overwritten(of_a_trainer: Path):
+    check_run_folder(of_a_trainer, overwrite=True)
+    with beginning(of_a_trainer, NEW):
+        pass
+    assert {x.name for x in of_a_trainer.iterdir()} == {"config.toml", "notes.txt"}
+
+
+@pytest.mark.parametrize(
+    "name", ["report.html", "base/x", "adapter/mine", "checkpoints/3/mine"]
+)
+def test_what_no_trainer_wrote_is_refused_beside_what_it_did(
+    of_a_trainer: Path, name: str
+):
+    (of_a_trainer / name).parent.mkdir(exist_ok=True)
+    (of_a_trainer / name).write_text("mine")
+    with pytest.raises(OutputExistsError, match=name.partition("/")[0]):
+        check_run_folder(of_a_trainer, overwrite=True)
 
 
 def test_a_full_disk_leaves_the_old_run(finished: Path, tmp_path: Path, monkeypatch):

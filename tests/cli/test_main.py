@@ -1,12 +1,23 @@
 """What is left over at the command's end: one line, and the right status."""
 
+import errno
 import os
 
 import pytest
 
 from qlora_jax.cli import doctor
 from qlora_jax.cli.main import main
+from qlora_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    LockedError,
+    OutOfMemoryError,
+    OutputError,
+    OutputExistsError,
+    SaveError,
+)
 from qlora_jax.sources import hub
+from qlora_jax.train.loop import DivergedError
 
 
 class PanicException(BaseException):
@@ -40,6 +51,32 @@ def test_what_nobody_expected_is_one_line(error, message, monkeypatch, capsys):
     assert main(["doctor", "--debug"]) == 1
     err = capsys.readouterr().err
     assert "Traceback" in err and err.splitlines()[-1].startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ConfigError("x"), 2),
+        (CheckpointError("x"), 2),
+        (OutputExistsError("x"), 2),
+        (LockedError("x"), 2),
+        (FileNotFoundError("x"), 2),
+        (OutputError("x"), 1),
+        (SaveError("x"), 1),
+        (OutOfMemoryError("x"), 1),
+        (DivergedError("x"), 1),
+        (OSError(errno.ENOSPC, "No space left on device"), 1),
+    ],
+)
+def test_what_is_wrong_with_what_was_given_is_2_and_what_let_it_down_1(
+    error, status, monkeypatch, capsys
+):
+    def run(_):
+        raise error
+
+    monkeypatch.setattr(doctor, "run", run)
+    assert main(["doctor"]) == status
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_ctrl_c_and_the_end_of_parsing_are_no_faults(monkeypatch, capsys):

@@ -210,6 +210,25 @@ def test_another_base_or_other_rows_in_the_same_place_are_refused(
     assert read_run(run).model == str(base)
 
 
+@pytest.mark.filterwarnings("ignore:Error writing persistent")  # compiled programs
+def test_no_room_leaves_the_last_checkpoint_whole_and_the_rest_bit_equal(
+    folders: Folders, run: Path, capsys
+):
+    metrics = (run / "checkpoints" / "2" / "metrics.jsonl").stat().st_size
+    for limit, said in (
+        (metrics + 20, "metrics.jsonl cannot be written: File too large"),
+        (metrics + 5000, "checkpoint 4 could not be written"),
+    ):
+        with tiny.file_limit(limit):
+            assert main(["train", "--resume", str(run)]) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ") and said in error
+        verified = call(capsys, "inspect", "--verify", run)
+        assert verified["files"] > 10 and not (run / "run.lock").exists()
+    call(capsys, "train", "--resume", run)
+    assert measured(run) == measured(folders.run) and arrays(run) == arrays(folders.run)
+
+
 def test_a_config_that_was_cut_is_noticed(run: Path, capsys):
     path, text = run / "config.toml", (run / "config.toml").read_text()
     path.write_text(text[: text.index("[data]")])
@@ -322,6 +341,10 @@ def test_any_checkpoint_is_an_adapter(folders: Folders, run: Path, caplog, capsy
     said = call(capsys, *args, "--data", folders.rows, "--data.max-tokens", 64)
     assert said["base"].startswith("nf4")
     assert call(capsys, "inspect", f"{run}@2")["kind"] == "adapter"
+    losses = {str(row[0]): row[-1] for row in measured(folders.run) if row[-1]}
+    said = call(capsys, "inspect", folders.run)
+    assert said["checkpoints"] == {step: losses[step] for step in ("2", "4")}
+    assert (said["best_checkpoint"], said["best_eval_loss"]) == (4, losses["4"])
     assert "has no checkpoint 3; it has 2" in refused(capsys, "inspect", f"{run}@3")
     (checkpoint / "adapter" / "manifest.ocdbt").write_bytes(b"")
     error = refused(capsys, "inspect", f"{run}@2")
