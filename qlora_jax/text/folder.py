@@ -15,12 +15,11 @@ Source: transformers 5.24, tokenization_utils_base.py (_from_pretrained) and
 tokenization_utils_tokenizers.py (TokenizersBackend.__init__).
 """
 
-import contextlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ import tokenizers
 
 from qlora_jax.errors import CheckpointError, OutputExistsError, gathered
 from qlora_jax.files import NewFolder
-from qlora_jax.inputs import check_regular, read_json, read_text
+from qlora_jax.inputs import read_bytes, read_json, read_text
 from qlora_jax.schema import (
     FLAG,
     NULL,
@@ -41,7 +40,7 @@ from qlora_jax.schema import (
     shaped,
     whole,
 )
-from qlora_jax.text import convert
+from qlora_jax.text import bounded, convert
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +67,7 @@ _AS_JSON_SAYS = ("mistral", "mixtral", "phi3", "granite", "olmo2", "qwen2")
 """Model types of which tokenizer.json counts, though the config names LlamaTokenizer."""
 
 
-_MAX_TOKENIZER_BYTES = 512 << 20
+_MAX_TOKENIZER_BYTES = 256 << 20
 ID = whole(0, 2**31 - 1)
 _FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 _TOKEN = either(
@@ -264,28 +263,13 @@ def _check(path: Path, problems: list[str]) -> None:
 
 
 def _open_tokenizer(path: Path) -> tokenizers.Tokenizer:
-    check_regular(path, limit=_MAX_TOKENIZER_BYTES)
+    data = read_bytes(path, limit=_MAX_TOKENIZER_BYTES)
+    bounded.check_patterns(data, path)
     try:
-        with no_panic():
-            return tokenizers.Tokenizer.from_file(str(path))
+        with bounded.no_panic():
+            return tokenizers.Tokenizer.from_buffer(data)
     except Exception as error:  # tokenizers raises bare Exception
         raise CheckpointError(f"{path} is no tokenizer: {error}") from None
-
-
-@contextlib.contextmanager
-def no_panic() -> Iterator[None]:
-    """Raises CheckpointError for what the package tokenizers panics with.
-
-    That is no Exception. It comes of a tokenizer.json whose parts do not fit each other.
-    """
-    try:
-        yield
-    except BaseException as error:  # a panic is no Exception
-        if type(error).__name__ != "PanicException":
-            raise
-        raise CheckpointError(
-            f"tokenizer.json is damaged: the package tokenizers fails with {error}"
-        ) from None
 
 
 def _text(value: Any) -> str | None:

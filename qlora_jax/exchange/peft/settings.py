@@ -1,9 +1,9 @@
 """The settings of a PEFT folder: which of them an adapter here can have, what they match."""
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from qlora_jax import matching
 from qlora_jax.models.settings import MAX_LAYERS, MAX_ROWS
 from qlora_jax.names import EMBEDDING, HEAD
 from qlora_jax.schema import (
@@ -138,7 +138,7 @@ def targeted(settings: Mapping[str, Any], module: str) -> bool:
     if targets is None or _names(settings.get("exclude_modules"), module):
         return False
     saved = settings.get("modules_to_save") or ()
-    if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in saved):
+    if any(matching.match(rf"(^|.*\.){name}($|\..*)", module) for name in saved):
         return False
     if targets == "all-linear":
         return not module.endswith((HEAD, EMBEDDING))
@@ -149,7 +149,7 @@ def targeted(settings: Mapping[str, Any], module: str) -> bool:
 
 def _names(wanted: Any, module: str) -> bool:
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, module) is not None
+        return matching.fullmatch(wanted, module) is not None
     return any(module == one or module.endswith(f".{one}") for one in wanted or ())
 
 
@@ -160,10 +160,10 @@ def _in_layers(settings: Mapping[str, Any], module: str) -> bool:
         return True
     patterns = settings.get("layers_pattern") or (r"[^.]*",)
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-        if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
-            return int(found.group(1)) in (
-                (layers,) if isinstance(layers, int) else layers
-            )
+        # The number is the last group; the pattern may have others.
+        if found := matching.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
+            numbers = (layers,) if isinstance(layers, int) else layers
+            return found[-1] is not None and int(found[-1]) in numbers
     return False
 
 
@@ -206,6 +206,6 @@ def token_indices(
 def matched(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The first pattern that a module's name ends with, as PEFT matches them."""
     for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if matching.match(rf"(.*\.)?({key})$", module):
             return value
     return default
