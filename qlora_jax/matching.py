@@ -2,7 +2,8 @@
 
 A pattern can be made so that trying all ways to match it takes for ever, and Python's `re`
 cannot be stopped. So what could take long is matched in a process of its own, which ends
-itself when it has worked too long. Patterns that can only be tried in few ways are matched here.
+itself when it has worked too long. Patterns that can only be tried in few ways are matched
+here.
 """
 
 import atexit
