@@ -28,8 +28,8 @@ MAX_BYTES = 256 << 20
 SECONDS = 10
 """Time of the processor that the process has after its imports."""
 
-BYTES_PER_SECOND = 20_000
-"""Bytes of the file for which it has another second: a fourth of what Llama 2's takes."""
+BYTES_PER_SECOND = 200_000
+"""Bytes of the file for which it has another second: a fifth of what is usual."""
 
 MEMORY = 1 << 30
 """Bytes of memory that it has after its imports."""

@@ -1,0 +1,81 @@
+"""Rows of Parquet files, decoded in a process of their own (parquet_worker.py).
+
+A small file of this kind may say that a page has gigabytes, or a row a thousand million values;
+what decodes it is C++, which would fill the memory before it could be asked. So that process
+has a limit of memory, and sends rows as it has them.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qlora_jax.data.unpacking import arrow, grows, is_packed, most_bytes, open_bytes
+from qlora_jax.errors import DataError
+
+MEMORY = 1 << 30
+"""Bytes of memory that the process has after its imports."""
+
+_WORKER = str(Path(__file__).with_name("parquet_worker.py"))
+_ROW_BYTES = 64
+"""Bytes that a row counts for beside its values: one of nulls alone takes none in Arrow."""
+
+
+def rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a file, which may be packed as a whole.
+
+    Raises:
+      DataError: it is no Parquet, is damaged, or is much larger than it seems.
+    """
+    if not is_packed(path):
+        yield from _rows(path, path)
+        return
+    with open_bytes(path) as stream, tempfile.NamedTemporaryFile() as plain:
+        shutil.copyfileobj(stream, plain)
+        plain.flush()
+        yield from _rows(path, Path(plain.name))
+
+
+def _rows(path: Path, plain: Path) -> Iterator[dict[str, Any]]:
+    pyarrow = arrow(path)
+    env = {**os.environ, "ARROW_DEFAULT_MEMORY_POOL": "system"}  # no large reserves
+    env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    process = subprocess.Popen(
+        # -P keeps the names of our files from those of packages.
+        [sys.executable, "-P", _WORKER, str(plain), str(MEMORY)],
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C is for the process that started it
+    )
+    assert process.stdout is not None and process.stderr is not None
+    try:
+        left, whole = most_bytes(path), False
+        try:
+            with pyarrow.ipc.open_stream(process.stdout) as batches:
+                for batch in batches:
+                    left -= batch.nbytes + _ROW_BYTES * batch.num_rows
+                    if left < 0:
+                        raise grows(path)
+                    yield from batch.to_pylist()
+            whole = True
+        # It decodes the names of columns by itself, and lets that error through.
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+        said = process.stderr.read().decode(errors="replace").strip()
+        if process.wait() or not whole:
+            said = (
+                said.rpartition("\n")[2] or f"its decoder ended with {process.wait()}"
+            )
+            raise DataError(f"{path} is no Parquet that can be read: {said[:300]}")
+    finally:
+        process.kill()
+        process.stdout.close()
+        process.stderr.close()
+        process.wait()
