@@ -20,7 +20,7 @@ from qlora_jax.config.data import DataConfig
 from qlora_jax.data.fields import chosen_adapter
 from qlora_jax.data.forms import Former
 from qlora_jax.data.records import Record
-from qlora_jax.data.tokenize import Row, tokenize
+from qlora_jax.data.tokenize import Row, check_length, tokenize
 from qlora_jax.errors import DataError, QLoRAError
 from qlora_jax.text import Tokenizer
 
@@ -102,6 +102,8 @@ class Forming(NamedTuple):
                         chosen_adapter(record, self.adapters) if self.adapters else None
                     )
                     formed = former(record)
+                    for example in formed.examples:
+                        check_length(example)
                 except DataError as error:
                     made.problems.append((place, str(error)))
                     continue
