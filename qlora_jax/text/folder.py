@@ -313,24 +313,22 @@ def _add_tokens(
     """Adds to a tokenizer what the files beside it declare."""
     had = {repr(token) for token in made.get_added_tokens_decoder().values()}
     roles = set(special.values())
-    for token in (
-        token for _, token in sorted(added.items()) if repr(token) not in had
-    ):
+    lacking = [t for _, t in sorted(added.items()) if repr(t) not in had]
+    for token in lacking:
         if token.content in roles:
             token.special = True
-        made.add_tokens([token])
+    # All at once: each call works on all tokens that there are.
+    made.add_tokens(lacking)
     known = {token.content for token in made.get_added_tokens_decoder().values()}
+    others = []
     for key, text in special.items():
         value = settings.get(key)
         if text and text not in known:
-            token = _added(value if isinstance(value, dict) else text)
-            token.special = True
-            made.add_tokens([token])
-    for value in _extra(settings):
-        if _text(value) not in known:
-            token = _added(value)
-            token.special = True
-            made.add_tokens([token])
+            others.append(_added(value if isinstance(value, dict) else text))
+    others += [_added(one) for one in _extra(settings) if _text(one) not in known]
+    for token in others:
+        token.special = True
+    made.add_tokens(others)
     moved = [
         f"{token.content!r} {made.token_to_id(token.content)} instead of {i}"
         for i, token in sorted(added.items())
