@@ -14,15 +14,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.data.unpacking import arrow, grows, is_packed, most_bytes, open_bytes
+from qlora_jax.data.unpacking import (
+    ROW_BYTES,
+    arrow,
+    grows,
+    is_packed,
+    most_bytes,
+    open_bytes,
+)
 from qlora_jax.errors import DataError
 
 MEMORY = 1 << 30
 """Bytes of memory that the process has after its imports."""
 
 _WORKER = str(Path(__file__).with_name("parquet_worker.py"))
-_ROW_BYTES = 64
-"""Bytes that a row counts for beside its values: one of nulls alone takes none in Arrow."""
 
 
 def rows_of(path: Path) -> Iterator[dict[str, Any]]:
@@ -59,7 +64,7 @@ def _rows(path: Path, plain: Path) -> Iterator[dict[str, Any]]:
         try:
             with pyarrow.ipc.open_stream(process.stdout) as batches:
                 for batch in batches:
-                    left -= batch.nbytes + _ROW_BYTES * batch.num_rows
+                    left -= batch.nbytes + ROW_BYTES * batch.num_rows
                     if left < 0:
                         raise grows(path)
                     yield from batch.to_pylist()

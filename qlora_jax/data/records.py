@@ -15,7 +15,14 @@ from typing import Any, Literal, TypeVar
 from qlora_jax.data import parquet
 from qlora_jax.data.json_values import not_utf8, values_of
 from qlora_jax.data.problems import Problems
-from qlora_jax.data.unpacking import Unpacking, open_bytes
+from qlora_jax.data.unpacking import (
+    ROW_BYTES,
+    Unpacking,
+    grows,
+    is_packed,
+    most_bytes,
+    open_bytes,
+)
 from qlora_jax.errors import DataError
 from qlora_jax.inputs import parse_json
 
@@ -102,7 +109,11 @@ def read_records(path: Path, problems: Problems) -> Iterator[Record]:
         "parquet": _parquet,
     }
     with Unpacking(path):
-        yield from readers[kind](path, problems)
+        most = most_bytes(path) // ROW_BYTES if is_packed(path) else None
+        for count, record in enumerate(readers[kind](path, problems)):
+            if count == most:
+                raise grows(path)
+            yield record
 
 
 def read_rows(path: Path, parse: Callable[[dict[str, Any]], T]) -> list[T]:

@@ -189,6 +189,8 @@ def endless(pack, text=b'{"text": "' + b"a" * 500 + b'"}\n'):
     [
         ("a.jsonl", endless(gzip.compress), "unpacks to more than"),
         ("a.jsonl", endless(zstd), "unpacks to more than"),
+        ("a.jsonl", gzip.compress(b"{}\n" * 5000), "unpacks to more than"),
+        ("a.jsonl", b"1\n" * 100_001, r"int, expected an object \(100000 rows\)"),
         ("a.jsonl", endless(lzma.compress), "unpacks to more than"),
         ("a.csv", endless(gzip.compress, b"a,b\n" * 100), "unpacks to more than"),
         ("a.csv", b'a,b\n1,"' + b"a\n" * 600, r"csv:\d+: has more than 999 bytes in a"),
@@ -199,7 +201,7 @@ def endless(pack, text=b'{"text": "' + b"a" * 500 + b'"}\n'):
         ("a.json", b"[" * 99_999, "nested too deeply"),
         ("a.json", b'[{"a": ' + b"[" * 101 + b"]" * 101 + b"}]", "more than 100 levels"),
     ],
-    ids=range(11),
+    ids=range(13),
 )  # fmt: skip
 def test_what_has_no_end_is_refused_before_it_fills_the_memory(
     tmp_path, monkeypatch, name, content, message
