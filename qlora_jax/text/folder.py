@@ -67,7 +67,7 @@ _AS_JSON_SAYS = ("mistral", "mixtral", "phi3", "granite", "olmo2", "qwen2")
 """Model types of which tokenizer.json counts, though the config names LlamaTokenizer."""
 
 
-_MAX_TOKENIZER_BYTES = 256 << 20
+_MAX_TOKENIZER_BYTES = 128 << 20
 ID = whole(0, 2**31 - 1)
 _FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 _TOKEN = either(

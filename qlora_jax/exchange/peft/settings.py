@@ -1,5 +1,7 @@
 """The settings of a PEFT folder: which of them an adapter here can have, what they match."""
 
+import functools
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -56,16 +58,19 @@ _ASIDE = (
 _NAMES = either(NULL, TEXT, listed(TEXT, 100_000))
 _TOKENS = listed(whole(0, 2**31 - 1), MAX_ROWS)
 _LAYER = whole(0, MAX_LAYERS - 1)
+_MAX_KEYS, _MAX_PATTERNS = 20_000, 500
+"""Keys that rank_pattern may have, and how many of all settings may be more than names."""
+_NAME = re.compile(r"[\w.-]*", re.ASCII)
 _RANK = either(whole(0, 2**20), FINITE)
 
 KINDS: dict[str, Kind] = {
     "r": either(NULL, _RANK),
     "lora_alpha": either(NULL, FINITE),
     "lora_dropout": either(NULL, number(0, 1, least=True)),
-    "rank_pattern": either(NULL, mapped(_RANK)),
-    "alpha_pattern": either(NULL, mapped(FINITE)),
+    "rank_pattern": either(NULL, mapped(_RANK, _MAX_KEYS)),
+    "alpha_pattern": either(NULL, mapped(FINITE, _MAX_KEYS)),
     **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), _NAMES),
-    "modules_to_save": either(NULL, listed(TEXT, 100_000)),
+    "modules_to_save": either(NULL, listed(TEXT, 200)),
     "layers_to_transform": either(NULL, _LAYER, listed(_LAYER, MAX_LAYERS)),
     "trainable_token_indices": either(NULL, _TOKENS, mapped(_TOKENS)),
     **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), either(NULL, FLAG)),
@@ -124,7 +129,10 @@ def _unreadable(settings: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
         if isinstance(value, str):  # which is matched as it is
             patterns.append(value)
         elif KINDS[key].fits(value):
-            patterns += [f"({name})" for name in value or ()]
+            others = (name for name in value or () if not _NAME.fullmatch(name))
+            patterns += [f"({name})" for name in others]
+    if len(patterns) > _MAX_PATTERNS:
+        return [f"it has {len(patterns)} patterns, expected at most {_MAX_PATTERNS}"]
     return [
         f"{pattern!r:.80} is no pattern: {problem}"
         for pattern in patterns
@@ -150,7 +158,12 @@ def targeted(settings: Mapping[str, Any], module: str) -> bool:
 def _names(wanted: Any, module: str) -> bool:
     if isinstance(wanted, str):
         return matching.fullmatch(wanted, module) is not None
-    return any(module == one or module.endswith(f".{one}") for one in wanted or ())
+    names = _set_of(tuple(wanted or ()))
+    ends = [i + 1 for i, letter in enumerate(module) if letter == "."]
+    return any(module[i:] in names for i in (0, *ends))
+
+
+_set_of = functools.lru_cache(maxsize=8)(frozenset)
 
 
 def _in_layers(settings: Mapping[str, Any], module: str) -> bool:
@@ -206,6 +219,18 @@ def token_indices(
 def matched(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The first pattern that a module's name ends with, as PEFT matches them."""
     for key, value in (patterns or {}).items():
-        if matching.match(rf"(.*\.)?({key})$", module):
+        if _NAME.fullmatch(key):
+            found = _ends_with(module, key)
+        else:
+            found = matching.match(rf"(.*\.)?({key})$", module) is not None
+        if found:
             return value
     return default
+
+
+def _ends_with(module: str, name: str) -> bool:
+    """Whether a name matches the last parts of a module's, where a dot is any letter."""
+    start = len(module) - len(name)
+    if start < 0 or (start and module[start - 1] != "."):
+        return False
+    return all(x in (y, ".") for x, y in zip(name, module[start:], strict=True))
