@@ -22,7 +22,7 @@ from qlora_jax.data.unpacking import (
     most_bytes,
     open_bytes,
 )
-from qlora_jax.errors import DataError
+from qlora_jax.errors import DataError, first_line
 
 MEMORY = 1 << 30
 """Bytes of memory that the process has after its imports."""
@@ -60,7 +60,7 @@ def _rows(path: Path, plain: Path) -> Iterator[dict[str, Any]]:
     )
     assert process.stdout is not None and process.stderr is not None
     try:
-        left, whole = most_bytes(path), False
+        left, failed = most_bytes(path), None
         try:
             with pyarrow.ipc.open_stream(process.stdout) as batches:
                 for batch in batches:
@@ -68,17 +68,21 @@ def _rows(path: Path, plain: Path) -> Iterator[dict[str, Any]]:
                     if left < 0:
                         raise grows(path)
                     yield from batch.to_pylist()
-            whole = True
-        # It decodes the names of columns by itself, and lets that error through.
-        except (pyarrow.ArrowException, OSError, ValueError) as error:
-            if isinstance(error, DataError):
-                raise
+        except DataError:
+            raise
+        except (
+            Exception
+        ) as error:  # of a stream that is cut, or a date that Python has not
+            failed = error
+        process.stdout.close()  # it may wait for a reader
         said = process.stderr.read().decode(errors="replace").strip()
-        if process.wait() or not whole:
-            said = (
-                said.rpartition("\n")[2] or f"its decoder ended with {process.wait()}"
+        if (status := process.wait()) or failed:
+            reason = (
+                said.rpartition("\n")[2] or f"its decoder ended with status {status}"
             )
-            raise DataError(f"{path} is no Parquet that can be read: {said[:300]}")
+            if not status and failed:
+                reason = first_line(failed)
+            raise DataError(f"{path} is no Parquet that can be read: {reason[:300]}")
     finally:
         process.kill()
         process.stdout.close()

@@ -4,6 +4,7 @@ It imports nothing of qlora_jax, and is started as a file, so that it begins at 
 """
 
 import contextlib
+import os
 import resource
 import sys
 from pathlib import Path
@@ -47,13 +48,18 @@ def send(path: Path, memory: int) -> None:
     pyarrow.set_io_thread_count(1)
     limit(memory)
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        # Without a buffer it would read all of a group of rows at once.
+        with pyarrow.parquet.ParquetFile(
+            path, buffer_size=1 << 20, pre_buffer=False
+        ) as file:
             schema = pyarrow.schema(
                 [one.with_type(plain_type(one.type)) for one in file.schema_arrow]
             )
             with pyarrow.ipc.new_stream(sys.stdout.buffer, schema) as out:
                 for batch in file.iter_batches(batch_size=BATCH, use_threads=False):
                     out.write_batch(batch.cast(schema))
+    except BrokenPipeError:
+        os._exit(0)  # who asked has had enough
     except MemoryError:
         sys.exit(f"some of its rows take more than {memory >> 20} MiB of memory")
     except Exception as error:  # a line of it is all that is said, whatever it is

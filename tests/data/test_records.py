@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 from pathlib import Path
 from typing import Any
 
@@ -245,3 +246,28 @@ def test_packed_parquet(tmp_path):
     parquet.write_table(Table.from_pylist(ROWS), path := tmp_path / "a.parquet")
     path.write_bytes(gzip.compress(path.read_bytes()))
     assert [row for _, row in read(path)] == ROWS
+
+
+def test_values_that_python_has_not_are_refused_and_nothing_waits(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    dates = pyarrow.array([2**30] * 200, pyarrow.int32()).cast(pyarrow.date32())
+    texts = ["a" * 10_000 + str(i) for i in range(200)]  # more than a pipe holds
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"date": dates, "text": texts}), path)
+    with pytest.raises(DataError, match="is no Parquet that can be read: .*Error: "):
+        read(path)
+
+
+def test_parquet_whose_groups_of_rows_are_larger_than_the_memory(tmp_path, monkeypatch):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    monkeypatch.setattr(parquet_reader, "MEMORY", 64 << 20)
+    text = os.urandom(48 << 20).hex()
+    texts = [text[i : i + 10_000] for i in range(0, len(text), 10_000)]
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": texts})
+    parquet.write_table(table, path, compression="none", use_dictionary=False)
+    assert sum(1 for _ in read_records(path, Problems("a"))) == len(texts)
