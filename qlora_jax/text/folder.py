@@ -67,7 +67,7 @@ _AS_JSON_SAYS = ("mistral", "mixtral", "phi3", "granite", "olmo2", "qwen2")
 """Model types of which tokenizer.json counts, though the config names LlamaTokenizer."""
 
 
-_MAX_TOKENIZER_BYTES = 128 << 20
+_MAX_TOKENIZER_BYTES, _MAX_IDS = 128 << 20, 2**24
 ID = whole(0, 2**31 - 1)
 _FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 _TOKEN = either(
@@ -267,9 +267,15 @@ def _open_tokenizer(path: Path) -> tokenizers.Tokenizer:
     bounded.check_patterns(data, path)
     try:
         with bounded.no_panic():
-            return tokenizers.Tokenizer.from_buffer(data)
+            made = tokenizers.Tokenizer.from_buffer(data)
     except Exception as error:  # tokenizers raises bare Exception
         raise CheckpointError(f"{path} is no tokenizer: {error}") from None
+    largest = max(made.get_vocab(with_added_tokens=True).values(), default=0)
+    if largest >= _MAX_IDS:  # the package makes room for each that is less
+        raise CheckpointError(
+            f"{path} has the id {largest}, expected at most {_MAX_IDS}"
+        )
+    return made
 
 
 def _text(value: Any) -> str | None:

@@ -83,3 +83,11 @@ def test_what_a_worker_fails_with_is_raised_here():
             workers.make([(1, {"text": "a" * 50})])
     finally:
         workers.stop()
+
+
+def test_an_id_that_would_take_memory_is_refused(tmp_path):
+    whole = json.loads(made().to_str())
+    whole["model"]["vocab"]["a"] = 2**31 - 1
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    with pytest.raises(CheckpointError, match="has the id 2147483647"):
+        Tokenizer.open(tmp_path)
