@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "qlora_jax.sha256.json"
 FORMAT = 1
+_MAX_BYTES = 256 << 20
 ADVICE = (
     "it is damaged, or was changed by another program; make it again, or remove "
     f"{NAME} beside it to open the folder unchecked"
@@ -81,6 +82,8 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         return {}
     try:
+        if (size := path.stat().st_size) > _MAX_BYTES:
+            raise ValueError(f"it has {size} bytes, expected at most {_MAX_BYTES}")
         value = json.loads(path.read_text(encoding="utf-8"))
         if problem := _problem(value):
             raise ValueError(problem)
@@ -154,13 +157,21 @@ def damage(folder: Path, name: str, entry: Mapping[str, Any]) -> list[str]:
     problems = []
     with path.open("rb") as stream:
         size = stream.read(8)
-        length = int.from_bytes(size, "little")
+        length = min(int.from_bytes(size, "little"), entry["bytes"])
         text = stream.read(length)
         if hashlib.sha256(size + text).hexdigest() != entry["header"]:
             return [f"{name}: its header is not as it was written"]
-        header = json.loads(text)
+        try:
+            header = json.loads(text)
+            spans = {
+                tensor: [max(0, int(at)) for at in header[tensor]["data_offsets"]][:2]
+                for tensor in entry["tensors"]
+            }
+            spans = {tensor: (begin, end) for tensor, (begin, end) in spans.items()}
+        except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
+            return [f"{name}: {NAME} lists tensors that its header has not"]
         for tensor, digest in entry["tensors"].items():
-            begin, end = header[tensor]["data_offsets"]
+            begin, end = spans[tensor]
             if _of_part(stream, 8 + length + begin, end - begin) != digest:
                 problems.append(f"{name}: {tensor} is not as it was written")
     return problems

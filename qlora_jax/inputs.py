@@ -196,13 +196,14 @@ def parse_json(
         if isinstance(problem, QLoRAError):
             raise
         raise error(f"{where} has a number of more digits than any has") from None
-    _check_depth(value, where, error)
+    check_depth(value, where, error)
     if strict and _HALVES.search(text):
         _check_halves(value, where, error)
     return value
 
 
-def _check_depth(value: Any, where: object, error: Errors) -> None:
+def check_depth(value: Any, where: object, error: Errors) -> None:
+    """Refuses a value that is nested in more than MAX_DEPTH levels."""
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [

@@ -89,16 +89,20 @@ def listed(kind: Kind, most: int = 1_000_000) -> Kind:
     )
 
 
-def mapped(kind: Kind) -> Kind:
-    """Returns the kind of objects whose values are of a kind."""
+def mapped(kind: Kind, most: int = 1_000_000) -> Kind:
+    """Returns the kind of objects whose values are of a kind, at most so many."""
 
     def parts(value: Any) -> Iterable[tuple[str, Any, Kind]]:
-        if isinstance(value, dict):
+        if isinstance(value, dict) and len(value) <= most:
             yield from ((f".{name:.80}", one, kind) for name, one in value.items())
 
     return Kind(
-        f"an object, each value {kind.says}",
-        lambda value: isinstance(value, dict) and all(map(kind.fits, value.values())),
+        f"an object of at most {most}, each value {kind.says}",
+        lambda value: (
+            isinstance(value, dict)
+            and len(value) <= most
+            and all(map(kind.fits, value.values()))
+        ),
         parts,
     )
 

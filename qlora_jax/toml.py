@@ -7,6 +7,7 @@ that does not name a setting leaves it at its default.
 import dataclasses
 import difflib
 import math
+import re
 import tomllib
 import types
 import typing
@@ -24,6 +25,13 @@ T = TypeVar("T")
 
 UNSET = "unset"
 _MAX_BYTES = 4 << 20
+_MAX_PARTS = 64
+_PART = r"""(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')"""
+_LONG_KEY = re.compile(
+    rf"(?<![\w-]){_PART}(?:[ \t]*+\.[ \t]*+{_PART}){{{_MAX_PARTS}}}", re.ASCII
+)
+"""This finds a key with more parts than any setting has, and nothing else that is usual."""
+
 _WHOLE = 2**63
 """What whole numbers are below: an array has room for them."""
 
@@ -35,7 +43,10 @@ def read_toml(path: Path) -> dict[str, Any]:
       ConfigError: there is no such file, it is not TOML, or `unset` is no list of names.
     """
     try:
-        values = tomllib.loads(read_text(path, limit=_MAX_BYTES, error=ConfigError))
+        text = read_text(path, limit=_MAX_BYTES, error=ConfigError)
+        if _LONG_KEY.search(text):  # whose reading grows with the square of its length
+            raise ConfigError(f"{path} has a key of more than {_MAX_PARTS} parts")
+        values = tomllib.loads(text)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist") from None
     except tomllib.TOMLDecodeError as error:

@@ -135,6 +135,9 @@ def test_files_of_older_versions_open(tmp_path: Path):
         ("[lora]\ntargets = 'q_proj('", r"--lora.targets 'q_proj\(' is no pattern"),
         ("modle = 3", "modle is no known key; did you mean model"),
         ("[quant", "is not TOML"),
+        ("a" + ".a" * 10_000 + " = 1", "has a key of more than 64 parts"),
+        ("[a" + " . 'a'" * 64 + "]", "has a key of more than 64 parts"),
+        ("[" + "a" * 4_000_000, "is not TOML"),
     ],
 )
 def test_files_that_cannot_be_used_are_refused(tmp_path: Path, text: str, message: str):

@@ -26,9 +26,9 @@ LAYERS = (
     ("sharding",),
     ("nn", "optim"),
     ("config",),
-    ("toml", "names", "user_folder"),
+    ("toml", "names", "user_folder", "matching"),
     ("files", "inputs", "schema"),
-    ("digests", "disk"),
+    ("digests", "disk", "match_worker"),
     ("errors",),
     ("pallas_kernels",),
 )

@@ -18,7 +18,8 @@ from qlora_jax.cli import options
 from qlora_jax.config.quant import QuantOptions
 from qlora_jax.data import DataConfig, Dataset, check_ids, read_dataset
 from qlora_jax.data.questions import ChoicesAs, Question, read_questions
-from qlora_jax.data.records import kind_of, open_bytes
+from qlora_jax.data.records import kind_of
+from qlora_jax.data.unpacking import open_bytes
 from qlora_jax.errors import ConfigError, DataError
 from qlora_jax.evaluate import (
     answer_figures,

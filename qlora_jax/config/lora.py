@@ -6,6 +6,7 @@ import math
 import re
 from typing import Any, Literal, get_args
 
+from qlora_jax import matching
 from qlora_jax.errors import ConfigError
 from qlora_jax.names import EMBEDDING, HEAD
 from qlora_jax.schema import pattern_problem
@@ -199,7 +200,7 @@ class LoRAConfig:
             return any(ends(path, name) for name in self.targets)
         if self.targets == ALL_LINEAR:
             return path.rpartition(".")[2] not in (HEAD, EMBEDDING)
-        return re.fullmatch(self.targets, path) is not None
+        return matching.fullmatch(self.targets, path) is not None
 
     def token_rows(self, path: str) -> tuple[int, ...]:
         """Ids of the tokens whose rows of the embedding or head at this path train."""

@@ -20,8 +20,8 @@ from qlora_jax.config.data import DataConfig
 from qlora_jax.data.fields import chosen_adapter
 from qlora_jax.data.forms import Former
 from qlora_jax.data.records import Record
-from qlora_jax.data.tokenize import Row, tokenize
-from qlora_jax.errors import DataError
+from qlora_jax.data.tokenize import Row, check_length, tokenize
+from qlora_jax.errors import DataError, QLoRAError
 from qlora_jax.text import Tokenizer
 
 CHUNK = 500
@@ -102,6 +102,8 @@ class Forming(NamedTuple):
                         chosen_adapter(record, self.adapters) if self.adapters else None
                     )
                     formed = former(record)
+                    for example in formed.examples:
+                        check_length(example)
                 except DataError as error:
                     made.problems.append((place, str(error)))
                     continue
@@ -193,12 +195,15 @@ class _Workers:
         try:
             pickle.dump(records, worker.stdin)
             worker.stdin.flush()
-            return pickle.load(worker.stdout)
+            made = pickle.load(worker.stdout)
         except (EOFError, OSError, pickle.UnpicklingError):
             raise DataError(
                 f"a process that reads rows ended with status {worker.wait()}; what it says "
                 "is above (killed without a word, it may have run out of memory)"
             ) from None
+        if isinstance(made, QLoRAError):
+            raise made
+        return made
 
     def _start(self) -> subprocess.Popen[bytes]:
         # The tokenizer's own threads would only be in each other's way.

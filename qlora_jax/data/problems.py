@@ -4,6 +4,8 @@ from typing import NoReturn
 
 from qlora_jax.errors import DataError, gathered
 
+_MOST = 100_000
+
 
 class Problems:
     """Problems of one file's rows: those with the same words are one kind.
@@ -16,14 +18,22 @@ class Problems:
     def __init__(self, name: str, *, lines: bool = True):
         self.name, self.lines = name, lines
         self._places: dict[str, list[int]] = {}
+        self._count = 0
 
     def __bool__(self) -> bool:
         """Whether there are any."""
         return bool(self._places)
 
     def add(self, place: int, message: str) -> None:
-        """Notes what is wrong with the row at a place, from 1."""
+        """Notes what is wrong with the row at a place, from 1.
+
+        Raises:
+          DataError: there are so many that more would say nothing.
+        """
         self._places.setdefault(message, []).append(place)
+        self._count += 1
+        if self._count == _MOST:
+            self.fail()
 
     def at(self, place: int) -> str:
         """Says where a row is."""

@@ -4,19 +4,25 @@ What a file holds is told by its content; only tables of text are told by their 
 .tsv). All text is UTF-8.
 """
 
-import bz2
 import csv
-import gzip
 import io
-import json
-import lzma
-import re
-import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, TypeVar
 
+from qlora_jax.data import parquet
+from qlora_jax.data.json_values import not_utf8, values_of
 from qlora_jax.data.problems import Problems
+from qlora_jax.data.unpacking import (
+    ROW_BYTES,
+    Unpacking,
+    grows,
+    is_packed,
+    most_bytes,
+    open_bytes,
+)
 from qlora_jax.errors import DataError
 from qlora_jax.inputs import parse_json
 
@@ -26,14 +32,8 @@ Record = tuple[int, dict[str, Any]]
 
 Kind = Literal["lines", "json", "csv", "parquet", "prose"]
 
-_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
-_BZIP2, _XZ = b"BZh", b"\xfd7zXZ\x00"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _MAX_LINE_BYTES = 64 << 20
-_MAX_WHOLE_BYTES = 1 << 30
-ROWS = "rows (.jsonl, .json, .csv, .tsv, .parquet; also as .gz, .zst, .bz2 or .xz)"
-"""What a file of rows may be, for messages."""
-
 _PACKED = (".gz", ".zst", ".bz2", ".xz")
 _OTHERS = {
     b"PK\x03\x04": "a zip archive or a spreadsheet; unpack it, or save it as CSV",
@@ -43,48 +43,13 @@ _OTHERS = {
 }
 
 
-def open_bytes(path: Path) -> Any:
-    """Opens a file as a binary stream, unpacked (gzip, Zstandard, bzip2 or xz).
-
-    Raises:
-      DataError: there is no such file, or Zstandard needs a package that is missing.
-    """
-    if not path.is_file():
-        raise DataError(
-            f"{path} is no file; expected {ROWS}, or a dataset id such as owner/name"
-        )
-    with path.open("rb") as stream:
-        magic = stream.read(6)
-    if magic.startswith(_GZIP):
-        return gzip.open(path)
-    if magic.startswith(_BZIP2):
-        return bz2.open(path)
-    if magic.startswith(_XZ):
-        return lzma.open(path)
-    if magic.startswith(_ZSTD):
-        stream = _arrow(path).CompressedInputStream(str(path), "zstd")
-        return io.BufferedReader(stream)
-    return path.open("rb")
-
-
-def _arrow(path: Path) -> Any:
-    try:
-        import pyarrow
-    except ImportError:
-        raise DataError(
-            f"{path}: reading it needs pyarrow; pip install pyarrow (the extra 'data' of "
-            "qlora_jax brings it)"
-        ) from None
-    return pyarrow
-
-
 def kind_of(path: Path) -> Kind:
     """Tells what a file holds, by its content; 'prose' is whatever has no rows.
 
     Raises:
       DataError: there is no such file, or it is of a kind that holds no text.
     """
-    with _unpacking(path), open_bytes(path) as stream:
+    with Unpacking(path), open_bytes(path) as stream:
         head = stream.read(1 << 16)
     if head.startswith(_UTF16):
         raise DataError(f"{path} is UTF-16; save it as UTF-8")
@@ -116,29 +81,6 @@ def suffix_of(path: Path) -> str:
     return Path(name).suffix
 
 
-class _Unpacking:
-    """Turns what goes wrong in a packed file into a DataError."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> None:
-        """Begins."""
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Raises DataError for a file that is cut short or damaged."""
-        damaged = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
-        plain = isinstance(error, OSError) and error.errno is not None
-        if isinstance(error, (*damaged, OSError)) and not plain:
-            raise DataError(
-                f"{self.path} cannot be unpacked: {error}; it is damaged, or cut short"
-            ) from None
-
-
-def _unpacking(path: Path) -> _Unpacking:
-    return _Unpacking(path)
-
-
 def read_records(path: Path, problems: Problems) -> Iterator[Record]:
     """Yields the rows of a file; empty lines are passed over.
 
@@ -152,7 +94,7 @@ def read_records(path: Path, problems: Problems) -> Iterator[Record]:
     """
     kind = kind_of(path)
     if kind == "prose":
-        with _unpacking(path), open_bytes(path) as stream:
+        with Unpacking(path), open_bytes(path) as stream:
             begins = stream.read(40).decode(errors="backslashreplace")
         what = f"begins with {begins!r}" if begins.strip() else "is empty"
         raise DataError(
@@ -166,8 +108,12 @@ def read_records(path: Path, problems: Problems) -> Iterator[Record]:
         "csv": _csv,
         "parquet": _parquet,
     }
-    with _unpacking(path):
-        yield from readers[kind](path, problems)
+    with Unpacking(path):
+        most = most_bytes(path) // ROW_BYTES if is_packed(path) else None
+        for count, record in enumerate(readers[kind](path, problems)):
+            if count == most:
+                raise grows(path)
+            yield record
 
 
 def read_rows(path: Path, parse: Callable[[dict[str, Any]], T]) -> list[T]:
@@ -239,43 +185,20 @@ def _lines(stream: Any) -> Iterator[bytes]:
         yield line
 
 
-def _whole(path: Path) -> str:
-    """Reads a file that is one value, or one table."""
-    with open_bytes(path) as stream:
-        data = stream.read(_MAX_WHOLE_BYTES + 1)
-    if len(data) > _MAX_WHOLE_BYTES:
-        raise DataError(
-            f"{path} has more than {_MAX_WHOLE_BYTES >> 20} MiB, unpacked; save it as JSON "
-            "lines, which are read one by one"
-        )
-    return _text(data, path).removeprefix("\ufeff")
-
-
 def _json(path: Path, problems: Problems) -> Iterator[Record]:
     """Reads an array, an object that holds one, or objects one after another."""
-    text = _whole(path)
-    decoder, values, at = json.JSONDecoder(), [], 0
-    space = re.compile(r"\s*")
-    try:
-        while (at := space.match(text, at).end()) < len(text):  # pyright: ignore
-            value, at = decoder.raw_decode(text, at)
-            values.append(value)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}:{error.lineno}: is not JSON: {error.msg} (column {error.colno})"
-        ) from None
-    except RecursionError:
-        raise DataError(f"{path} is not JSON: nested too deeply") from None
-    except ValueError:
-        raise DataError(f"{path} has a number of more digits than any has") from None
-    rows = values
-    if len(values) == 1:
-        rows = values[0] if isinstance(values[0], list) else _within(path, values[0])
-    for number, row in enumerate(rows, 1):
-        if isinstance(row, dict):
-            yield number, row
-        else:
-            problems.add(number, f"is {type(row).__name__}, expected an object")
+    with open_bytes(path) as stream:
+        values = values_of(stream, path)
+        first = next(values, None)
+        second = next(values, None)
+        known = [one for one in (first, second) if one is not None]
+        if len(known) == 1 and not known[0][1] and isinstance(known[0][0], dict):
+            known = [(row, False) for row in _within(path, known[0][0])]
+        for number, (row, _) in enumerate(chain(known, values), 1):
+            if isinstance(row, dict):
+                yield number, row
+            else:
+                problems.add(number, f"is {type(row).__name__}, expected an object")
 
 
 def _within(path: Path, value: dict[str, Any]) -> list[Any]:
@@ -305,72 +228,84 @@ def _within(path: Path, value: dict[str, Any]) -> list[Any]:
 
 def _csv(path: Path, problems: Problems) -> Iterator[Record]:
     """Reads a table whose first line has the names; a missing or a further cell is named."""
-    text = io.StringIO(_whole(path), newline="")
-    first = text.readline()
-    text.seek(0)
-    delimiter = "\t" if suffix_of(path) == ".tsv" else ","
-    if delimiter not in first:  # spreadsheets write ';' where ',' is the decimal sign
-        delimiter = next((mark for mark in ";\t" if mark in first), delimiter)
-    limit = csv.field_size_limit(1 << 30)
-    try:
-        reader = csv.reader(text, delimiter=delimiter, strict=True)
-        names = next(reader, [])
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise DataError(f"{path}:1: has {sorted(twice)} twice as names of columns")
-        line = reader.line_num
-        for cells in reader:
-            place, line = line + 1, reader.line_num
-            if not cells:
-                continue
-            if len(cells) == len(names):
-                yield place, dict(zip(names, cells, strict=True))
-            else:
-                problems.add(
-                    place, f"has {len(cells)} cells, expected {len(names)} as in line 1"
+    with open_bytes(path) as stream:
+        lines = _TableLines(stream, path)
+        first = next(lines, "")
+        delimiter = "\t" if suffix_of(path) == ".tsv" else ","
+        if (
+            delimiter not in first
+        ):  # spreadsheets write ';' where ',' is the decimal sign
+            delimiter = next((mark for mark in ";\t" if mark in first), delimiter)
+        limit = csv.field_size_limit(_MAX_LINE_BYTES)
+        try:
+            reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
+            names = next(reader, [])
+            if twice := [name for name, count in Counter(names).items() if count > 1]:
+                raise DataError(
+                    f"{path}:1: has {sorted(twice)} twice as names of columns"
                 )
-    except csv.Error as error:
-        raise DataError(f"{path}: is no table of text: {error}") from None
-    finally:
-        csv.field_size_limit(limit)
+            line = reader.line_num
+            for cells in reader:
+                place, line, lines.held = line + 1, reader.line_num, 0
+                if not cells:
+                    continue
+                if len(cells) == len(names):
+                    yield place, dict(zip(names, cells, strict=True))
+                else:
+                    problems.add(
+                        place,
+                        f"has {len(cells)} cells, expected {len(names)} as in line 1",
+                    )
+        except csv.Error as error:
+            raise DataError(f"{path}: is no table of text: {error}") from None
+        finally:
+            csv.field_size_limit(limit)
+
+
+class _TableLines:
+    """The lines of a table; what is in quotation marks may have several.
+
+    Attributes:
+      held: Bytes of the row that is being read.
+    """
+
+    def __init__(self, stream: Any, path: Path):
+        self.held = 0
+        self._path, self._lines = path, self._each(stream)
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._lines)
+
+    def _each(self, stream: Any) -> Iterator[str]:
+        for number, line in enumerate(_lines(stream), 1):
+            self.held += len(line)
+            if self.held > _MAX_LINE_BYTES:
+                raise DataError(
+                    f"{self._path}:{number}: has more than {_MAX_LINE_BYTES} bytes in a row "
+                    "of a table; is a quotation mark missing?"
+                )
+            text = _text(line, self._path, number)
+            if number == 1:
+                text = text.removeprefix("\ufeff")
+            # Some tables have lines that end in \r alone.
+            yield from io.StringIO(text, newline="") if "\r" in text[:-2] else (text,)
 
 
 def _parquet(path: Path, problems: Problems) -> Iterator[Record]:
-    arrow = _arrow(path)
-    import pyarrow.parquet
-
-    try:
-        with open_bytes(path) as stream, pyarrow.parquet.ParquetFile(stream) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    # It decodes the names of columns by itself, and lets that error through.
-    except (arrow.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is no Parquet that can be read: {error}") from None
+    yield from enumerate(parquet.rows_of(path), 1)
 
 
-def _text(data: bytes, path: Path, line: int = 1) -> str:
-    """Decodes UTF-8.
-
-    Args:
-      data: Bytes of the file, from the beginning of a line.
-      path: The file to name in an error.
-      line: The number of that line.
+def _text(data: bytes, path: Path, line: int) -> str:
+    """Decodes a line of UTF-8.
 
     Raises:
-      DataError: it is something else; with line and byte.
+      DataError: it is something else; with the line and the byte.
     """
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        _fail_encoding(data, error.start, path, line)
-
-
-def _fail_encoding(data: bytes, at: int, path: Path, line: int) -> NoReturn:
-    line += data.count(b"\n", 0, at)
-    column = at - data.rfind(b"\n", 0, at)
-    raise DataError(
-        f"{path}:{line}: is not UTF-8: byte {column} of the line is 0x{data[at]:02x}; save "
-        "the file as UTF-8 (editors on Windows write Windows-1252)"
-    )
+        byte = data[error.start]
+        raise DataError(not_utf8(path, line, error.start + 1, byte)) from None

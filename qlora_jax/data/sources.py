@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax.data.problems import Problems
-from qlora_jax.data.records import ROWS, Record, read_records, suffix_of
+from qlora_jax.data.records import Record, read_records, suffix_of
+from qlora_jax.data.unpacking import ROWS
 from qlora_jax.errors import DataError
 from qlora_jax.sources.hub import local_owner, offline, split_prefix
 

@@ -12,9 +12,14 @@ import numpy as np
 from qlora_jax.config.data import DataConfig
 from qlora_jax.data.forms import Example
 from qlora_jax.data.given_ids import Ids
+from qlora_jax.errors import DataError
 from qlora_jax.text import Tokenizer
 from qlora_jax.text.tokenizer import Encoded
 from qlora_jax.text.turns import Span
+
+MAX_TEXT = 3_000_000
+"""Characters of a row's text, and of those that are tokenized together: the package takes up to
+300 bytes of memory for each."""
 
 
 class Row(NamedTuple):
@@ -40,7 +45,22 @@ class Row(NamedTuple):
 def tokenize(
     examples: Sequence[Example | Ids], tokenizer: Tokenizer, config: DataConfig
 ) -> list[Row]:
-    """Makes a row of each example."""
+    """Makes a row of each example, of about so much text at a time as one may have."""
+    rows: list[Row] = []
+    group: list[Example | Ids] = []
+    held = 0
+    for example in examples:
+        held += len(example.text) if isinstance(example, Example) else 0
+        if held > MAX_TEXT:
+            rows += _rows(group, tokenizer, config)
+            group, held = [], len(example.text) if isinstance(example, Example) else 0
+        group.append(example)
+    return rows + _rows(group, tokenizer, config)
+
+
+def _rows(
+    examples: Sequence[Example | Ids], tokenizer: Tokenizer, config: DataConfig
+) -> list[Row]:
     texts = [example.text for example in examples if isinstance(example, Example)]
     encoded = iter(tokenizer.encode_offsets(texts))
     return [
@@ -49,6 +69,19 @@ def tokenize(
         else _given(example, tokenizer, config)
         for example in examples
     ]
+
+
+def check_length(example: Example | Ids) -> None:
+    """Refuses a text that would take gigabytes to tokenize.
+
+    Raises:
+      DataError: it is longer than MAX_TEXT.
+    """
+    if isinstance(example, Example) and len(example.text) > MAX_TEXT:
+        raise DataError(
+            f"has a text of {len(example.text)} characters, expected at most {MAX_TEXT}; "
+            "split it into rows"
+        )
 
 
 def _given(example: Ids, tokenizer: Tokenizer, config: DataConfig) -> Row:

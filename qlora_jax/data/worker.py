@@ -1,11 +1,13 @@
 """A process that makes rows for another: `python -m qlora_jax.data.worker`.
 
 It reads a `Forming` and then lists of records, pickled, from stdin, and writes what it made
-of each to stdout. It ends when stdin does.
+of each, or the error that it ended in, to stdout. It ends when stdin does.
 """
 
 import pickle
 import sys
+
+from qlora_jax.errors import QLoRAError
 
 
 def work() -> None:
@@ -17,7 +19,11 @@ def work() -> None:
             records = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
-        pickle.dump(make(records), answers)
+        try:
+            made = make(records)
+        except QLoRAError as error:  # which the other process raises
+            made = error
+        pickle.dump(made, answers)
         answers.flush()
 
 

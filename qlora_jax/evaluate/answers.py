@@ -5,22 +5,26 @@ one. A pattern takes the answer out of both, and numbers compare as numbers:
 
     gsm8k       the rest of the line after the first "####"
     boxed       what the last \boxed{...} holds, braces balanced
-    any regex   its last match: the first group, or all of it where it has none
+    any regex   its last match: the first group, or all of it where it has none; a search that
+                takes longer than some seconds of work is an error
 """
 
 import re
 from collections.abc import Callable
 from decimal import Decimal
 
+from qlora_jax import matching
 from qlora_jax.errors import ConfigError
 
 Extract = Callable[[str], str | None]
 """Returns the answer in a text; None where it has none."""
 
-_AFTER_MARK = re.compile(r"####[ \t]*([^\n]*[^\s])")
-_BOXED = re.compile(r"\\boxed\s*\{")
+_MARK = "####"
+_BRACE = re.compile(r"(?P<boxed>\\boxed\s*\{)|\\[{}]|[{}]")
+"""What opens or closes; a brace that a backslash stands before is a letter."""
+
 _NUMBER = re.compile(
-    r"(?P<sign>[+\-\u2212]?)\s*(?:\\?\$)?\s*(?P<sign2>[+\-\u2212]?)"
+    r"(?P<sign>[+\-\u2212]?)\s*(?:\\?\$\s*)?(?P<sign2>[+\-\u2212]?)"
     r"(?P<digits>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
 )
 
@@ -37,13 +41,13 @@ def extractor(pattern: str) -> Extract:
     if pattern in _NAMED:
         return _NAMED[pattern]
     try:
-        compiled = re.compile(pattern)
-    except re.error as error:
+        groups = re.compile(pattern).groups
+    except (re.error, OverflowError, RecursionError) as error:
         raise ConfigError(
             f"--answer-pattern {pattern!r} is no regular expression: {error}; expected "
             f"one, or {' or '.join(_NAMED)}"
         ) from None
-    return lambda text: _last_match(compiled, text)
+    return lambda text: _last_match(pattern, text, 1 if groups else 0)
 
 
 def same_answer(expected: str, given: str) -> bool:
@@ -66,30 +70,37 @@ def _number(text: str) -> Decimal | None:
     return -value if (match["sign"] or match["sign2"]) in ("-", "\u2212") else value
 
 
-def _last_match(pattern: re.Pattern[str], text: str) -> str | None:
-    last = None
-    for match in pattern.finditer(text):
-        last = match[1] if pattern.groups else match[0]
-    return last
+def _last_match(pattern: str, text: str, group: int) -> str | None:
+    last = matching.last(pattern, text)
+    return None if last is None else last[group]
 
 
 def _after_mark(text: str) -> str | None:
     # The first one, as gsm8k's own scoring has it: what a model goes on to say after its
     # answer, often the next question, does not count.
-    match = _AFTER_MARK.search(text)
-    return None if match is None else match[1]
+    at = text.find(_MARK)
+    while at >= 0:
+        end = text.find("\n", at)
+        end = len(text) if end < 0 else end
+        if rest := text[at + len(_MARK) : end].lstrip(" \t").rstrip():
+            return rest
+        at = text.find(_MARK, end)
+    return None
 
 
 def _boxed(text: str) -> str | None:
-    for match in reversed(list(_BOXED.finditer(text))):
-        depth = 1
-        for at in range(match.end(), len(text)):
-            # A brace that a backslash stands before is a letter.
-            if text[at] in "{}" and text[at - 1] != "\\":
-                depth += 1 if text[at] == "{" else -1
-            if depth == 0:
-                return text[match.end() : at].strip()
-    return None
+    opened: list[int | None] = []  # where what a box holds begins; None for a brace
+    last, answer = -1, None
+    for found in _BRACE.finditer(text):
+        if found["boxed"]:
+            opened.append(found.end())
+        elif found[0] == "{":
+            opened.append(None)
+        elif found[0] == "}" and opened:
+            begins = opened.pop()
+            if begins is not None and begins > last:
+                last, answer = begins, text[begins : found.start()].strip()
+    return answer
 
 
 _NAMED: dict[str, Extract] = {"gsm8k": _after_mark, "boxed": _boxed}

@@ -6,6 +6,7 @@ or was changed is named as it is read.
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ the one that quickstart makes."""
 OWN_DIGEST = "metadata_sha256"
 """The entry of adapter.json that has the digest of all others."""
 FORMAT = 1
+_SPARE_BYTES, _PACKED = 256 << 20, 16
+"""Bytes of arrays that any files may hold, and bytes more for each of theirs."""
 _KINDS = {
     "format": whole(1, 2**31),
     "lora": OBJECT,
@@ -110,6 +113,7 @@ def restored(folder: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     if not place.exists() and (folder / ADAPTER).is_dir():
         place = folder / ADAPTER  # of a checkpoint
     check_tree(place, AdapterMismatchError)
+    _check_size(place, metadata)
     # Orbax names no file, and leaves noise behind, so the files are compared before.
     if wrong := digests.damaged_files(folder, within=f"{place.name}/"):
         raise AdapterMismatchError(gathered(f"adapter {folder} is damaged", wrong))
@@ -131,6 +135,20 @@ def restored(folder: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     if problems:
         raise AdapterMismatchError(gathered(f"adapter {folder} is damaged", problems))
     return arrays
+
+
+def _check_size(place: Path, metadata: dict[str, Any]) -> None:
+    """Refuses arrays that would be far larger than the files that they are in.
+
+    Orbax makes an array of the size that its own metadata says, zeros where there is no file.
+    """
+    files = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+    arrays = sum(4 * math.prod(shape) for shape in metadata["arrays"].values())
+    if arrays > _SPARE_BYTES + _PACKED * files:
+        raise AdapterMismatchError(
+            f"{place} has files of {files} bytes, and {METADATA} says that they hold arrays of "
+            f"{arrays}; it is damaged, or made to fill the memory"
+        )
 
 
 def check_unchanged(folder: Path, metadata: dict[str, Any]) -> None:

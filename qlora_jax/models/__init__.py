@@ -56,6 +56,7 @@ def read_config(hf: dict[str, Any]) -> reading.Read:
     Returns:
       (config, []), or (None, problems).
     """
+    hf = settings.present(hf)
     missing, wrong = settings.missing(hf), settings.misfitting(hf)
     if wrong:
         return None, missing + wrong

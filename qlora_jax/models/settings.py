@@ -133,6 +133,26 @@ LAYER_ROPES = ("full_attention", "sliding_attention")
 """Objects that rope_parameters has where kinds of layers differ in it."""
 
 
+def of_some_families(name: str) -> bool:
+    """Whether a field is one that families may lack, and of which null is no value."""
+    every = ("model_type", "max_position_embeddings", "rms_norm_eps", *REQUIRED)
+    return name in KINDS and name not in every and not KINDS[name].fits(None)
+
+
+def present(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config.json without the fields that are null, where null says nothing.
+
+    transformers writes null for what a model has not, fields of other families among them.
+    Where null is a value, as of a sliding_window, its kind says so; what every family has
+    cannot be null, in transformers either.
+    """
+    return {
+        name: value
+        for name, value in hf.items()
+        if value is not None or not of_some_families(name)
+    }
+
+
 def missing(hf: Mapping[str, Any]) -> list[str]:
     """Returns a sentence for each size that a config.json lacks."""
     return [f"{name} is missing" for name in REQUIRED if hf.get(name) is None]

@@ -36,7 +36,7 @@ DTYPES = {
 }
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_INDEX_BYTES = 96 << 20
-_MAX_AXES, _MAX_AXIS = 8, 2**40
+_MAX_AXES, _MAX_SIZE = 8, 2**48
 _BEHIND = 4
 """So many tensors may be read before the digest of the first of them is known."""
 INDEX = "model.safetensors.index.json"
@@ -253,7 +253,11 @@ def _entry(name: str, value: Any) -> _Entry | str:
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         return f"{name} has dtype {dtype!r:.80}, which is unknown"
-    if not _are_sizes(shape) or len(shape) > _MAX_AXES or max([*shape, 0]) > _MAX_AXIS:
+    if (
+        not _are_sizes(shape)
+        or len(shape) > _MAX_AXES
+        or math.prod(size or 1 for size in shape) > _MAX_SIZE  # an empty array's too
+    ):
         return f"{name} has the shape {shape!r:.80}, which no array has"
     if not _are_sizes(offsets) or len(offsets) != 2:
         return f"{name} has the data_offsets {offsets!r:.80}, expected two places"

@@ -15,12 +15,11 @@ Source: transformers 5.24, tokenization_utils_base.py (_from_pretrained) and
 tokenization_utils_tokenizers.py (TokenizersBackend.__init__).
 """
 
-import contextlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ import tokenizers
 
 from qlora_jax.errors import CheckpointError, OutputExistsError, gathered
 from qlora_jax.files import NewFolder
-from qlora_jax.inputs import check_regular, read_json, read_text
+from qlora_jax.inputs import read_bytes, read_json, read_text
 from qlora_jax.schema import (
     FLAG,
     NULL,
@@ -41,7 +40,7 @@ from qlora_jax.schema import (
     shaped,
     whole,
 )
-from qlora_jax.text import convert
+from qlora_jax.text import bounded, convert
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +67,7 @@ _AS_JSON_SAYS = ("mistral", "mixtral", "phi3", "granite", "olmo2", "qwen2")
 """Model types of which tokenizer.json counts, though the config names LlamaTokenizer."""
 
 
-_MAX_TOKENIZER_BYTES = 512 << 20
+_MAX_TOKENIZER_BYTES, _MAX_IDS = 128 << 20, 2**24
 ID = whole(0, 2**31 - 1)
 _FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 _TOKEN = either(
@@ -264,28 +263,19 @@ def _check(path: Path, problems: list[str]) -> None:
 
 
 def _open_tokenizer(path: Path) -> tokenizers.Tokenizer:
-    check_regular(path, limit=_MAX_TOKENIZER_BYTES)
+    data = read_bytes(path, limit=_MAX_TOKENIZER_BYTES)
+    bounded.check_patterns(data, path)
     try:
-        with no_panic():
-            return tokenizers.Tokenizer.from_file(str(path))
+        with bounded.no_panic():
+            made = tokenizers.Tokenizer.from_buffer(data)
     except Exception as error:  # tokenizers raises bare Exception
         raise CheckpointError(f"{path} is no tokenizer: {error}") from None
-
-
-@contextlib.contextmanager
-def no_panic() -> Iterator[None]:
-    """Raises CheckpointError for what the package tokenizers panics with.
-
-    That is no Exception. It comes of a tokenizer.json whose parts do not fit each other.
-    """
-    try:
-        yield
-    except BaseException as error:  # a panic is no Exception
-        if type(error).__name__ != "PanicException":
-            raise
+    largest = max(made.get_vocab(with_added_tokens=True).values(), default=0)
+    if largest >= _MAX_IDS:  # the package makes room for each that is less
         raise CheckpointError(
-            f"tokenizer.json is damaged: the package tokenizers fails with {error}"
-        ) from None
+            f"{path} has the id {largest}, expected at most {_MAX_IDS}"
+        )
+    return made
 
 
 def _text(value: Any) -> str | None:
@@ -329,24 +319,22 @@ def _add_tokens(
     """Adds to a tokenizer what the files beside it declare."""
     had = {repr(token) for token in made.get_added_tokens_decoder().values()}
     roles = set(special.values())
-    for token in (
-        token for _, token in sorted(added.items()) if repr(token) not in had
-    ):
+    lacking = [t for _, t in sorted(added.items()) if repr(t) not in had]
+    for token in lacking:
         if token.content in roles:
             token.special = True
-        made.add_tokens([token])
+    # All at once: each call works on all tokens that there are.
+    made.add_tokens(lacking)
     known = {token.content for token in made.get_added_tokens_decoder().values()}
+    others = []
     for key, text in special.items():
         value = settings.get(key)
         if text and text not in known:
-            token = _added(value if isinstance(value, dict) else text)
-            token.special = True
-            made.add_tokens([token])
-    for value in _extra(settings):
-        if _text(value) not in known:
-            token = _added(value)
-            token.special = True
-            made.add_tokens([token])
+            others.append(_added(value if isinstance(value, dict) else text))
+    others += [_added(one) for one in _extra(settings) if _text(one) not in known]
+    for token in others:
+        token.special = True
+    made.add_tokens(others)
     moved = [
         f"{token.content!r} {made.token_to_id(token.content)} instead of {i}"
         for i, token in sorted(added.items())

@@ -12,12 +12,12 @@ import tokenizers
 
 from qlora_jax.errors import ConfigError, DataError
 from qlora_jax.inputs import read_text
+from qlora_jax.text import bounded
 from qlora_jax.text.chat import ChatTemplate
 from qlora_jax.text.folder import (
     DEFAULT,
     FILES,
     TEMPLATES,
-    no_panic,
     read_folder,
 )
 
@@ -202,23 +202,15 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, without BOS or EOS."""
-        with no_panic():
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return bounded.encode(self._tokenizer, [text])[0].ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of many texts, in parallel."""
-        with no_panic():
-            encoded = self._tokenizer.encode_batch(
-                list(texts), add_special_tokens=False
-            )
-        return [one.ids for one in encoded]
+        return [one.ids for one in bounded.encode(self._tokenizer, texts)]
 
     def encode_offsets(self, texts: Sequence[str]) -> list[Encoded]:
         """Returns the ids of many texts with their places, in parallel."""
-        with no_panic():
-            encoded = self._tokenizer.encode_batch(
-                list(texts), add_special_tokens=False
-            )
+        encoded = bounded.encode(self._tokenizer, texts)
         return [Encoded(one.ids, one.offsets) for one in encoded]
 
     def encode_after(self, text: str) -> list[int]:
@@ -240,13 +232,11 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids, special tokens left out."""
-        with no_panic():
-            return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return bounded.decode(self._tokenizer, ids, special=False)
 
     def text_of(self, ids: Sequence[int]) -> str:
         """Returns the text of ids, special tokens too."""
-        with no_panic():
-            return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        return bounded.decode(self._tokenizer, ids, special=True)
 
     def template(self, *, tools: bool = False) -> ChatTemplate:
         """Returns the chat template for conversations with or without tools.
@@ -323,9 +313,8 @@ class Tokenizer:
 
 def _around(tokenizer: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns the ids that a tokenizer puts before and after a text."""
-    with no_panic():
-        bare = tokenizer.encode("a", add_special_tokens=False).ids
-        whole = tokenizer.encode("a", add_special_tokens=True).ids
+    bare = bounded.encode(tokenizer, ["a"])[0].ids
+    whole = bounded.encode(tokenizer, ["a"], special=True)[0].ids
     for start in range(len(whole) - len(bare) + 1):
         if bare and whole[start : start + len(bare)] == bare:
             return tuple(whole[:start]), tuple(whole[start + len(bare) :])

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ import jax
 
 from qlora_jax.disk import explained
 from qlora_jax.files import write_file
-from qlora_jax.inputs import read_bytes
+from qlora_jax.inputs import check_regular
 
 logger = logging.getLogger(__name__)
 
-_MAX_BYTES = 1 << 30
+_MAX_BYTES, _MAX_LINE = 512 << 20, 1 << 20
 
 
 class MetricsLog:
@@ -112,10 +113,14 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _raw_lines(path: Path) -> list[bytes]:
+def _raw_lines(path: Path) -> Iterator[bytes]:
+    """Yields the lines of a file; one that is too long for a row is cut."""
     if not os.path.lexists(path):
-        return []
-    return read_bytes(path, limit=_MAX_BYTES).splitlines()
+        return
+    check_regular(path, limit=_MAX_BYTES)
+    with path.open("rb") as stream:
+        while line := stream.readline(_MAX_LINE):
+            yield line.removesuffix(b"\n")
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
@@ -139,7 +144,7 @@ def _is_figure(value: Any) -> bool:
 
 def _warn_of_differences(path: Path, lines: list[str]) -> None:
     """Names the lines that a file has not as a checkpoint's copy has them."""
-    there = _raw_lines(path)
+    there = list(islice(_raw_lines(path), len(lines)))
     pairs = enumerate(zip(lines, there, strict=False), 1)
     changed = [i for i, (line, other) in pairs if line.encode() != other + b"\n"]
     found = []

@@ -4,8 +4,11 @@ What is read is also used, as far as that takes no compilation: a damaged file m
 fail later. An `assert` here says what must hold of an input that was not refused.
 """
 
+import bz2
 import csv
+import gzip
 import json
+import lzma
 import random
 import shutil
 from pathlib import Path
@@ -153,6 +156,93 @@ def _read_rows(folder: Path) -> None:
         assert np.isfinite(row.weights).all() and (row.weights >= 0).all()
 
 
+_PIECES = (
+    "a",
+    "b",
+    r"\s",
+    r"\p{L}",
+    ".",
+    "[^b]",
+    "(?i:a)",
+    "",
+    "a|b",
+    r"\b",
+    "ß",
+    "\0",
+)
+_REPEATS = ("", "*", "+", "?", "{2,}", "{0,50}", "{1000}", "*?", "++", "{9999999}")
+
+
+def pattern(rng: random.Random, depth: int = 3) -> str:
+    """Draws a regular expression, one that takes long more often than others do."""
+    made = rng.choice(_PIECES)
+    for _ in range(rng.randrange(4) if depth else 0):
+        made += f"({pattern(rng, depth - 1)}){rng.choice(_REPEATS)}"
+    return made + rng.choice(_REPEATS) * (rng.random() < 0.5)
+
+
+def _damage_patterns(folder: Path, rng: random.Random) -> None:
+    path = folder / "tokenizer.json"
+    whole = json.loads(path.read_text())
+    given = {"Regex": pattern(rng) * rng.choice((1, 1, 1, 2, 500))}
+    split = {"type": "Split", "behavior": "Isolated", "invert": rng.random() < 0.2}
+    replace = {"type": "Replace", "content": rng.choice(("", "b", "aa" * 99))}
+    where = rng.choice(("pre_tokenizer", "normalizer", "decoder"))
+    whole[where] = (split if where == "pre_tokenizer" else replace) | {"pattern": given}
+    path.write_text(json.dumps(whole))
+
+
+def _read_patterns(folder: Path) -> None:
+    tokenizer = Tokenizer.open(folder)
+    assert tokenizer is not None
+    for text in ("a" * 3000, "ab a\n" * 300, "Ünïcode ß" * 30):
+        tokenizer.decode(tokenizer.encode(text)[:100])
+
+
+def _make_packed(folder: Path) -> None:
+    _make_rows(folder)
+    lines = (folder / "pairs.jsonl").read_bytes()
+    for name, pack in _PACKS.items():
+        (folder / f"pairs.jsonl{name}").write_bytes(pack(lines))
+
+
+def _damage_packed(folder: Path, rng: random.Random) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    name = rng.choice((*_PACKS, "parquet"))
+    path = folder / (f"pairs.jsonl{name}" if name in _PACKS else "pairs.parquet")
+    (folder / "chosen").write_text(path.name)
+    if rng.random() < 0.4:
+        mutate.of_bytes(path, rng)
+    elif name in _PACKS:
+        size = rng.choice((1, 10**3, 10**6, 3 * 10**7))
+        text = b'{"text": "' + b"a" * size + b'"}' + b"\n" * rng.choice((0, 1, size))
+        path.write_bytes(_PACKS[name](text))
+    else:
+        count = rng.choice((1, 10**3, 10**6))
+        kinds = (
+            pyarrow.nulls(count),
+            pyarrow.array([rng.choice(("a", "b" * 10**6))]).take(
+                pyarrow.array([0] * min(count, 10**3))
+            ),
+            pyarrow.array([{"role": "user", "content": None}] * min(count, 10**3)),
+            pyarrow.array([[0] * count]),
+        )
+        column = rng.choice(kinds)
+        names = rng.choice((("text",), ("messages",), ("input_ids", "labels"), ("",)))
+        table = pyarrow.Table.from_arrays([column] * len(names), [*names])
+        pyarrow.parquet.write_table(
+            table, path, compression=rng.choice(("zstd", "none"))
+        )
+
+
+_PACKS: dict[str, Any] = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
+
 READERS: dict[str, Reader] = {
     "tokenizer": Reader(make_tokenizer, _damage_tokenizer, _read_tokenizer),
     "template": Reader(
@@ -161,4 +251,6 @@ READERS: dict[str, Reader] = {
         _read_template,
     ),
     "rows": Reader(_make_rows, _damage_rows, _read_rows),
+    "patterns": Reader(make_tokenizer, _damage_patterns, _read_patterns),
+    "packed": Reader(_make_packed, _damage_packed, _read_rows, heavy=True),
 }

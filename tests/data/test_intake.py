@@ -12,7 +12,7 @@ import pytest
 import tiny
 from chat_templates import TEMPLATES
 
-from qlora_jax.data import DataConfig, cache, forming, read_dataset
+from qlora_jax.data import DataConfig, cache, forming, read_dataset, tokenize
 from qlora_jax.data.forming import Formed, Forming
 from qlora_jax.data.tokenize import Row
 from qlora_jax.errors import DataError
@@ -197,3 +197,26 @@ def test_where_rows_are_kept(environment, folder, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert cache_folder(cache.VARIABLE, "rows") == folder
+
+
+def test_texts_are_tokenized_so_many_at_a_time_and_none_that_is_too_long(monkeypatch):
+    make = Forming(tiny.tokenizer(), DataConfig()).maker()
+    records = [(i, {"text": "ab" * i}) for i in range(1, 30)]
+    whole = make(records)
+    monkeypatch.setattr(tokenize, "MAX_TEXT", 40)
+    asked: list[int] = []
+    encode = Tokenizer.encode_offsets
+
+    def counted(self, texts):
+        asked.append(sum(map(len, texts)))
+        return encode(self, texts)
+
+    monkeypatch.setattr(Tokenizer, "encode_offsets", counted)
+    made = make(records)
+    assert max(asked) <= 40 and len(asked) > 10
+    kept = [row.tokens.tolist() for row in whole.rows[:20]]
+    assert [row.tokens.tolist() for row in made.rows] == kept
+    assert made.problems[0] == (
+        21,
+        "has a text of 42 characters, expected at most 40; split it into rows",
+    )

@@ -4,11 +4,15 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qlora_jax.data import json_values, records, unpacking
+from qlora_jax.data import parquet as parquet_reader
+from qlora_jax.data import problems as row_problems
 from qlora_jax.data.problems import Problems
 from qlora_jax.data.records import kind_of, read_records, read_rows
 from qlora_jax.errors import DataError
@@ -161,3 +165,109 @@ def test_rows_are_told_from_prose_by_their_beginning(tmp_path, name, content, ro
     path = tmp_path / name
     path.write_text(content, encoding="utf-8")
     assert (kind_of(path) != "prose") == rows
+
+
+@pytest.mark.parametrize("read_at_once", [1, 2, 3, 7])
+def test_a_value_may_be_cut_anywhere_by_a_read(tmp_path, monkeypatch, read_at_once):
+    monkeypatch.setattr(json_values, "_READ", read_at_once)
+    rows = [{"a": "é\U0001f600\n", "b": [-1.5e3, True, {"c": None}]}, {"d": "x" * 40}]
+    (path := tmp_path / "a.json").write_text(
+        "\ufeff" + json.dumps(rows, indent=1, ensure_ascii=False), "utf-8"
+    )
+    assert [row for _, row in read(path)] == rows
+    path.write_text("\n".join(json.dumps(row, indent=1) for row in rows))
+    assert [row for _, row in read(path)] == rows
+    path.write_text('[{},-1e+3,\n {"a": 1.5} 7]')
+    with pytest.raises(DataError, match=r"json:2: is not JSON: Expecting ',' .*umn 13"):
+        read(path)
+
+
+def endless(pack, text=b'{"text": "' + b"a" * 500 + b'"}\n'):
+    return pack(text * 5000)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", endless(gzip.compress), "unpacks to more than"),
+        ("a.jsonl", endless(zstd), "unpacks to more than"),
+        ("a.jsonl", gzip.compress(b"{}\n" * 5000), "unpacks to more than"),
+        ("a.jsonl", b"1\n" * 99, r"int, expected an object \(50 rows\)"),
+        ("a.jsonl", endless(lzma.compress), "unpacks to more than"),
+        ("a.csv", endless(gzip.compress, b"a,b\n" * 100), "unpacks to more than"),
+        ("a.csv", b'a,b\n1,"' + b"a\n" * 600, r"csv:\d+: has more than 999 bytes in a"),
+        ("a.csv", b"a,b\n" + b"a," * 600, "csv:2: has more than 999 bytes in a row"),
+        ("a.jsonl", b'{"a": "' + b"a" * 1000, "jsonl:1: has more than 999 bytes in a"),
+        ("a.json", b'[{"a": "' + b"a" * 2000, "json:1: has a value of more than"),
+        ("a.json", b'[{"a":' + b"[]," * 999, "json:1: has a value of more than"),
+        ("a.json", b"[" * 99_999, "nested too deeply"),
+        ("a.json", b'[{"a": ' + b"[" * 101 + b"]" * 101 + b"}]", "more than 100 levels"),
+    ],
+    ids=range(13),
+)  # fmt: skip
+def test_what_has_no_end_is_refused_before_it_fills_the_memory(
+    tmp_path, monkeypatch, name, content, message
+):
+    monkeypatch.setattr(unpacking, "FREE_BYTES", 100_000)
+    monkeypatch.setattr(unpacking, "GROWTH", 10)
+    monkeypatch.setattr(row_problems, "_MOST", 50)
+    monkeypatch.setattr(records, "_MAX_LINE_BYTES", 999)
+    monkeypatch.setattr(json_values, "_READ", 200)
+    monkeypatch.setattr(
+        json_values, "MAX_VALUE", 1000 + 1000 * ("[]" not in str(content))
+    )
+    (path := tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read(path)
+
+
+@pytest.mark.parametrize("kind", ["nulls", "one value", "a long value"])
+def test_parquet_that_grows_without_end_is_refused(tmp_path, monkeypatch, kind):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    monkeypatch.setattr(unpacking, "FREE_BYTES", 100_000)
+    monkeypatch.setattr(parquet_reader, "MEMORY", 64 << 20)
+    column = {
+        "nulls": lambda: pyarrow.nulls(1_000_000),
+        "one value": lambda: pyarrow.array(["a" * 999] * 9999).dictionary_encode(),
+        "a long value": lambda: ["a" * 40_000_000],
+    }[kind]()
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": column}), path, compression="zstd")
+    with pytest.raises(DataError, match="unpacks to more than|more than 64 MiB"):
+        read(path)
+
+
+def test_packed_parquet(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    from pyarrow import Table
+
+    parquet.write_table(Table.from_pylist(ROWS), path := tmp_path / "a.parquet")
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    assert [row for _, row in read(path)] == ROWS
+
+
+def test_values_that_python_has_not_are_refused_and_nothing_waits(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    dates = pyarrow.array([2**30] * 200, pyarrow.int32()).cast(pyarrow.date32())
+    texts = ["a" * 10_000 + str(i) for i in range(200)]  # more than a pipe holds
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"date": dates, "text": texts}), path)
+    with pytest.raises(DataError, match="is no Parquet that can be read: .*Error: "):
+        read(path)
+
+
+def test_parquet_whose_groups_of_rows_are_larger_than_the_memory(tmp_path, monkeypatch):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    monkeypatch.setattr(parquet_reader, "MEMORY", 64 << 20)
+    text = os.urandom(48 << 20).hex()
+    texts = [text[i : i + 10_000] for i in range(0, len(text), 10_000)]
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": texts})
+    parquet.write_table(table, path, compression="none", use_dictionary=False)
+    assert sum(1 for _ in read_records(path, Problems("a"))) == len(texts)

@@ -27,7 +27,7 @@ from qlora_jax.adapters.attached import lora_config
 from qlora_jax.cli.main import main
 from qlora_jax.errors import AdapterMismatchError, ConfigError
 from qlora_jax.exchange.ours import load_adapter, save_adapter
-from qlora_jax.exchange.peft import export_peft, import_peft, peft_misfits
+from qlora_jax.exchange.peft import export_peft, import_peft, peft_misfits, settings
 from qlora_jax.exchange.read import read_adapter
 from qlora_jax.models import Decoder
 from qlora_jax.nn import LoRA
@@ -399,3 +399,33 @@ def test_equal_configs_have_equal_hashes():
     one = LoRAConfig(alpha=32, rank_pattern={"a": 1, "b": 2}, layers=(1,))
     two = LoRAConfig(alpha=32.0, rank_pattern={"b": 2, "a": 1}, layers=(1,))
     assert one == two and hash(one) == hash(two)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "found"),
+    [
+        ("q_proj", "layers.0.q_proj", True),
+        ("q_proj", "layers.0.xq_proj", False),
+        ("0.q_proj", "layers.10.q_proj", False),
+        ("layers.1.q", "layers.1.q", True),
+        ("layers.1.q", "layers.12q", True),  # PEFT takes it as a pattern
+        ("", "layers.", True),
+        ("longer.than.it", "it", False),
+    ],
+)
+def test_a_name_is_matched_as_the_pattern_that_peft_makes_of_it(name, module, found):
+    assert (re.match(rf"(.*\.)?({name})$", module) is not None) == found
+    assert settings.matched({name: 2}, module, 1) == (2 if found else 1)
+
+
+def test_settings_have_so_many_patterns_and_keys_at_most():
+    many = {f"a{i}+": 2 for i in range(501)}
+    (said,) = settings.not_held({"rank_pattern": many})
+    assert said == "it has 501 patterns, expected at most 500"
+    names = {f"layers.{i}.q": 2 for i in range(20_000)}
+    assert not settings.not_held({"rank_pattern": names})
+    (said,) = settings.not_held({"rank_pattern": names | {"x": 1}})
+    assert "an object of at most 20000" in said
+    assert (
+        len(settings.not_held({"modules_to_save": ["(a"], "target_modules": "(b"})) == 2
+    )

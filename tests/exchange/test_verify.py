@@ -1,5 +1,6 @@
 """Folders that we write prove that they are as they were written: on loading, by --verify."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import tiny
 from qlora_jax import digests
 from qlora_jax.adapters import Adapter
 from qlora_jax.errors import AdapterMismatchError, CheckpointError
+from qlora_jax.exchange.metadata import read_metadata, restored
 from qlora_jax.exchange.ours import save_adapter
 from qlora_jax.exchange.peft import export_peft, import_peft
 from qlora_jax.exchange.verify import verify
@@ -151,3 +153,39 @@ def test_a_list_that_names_other_places_reads_nothing_there(written, tmp_path):
         CheckpointError, match=r"'\.\./secret', which is no file in the"
     ):
         verify(folder)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"\xff" * 8,
+        b"\0" * 8,
+        b"\2\0\0\0\0\0\0\0{}",
+        b'\x1f\0\0\0\0\0\0\0{"a": {"data_offsets": [-9, 9]}}',
+        b'\x19\0\0\0\0\0\0\0{"a": {"data_offsets":1}}',
+    ],
+    ids=range(5),
+)
+def test_a_list_and_a_file_that_fit_each_other_and_nothing_else(tmp_path, head):
+    # Whoever makes the one may make the other.
+    (tmp_path / "model.safetensors").write_bytes(head)
+    entry = {
+        "bytes": len(head),
+        "header": hashlib.sha256(head).hexdigest(),
+        "tensors": {"a": "x"},
+    }
+    files = {"model.safetensors": entry}
+    listed = {"format": 1, "files": files, "sha256": digests.of_json(files)}
+    (tmp_path / digests.NAME).write_text(json.dumps(listed))
+    with pytest.raises(CheckpointError, match="is not as it was written|has not$"):
+        verify(tmp_path)
+
+
+def test_arrays_that_are_far_larger_than_their_files_are_not_made(written, tmp_path):
+    folder = shutil.copytree(written / "adapter", tmp_path / "adapter")
+    (folder / digests.NAME).unlink()
+    _, metadata = read_metadata(folder)
+    name = next(iter(metadata["arrays"]))
+    metadata["arrays"][name] = [2**15, 2**20]
+    with pytest.raises(AdapterMismatchError, match="or made to fill the memory"):
+        restored(folder, metadata)

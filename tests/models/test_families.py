@@ -6,6 +6,7 @@ import re
 
 import oracle
 import pytest
+from models.family_cases import CASES
 
 from qlora_jax.errors import CheckpointError
 from qlora_jax.models import (
@@ -254,3 +255,15 @@ def test_every_field_that_a_family_reads_has_a_kind():
     free = {"use_bidirectional_attention", "hidden_act"}  # true or false alone; its own
     assert taken - free <= settings.KINDS.keys()
     assert len(taken) > 20
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_null_is_no_value_where_it_says_nothing(name):
+    # transformers writes it for what a model has not: "num_experts": null in a Llama's.
+    hf = CASES[name]
+    nulls = {key: None for key, kind in settings.KINDS.items() if kind.fits(None)}
+    silent = {key: None for key in settings.KINDS if settings.of_some_families(key)}
+    assert "num_experts" in silent and "sliding_window" not in silent
+    config, found = read_config(dict(nulls | silent | hf))
+    assert not found and config is not None
+    assert read_config(dict(silent | hf)) == read_config(dict(hf))

@@ -188,7 +188,9 @@ def test_tensors_lie_one_after_another_and_fill_the_file(
         Checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("shape", [[0, 2**63], [1] * 70, [0, 10**40]])
+@pytest.mark.parametrize(
+    "shape", [[0, 2**63], [1] * 70, [0, 10**40], [0, 2**40, 2**40]]
+)
 def test_shapes_that_no_array_has_are_refused(tmp_path, shape):
     end = 0 if 0 in shape else 1
     raw(

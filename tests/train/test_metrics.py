@@ -56,6 +56,7 @@ def test_without_a_copy_steps_that_are_missing_are_named(tmp_path: Path, caplog)
     [b"[1]", b"7", b'{"loss": 1}', b'{"step": "x"}', b'{"step": true}', b"\xff"]
     + [b'{"step": -1}', b'{"step": 1, "loss": "x"}', b"[" * 100_000]
     + [b'{"step": 1, "loss": 1%s}' % (b"0" * 5000), b'{"step": 1, "loss": [1]}'],
+    ids=range(11),
 )
 def test_lines_that_are_no_step_are_named_by_number(tmp_path: Path, caplog, line):
     path = tmp_path / "metrics.jsonl"

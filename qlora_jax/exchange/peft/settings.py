@@ -1,9 +1,11 @@
 """The settings of a PEFT folder: which of them an adapter here can have, what they match."""
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from qlora_jax import matching
 from qlora_jax.models.settings import MAX_LAYERS, MAX_ROWS
 from qlora_jax.names import EMBEDDING, HEAD
 from qlora_jax.schema import (
@@ -56,16 +58,19 @@ _ASIDE = (
 _NAMES = either(NULL, TEXT, listed(TEXT, 100_000))
 _TOKENS = listed(whole(0, 2**31 - 1), MAX_ROWS)
 _LAYER = whole(0, MAX_LAYERS - 1)
+_MAX_KEYS, _MAX_PATTERNS = 20_000, 500
+"""Keys that rank_pattern may have, and how many of all settings may be more than names."""
+_NAME = re.compile(r"[\w.-]*", re.ASCII)
 _RANK = either(whole(0, 2**20), FINITE)
 
 KINDS: dict[str, Kind] = {
     "r": either(NULL, _RANK),
     "lora_alpha": either(NULL, FINITE),
     "lora_dropout": either(NULL, number(0, 1, least=True)),
-    "rank_pattern": either(NULL, mapped(_RANK)),
-    "alpha_pattern": either(NULL, mapped(FINITE)),
+    "rank_pattern": either(NULL, mapped(_RANK, _MAX_KEYS)),
+    "alpha_pattern": either(NULL, mapped(FINITE, _MAX_KEYS)),
     **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), _NAMES),
-    "modules_to_save": either(NULL, listed(TEXT, 100_000)),
+    "modules_to_save": either(NULL, listed(TEXT, 200)),
     "layers_to_transform": either(NULL, _LAYER, listed(_LAYER, MAX_LAYERS)),
     "trainable_token_indices": either(NULL, _TOKENS, mapped(_TOKENS)),
     **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), either(NULL, FLAG)),
@@ -124,7 +129,10 @@ def _unreadable(settings: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
         if isinstance(value, str):  # which is matched as it is
             patterns.append(value)
         elif KINDS[key].fits(value):
-            patterns += [f"({name})" for name in value or ()]
+            others = (name for name in value or () if not _NAME.fullmatch(name))
+            patterns += [f"({name})" for name in others]
+    if len(patterns) > _MAX_PATTERNS:
+        return [f"it has {len(patterns)} patterns, expected at most {_MAX_PATTERNS}"]
     return [
         f"{pattern!r:.80} is no pattern: {problem}"
         for pattern in patterns
@@ -138,7 +146,7 @@ def targeted(settings: Mapping[str, Any], module: str) -> bool:
     if targets is None or _names(settings.get("exclude_modules"), module):
         return False
     saved = settings.get("modules_to_save") or ()
-    if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in saved):
+    if any(matching.match(rf"(^|.*\.){name}($|\..*)", module) for name in saved):
         return False
     if targets == "all-linear":
         return not module.endswith((HEAD, EMBEDDING))
@@ -149,8 +157,13 @@ def targeted(settings: Mapping[str, Any], module: str) -> bool:
 
 def _names(wanted: Any, module: str) -> bool:
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, module) is not None
-    return any(module == one or module.endswith(f".{one}") for one in wanted or ())
+        return matching.fullmatch(wanted, module) is not None
+    names = _set_of(tuple(wanted or ()))
+    ends = [i + 1 for i, letter in enumerate(module) if letter == "."]
+    return any(module[i:] in names for i in (0, *ends))
+
+
+_set_of = functools.lru_cache(maxsize=8)(frozenset)
 
 
 def _in_layers(settings: Mapping[str, Any], module: str) -> bool:
@@ -160,10 +173,10 @@ def _in_layers(settings: Mapping[str, Any], module: str) -> bool:
         return True
     patterns = settings.get("layers_pattern") or (r"[^.]*",)
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-        if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
-            return int(found.group(1)) in (
-                (layers,) if isinstance(layers, int) else layers
-            )
+        # The number is the last group; the pattern may have others.
+        if found := matching.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
+            numbers = (layers,) if isinstance(layers, int) else layers
+            return found[-1] is not None and int(found[-1]) in numbers
     return False
 
 
@@ -206,6 +219,18 @@ def token_indices(
 def matched(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The first pattern that a module's name ends with, as PEFT matches them."""
     for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if _NAME.fullmatch(key):
+            found = _ends_with(module, key)
+        else:
+            found = matching.match(rf"(.*\.)?({key})$", module) is not None
+        if found:
             return value
     return default
+
+
+def _ends_with(module: str, name: str) -> bool:
+    """Whether a name matches the last parts of a module's, where a dot is any letter."""
+    start = len(module) - len(name)
+    if start < 0 or (start and module[start - 1] != "."):
+        return False
+    return all(x in (y, ".") for x, y in zip(name, module[start:], strict=True))

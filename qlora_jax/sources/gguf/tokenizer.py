@@ -25,6 +25,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from qlora_jax.errors import CheckpointError
 from qlora_jax.inputs import read_json
+from qlora_jax.text import bounded
 from qlora_jax.text.tokenizer import Tokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)
@@ -60,6 +61,10 @@ class _Pre(NamedTuple):
     whole: bool = False
     bos: bool = False
     nfc: bool = False
+
+
+_MAX_TOKEN = 4096
+"""Characters of a token; the work of finding its merges grows with their square."""
 
 
 def _words(digits: str) -> str:
@@ -101,6 +106,11 @@ def read(meta: dict[str, Any]) -> Tokenizer:
         raise CheckpointError(f"tokenizer.ggml.pre is {pre!r}; known: {known}")
     try:
         tokens: list[str] = meta["tokenizer.ggml.tokens"]
+        if (longest := max(map(len, tokens), default=0)) > _MAX_TOKEN:
+            raise CheckpointError(
+                f"tokenizer.ggml.tokens has one of {longest} characters, expected at most "
+                f"{_MAX_TOKEN}"
+            )
         types = meta.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
         if kind == "gpt2":
             made = _byte_level(tokens, types, meta["tokenizer.ggml.merges"], _PRE[pre])
@@ -287,12 +297,14 @@ def write(folder: Path, source: dict[str, Any], vocab_size: int) -> dict[str, An
     bos = meta.get("tokenizer.ggml.bos_token_id")
     adds_bos = settings.get("add_bos_token")
     if not isinstance(adds_bos, bool):
-        adds_bos = bos is not None and raw.encode("a").ids[:1] == [bos]
+        adds_bos = bos is not None and (
+            bounded.encode(raw, ["a"], special=True)[0].ids[:1] == [bos]
+        )
     meta["tokenizer.ggml.add_bos_token"] = adds_bos
     kinds = _sentencepiece_parts if model["byte_fallback"] else _byte_level_parts
     for parts in kinds(raw, model, tokens, types):
         made = read(meta | parts)
-        if made.encode(PROBE) == raw.encode(PROBE, add_special_tokens=False).ids:
+        if made.encode(PROBE) == bounded.encode(raw, [PROBE])[0].ids:
             return meta | parts
     raise CheckpointError(
         f"{path} splits text in a way that no GGUF file names (known: SentencePiece BPE, "
@@ -329,7 +341,9 @@ def _byte_level_parts(
     """Returns the metadata of each way of cutting text that may be this tokenizer's."""
     if raw.pre_tokenizer is None:
         return []
-    pieces = [piece for piece, _ in raw.pre_tokenizer.pre_tokenize_str(PROBE)]
+    with bounded.no_panic():
+        cut = raw.pre_tokenizer.pre_tokenize_str(PROBE)
+    pieces = [piece for piece, _ in cut]
     parts = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.tokens": tokens,
