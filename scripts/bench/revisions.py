@@ -50,6 +50,14 @@ class Child:
         return float(self._line())
 
 
+def taken(here: Child, there: Child, name: str, first: bool) -> tuple[float, float]:
+    """Returns the seconds of both; who goes first changes, as the second is slower or faster."""
+    if first:
+        return here.time(name), there.time(name)
+    other = there.time(name)
+    return here.time(name), other
+
+
 def commit(tree: Path) -> str:
     """Returns the short hash that a tree is at."""
     return harness.ran(["git", "-C", tree, "rev-parse", "--short", "HEAD"]).strip()
@@ -59,16 +67,17 @@ def main() -> None:
     """Runs the benchmark; prints a table and one JSON line."""
     parser = harness.parser(__doc__)
     parser.add_argument("other", type=Path, help="a tree of the other revision")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=16)
+    parser.add_argument("--only", nargs="+", help="what to time; all if left out")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
         here = Child(harness.ROOT, f"{root}/here")
         there = Child(args.other.resolve(), f"{root}/there")
         figures = {}
-        for name in here.names:
+        for name in args.only or here.names:
             pairs = [
-                (here.time(name), there.time(name))
-                for _ in range(min(args.rounds, ROUNDS.get(name, args.rounds)))
+                taken(here, there, name, first=turn % 2 == 0)
+                for turn in range(min(args.rounds, ROUNDS.get(name, args.rounds)))
             ]
             low, middle, high = statistics.quantiles(a / b for a, b in pairs)
             figures[name] = {

@@ -165,10 +165,12 @@ UNSEEN = {
     ("gpu", "qwen3-4b"): 0.06,
     ("gpu", "gemma3-1b"): 0.27,
     ("gpu", "qwen3-30b-a3b"): 0.07,
+    ("gpu", "qwen3.5-27b"): 0.16,
     ("cpu", "smollm2-360m"): 0.04,
     ("cpu", "qwen3-4b"): 0.02,
     ("cpu", "gemma3-1b"): 0.04,
     ("cpu", "qwen3-30b-a3b"): 0.04,
+    ("cpu", "qwen3.5-2b"): 0.12,
 }
 """The largest error of the plan on models that no fit has had, as it was measured."""
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from safetensors.numpy import save_file
 
 import qlora_jax as qlora
@@ -111,7 +112,7 @@ def main() -> None:
         "step of NF4": training(small, quant),
         "step of a dense base": training(small, None),
         "load": lambda: jax.block_until_ready(
-            jax.tree.leaves(qlora.split(qlora.load(small, quant, "float32")[0])[2])
+            jax.tree.leaves(nnx.state(qlora.load(small, quant, "float32")[0]))
         ),
         "compile 4 layers": compiles(small),
         "compile 32 layers": compiles(deep),
