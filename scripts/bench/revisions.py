@@ -51,7 +51,7 @@ class Child:
 
 
 def taken(here: Child, there: Child, name: str, first: bool) -> tuple[float, float]:
-    """Returns the seconds of both; who goes first changes, as the second is slower or faster."""
+    """Returns the seconds of both; going second makes a difference, so that takes turns."""
     if first:
         return here.time(name), there.time(name)
     other = there.time(name)
