@@ -5,7 +5,8 @@
 
 Times are seconds of the processors of a process for each tree; a ratio is this tree's over
 the other's, the median of the rounds' ratios, with the quartiles beside. Compiling includes
-the step that follows it. What is timed is in peers/revision.py.
+the step that follows it. What is timed is in peers/revision.py. Ratios of what XLA counts of
+the compiled steps come first: no noise of the machine is in them.
 """
 
 import json
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from scripts.bench import harness
 
@@ -34,7 +36,7 @@ class Child:
             text=True,
             env=environment,
         )
-        self.names: list[str] = json.loads(self._line())
+        self.names, self.programs = json.loads(self._line())
 
     def _line(self) -> str:
         assert self.process.stdout
@@ -73,7 +75,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         here = Child(harness.ROOT, f"{root}/here")
         there = Child(args.other.resolve(), f"{root}/there")
-        figures = {}
+        figures: dict[str, Any] = {"programs": here.programs}
+        for name, own in here.programs.items():
+            other = there.programs[name]
+            same = [f"{what} {own[what] / other[what]:.4f}" for what in own]
+            print(f"{name:<24}{', '.join(same)}", flush=True)
+        figures["other_programs"] = there.programs
         for name in args.only or here.names:
             pairs = [
                 taken(here, there, name, first=turn % 2 == 0)

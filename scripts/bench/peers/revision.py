@@ -2,7 +2,8 @@
 
 Run as a file with that revision's tree on PYTHONPATH, so it imports nothing of scripts. Each
 line of the standard input names what to do once; the answer is the seconds of this process's
-processors that it took, on which other programs of the machine have little influence.
+processors that it took, on which other programs of the machine have less influence. The first
+line that it prints has the names, and what XLA counts of the compiled steps.
 """
 
 import json
@@ -59,8 +60,9 @@ def write(folder: Path, layers: int) -> Path:
     return folder
 
 
-def training(folder: Path, quant: Any) -> Callable[[], Any]:
-    """Returns a call that takes one training step of a folder's model; the first compiles."""
+def training(folder: Path, quant: Any) -> tuple[Callable[[], Any], dict[str, int]]:
+    """Returns a call that takes one training step of a folder's model, the first of which
+    compiles; and what XLA counts: operations, bytes that they read and write, memory."""
     model, _ = qlora.load(folder, quant, "float32")
     config = qlora.LoRAConfig(rank=16, alpha=32)
     graphdef, lora, base = qlora.split(
@@ -71,12 +73,20 @@ def training(folder: Path, quant: Any) -> Callable[[], Any]:
     tokens = jax.random.randint(jax.random.key(1), (2, 128), 0, VOCAB)
     batch = {"tokens": tokens, "weights": jnp.ones(tokens.shape, jnp.float32)}
     held = [lora, tx.init(lora)]
+    compiled = step.lower(lora, base, held[1], batch).compile()
+    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    counted = {
+        "flops": int(cost["flops"]),
+        "bytes_accessed": int(cost["bytes accessed"]),
+        "temporaries": memory.temp_size_in_bytes,
+        "arguments": memory.argument_size_in_bytes,
+    }
 
     def once() -> None:
         held[0], held[1], _ = step(held[0], base, held[1], batch)
         jax.block_until_ready(held)
 
-    return once
+    return once, counted
 
 
 def product() -> Callable[[], Any]:
@@ -99,7 +109,7 @@ def main() -> None:
     quant = qlora.QuantConfig()
 
     def compiles(folder: Path) -> Callable[[], Any]:
-        once = training(folder, quant)
+        once, _ = training(folder, quant)
 
         def again() -> None:
             jax.clear_caches()
@@ -107,10 +117,12 @@ def main() -> None:
 
         return again
 
+    nf4, of_nf4 = training(small, quant)
+    dense, of_dense = training(small, None)
     calls: dict[str, Callable[[], Any]] = {
         "product": product(),
-        "step of NF4": training(small, quant),
-        "step of a dense base": training(small, None),
+        "step of NF4": nf4,
+        "step of a dense base": dense,
         "load": lambda: jax.block_until_ready(
             jax.tree.leaves(nnx.state(qlora.load(small, quant, "float32")[0]))
         ),
@@ -119,7 +131,8 @@ def main() -> None:
     }
     for call in calls.values():
         call()
-    print(json.dumps(list(calls)), flush=True)
+    programs = {"step of NF4": of_nf4, "step of a dense base": of_dense}
+    print(json.dumps([list(calls), programs]), flush=True)
     for line in sys.stdin:
         began = time.process_time()
         calls[line.strip()]()
