@@ -56,13 +56,14 @@ def read_config(hf: dict[str, Any]) -> reading.Read:
     Returns:
       (config, []), or (None, problems).
     """
-    hf = settings.present(hf)
+    family = FAMILIES[hf["model_type"]]
+    hf = settings.present(hf, getattr(family, "DEFAULTS", {}))
     missing, wrong = settings.missing(hf), settings.misfitting(hf)
     if wrong:
         return None, missing + wrong
     if missing:
         return None, missing + reading.unknown(hf)
-    return FAMILIES[hf["model_type"]].read_config(hf)
+    return family.read_config(hf)
 
 
 def abstract(config: DecoderConfig, dtype: str = "bfloat16") -> Decoder:

@@ -139,17 +139,21 @@ def of_some_families(name: str) -> bool:
     return name in KINDS and name not in every and not KINDS[name].fits(None)
 
 
-def present(hf: Mapping[str, Any]) -> dict[str, Any]:
+def present(hf: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a config.json without the fields that are null, where null says nothing.
 
     transformers writes null for what a model has not, fields of other families among them.
-    Where null is a value, as of a sliding_window, its kind says so; what every family has
-    cannot be null, in transformers either.
+    Where null is a value, as of a sliding_window, its kind says so; what the family itself or
+    every family has cannot be null, in transformers either.
+
+    Args:
+      hf: The object of config.json.
+      own: The fields that the family has beside those of all.
     """
     return {
         name: value
         for name, value in hf.items()
-        if value is not None or not of_some_families(name)
+        if value is not None or name in own or not of_some_families(name)
     }
 
 
