@@ -8,6 +8,7 @@ process of its own, `python -m qlora_jax.text.convert FILE`, that has limits.
 
 import contextlib
 import json
+import math
 import os
 import resource
 import signal
@@ -107,7 +108,8 @@ def _ended(done: "subprocess.CompletedProcess[bytes]") -> str:
 def _limit(size: int) -> None:
     """Limits the time and the memory of this process, for a file of so many bytes."""
     used = resource.getrusage(resource.RUSAGE_SELF)
-    seconds = int(used.ru_utime + used.ru_stime) + SECONDS + size // BYTES_PER_SECOND
+    seconds = math.ceil(used.ru_utime + used.ru_stime) + SECONDS
+    seconds += size // BYTES_PER_SECOND
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     with contextlib.suppress(FileNotFoundError):  # where the system has no such file
         pages = int(Path("/proc/self/statm").read_text().split()[0])

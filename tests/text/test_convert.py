@@ -8,7 +8,7 @@ from qlora_jax.text.tokenizer import Tokenizer
 FAKE = """
 import sys
 __version__ = "fake"
-sys.modules["__main__"].SECONDS = 0
+sys.modules["__main__"].SECONDS = 1
 class AutoTokenizer:
     def from_pretrained(folder, local_files_only, trust_remote_code):
         assert local_files_only and trust_remote_code is False
