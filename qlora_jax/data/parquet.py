@@ -70,11 +70,10 @@ def _rows(path: Path, plain: Path) -> Iterator[dict[str, Any]]:
                     yield from batch.to_pylist()
         except DataError:
             raise
-        except (
-            Exception
-        ) as error:  # of a stream that is cut, or a date that Python has not
+        except Exception as error:  # a stream is cut, or Python has no such date
             failed = error
         process.stdout.close()  # it may wait for a reader
+        # It is shown to people at most, so bytes that are no text may be replaced.
         said = process.stderr.read().decode(errors="replace").strip()
         if (status := process.wait()) or failed:
             reason = (

@@ -101,6 +101,7 @@ def _ended(done: "subprocess.CompletedProcess[bytes]") -> str:
     """Says how the process ended that had no answer."""
     if -done.returncode in (signal.SIGXCPU, signal.SIGKILL):
         return "it takes too long, or too much memory"
+    # It is shown to people at most, so bytes that are no text may be replaced.
     said = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
     return f"its converter ended with status {done.returncode} ({said[:200]})"
 

@@ -49,8 +49,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 def _locked(path: Path) -> IO[str]:
     while True:
-        # What is in it is shown to people at most, so bytes that are no text may be replaced.
         with explained(path):
+            # It is shown to people at most, so bytes that are no text may be replaced.
             stream = path.open("a+", encoding="utf-8", errors="replace")
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -69,9 +69,8 @@ class Life(NamedTuple):
 
     def reset(self) -> None:
         """Puts the old output in place, or nothing."""
-        shutil.rmtree(
-            self.place.parent, ignore_errors=True
-        )  # of which there may be none
+        if self.place.parent.exists():
+            shutil.rmtree(self.place.parent)
         self.place.parent.mkdir(parents=True)
         if self.old is not None:
             _copy(self.old, self.place)
@@ -270,6 +269,7 @@ def _how_far(out: Path) -> str:
 
 def _refused(life: Life, status: int, log: Path, count: Counter[str]) -> None:
     """Counts a command that did not go on after a kill; what it said is shown."""
+    # It is shown to people at most, so bytes that are no text may be replaced.
     said = log.read_text(errors="replace").strip().rpartition("\n")[2]
     count["refused by name" if said.startswith("error: ") else "traceback"] += 1
     print(f"{life.name} ended with {status}: {said}", file=sys.stderr)

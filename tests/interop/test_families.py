@@ -28,7 +28,8 @@ CASES = {
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 SIZES |= {"linear_value_head_dim": 16}
 GRADIENTS = 2e-4
-"""Of the largest of a tensor's gradient: float32 sums in another order."""
+"""The error allowed, relative to the largest of a tensor's gradient: both sides compute in
+float32 and add in another order."""
 
 
 @pytest.mark.parametrize("family", CASES)

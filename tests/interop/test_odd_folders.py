@@ -19,7 +19,8 @@ pytestmark = pytest.mark.interop
 ORDER = 3e-5
 """Absolute, of logits of size 10: float32 sums in another order."""
 ORDER_OF_RULE = 1e-4
-"""The same where a norm divides what the gated delta rule's sums nearly cancel to."""
+"""The absolute error allowed of a model with the gated delta rule: its sums may nearly cancel,
+and a norm divides what is left by its size."""
 WRAPPED = "AutoModelForImageTextToText"
 LLAMA = oracle.hf_config(vocab_size=272)
 Tensors = dict[str, np.ndarray]

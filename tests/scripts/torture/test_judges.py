@@ -68,8 +68,9 @@ def test_a_run_is_the_old_one_or_the_new_in_all_its_parts(status, has, said):
 
 def test_an_output_is_the_old_or_the_new_by_what_it_gives():
     old, new = (((0, loss), {}) for loss in ("1.5", "2.5"))
-    for now, said in (((0, "1.5"), "old"), ((0, "2.5"), "new"), ((2, ""), "refused")):
-        assert judged("merge", now, {}, old, new) == said
+    assert judged("merge", (0, "1.5"), {}, old, new) == "old"
+    assert judged("merge", (0, "2.5"), {}, old, new) == "new"
+    assert judged("merge", (2, ""), {}, old, new) == "refused"
     assert judged("merge", (0, "2.0"), {}, old, new) == "wrong"
 
 
