@@ -219,7 +219,7 @@ class RunCheckpoints:
         """Restores the newest checkpoint that is whole.
 
         Newer ones that are damaged are named, as a warning, and removed when the next
-        checkpoint is on the disk.
+        checkpoint is on the disk. Where none is, what a killed process left goes now.
 
         Args:
           fresh: A run's state before its first step, for the wanted structure; arrays
@@ -244,6 +244,10 @@ class RunCheckpoints:
                     found = error.problems
                 else:
                     say_damaged(folder, problems)
+                    if not self._damaged:
+                        # A process may have been killed before it came to this, and a run
+                        # that has taken its last step saves no more.
+                        self._prune(step)
                     if not (folder / digests.NAME).exists():
                         logger.warning(
                             "checkpoint %d is of a version that wrote no digests, so its "

@@ -227,6 +227,19 @@ def test_what_a_killed_save_left_is_swept(folder: Path, states):
     assert names(folder) == {"4", "6", "notes.partial"}  # the last is not ours
 
 
+def test_what_a_killed_removal_left_goes_when_the_run_goes_on(folder: Path, states):
+    """The last checkpoint is there, so that none may follow that would take it away."""
+    shutil.copytree(folder / "2", folder / "1")
+    (folder / "3.old.partial" / "adapter").mkdir(parents=True)
+    same(restored(folder, states), states[4])
+    assert names(folder) == {"2", "4"}
+    # But nothing goes while a newer one is damaged, which the next one replaces.
+    (folder / "3.old.partial" / "adapter").mkdir(parents=True)
+    (folder / "4" / "position" / "metadata").unlink()
+    same(restored(folder, states), states[2])
+    assert names(folder) == {"2", "3.old.partial", "4"}
+
+
 def test_the_best_is_kept_besides(folder: Path, states):
     several = RunCheckpoints(folder, keep=1)
     for step, loss in ((5, 1.0), (6, 0.5), (7, 2.0), (8, 0.75)):
