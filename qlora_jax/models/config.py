@@ -12,7 +12,7 @@ from qlora_jax.models.spec import (
     Segment,
     segments,
 )
-from qlora_jax.nn.rope import RopeScaling
+from qlora_jax.nn.rope import Rope, RopeScaling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,9 +31,10 @@ class DecoderConfig:
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
-    local_rope_theta: float = 10000.0
     rotary_dim: int | None = None
     """Features of a head that are rotated, the first ones; None for all."""
+    rope_interleaved: bool = False
+    """Neighbouring features are rotated with each other (see nn.rope.Rope)."""
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     """Bias on q, k and v (Qwen2; Llama's optional attention_bias)."""
@@ -90,6 +91,16 @@ class DecoderConfig:
             feed_forward=ExpertsSpec() if self.num_experts else MLPSpec(),
         )
         return (one,) * self.num_layers
+
+    @property
+    def rope(self) -> Rope:
+        """How heads are rotated where a layer does not say otherwise."""
+        return Rope(
+            theta=self.rope_theta,
+            scaling=self.rope_scaling,
+            dim=self.rotary_dim or self.head_dim,
+            interleaved=self.rope_interleaved,
+        )
 
     @property
     def segments(self) -> tuple[Segment, ...]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from qlora_jax.models import gemma, gemma2, llama, reading
+from qlora_jax.nn.rope import Rope
 
 MODEL_TYPE = "gemma3_text"
 NAMES = gemma2.NAMES | llama.QK_NORM
@@ -40,9 +41,8 @@ def read_config(hf: dict[str, Any]) -> reading.Read:
         attention_scale=hf["query_pre_attn_scalar"] ** -0.5,
         attention_softcap=hf.get("attn_logit_softcapping"),
         logit_softcap=hf.get("final_logit_softcapping"),
-        local_rope_theta=theta,
         types=types,
-        sliding_rope="local",
+        sliding_rope=Rope(theta=theta, dim=reading.head_dim(hf)),
     )
     if scaling is not None:
         problem = (

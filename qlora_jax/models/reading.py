@@ -3,11 +3,11 @@
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any, Literal
 
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.spec import AttentionSpec
-from qlora_jax.nn.rope import RopeScaling
+from qlora_jax.nn.rope import Rope, RopeScaling
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -39,7 +39,7 @@ def read(
     rope: dict[str, Any] | None = None,
     partial_rotary: bool = False,
     types: Iterable[str] | None = None,
-    sliding_rope: str = "global",
+    sliding_rope: Rope | Literal["global", "none"] = "global",
     mixers: Sequence[Any] | None = None,
     feed_forwards: Sequence[Any] | None = None,
     **fields: Any,
@@ -68,9 +68,9 @@ def read(
         partial = 1.0
     heads = hf["num_attention_heads"]
     kv_heads = hf.get("num_key_value_heads") or heads
-    head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
-    rotated = int(head_dim * partial)
-    found += _heads_problems(heads, kv_heads, head_dim, rotated, scaling)
+    features = head_dim(hf)
+    rotated = int(features * partial)
+    found += _heads_problems(heads, kv_heads, features, rotated, scaling)
     if scaling is not None and scaling.kind == "longrope":
         sizes = {len(scaling.short_factor), len(scaling.long_factor)}
         if sizes != {rotated // 2}:
@@ -95,7 +95,7 @@ def read(
         "num_layers": hf["num_hidden_layers"],
         "num_heads": heads,
         "num_kv_heads": kv_heads,
-        "head_dim": head_dim,
+        "head_dim": features,
         "rms_norm_eps": hf.get("rms_norm_eps", 1e-6),
         "rope_theta": theta,
         "rope_scaling": scaling,
@@ -108,6 +108,11 @@ def read(
     }
     config = DecoderConfig(**values | fields)
     return with_layers(config, mixers, feed_forwards), []
+
+
+def head_dim(hf: dict[str, Any]) -> int:
+    """Returns the features of a head."""
+    return hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
 
 
 def unknown(hf: dict[str, Any], rope: dict[str, Any] | None = None) -> list[str]:
@@ -249,7 +254,9 @@ def _yarn_attention(rope: dict[str, Any], factor: float) -> float:
 
 
 def _mixers(
-    hf: dict[str, Any], default: list[str], sliding_rope: str
+    hf: dict[str, Any],
+    default: list[str],
+    sliding_rope: Rope | Literal["global", "none"],
 ) -> tuple[list[AttentionSpec], list[str]]:
     """Reads which layers attend in a sliding window."""
     types, layers = hf.get("layer_types") or default, hf["num_hidden_layers"]
@@ -260,9 +267,7 @@ def _mixers(
         problems.append(
             f"layer_types has {', '.join(unknown)}; known: {FULL}, {SLIDING}"
         )
-    sliding = AttentionSpec(
-        window=hf.get("sliding_window"), rope=cast(Any, sliding_rope)
-    )
+    sliding = AttentionSpec(window=hf.get("sliding_window"), rope=sliding_rope)
     return [sliding if t == SLIDING else AttentionSpec() for t in types], problems
 
 

@@ -15,6 +15,8 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+from qlora_jax.nn.rope import Rope
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
@@ -23,8 +25,9 @@ class AttentionSpec:
     window: int | None = None
     """Positions that a token sees, itself included; None for all before it."""
 
-    rope: Literal["global", "local", "none"] = "global"
-    """Which rotary positions: those of rope_theta, of local_rope_theta, or none."""
+    rope: Rope | Literal["global", "none"] = "global"
+    """How heads are rotated: as DecoderConfig.rope says, in a way of the layer's own, or not
+    at all."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -51,6 +51,24 @@ class RopeScaling:
     long_factor: tuple[float, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope:
+    """How heads are rotated by their position.
+
+    Attributes:
+      theta: The base of the frequencies.
+      scaling: How they change for long texts; None for plain RoPE.
+      dim: Features of a head that are rotated, the first ones.
+      interleaved: Whether feature 2i is rotated with 2i + 1 (GLM-4, Cohere), and not i with
+        i + dim / 2.
+    """
+
+    theta: float = 10000.0
+    scaling: RopeScaling | None = None
+    dim: int
+    interleaved: bool = False
+
+
 def inverse_frequencies(
     dim: int,
     theta: float,
@@ -124,28 +142,39 @@ def _yarn(
 
 
 def rotation(
-    positions: Int[Array, "batch seq"],
-    dim: int,
-    theta: float,
-    scaling: RopeScaling | None,
+    positions: Int[Array, "batch seq"], rope: Rope
 ) -> tuple[Float[Array, "batch seq 1 half"], Float[Array, "batch seq 1 half"]]:
     """Returns float32 cosines and sines of every position, (..., dim/2)."""
-    frequencies = inverse_frequencies(dim, theta, scaling, jnp.max(positions) + 1)
+    length = jnp.max(positions) + 1
+    frequencies = inverse_frequencies(rope.dim, rope.theta, rope.scaling, length)
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
-    factor = 1.0 if scaling is None else scaling.attention_factor
+    factor = 1.0 if rope.scaling is None else rope.scaling.attention_factor
     return factor * jnp.cos(angles), factor * jnp.sin(angles)
 
 
 def rotate(
     x: Float[Array, "batch seq heads head_dim"],
     cos_sin: tuple[Float[Array, "batch seq 1 half"], Float[Array, "batch seq 1 half"]],
+    interleaved: bool = False,
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """Rotates each head's first features, half against half, in float32.
+    """Rotates each head's first features in pairs, in float32.
 
     Features beyond twice the cosines' size (partial RoPE) stay as they are.
+
+    Args:
+      x: Heads.
+      cos_sin: Cosine and sine of each pair.
+      interleaved: Whether a pair are neighbours; else they are half the rotated features
+        apart.
     """
     cos, sin = cos_sin
     half = cos.shape[-1]
+    if interleaved:
+        pairs, rest = jnp.split(x.astype(jnp.float32), (2 * half,), axis=-1)
+        first, second = pairs[..., 0::2], pairs[..., 1::2]
+        turned = [first * cos - second * sin, second * cos + first * sin]
+        turned = jnp.stack(turned, axis=-1).reshape(pairs.shape)
+        return jnp.concatenate([turned, rest], axis=-1).astype(x.dtype)
     first, second, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
     rotated = [first * cos - second * sin, second * cos + first * sin, rest]
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)

@@ -17,7 +17,7 @@ from qlora_jax.models import (
     reading,
     settings,
 )
-from qlora_jax.nn.rope import RopeScaling
+from qlora_jax.nn.rope import Rope, RopeScaling
 
 LLAMA3 = {
     "factor": 32.0,
@@ -113,7 +113,8 @@ def test_layers_are_scanned_by_the_pattern_that_repeats():
     hf = oracle.hf_config(model_type="gemma3_text", num_hidden_layers=26)
     config = read(hf)
     assert shape(config) == [(6, 4), (1, 2)]
-    assert [spec.mixer.rope for spec in config.specs[:6]] == ["local"] * 5 + ["global"]
+    local = Rope(theta=1e4, dim=config.head_dim)
+    assert [spec.mixer.rope for spec in config.specs[:6]] == [local] * 5 + ["global"]
     gemma2 = read(oracle.hf_config(model_type="gemma2", num_hidden_layers=26))
     assert shape(gemma2) == [(2, 13)]
     windows = {"use_sliding_window": True, "max_window_layers": 3, "sliding_window": 9}

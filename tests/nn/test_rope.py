@@ -5,7 +5,7 @@ import numpy as np
 import oracle
 import pytest
 
-from qlora_jax.nn.rope import RopeScaling, inverse_frequencies, rotate, rotation
+from qlora_jax.nn.rope import Rope, RopeScaling, inverse_frequencies, rotate, rotation
 
 LLAMA31 = {
     "rope_type": "llama3",
@@ -66,7 +66,7 @@ def test_rotation_turns_the_first_half_against_the_second():
     x = heads()
     at = np.stack([np.arange(5), np.arange(100, 105)])
     speeds = inverse_frequencies(8, 10000.0, None)
-    y = rotate(jnp.asarray(x), rotation(jnp.asarray(at, jnp.int32), 8, 10000.0, None))
+    y = rotate(jnp.asarray(x), rotation(jnp.asarray(at, jnp.int32), Rope(dim=8)))
     np.testing.assert_allclose(y, oracle.rotated(x, at, speeds), atol=2e-5)
 
 
@@ -76,7 +76,7 @@ def test_scores_depend_on_the_distance_alone():
     def score(q_at: int, k_at: int) -> np.ndarray:
         at = [jnp.full((2, 1), p, jnp.int32) for p in (q_at, k_at)]
         a, b = (
-            rotate(jnp.asarray(x), rotation(p, 8, 10000.0, None))
+            rotate(jnp.asarray(x), rotation(p, Rope(dim=8)))
             for x, p in zip((q, k), at, strict=True)
         )
         return np.sum(np.asarray(a) * np.asarray(b), -1)
@@ -88,9 +88,20 @@ def test_rotation_is_float32_inside_and_keeps_the_dtype():
     x = jnp.asarray(heads(), jnp.bfloat16)
     at = jnp.full((2, 5), 30000, jnp.int32)  # bfloat16 could not count so far
     speeds = inverse_frequencies(8, 10000.0, None)
-    y = rotate(x, rotation(at, 8, 10000.0, None))
+    y = rotate(x, rotation(at, Rope(dim=8)))
     assert y.dtype == jnp.bfloat16
     exact = oracle.rotated(
         np.asarray(x, np.float64), np.asarray(at), speeds.astype(np.float64)
     )
     np.testing.assert_allclose(np.asarray(y, np.float64), exact, atol=0.02)
+
+
+def test_neighbours_rotate_together_where_pairs_are_interleaved():
+    x = heads()
+    at = np.stack([np.arange(5), np.arange(100, 105)])
+    cos_sin = rotation(jnp.asarray(at, jnp.int32), Rope(dim=6, interleaved=True))
+    y = rotate(jnp.asarray(x), cos_sin, interleaved=True)
+    order = [0, 2, 4, 1, 3, 5]
+    apart = oracle.rotated(x[..., order], at, inverse_frequencies(6, 10000.0, None))
+    np.testing.assert_allclose(y[..., order], apart, atol=2e-5)
+    np.testing.assert_array_equal(y[..., 6:], x[..., 6:])

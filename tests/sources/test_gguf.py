@@ -442,7 +442,7 @@ def test_gemma_2_and_3_have_settings_that_no_metadata_hold(tmp_path):
         open_gguf(write_raw(path, renamed("gemma3", **more), embedding)).config
     )
     assert [spec.mixer.window for spec in config.specs] == [512] * 5 + [None, 512]
-    assert (config.rope_theta, config.local_rope_theta) == (1e6, 10000.0)
+    assert config.rope_theta == 1e6 and config.specs[0].mixer.rope.theta == 10000.0
     more.pop("attention.sliding_window")
     config = decoder_of(
         open_gguf(write_raw(path, renamed("gemma3", **more), embedding)).config

@@ -21,6 +21,7 @@ from qlora_jax.errors import CheckpointError
 from qlora_jax.exchange.ours import save_adapter
 from qlora_jax.exchange.peft import export_peft
 from qlora_jax.models import Decoder, gemma3_text, wrappers
+from qlora_jax.nn.rope import Rope
 from qlora_jax.sources.load import load
 from qlora_jax.sources.safetensors import INDEX, SINGLE
 from qlora_jax.sources.save import save_model
@@ -316,7 +317,8 @@ def test_gemma_3_4b_has_what_its_config_leaves_out():
     assert config is not None and not problems
     assert (config.vocab_size, config.num_heads, config.num_kv_heads) == (262208, 8, 4)
     assert (config.head_dim, config.attention_scale) == (256, 256**-0.5)
-    assert config.rope_theta == 1e6 and config.local_rope_theta == 1e4
+    assert config.rope_theta == 1e6
+    assert config.specs[0].mixer.rope == Rope(theta=1e4, dim=256)
     assert config.rope_scaling is not None and config.rope_scaling.factor == 8
     assert config.tie_word_embeddings and config.max_position_embeddings == 131072
     windows = [spec.mixer.window for spec in config.specs]

@@ -16,6 +16,7 @@ from pallas_kernels.packed_matmul import choose
 from qlora_jax.budget.setup import Setup
 from qlora_jax.models import Decoder, DecoderConfig
 from qlora_jax.models.spec import AttentionSpec, LayerSpec
+from qlora_jax.nn.rope import Rope
 from qlora_jax.train.compiled import absent_gpu
 from qlora_jax.train.compiled import compile_step as setup_step
 
@@ -118,7 +119,7 @@ def test_attention_is_cudnns(compiled):
 
 def test_experts_and_layers_that_differ_use_the_kernels_too():
     mixers = (
-        AttentionSpec(window=128, rope="local"),
+        AttentionSpec(window=128, rope=Rope(theta=1e4, dim=128)),
         AttentionSpec(),
         AttentionSpec(window=128),
     )

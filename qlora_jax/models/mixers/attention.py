@@ -17,7 +17,7 @@ from qlora_jax.nn.attention import attention, causal_attention
 from qlora_jax.nn.linear import Linear
 from qlora_jax.nn.lora import project
 from qlora_jax.nn.norm import RMSNorm
-from qlora_jax.nn.rope import rotate, rotation
+from qlora_jax.nn.rope import Rope, rotate, rotation
 
 KeysValues = tuple[Array, Array]
 """Keys, rotated, and values: (batch, capacity, kv_heads, head_dim) each."""
@@ -58,18 +58,17 @@ class Attention(nnx.Module):
             self.q_norm = norm(c.head_dim if per_head else q_size)
             self.k_norm = norm(c.head_dim if per_head else kv_size)
 
+    @property
+    def rope(self) -> Rope | None:
+        """How heads are rotated; None if they are not."""
+        rope = self.spec.rope
+        if rope == "none":
+            return None
+        return self.config.rope if rope == "global" else rope
+
     def shared(self, positions: Int[Array, "batch seq"]) -> dict[Any, Any]:
         """Returns the rotations of its kind of rotary positions."""
-        c, rope = self.config, self.spec.rope
-        if rope == "none":
-            return {}
-        dim = c.rotary_dim or c.head_dim
-        theta, scaling = (
-            (c.local_rope_theta, None)
-            if rope == "local"
-            else (c.rope_theta, c.rope_scaling)
-        )
-        return {rope: rotation(positions, dim, theta, scaling)}
+        return {} if self.rope is None else {self.rope: rotation(positions, self.rope)}
 
     def empty_cache(self, batch: int, capacity: int, dtype: jnp.dtype) -> KeysValues:
         """Returns room for the keys and values of `capacity` tokens a row."""
@@ -98,9 +97,9 @@ class Attention(nnx.Module):
         """Attends; with a cache, over its keys and the new ones, which are returned."""
         c, spec = self.config, self.spec
         q, k, v, gate = self._heads(x, key)
-        if spec.rope != "none":
-            cos_sin = context.shared[spec.rope]
-            q, k = rotate(q, cos_sin), rotate(k, cos_sin)
+        if (rope := self.rope) is not None:
+            cos_sin = context.shared[rope]
+            q, k = (rotate(y, cos_sin, rope.interleaved) for y in (q, k))
         q, k, v = (checkpoint_name(*y) for y in ((q, "q"), (k, "k"), (v, "v")))
         options = {
             "window": spec.window,

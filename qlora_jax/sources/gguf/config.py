@@ -14,7 +14,7 @@ import numpy as np
 
 from qlora_jax.models import DecoderConfig, read_config
 from qlora_jax.models.settings import MAX_LAYERS, MAX_ROWS
-from qlora_jax.nn.rope import RopeScaling, inverse_frequencies
+from qlora_jax.nn.rope import Rope, RopeScaling, inverse_frequencies
 from qlora_jax.schema import (
     FINITE,
     FLAG,
@@ -241,7 +241,9 @@ def write(
         windows = [spec.mixer.window or 0 for spec in config.specs]
         values["attention.sliding_window"] = max(windows)
     if arch == "gemma3":
-        values["rope.freq_base_swa"] = float(config.local_rope_theta)
+        ropes = [spec.mixer.rope for spec in config.specs]
+        local = next((rope for rope in ropes if isinstance(rope, Rope)), None)
+        values["rope.freq_base_swa"] = local.theta if local else 10000.0
     scaling, factors = config.rope_scaling, {}
     kind = scaling.kind if scaling and scaling.kind in known.scalings else None
     if scaling and kind == "llama3":
