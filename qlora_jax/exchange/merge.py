@@ -53,6 +53,7 @@ from qlora_jax.sources.save import (
     MERGE_REPORT,
     Place,
     as_saved,
+    joining,
     new_model_folder,
     places,
     saved_config,
@@ -190,7 +191,10 @@ class _Weights:
             lambda state: merge(nnx.merge(graphdef, state), dtype="float32"), state
         )
         self.merged: Decoder = shapes
-        self.places = list(places(shapes, saved_names(shapes.config, source)))
+        self.places = joining(shapes.config, source).ordered(
+            places(shapes, saved_names(shapes.config, source)),
+            lambda place: place.name,
+        )
         # A tied head that a merge makes its own is in the merged model alone.
         self.nodes: dict[Any, Weighted | Adapted] = dict(modules(shapes, Weighted))
         self.nodes |= modules(adapted, Adapted)

@@ -10,6 +10,7 @@ from qlora_jax.models import (
     gemma,
     gemma2,
     gemma3_text,
+    gpt_oss,
     granite,
     llama,
     mistral,
@@ -26,6 +27,7 @@ from qlora_jax.models import (
 )
 from qlora_jax.models.config import DecoderConfig as DecoderConfig
 from qlora_jax.models.decoder import Decoder as Decoder
+from qlora_jax.models.fused import Fused
 from qlora_jax.names import Table
 
 FAMILIES: dict[str, ModuleType] = {
@@ -45,9 +47,11 @@ FAMILIES: dict[str, ModuleType] = {
         granite,
         mixtral,
         qwen3_moe,
+        gpt_oss,
     )
 }
-"""Hugging Face model_type -> the module that reads it (read_config, NAMES, IGNORED)."""
+"""Hugging Face model_type -> the module that reads it: `read_config`, NAMES, IGNORED, and where
+its files hold experts together FUSED."""
 
 
 def read_config(hf: dict[str, Any]) -> reading.Read:
@@ -75,3 +79,8 @@ def hf_table(config: DecoderConfig) -> Table:
     """Returns what Hugging Face calls each parameter of a model of a family."""
     names = FAMILIES[config.model_type].NAMES
     return Table(names, config.num_layers, config.num_experts)
+
+
+def fused_in(family: ModuleType) -> tuple[Fused, ...]:
+    """Returns which tensors of a family's files hold all experts of a layer."""
+    return getattr(family, "FUSED", ())

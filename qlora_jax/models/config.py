@@ -40,6 +40,11 @@ class DecoderConfig:
     """Bias on q, k and v (Qwen2; Llama's optional attention_bias)."""
     output_bias: bool = False
     """Bias on the attention's output projection (Llama's attention_bias alone)."""
+    mlp_bias: bool = False
+    """Bias on the linears of feed-forwards (Llama's mlp_bias; gpt-oss's experts)."""
+    clamped_swiglu: tuple[float, float] | None = None
+    """(alpha, limit): feed-forwards multiply g * sigmoid(alpha g) and up + 1, with g at most
+    limit and up within +-limit (gpt-oss); None for `activation`."""
     sliding_window: int | None = None
     """Every layer attends to so many positions, itself included; None for all before it. Where
     layers differ in it, `layers` says it instead."""
@@ -57,6 +62,9 @@ class DecoderConfig:
     attention_gate: bool = False
     """q_proj makes a gate of as many features behind each head's query; what is mixed is
     multiplied by its sigmoid (Qwen3.5)."""
+    sinks: bool = False
+    """Each head has a score beside those of the tokens, which takes its part of the softmax
+    and gives nothing (gpt-oss)."""
     fused: bool = False
     """One linear for q, k and v, and one for gate and up (Phi-3)."""
     attention_scale: float | None = None

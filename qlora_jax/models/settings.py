@@ -73,6 +73,8 @@ KINDS: dict[str, Kind] = {
     "num_local_experts": _EXPERTS,
     "num_experts_per_tok": _EXPERTS,
     "norm_topk_prob": either(NULL, FLAG),
+    "swiglu_alpha": _SCALE,
+    "swiglu_limit": _SCALE,
     # The gated delta net
     "full_attention_interval": either(NULL, whole(1, _LONGEST)),
     "linear_conv_kernel_dim": either(NULL, whole(1, 64)),

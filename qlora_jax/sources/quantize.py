@@ -8,7 +8,7 @@ from qlora_jax.config.quant import QuantConfig, TableFormat
 from qlora_jax.files import check_output
 from qlora_jax.sources.load import reading
 from qlora_jax.sources.reader import Reader, Wanted
-from qlora_jax.sources.save import new_model_folder, write_folder
+from qlora_jax.sources.save import joining, new_model_folder, write_folder
 from qlora_jax.sources.source import Source, say
 
 
@@ -62,9 +62,14 @@ def quantize_folder(
 def _parameters(
     reader: Reader, wanted: dict[str, Wanted], source: Source
 ) -> Iterator[tuple[str, Any]]:
-    for path, (names, _, shape) in wanted.items():
-        for name in names:
-            value = reader.one(path, name, shape)
-            if value is not None:
-                yield name, value
+    entries = [
+        (path, name, shape)
+        for path, (names, _, shape) in wanted.items()
+        for name in names
+    ]
+    joined = joining(source.config, source)
+    for path, name, shape in joined.ordered(entries, lambda entry: entry[1]):
+        value = reader.one(path, name, shape)
+        if value is not None:
+            yield name, value
     reader.check(source)

@@ -22,6 +22,7 @@ _GAINS = {
     "qkv_proj": 1.5,
     "lm_head": 3.0,
     "gate": 3.0,  # a router: far from equal shares
+    "router": 3.0,
 }
 """Output size of a linear for inputs of size 1, where it is not 1.2: attention and
 logits far from uniform."""
@@ -276,6 +277,24 @@ CASES: dict[str, dict[str, Any]] = {
         moe_intermediate_size=16,
         norm_topk_prob=True,
         decoder_sparse_step=2,
+    ),
+    "gpt_oss": _config(
+        "gpt_oss",
+        head_dim=16,
+        num_hidden_layers=3,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        intermediate_size=24,
+        sliding_window=8,
+        swiglu_limit=1.5,
+        rope_scaling={
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "beta_fast": 2.0,
+            "beta_slow": 0.25,
+            "truncate": False,
+            "original_max_position_embeddings": 16,
+        },
     ),
 }
 """Name of a case -> its config.json."""

@@ -41,12 +41,13 @@ class MLP(nnx.Module):
         hidden = config.hidden_size
         wide = self.width = spec.intermediate_size or config.intermediate_size
         self.fused, self.activation = config.fused, config.activation
+        self.clamped = config.clamped_swiglu
         if config.fused:
-            self.gate_up_proj = linear(2 * wide, hidden, False)
+            self.gate_up_proj = linear(2 * wide, hidden, config.mlp_bias)
         else:
-            self.gate_proj = linear(wide, hidden, False)
-            self.up_proj = linear(wide, hidden, False)
-        self.down_proj = linear(hidden, wide, False)
+            self.gate_proj = linear(wide, hidden, config.mlp_bias)
+            self.up_proj = linear(wide, hidden, config.mlp_bias)
+        self.down_proj = linear(hidden, wide, config.mlp_bias)
 
     @property
     def kept(self) -> dict[str, int]:
@@ -65,5 +66,11 @@ class MLP(nnx.Module):
         else:
             gate = checkpoint_name(project(self.gate_proj, x, key, 4), "gate")
             up = checkpoint_name(project(self.up_proj, x, key, 5), "up")
-        act = ACTIVATIONS[self.activation]
-        return project(self.down_proj, act(gate) * up, key, 6)
+        return project(self.down_proj, self._gated(gate, up), key, 6)
+
+    def _gated(self, gate: Array, up: Array) -> Array:
+        if self.clamped is None:
+            return ACTIVATIONS[self.activation](gate) * up
+        alpha, limit = self.clamped
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+        return (up + 1) * gate * jax.nn.sigmoid(alpha * gate)

@@ -18,6 +18,7 @@ from qlora_jax.nn.linear import Linear
 from qlora_jax.nn.lora import project
 from qlora_jax.nn.norm import RMSNorm
 from qlora_jax.nn.rope import Rope, rotate, rotation
+from qlora_jax.nn.vector import Vector
 
 KeysValues = tuple[Array, Array]
 """Keys, rotated, and values: (batch, capacity, kv_heads, head_dim) each."""
@@ -31,6 +32,7 @@ class Attention(nnx.Module):
       config: What all layers share.
       q_proj, k_proj, v_proj, o_proj: Its linears; or qkv_proj in place of the first three.
       q_norm, k_norm: RMSNorm, where the config has qk_norm.
+      sinks: Vector of a score for each head, where the config has sinks; else None.
     """
 
     def __init__(
@@ -39,9 +41,8 @@ class Attention(nnx.Module):
         config: DecoderConfig,
         linear: Callable[..., Linear],
         norm: Callable[..., RMSNorm],
-        normal: Any = None,
+        normal: Callable[..., Array],
     ):
-        del normal
         c = self.config = config
         self.spec = spec
         q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
@@ -57,6 +58,7 @@ class Attention(nnx.Module):
             per_head = c.qk_norm == "head"
             self.q_norm = norm(c.head_dim if per_head else q_size)
             self.k_norm = norm(c.head_dim if per_head else kv_size)
+        self.sinks = nnx.data(Vector(normal(c.num_heads)) if c.sinks else None)
 
     @property
     def rope(self) -> Rope | None:
@@ -105,6 +107,7 @@ class Attention(nnx.Module):
             "window": spec.window,
             "scale": c.attention_scale,
             "softcap": c.attention_softcap,
+            "sinks": None if self.sinks is None else self.sinks.weight[...],
         }
         new = None
         if cache is None:
