@@ -29,7 +29,7 @@ from pallas_kernels.device import (
     XLA_TILE_BYTES,
     XLA_WHOLE_BYTES,
 )
-from pallas_kernels.formats import Int8Rows, PackedWeight, QuantizedTensor
+from pallas_kernels.formats import FORMATS, Int8Rows, PackedWeight, QuantizedTensor
 from qlora_jax.adapters.attach import attach_zero, split
 from qlora_jax.budget.setup import Setup
 from qlora_jax.config.quant import TableFormat
@@ -37,7 +37,7 @@ from qlora_jax.config.train import Optimizer, TrainConfig
 from qlora_jax.models import Decoder, DecoderConfig, abstract
 from qlora_jax.models.layers import SAVED
 from qlora_jax.models.streaming import copies_ahead
-from qlora_jax.names import EMBEDDING, HEAD, is_stacked, layers_at, plain
+from qlora_jax.names import EMBEDDING, EXPERTS, HEAD, is_stacked, layers_at, plain
 from qlora_jax.nn import FrozenLinear, Weighted
 from qlora_jax.nn.frozen import modules, replaced
 from qlora_jax.optim.adamw import adamw
@@ -112,8 +112,10 @@ def abstract_parts(
     return whole, lora, base
 
 
-def _held(path: tuple, node: Weighted, setup: Setup) -> TableFormat:
+def _held(path: tuple, node: Weighted, setup: Setup) -> TableFormat | Literal["mxfp4"]:
     """Returns the format that a setup holds a module's weight in."""
+    if setup.mxfp4 == "keep" and EXPERTS in path and isinstance(node, FrozenLinear):
+        return "mxfp4"
     if setup.quant is None:
         return "none"
     if path == (EMBEDDING,):
@@ -123,8 +125,10 @@ def _held(path: tuple, node: Weighted, setup: Setup) -> TableFormat:
     return "4bit" if isinstance(node, FrozenLinear) else "none"
 
 
-def _quantized(weight: Any, held: TableFormat, setup: Setup) -> PackedWeight:
+def _quantized(weight: Any, held: str, setup: Setup) -> PackedWeight:
     quant, (*stack, n, k) = setup.quant, weight.shape
+    if held == "mxfp4":
+        return FORMATS[held].abstract((n, k), tuple(stack), dtype=weight.dtype.name)
     if held == "int8":
         return Int8Rows.abstract((n, k), tuple(stack), dtype=weight.dtype.name)
     assert quant is not None

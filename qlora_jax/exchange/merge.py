@@ -63,7 +63,7 @@ from qlora_jax.sources.save import (
 from qlora_jax.sources.source import Source, open_source, say
 
 _TABLE, _HEAD = f"{EMBEDDING}.weight", f"{HEAD}.kernel"
-_DENSE = Tables(embedding="none", head="none")
+_DENSE = Tables(embedding="none", head="none", mxfp4="keep")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,9 +180,7 @@ class _Weights:
     ):
         quant, tables = merging.quant, merging.tables
         self.source, self.merging = source, merging
-        prepared = reading(
-            source, quant, "float32", tables["embedding"], tables["head"]
-        )
+        prepared = reading(source, quant, "float32", **tables)
         say(source.path, prepared.notes)
         self.reader, base = prepared.reader, outlined(source, prepared).model
         adapted, self.arrays = fit_adapter(adapter, base)

@@ -127,6 +127,8 @@ QUANTIZATION_KINDS: dict[str, Kind] = {
     "llm_int8_skip_modules": either(NULL, listed(TEXT)),
     "int8_tables": listed(TEXT),
     "linears": either(NULL, OBJECT),
+    "mxfp4": either(NULL, OBJECT),
+    "modules_to_not_convert": either(NULL, listed(TEXT)),
 }
 """Fields of quantization_config, and of the `linears` in ours -> the kinds of values that they
 may have."""

@@ -70,7 +70,8 @@ class Router(Weighted):
         self.weight = FrozenParam(weight)
         self.bias = nnx.data(None if bias is None else FrozenParam(bias))
         self.correction = nnx.data(correction)
-        self.top_k, self.normalize, self.score = top_k, normalize, score
+        self.top_k, self.normalize = top_k, normalize
+        self.score: Score = score
         self.groups, self.scale = groups, scale
 
     @property

@@ -257,7 +257,9 @@ def _write(
         for name, whole in joined.add(key, array):
             writer.add(name, whole)
 
-    linears, tables, packed, dense = None, {}, [], []
+    linears: dict[str, dict[str, Any]] = {}
+    tables: dict[str, list[str]] = {}
+    packed, dense = [], []
     for name, value in parameters:
         if not isinstance(value, PackedWeight):
             write(name, np.asarray(value))
@@ -267,15 +269,17 @@ def _write(
         for key, array in value.storage(name).items():
             # Codes that have the weight's own name are no values of the whole's.
             (writer.add if key == name else write)(key, array)
-        if value.LISTED_AS is None:
-            linears = bitsandbytes.quantization_config(value, dtype, skip)
+        if value.KNOWN_AS is not None:
+            said = bitsandbytes.quantization_config(value, dtype, skip)
+            linears[value.KNOWN_AS] = said
             packed.append(name)
         else:
+            assert value.LISTED_AS is not None
             module = name.removesuffix(".weight")
             tables.setdefault(value.LISTED_AS, []).append(module)
-    if linears is not None:
-        linears["llm_int8_skip_modules"] = _skipped(skip, packed, dense)
-    return bitsandbytes.with_tables(linears, tables) if tables else linears
+    if (bnb := linears.get("bitsandbytes")) is not None:
+        bnb["llm_int8_skip_modules"] = _skipped(skip, packed, dense)
+    return bitsandbytes.folder_config(linears, tables)
 
 
 def _skipped(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from models import family_folders
 
 import qlora_jax as qlora
 from qlora_jax import QuantConfig
@@ -73,14 +74,22 @@ def test_pefts_own_adapters_of_whole_parameters_are_refused(side, bases, ids, tm
         qlora.import_peft(tmp_path / "theirs", model)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", (*FAMILIES, "gpt_oss"))
 def test_merged_experts_open_in_transformers(side, bases, ids, tmp_path, name):
     merged = qlora.merge(drawn(bases[name]), dtype="float32")
     qlora.save_model(merged, tmp_path / "m", source=bases[name], shard_bytes=200_000)
     assert differing(side, merged, ids, tmp_path, base=tmp_path / "m") < ORDER
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def test_experts_in_mxfp4_are_what_transformers_decodes(side, bases, ids, tmp_path):
+    base = family_folders.in_mxfp4(bases["gpt_oss"], tmp_path / "base")
+    model, _ = qlora.load(base, dtype="float32")
+    assert differing(side, model, ids, tmp_path, base=base) < ORDER
+    qlora.save_model(model, tmp_path / "again", source=base)
+    assert differing(side, model, ids, tmp_path, base=tmp_path / "again") < ORDER
+
+
+@pytest.mark.parametrize("name", (*FAMILIES, "gpt_oss"))
 def test_a_4_bit_folder_of_transformers_has_dense_experts_and_opens_in_ours(
     side, bases, ids, tmp_path, name
 ):
@@ -88,8 +97,9 @@ def test_a_4_bit_folder_of_transformers_has_dense_experts_and_opens_in_ours(
     quant = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     side("quantize", base=bases[name], quant=quant, out=folder)
     model, _ = qlora.load(folder, dtype="float32")
-    assert isinstance(model.layers.attn.q_proj, QuantizedLinear)
-    assert not isinstance(model.layers.mlp.experts.gate_proj, QuantizedLinear)
+    for stack in model.stacks:
+        assert isinstance(stack.attn.q_proj, QuantizedLinear)
+        assert not isinstance(stack.mlp.experts.gate_proj, QuantizedLinear)
     assert differing(side, model, ids, tmp_path, base=folder) < ORDER
 
 
