@@ -51,7 +51,7 @@ FAMILIES: dict[str, ModuleType] = {
     )
 }
 """Hugging Face model_type -> the module that reads it: `read_config`, NAMES, IGNORED, and where
-its files hold experts together FUSED."""
+its files hold experts together FUSED, or where transformers alone does PARAMETERS."""
 
 
 def read_config(hf: dict[str, Any]) -> reading.Read:
@@ -84,3 +84,9 @@ def hf_table(config: DecoderConfig) -> Table:
 def fused_in(family: ModuleType) -> tuple[Fused, ...]:
     """Returns which tensors of a family's files hold all experts of a layer."""
     return getattr(family, "FUSED", ())
+
+
+def whole_parameters(family: ModuleType) -> tuple[Fused, ...]:
+    """Returns what linears of experts transformers holds as parameters of a layer."""
+    weights = [one for one in fused_in(family) if one.parts[0].endswith(".weight")]
+    return tuple(weights) or getattr(family, "PARAMETERS", ())

@@ -47,11 +47,14 @@ class Fused(NamedTuple):
         """Returns one part as a view of the whole."""
         expert, part = place
         one = whole[expert].T if self.transposed else whole[expert]
-        count = len(self.parts)
+        return one[self.rows(part, one.shape[0])]
+
+    def rows(self, part: int, count: int) -> slice:
+        """Returns which of an expert's rows, so many in all, are a part's."""
         if self.interleaved:
-            return one[part::count]
-        size = one.shape[0] // count
-        return one[part * size : (part + 1) * size]
+            return slice(part, None, len(self.parts))
+        size = count // len(self.parts)
+        return slice(part * size, (part + 1) * size)
 
     def join(self, parts: Mapping[Place, np.ndarray]) -> np.ndarray:
         """Returns the whole of all parts of all experts."""
@@ -63,6 +66,19 @@ class Fused(NamedTuple):
         for place, array in parts.items():
             self.cut(whole, place)[...] = array
         return whole
+
+
+def parameters(module: str, gate: str, up: str, down: str) -> tuple[Fused, Fused]:
+    """Returns the parameters of a family whose experts transformers joins as it reads them.
+
+    Args:
+      module: What transformers calls the experts, with {} for the layer.
+      gate, up, down: The names of an expert's linears in the files.
+    """
+    return (
+        Fused(f"{module}.gate_up_proj", (gate, up)),
+        Fused(f"{module}.down_proj", (down,)),
+    )
 
 
 def cuts(
