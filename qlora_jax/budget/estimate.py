@@ -282,7 +282,7 @@ class _Slot(NamedTuple):
     Attributes:
       layers: The number of layers.
       kept: Features a token by the checkpoint names that they are kept under.
-      wide: Features between gate and down that a token meets.
+      wide: Features that `down` takes of a token, of all experts that it meets.
       linears: The linears of one layer; those of all experts count once.
     """
 
@@ -298,13 +298,18 @@ def _slots(config: DecoderConfig) -> tuple[_Slot, ...]:
         _Slot(
             len(layers),
             stack.kept,
-            sum(stack.mlp.kept.values()) // 2,
+            _wide(stack.mlp.kept),
             sum(1 for _ in modules(stack, FrozenLinear)),
         )
         for (layers, _), stack in zip(
             config.slots, abstract(config).stacks, strict=True
         )
     )
+
+
+def _wide(kept: Mapping[str, int]) -> int:
+    """Returns the width of a feed-forward, from what it keeps for backward."""
+    return kept["up"] if "up" in kept else sum(kept.values()) // 2
 
 
 def _at_peak(

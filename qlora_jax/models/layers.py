@@ -23,7 +23,7 @@ from qlora_jax.models.mixers import MIXERS
 from qlora_jax.models.spec import LayerSpec, Segment
 from qlora_jax.models.streaming import at, copies_ahead, scan_ahead
 from qlora_jax.nn.linear import Linear
-from qlora_jax.nn.norm import RMSNorm
+from qlora_jax.nn.norm import Norm
 from qlora_jax.nn.variables import arrive, rests_on_host
 
 SAVED = (
@@ -50,8 +50,9 @@ class DecoderLayer(nnx.Module):
       config: What all layers of the model share.
       attn: The mixer, whatever it is.
       mlp: The feed-forward.
-      attn_norm, mlp_norm: RMSNorms before them, where the config has norms 'pre' or 'both'.
-      attn_post_norm, mlp_post_norm: RMSNorms after them, with 'post' or 'both'.
+      attn_norm, mlp_norm: Norms before them, where the config has norms 'pre' or 'both';
+        with 'parallel' attn_norm is before both.
+      attn_post_norm, mlp_post_norm: Norms after them, with 'post' or 'both'.
     """
 
     def __init__(
@@ -59,15 +60,16 @@ class DecoderLayer(nnx.Module):
         spec: LayerSpec,
         config: DecoderConfig,
         linear: Callable[..., Linear],
-        norm: Callable[..., RMSNorm],
+        norm: Callable[..., Norm],
         normal: Callable[..., Array],
     ):
         hidden = config.hidden_size
         self.config = config
         if config.norms != "post":
             self.attn_norm = norm(hidden)
+        if config.norms in ("pre", "both"):
             self.mlp_norm = norm(hidden)
-        if config.norms != "pre":
+        if config.norms in ("post", "both"):
             self.attn_post_norm = norm(hidden)
             self.mlp_post_norm = norm(hidden)
         self.attn = MIXERS[type(spec.mixer)](spec.mixer, config, linear, norm, normal)
@@ -78,8 +80,10 @@ class DecoderLayer(nnx.Module):
     def kept(self) -> dict[str, int]:
         """Features a token that backward keeps, by their checkpoint names."""
         hidden = self.config.hidden_size
-        kept = {"middle": hidden} | self.attn.kept | self.mlp.kept
-        if self.config.norms != "pre":
+        kept = self.attn.kept | self.mlp.kept
+        if self.config.norms != "parallel":
+            kept["middle"] = hidden
+        if self.config.norms in ("post", "both"):
             kept["unnormed"] = kept.get("unnormed", 0) + 2 * hidden
         if unknown := kept.keys() - {*SAVED}:
             raise ValueError(
@@ -103,10 +107,12 @@ class DecoderLayer(nnx.Module):
           cache: What the mixer remembers; None while training.
           key: The random key for LoRA dropout; None switches it off.
         """
-        before, after = self.config.norms != "post", self.config.norms != "pre"
-        scale = self.config.residual_scale
-        y = self.attn_norm(x) if before else x
-        y, new = self.attn(y, context, cache, key)
+        norms, scale = self.config.norms, self.config.residual_scale
+        before, after = norms != "post", norms in ("post", "both")
+        first = self.attn_norm(x) if before else x
+        y, new = self.attn(first, context, cache, key)
+        if norms == "parallel":
+            return x + scaled(y, scale) + scaled(self.mlp(first, key), scale), new
         y = self.attn_post_norm(checkpoint_name(y, "unnormed")) if after else y
         x = checkpoint_name(x + scaled(y, scale), "middle")
         y = self.mlp(self.mlp_norm(x) if before else x, key)

@@ -34,6 +34,7 @@ from qlora_jax.models import (
     read_config,
 )
 from qlora_jax.models.fused import cuts
+from qlora_jax.models.nearest import nearest
 from qlora_jax.models.settings import misfitting_quantization
 from qlora_jax.models.wrappers import WRAPPERS, unwrap, without_wrapper
 from qlora_jax.names import STACK, template_of
@@ -225,15 +226,18 @@ def _parsed(
     if not isinstance(named, str) or named not in FAMILIES.keys() | WRAPPERS.keys():
         known = sorted(FAMILIES) + [f"{name} (its text)" for name in sorted(WRAPPERS)]
         raise CheckpointError(
-            f"{where}: model_type is {named!r}; known architectures: {', '.join(known)}"
+            f"{where}: model_type is {named!r}; known architectures: {', '.join(known)}. "
+            f"{nearest(hf, _tensors(where.parent))}"
         )
     config, stored = None, None
     # What it says of its weights first: the text model of a wrapper takes a part of that.
     inner = hf.get("text_config")
     problems = misfitting_quantization(hf)
     problems += misfitting_quantization(inner) if isinstance(inner, dict) else []
-    if not problems:
-        hf, problems = unwrap(hf) if named in WRAPPERS else (hf, [])
+    if not problems and named in WRAPPERS:
+        hf, problems = unwrap(hf)
+        if problems and isinstance(inner, dict):  # a text model of no family here
+            problems.append(nearest(hf, _tensors(where.parent)))
     if not problems:
         config, found = read_config(hf)
         stored, more = bitsandbytes.read_quantization_config(hf)
@@ -242,6 +246,14 @@ def _parsed(
         raise CheckpointError(gathered(f"{where} cannot be used", problems))
     assert config is not None
     return hf, config, stored, named
+
+
+def _tensors(folder: Path) -> Collection[str]:
+    """Returns the names of the tensors of a folder, none where they cannot be read."""
+    try:
+        return Checkpoint(folder).infos.keys()
+    except CheckpointError:  # config.json, which is refused already, says enough
+        return ()
 
 
 def _check_size(path: Path, config: DecoderConfig, names: Collection[str]) -> None:

@@ -16,7 +16,7 @@ from qlora_jax.models.spec import AttentionSpec
 from qlora_jax.nn.attention import attention, causal_attention
 from qlora_jax.nn.linear import Linear
 from qlora_jax.nn.lora import project
-from qlora_jax.nn.norm import RMSNorm
+from qlora_jax.nn.norm import Norm
 from qlora_jax.nn.rope import Rope, rotate, rotation
 from qlora_jax.nn.vector import Vector
 
@@ -31,7 +31,7 @@ class Attention(nnx.Module):
       spec: What of it differs between layers.
       config: What all layers share.
       q_proj, k_proj, v_proj, o_proj: Its linears; or qkv_proj in place of the first three.
-      q_norm, k_norm: RMSNorm, where the config has qk_norm.
+      q_norm, k_norm: Norms, where the config has qk_norm.
       sinks: Vector of a score for each head, where the config has sinks; else None.
     """
 
@@ -40,14 +40,14 @@ class Attention(nnx.Module):
         spec: AttentionSpec,
         config: DecoderConfig,
         linear: Callable[..., Linear],
-        norm: Callable[..., RMSNorm],
+        norm: Callable[..., Norm],
         normal: Callable[..., Array],
     ):
         c = self.config = config
         self.spec = spec
         q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         hidden, bias = c.hidden_size, c.attention_bias
-        if c.fused:
+        if c.fused_qkv:
             self.qkv_proj = linear(q_size + 2 * kv_size, hidden, bias)
         else:
             self.q_proj = linear(q_size * (1 + c.attention_gate), hidden, bias)
@@ -55,7 +55,7 @@ class Attention(nnx.Module):
             self.v_proj = linear(kv_size, hidden, bias)
         self.o_proj = linear(hidden, q_size, c.output_bias)
         if c.qk_norm != "none":
-            per_head = c.qk_norm == "head"
+            per_head = c.qk_norm != "all"
             self.q_norm = norm(c.head_dim if per_head else q_size)
             self.k_norm = norm(c.head_dim if per_head else kv_size)
         self.sinks = nnx.data(Vector(normal(c.num_heads)) if c.sinks else None)
@@ -69,8 +69,15 @@ class Attention(nnx.Module):
         return self.config.rope if rope == "global" else rope
 
     def shared(self, positions: Int[Array, "batch seq"]) -> dict[Any, Any]:
-        """Returns the rotations of its kind of rotary positions."""
-        return {} if self.rope is None else {self.rope: rotation(positions, self.rope)}
+        """Returns the rotations of its kind of rotary positions, and how queries grow."""
+        made: dict[Any, Any] = {}
+        if self.rope is not None:
+            made[self.rope] = rotation(positions, self.rope)
+        if (growth := self.config.query_growth) is not None:
+            beta, length = growth
+            times = jnp.maximum(positions, 0) // length  # of padding it is no matter
+            made[growth] = 1 + beta * jnp.log1p(times.astype(jnp.float32))
+        return made
 
     def empty_cache(self, batch: int, capacity: int, dtype: jnp.dtype) -> KeysValues:
         """Returns room for the keys and values of `capacity` tokens a row."""
@@ -102,6 +109,11 @@ class Attention(nnx.Module):
         if (rope := self.rope) is not None:
             cos_sin = context.shared[rope]
             q, k = (rotate(y, cos_sin, rope.interleaved) for y in (q, k))
+        if c.qk_norm == "rotated":
+            q, k = self._normed(q, k)
+        if c.query_growth is not None:
+            grown = q * context.shared[c.query_growth][..., None, None]
+            q = grown.astype(q.dtype)
         q, k, v = (checkpoint_name(*y) for y in ((q, "q"), (k, "k"), (v, "v")))
         options = {
             "window": spec.window,
@@ -130,7 +142,7 @@ class Attention(nnx.Module):
     def _heads(
         self, x: Array, key: Array | None
     ) -> tuple[Array, Array, Array, Array | None]:
-        """Returns q, k and v, (batch, seq, heads, head_dim), normed and not yet rotated; and
+        """Returns q, k and v, (batch, seq, heads, head_dim), before they are rotated; and
         the gate of what is mixed, (batch, seq, heads * head_dim), where there is one."""
         c, gate = self.config, None
         q, k, v = self._projected(x, key)
@@ -139,18 +151,20 @@ class Attention(nnx.Module):
             q, gate = jnp.split(heads(q, c.num_heads), 2, axis=-1)
             q, gate = (y.reshape(*x.shape[:2], -1) for y in (q, gate))
             gate = checkpoint_name(gate, "z")
-        if c.qk_norm != "none":
-            q, k = checkpoint_name(q, "unnormed"), checkpoint_name(k, "unnormed")
         if c.qk_norm == "all":
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self._normed(q, k)
         q, k = heads(q, c.num_heads), heads(k, c.num_kv_heads)
         if c.qk_norm == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self._normed(q, k)
         return q, k, heads(v, c.num_kv_heads), gate
+
+    def _normed(self, q: Array, k: Array) -> tuple[Array, Array]:
+        q, k = (checkpoint_name(y, "unnormed") for y in (q, k))
+        return self.q_norm(q), self.k_norm(k)
 
     def _projected(self, x: Array, key: Array | None) -> list[Array]:
         c = self.config
-        if not c.fused:
+        if not c.fused_qkv:
             projections = (self.q_proj, self.k_proj, self.v_proj)
             return [project(one, x, key, i) for i, one in enumerate(projections)]
         q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
