@@ -24,6 +24,10 @@ IDS = tiny.tokens(2, 11)
 ORDER = 3e-5
 """Absolute, of logits of size 10: float32 sums in another order."""
 FAMILIES = ("mixtral", "qwen3_moe")
+MORE = (
+    *("qwen2_moe", "qwen3_next", "qwen3_5_moe_text", "olmoe", "glm4_moe"),
+    *("minimax_m2", "ernie4_5_moe"),
+)
 SAME: dict[str, dict[str, Any]] = {
     "all-linear": {},
     "attention": {"targets": "q_proj,v_proj"},
@@ -54,8 +58,11 @@ def differing(side: Any, model: Decoder, ids: Path, out: Path, **job: Any) -> fl
     return float(np.abs(theirs - tiny.logits(model, np.load(ids))).max())
 
 
-@pytest.mark.parametrize("kind", SAME)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, kind) for name in FAMILIES for kind in SAME]
+    + [(name, "all-linear") for name in MORE],
+)
 def test_our_adapter_of_experts_opens_in_peft(side, bases, ids, tmp_path, name, kind):
     model = drawn(bases[name], **SAME[kind])
     adapter = qlora.export_peft(tmp_path / "a", model)
@@ -111,7 +118,7 @@ def test_adapters_of_gpt_oss_are_such_of_parameters(side, bases, ids, tmp_path, 
     )
 
 
-@pytest.mark.parametrize("name", (*FAMILIES, "gpt_oss"))
+@pytest.mark.parametrize("name", (*FAMILIES, *MORE, "gpt_oss"))
 def test_merged_experts_open_in_transformers(side, bases, ids, tmp_path, name):
     merged = qlora.merge(drawn(bases[name]), dtype="float32")
     qlora.save_model(merged, tmp_path / "m", source=bases[name], shard_bytes=200_000)
