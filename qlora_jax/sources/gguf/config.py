@@ -158,11 +158,8 @@ def read(
         if (token := meta.get(f"tokenizer.ggml.{name}_token_id")) is not None:
             config[f"{key}_token_id"] = token
     problems = _read_rope(config, meta, factors)
-    if arch == "olmo2" and config["sliding_window"]:  # whose windows are never scaled
-        theta = {"rope_theta": config["rope_theta"]}
-        far = theta | config.pop("rope_scaling", {})
-        ropes = {"full_attention": far, "sliding_attention": theta}
-        config |= {"model_type": "olmo3", "rope_parameters": ropes}
+    if arch == "olmo2" and config["sliding_window"]:
+        config = _olmo3(config)
     return config, problems or read_config(config)[1]
 
 
@@ -242,6 +239,15 @@ def lost(
         for name, ours, theirs in pairs
         if _rounded(ours) != _rounded(theirs)
     ]
+
+
+def _olmo3(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the config.json of an OLMo 2 that has windows: only full layers are scaled."""
+    theta = {"rope_theta": config["rope_theta"]}
+    full = theta | config.get("rope_scaling", {})
+    ropes = {"full_attention": full, "sliding_attention": theta}
+    plain = {key: value for key, value in config.items() if key != "rope_scaling"}
+    return plain | {"model_type": "olmo3", "rope_parameters": ropes}
 
 
 def _windows(meta: dict[str, Any], known: Architecture, layers: int) -> dict[str, Any]:
