@@ -50,7 +50,7 @@ def _config(model_type: str, **changes: Any) -> dict[str, Any]:
 
 _SHORT = [1.0, 1.05, 1.1, 1.3, 1.6, 2.0, 2.5, 3.0]
 _LONG = [1.0, 1.2, 1.7, 2.5, 4.0, 6.0, 9.0, 12.0]
-_YARN = {
+YARN = {
     "rope_type": "yarn",
     "factor": 4.0,
     "beta_fast": 1.0,
@@ -237,14 +237,14 @@ CASES: dict[str, dict[str, Any]] = {
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         rope_parameters={
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
-            "full_attention": _YARN | {"rope_theta": 500.0},
+            "full_attention": YARN | {"rope_theta": 500.0},
         },
     ),
     "seed_oss": _config("seed_oss", head_dim=16, attention_out_bias=True),
     "ministral3": _config(
         "ministral3",
         head_dim=16,
-        rope_parameters=_YARN | {"rope_theta": 500.0, "llama_4_scaling_beta": 0.4},
+        rope_parameters=YARN | {"rope_theta": 500.0, "llama_4_scaling_beta": 0.4},
     ),
     "hunyuan_v1_dense": _config(
         "hunyuan_v1_dense",
