@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import tiny
 from models import family_folders
+from safetensors.numpy import load_file
 
 import qlora_jax as qlora
 from qlora_jax import QuantConfig
 from qlora_jax.models import Decoder
-from qlora_jax.nn import QuantizedLinear
+from qlora_jax.nn import Linear, QuantizedLinear
+from qlora_jax.nn.frozen import modules
 
 pytestmark = pytest.mark.interop
 
@@ -70,6 +72,8 @@ def test_our_adapter_of_experts_opens_in_peft(side, bases, ids, tmp_path, name, 
     assert differing(side, model, ids, tmp_path, **job) < ORDER
 
 
+GRADIENTS = 2e-4
+"""The error allowed, relative to the largest of a tensor's gradient, as of dense families."""
 PARAMETERS: dict[str, dict[str, Any]] = {
     "both": {"target_parameters": ["mlp.experts.gate_up_proj", "experts.down_proj"]},
     "one, and linears": {
@@ -116,6 +120,30 @@ def test_adapters_of_gpt_oss_are_such_of_parameters(side, bases, ids, tmp_path, 
     np.testing.assert_allclose(
         tiny.logits(back, IDS), tiny.logits(model, IDS), atol=ORDER
     )
+
+
+ATTENTION = "q_proj,k_proj,v_proj,o_proj,in_proj_qkvz,in_proj_qkv,out_proj"
+
+
+@pytest.mark.parametrize("name", (*FAMILIES, *MORE, "gpt_oss"))
+def test_a_steps_loss_and_gradients_are_those_of_peft(side, bases, ids, tmp_path, name):
+    """Those of adapters beside the experts: they come through experts and router."""
+    base, _ = qlora.load(bases[name], dtype="float32")
+    have = {path[-1] for path, _ in modules(base, Linear)}
+    targets = ",".join(name for name in ATTENTION.split(",") if name in have)
+    model = tiny.adapted(base, rank=2, targets=targets)
+    job = {"base": bases[name], "ids": ids, "out": tmp_path / "theirs.npz"}
+    job["adapter"] = qlora.export_peft(tmp_path / "a", model)
+    side("logits", **job, grads=True)
+    theirs = dict(np.load(tmp_path / "theirs.npz"))
+    graphdef, lora, rest = qlora.split(model)
+    loss, grads = tiny.adapter_step(graphdef, lora, rest, IDS)
+    np.testing.assert_allclose(loss, theirs["loss"], rtol=1e-5)
+    out = qlora.export_peft(tmp_path / "grads", qlora.join(graphdef, grads, rest))
+    for key, got in load_file(out / "adapter_model.safetensors").items():
+        want = theirs[f"grad:{key}"]
+        atol = GRADIENTS * np.abs(want).max()
+        np.testing.assert_allclose(got, want, atol=atol, rtol=0, err_msg=key)
 
 
 @pytest.mark.parametrize("name", (*FAMILIES, *MORE, "gpt_oss"))
