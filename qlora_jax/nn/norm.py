@@ -1,4 +1,4 @@
-"""RMSNorm with a frozen weight."""
+"""RMSNorm with a frozen weight or none, and a frozen scale of a layer."""
 
 from typing import Any, ClassVar
 
@@ -35,8 +35,47 @@ class RMSNorm(Weighted):
         self, x: Float[Array, "*batch features"]
     ) -> Float[Array, "*batch features"]:
         """Normalizes in float32 and returns x's dtype."""
-        wide = x.astype(jnp.float32)
-        mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-        normed = wide * jax.lax.rsqrt(mean_square + self.eps)
         weight = self.offset + self.weight[...].astype(jnp.float32)
-        return (normed * weight).astype(x.dtype)
+        return (_normed(x, self.eps) * weight).astype(x.dtype)
+
+
+class Scale(Weighted):
+    """x * weight, of one number.
+
+    Attributes:
+      weight: FrozenParam, (..., 1).
+    """
+
+    NDIM = 1
+    AXES: ClassVar = {"weight": ("one",)}
+
+    def __init__(self, weight: Array):
+        self.weight = FrozenParam(weight)
+
+    @property
+    def can_train(self) -> bool:
+        """Scales never train: to transformers they are buffers."""
+        return False
+
+    def holding(self, weight: Any, bias: Any = None) -> "Scale":
+        """Returns the scale of another weight."""
+        return Scale(weight)
+
+    def __call__(
+        self, x: Float[Array, "*batch features"]
+    ) -> Float[Array, "*batch features"]:
+        """Scales in x's dtype."""
+        return x * self.weight[...].astype(x.dtype)
+
+
+def rms_normed(
+    x: Float[Array, "*batch features"], eps: float
+) -> Float[Array, "*batch features"]:
+    """Returns x / rms(x) over the last axis, in x's dtype: RMSNorm without a weight."""
+    return _normed(x, eps).astype(x.dtype)
+
+
+def _normed(x: Array, eps: float) -> Array:
+    wide = x.astype(jnp.float32)
+    mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    return wide * jax.lax.rsqrt(mean_square + eps)

@@ -12,7 +12,7 @@ from flax import nnx
 from qlora_jax.config.quant import QuantConfig, TableFormat
 from qlora_jax.errors import CheckpointError, ShapeError, gathered
 from qlora_jax.models import Decoder, abstract, hf_table
-from qlora_jax.names import dotted
+from qlora_jax.names import PER_LAYER, dotted
 from qlora_jax.nn import QuantizedLinear, Weighted
 from qlora_jax.nn.frozen import replaced
 from qlora_jax.sources import bitsandbytes
@@ -49,8 +49,8 @@ def load(
         dense model dense. A folder with bitsandbytes 4-bit weights is read as it is.
       dtype: The dtype of everything that stays dense, and so of the computation:
         'bfloat16', 'float16' or 'float32'.
-      embedding: Make the embedding '4bit' or 'int8' too, and a tied head with it. A folder
-        that has it in int8 is read as it is.
+      embedding: Make the embedding '4bit' or 'int8' too, and with it a tied head and the
+        table of per-layer embeddings. A folder that has it in int8 is read as it is.
       head: Make a head that is not tied to the embedding '4bit' or 'int8' too. A folder
         that has it in int8 is read as it is.
       stream: Put the layers' weights in pinned host memory as they load (`stream` does it
@@ -113,6 +113,7 @@ def reading(
             "embedding and head out"
         )
     formats = {_TABLES[name]: tables[name] for name in _TABLES}
+    formats[f"{PER_LAYER}.weight"] = tables["embedding"]
     reader = Reader(source.tensors, quant, dtype, formats, quant or stored, stream)
     return Reading(reader, wanted, skeleton, notes)
 

@@ -24,9 +24,13 @@ CASES = {
     for family in sorted(FAMILIES)
     if family not in ("mixtral", "qwen3_moe")  # in test_experts.py
 }
+CASES["gemma4_text_told"] = {
+    **family_cases.CASES["gemma4_text_told"],
+    "hidden_size_per_layer_input": 64,
+}
 # bitsandbytes on CPUs decodes rows wrongly that are no multiple of a block.
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
-SIZES |= {"linear_value_head_dim": 16}
+SIZES |= {"linear_value_head_dim": 16, "global_head_dim": 32}
 GRADIENTS = 2e-4
 """The error allowed, relative to the largest of a tensor's gradient: both sides compute in
 float32 and add in another order."""

@@ -29,6 +29,7 @@ FAMILY = {cases.CASES[case]["model_type"]: case for case in reversed(cases.CASES
 CACHED = [
     *FAMILY.values(),
     *("qwen2_window", "phi3_longrope", "smollm3_window", "qwen3_moe_step"),
+    "gemma4_text_told",
 ]
 
 
