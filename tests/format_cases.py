@@ -63,11 +63,20 @@ class Float8Rows(PackedWeight):
 
 
 FLOAT8 = {"float8_rows": Float8Rows}
+E2M1 = np.asarray([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+E2M1 = np.concatenate([E2M1, -E2M1])
 
 
 def _int8(q: Any) -> np.ndarray:
     scale = np.asarray(q.absmax, np.float64) / 127
     return np.asarray(q.codes, np.float64) * scale[:, None]
+
+
+def _mxfp4(q: Any) -> np.ndarray:
+    codes = np.asarray(q.codes)
+    both = np.stack([codes & 15, codes >> 4], -1).reshape(*q.scales.shape, 32)
+    power = 2.0 ** (np.asarray(q.scales, np.float64) - 127)
+    return (E2M1[both] * power[..., None]).reshape(q.shape)
 
 
 def _float8(q: Any) -> np.ndarray:
@@ -118,6 +127,7 @@ CASES = {
     "nf4, blocks of 128": _absmax4((2, 384), "nf4", 128, True),
     "fp4, flat": _absmax4((7, 33), "fp4", 64, True),
     "int4, flat": _absmax4((5, 96), "int4", 32, False),
+    "mxfp4": Case("mxfp4", (5, 96), 0.16, _mxfp4),
     "int8 rows": Case("int8_rows", (40, 24), 0.01, _int8),
     "float8 rows": Case("float8_rows", (6, 24), 0.04, _float8),
 }

@@ -11,10 +11,12 @@ from pallas_kernels.formats.absmax4 import QuantizedTensor as QuantizedTensor
 from pallas_kernels.formats.base import FormatError as FormatError
 from pallas_kernels.formats.base import PackedWeight as PackedWeight
 from pallas_kernels.formats.int8_rows import Int8Rows as Int8Rows
+from pallas_kernels.formats.mxfp4 import Mxfp4
 
 FORMATS: dict[str, type[PackedWeight]] = {
     "absmax4": QuantizedTensor,
     "int8_rows": Int8Rows,
+    "mxfp4": Mxfp4,
 }
 """Every format that files are searched for, by name."""
 

@@ -62,6 +62,10 @@ class PackedWeight(abc.ABC):
     own folders. None for a format that transformers knows (see `describe`): it looks for
     that in linears alone, so an embedding or a head goes into a folder dense."""
 
+    KNOWN_AS: ClassVar[str | None] = None
+    """The quant_method of a folder whose linears are stored so, where transformers knows the
+    format; None for one of our own."""
+
     # --- A weight ------------------------------------------------------------------------
 
     @property

@@ -29,7 +29,7 @@ from pallas_kernels.device import (
     XLA_TILE_BYTES,
     XLA_WHOLE_BYTES,
 )
-from pallas_kernels.formats import Int8Rows, PackedWeight, QuantizedTensor
+from pallas_kernels.formats import FORMATS, Int8Rows, PackedWeight, QuantizedTensor
 from qlora_jax.adapters.attach import attach_zero, split
 from qlora_jax.budget.setup import Setup
 from qlora_jax.config.quant import TableFormat
@@ -39,6 +39,7 @@ from qlora_jax.models.layers import SAVED
 from qlora_jax.models.streaming import copies_ahead
 from qlora_jax.names import (
     EMBEDDING,
+    EXPERTS,
     HEAD,
     PER_LAYER,
     dotted,
@@ -120,8 +121,10 @@ def abstract_parts(
     return whole, lora, base
 
 
-def _held(path: tuple, node: Weighted, setup: Setup) -> TableFormat:
+def _held(path: tuple, node: Weighted, setup: Setup) -> TableFormat | Literal["mxfp4"]:
     """Returns the format that a setup holds a module's weight in."""
+    if setup.mxfp4 == "keep" and EXPERTS in path and isinstance(node, FrozenLinear):
+        return "mxfp4"
     if setup.quant is None:
         return "none"
     if dotted(path) in (EMBEDDING, PER_LAYER):
@@ -131,8 +134,10 @@ def _held(path: tuple, node: Weighted, setup: Setup) -> TableFormat:
     return "4bit" if isinstance(node, FrozenLinear) else "none"
 
 
-def _quantized(weight: Any, held: TableFormat, setup: Setup) -> PackedWeight:
+def _quantized(weight: Any, held: str, setup: Setup) -> PackedWeight:
     quant, (*stack, n, k) = setup.quant, weight.shape
+    if held == "mxfp4":
+        return FORMATS[held].abstract((n, k), tuple(stack), dtype=weight.dtype.name)
     if held == "int8":
         return Int8Rows.abstract((n, k), tuple(stack), dtype=weight.dtype.name)
     assert quant is not None
@@ -286,7 +291,7 @@ class _Slot(NamedTuple):
     Attributes:
       layers: The number of layers.
       kept: Features a token by the checkpoint names that they are kept under.
-      wide: Features between gate and down that a token meets.
+      wide: Features that `down` takes of a token, of all experts that it meets.
       linears: The linears of one layer; those of all experts count once.
       gives: Features a token of keys and values that later layers take.
     """
@@ -304,7 +309,7 @@ def _slots(config: DecoderConfig) -> tuple[_Slot, ...]:
         _Slot(
             len(layers),
             stack.kept,
-            sum(stack.mlp.kept.values()) // 2,
+            _wide(stack.mlp.kept),
             sum(1 for _ in modules(stack, FrozenLinear)),
             sum(stack.kept[name] for name in "kv") if spec.gives else 0,
         )
@@ -312,6 +317,11 @@ def _slots(config: DecoderConfig) -> tuple[_Slot, ...]:
             config.slots, abstract(config).stacks, strict=True
         )
     )
+
+
+def _wide(kept: Mapping[str, int]) -> int:
+    """Returns the width of a feed-forward, from what it keeps for backward."""
+    return kept["up"] if "up" in kept else sum(kept.values()) // 2
 
 
 def _at_peak(

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from qlora_jax.config.lora import LoRAConfig
-from qlora_jax.config.quant import QuantConfig, TableFormat
+from qlora_jax.config.quant import Mxfp4Use, QuantConfig, TableFormat
 from qlora_jax.config.train import TrainConfig
 from qlora_jax.models import DecoderConfig
 
@@ -28,6 +28,7 @@ class Setup:
       embedding: The format of the embedding, and of a head that is tied to it: 'none'
         (dense), '4bit' or 'int8'.
       head: The format of a head of its own, in the same terms.
+      mxfp4: Whether experts are held in MXFP4 ('keep'), or as other linears ('decode').
       max_tokens: Tokens of the longest row.
     """
 
@@ -37,6 +38,7 @@ class Setup:
     quant: QuantConfig | None
     embedding: TableFormat
     head: TableFormat
+    mxfp4: Mxfp4Use
     max_tokens: int
 
     def __init__(
@@ -48,6 +50,7 @@ class Setup:
         quant: QuantConfig | None = _NF4,
         embedding: TableFormat = "none",
         head: TableFormat = "none",
+        mxfp4: Mxfp4Use = "decode",
         max_tokens: int = 2048,
         **settings: Any,
     ):
@@ -71,6 +74,7 @@ class Setup:
             quant=quant,
             embedding=embedding,
             head=head,
+            mxfp4=mxfp4,
             max_tokens=max_tokens,
         )
 

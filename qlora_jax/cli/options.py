@@ -38,12 +38,12 @@ logger = logging.getLogger(__name__)
 
 
 def held_tables(quant: QuantOptions, source: Source) -> Tables:
-    """Returns how `load` will hold embedding and head.
+    """Returns how `load` will hold embedding, head and experts that are in MXFP4.
 
     Raises:
       CheckpointError: the folder has them in int8, and they are to be 4-bit.
     """
-    return resolve_tables(source, quant.embedding, quant.head)
+    return resolve_tables(source, quant.embedding, quant.head, quant.mxfp4)
 
 
 def held_linears(

@@ -97,7 +97,11 @@ def run(args: Args) -> dict[str, Any]:
         host_bytes=parse_bytes(args.host_memory) if args.host_memory else None,
         platform=platform,
         # What the flags, or the folder, decided already.
-        fixed=() if set(tables.values()) == {"none"} else ("embedding", "head"),
+        fixed=(
+            ()
+            if {tables["embedding"], tables["head"]} == {"none"}
+            else ("embedding", "head")
+        ),
     )
     figures = _figures(plan)
     _print(args, plan)

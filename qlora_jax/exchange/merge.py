@@ -53,6 +53,7 @@ from qlora_jax.sources.save import (
     MERGE_REPORT,
     Place,
     as_saved,
+    joining,
     new_model_folder,
     places,
     saved_config,
@@ -62,7 +63,7 @@ from qlora_jax.sources.save import (
 from qlora_jax.sources.source import Source, open_source, say
 
 _TABLE, _HEAD = f"{EMBEDDING}.weight", f"{HEAD}.kernel"
-_DENSE = Tables(embedding="none", head="none")
+_DENSE = Tables(embedding="none", head="none", mxfp4="keep")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,9 +180,7 @@ class _Weights:
     ):
         quant, tables = merging.quant, merging.tables
         self.source, self.merging = source, merging
-        prepared = reading(
-            source, quant, "float32", tables["embedding"], tables["head"]
-        )
+        prepared = reading(source, quant, "float32", **tables)
         say(source.path, prepared.notes)
         self.reader, base = prepared.reader, outlined(source, prepared).model
         adapted, self.arrays = fit_adapter(adapter, base)
@@ -190,7 +189,10 @@ class _Weights:
             lambda state: merge(nnx.merge(graphdef, state), dtype="float32"), state
         )
         self.merged: Decoder = shapes
-        self.places = list(places(shapes, saved_names(shapes.config, source)))
+        self.places = joining(shapes.config, source).ordered(
+            places(shapes, saved_names(shapes.config, source)),
+            lambda place: place.name,
+        )
         # A tied head that a merge makes its own is in the merged model alone.
         self.nodes: dict[Any, Weighted | Adapted] = dict(modules(shapes, Weighted))
         self.nodes |= modules(adapted, Adapted)

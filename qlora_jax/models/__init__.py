@@ -7,26 +7,41 @@ import jax
 from flax import nnx
 
 from qlora_jax.models import (
+    arcee,
+    cohere,
+    cohere2,
+    ernie4_5,
+    exaone4,
     gemma,
     gemma2,
     gemma3_text,
     gemma4_text,
+    glm,
+    glm4,
+    gpt_oss,
     granite,
+    helium,
+    hunyuan_v1_dense,
     llama,
+    ministral3,
     mistral,
     mixtral,
+    nanochat,
     olmo2,
+    olmo3,
     phi3,
     qwen2,
     qwen3,
     qwen3_5_text,
     qwen3_moe,
     reading,
+    seed_oss,
     settings,
     smollm3,
 )
 from qlora_jax.models.config import DecoderConfig as DecoderConfig
 from qlora_jax.models.decoder import Decoder as Decoder
+from qlora_jax.models.fused import Fused
 from qlora_jax.names import Table
 
 FAMILIES: dict[str, ModuleType] = {
@@ -44,12 +59,27 @@ FAMILIES: dict[str, ModuleType] = {
         phi3,
         smollm3,
         olmo2,
+        olmo3,
         granite,
+        seed_oss,
+        ministral3,
+        hunyuan_v1_dense,
+        exaone4,
+        glm,
+        glm4,
+        ernie4_5,
+        cohere,
+        cohere2,
+        helium,
+        nanochat,
+        arcee,
         mixtral,
         qwen3_moe,
+        gpt_oss,
     )
 }
-"""Hugging Face model_type -> the module that reads it (read_config, NAMES, IGNORED)."""
+"""Hugging Face model_type -> the module that reads it: `read_config`, NAMES, IGNORED, and where
+its files hold experts together FUSED, or where transformers alone does PARAMETERS."""
 
 
 def read_config(hf: dict[str, Any]) -> reading.Read:
@@ -77,3 +107,14 @@ def hf_table(config: DecoderConfig) -> Table:
     """Returns what Hugging Face calls each parameter of a model of a family."""
     names = FAMILIES[config.model_type].NAMES
     return Table(names, config.num_layers, config.num_experts)
+
+
+def fused_in(family: ModuleType) -> tuple[Fused, ...]:
+    """Returns which tensors of a family's files hold all experts of a layer."""
+    return getattr(family, "FUSED", ())
+
+
+def whole_parameters(family: ModuleType) -> tuple[Fused, ...]:
+    """Returns what linears of experts transformers holds as parameters of a layer."""
+    weights = [one for one in fused_in(family) if one.parts[0].endswith(".weight")]
+    return tuple(weights) or getattr(family, "PARAMETERS", ())

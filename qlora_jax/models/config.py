@@ -35,32 +35,56 @@ class DecoderConfig:
     """Features of a head that are rotated, the first ones; None for all."""
     rope_interleaved: bool = False
     """Neighbouring features are rotated with each other (see nn.rope.Rope)."""
+    rope_backward: bool = False
+    """Heads turn the other way (see nn.rope.Rope)."""
+    query_growth: tuple[float, int] | None = None
+    """(beta, length): a query is multiplied by 1 + beta * log(1 + position // length)
+    (Ministral 3)."""
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     """Bias on q, k and v (Qwen2; Llama's optional attention_bias)."""
     output_bias: bool = False
     """Bias on the attention's output projection (Llama's attention_bias alone)."""
+    mlp_bias: bool = False
+    """Bias on the linears of feed-forwards (Llama's mlp_bias; gpt-oss's experts)."""
+    clamped_swiglu: tuple[float, float] | None = None
+    """(alpha, limit): feed-forwards multiply g * sigmoid(alpha g) and up + 1, with g at most
+    limit and up within +-limit (gpt-oss); None for `activation`."""
     sliding_window: int | None = None
     """Every layer attends to so many positions, itself included; None for all before it. Where
     layers differ in it, `layers` says it instead."""
     layers: tuple[LayerSpec, ...] = ()
     """One spec a layer; empty where all are the same (see `specs`)."""
     max_position_embeddings: int = 2048
-    activation: Literal["silu", "gelu_tanh", "gelu"] = "silu"
-    norms: Literal["pre", "post", "both"] = "pre"
+    activation: Literal["silu", "gelu_tanh", "gelu", "relu2"] = "silu"
+    gated: bool = True
+    """Feed-forwards multiply by a gate, of which the activation is; without one it is of the
+    only linear before the last (Arcee, nanochat)."""
+    norms: Literal["pre", "post", "both", "parallel"] = "pre"
     """Mixer and feed-forward have a norm before them, after them (OLMo 2), or both (Gemma
-    2)."""
+    2); 'parallel' is one norm before both, which take it side by side (Cohere)."""
+    norm_kind: Literal["rms", "layer", "bare"] = "rms"
+    """What a norm is: RMSNorm, LayerNorm without a bias (Cohere), or RMSNorm without a weight
+    (nanochat)."""
     norm_offset: float = 0.0
     """Added to norms' stored weights (1 for Gemma)."""
-    qk_norm: Literal["none", "head", "all"] = "none"
-    """RMSNorm on queries and keys: of each head (Qwen3), or over all heads (OLMo 2)."""
+    embedding_norm: bool = False
+    """There is a norm before the first layer too (nanochat)."""
+    qk_norm: Literal["none", "head", "all", "rotated"] = "none"
+    """A norm on queries and keys: of each head (Qwen3), over all heads (OLMo 2), or of each
+    head when it has been rotated (Hunyuan)."""
     value_norm: bool = False
     """RMSNorm without weights on the values of each head (Gemma 4)."""
     attention_gate: bool = False
     """q_proj makes a gate of as many features behind each head's query; what is mixed is
     multiplied by its sigmoid (Qwen3.5)."""
-    fused: bool = False
-    """One linear for q, k and v, and one for gate and up (Phi-3)."""
+    sinks: bool = False
+    """Each head has a score beside those of the tokens, which takes its part of the softmax
+    and gives nothing (gpt-oss)."""
+    fused_qkv: bool = False
+    """One linear for q, k and v (Phi-3)."""
+    fused_gate_up: bool = False
+    """One linear for gate and up (Phi-3, GLM-4)."""
     attention_scale: float | None = None
     """Attention scores are multiplied by it; None stands for head_dim**-0.5."""
     attention_softcap: float | None = None
@@ -108,6 +132,7 @@ class DecoderConfig:
             scaling=self.rope_scaling,
             dim=self.rotary_dim or self.head_dim,
             interleaved=self.rope_interleaved,
+            backward=self.rope_backward,
         )
 
     @property

@@ -27,7 +27,7 @@ from qlora_jax.models.spec import LayerSpec
 from qlora_jax.names import stack_key
 from qlora_jax.nn.embedding import Embedding
 from qlora_jax.nn.linear import Linear
-from qlora_jax.nn.norm import RMSNorm
+from qlora_jax.nn.norm import BareNorm, LayerNorm, Norm, RMSNorm
 
 
 class Head(nnx.Module):
@@ -64,7 +64,8 @@ class Decoder(nnx.Module):
       layers: A DecoderLayer, every array with a leading axis of layers; where layers are of
         several kinds, an nnx.Dict of one such stack a slot of the config's segments, by the
         key that says which layers it holds (names.py). `stacks` has them in order.
-      norm: The final RMSNorm.
+      embed_norm: The norm before the first layer, or None where there is none.
+      norm: The final norm.
       lm_head: Linear, or None when the embedding is tied.
     """
 
@@ -87,9 +88,12 @@ class Decoder(nnx.Module):
             features: int,
             offset: float = config.norm_offset,
             stack: tuple[int, ...] = (),
-        ) -> RMSNorm:
+        ) -> Norm:
+            if config.norm_kind == "bare":
+                return BareNorm(config.rms_norm_eps)
+            kind = LayerNorm if config.norm_kind == "layer" else RMSNorm
             weight = jnp.full((*stack, features), 1 - offset, dtype)
-            return RMSNorm(weight, config.rms_norm_eps, offset)
+            return kind(weight, config.rms_norm_eps, offset)
 
         def stacked(layers: range, spec: LayerSpec) -> DecoderLayer:
             count = (len(layers),)
@@ -113,6 +117,8 @@ class Decoder(nnx.Module):
         self.embed_tokens: Any = Embedding(
             normal(config.vocab_size, config.hidden_size)
         )
+        first = norm(config.hidden_size) if config.embedding_norm else None
+        self.embed_norm = nnx.data(first)
         per_layer = None
         if config.per_layer_size:
             per_layer = PerLayerInputs(config, norm, normal)
@@ -292,7 +298,8 @@ class Decoder(nnx.Module):
 
     def _embed(self, tokens: Array) -> Array:
         x = self.embed_tokens(tokens).astype(self.compute_dtype)
-        return scaled(x, self.config.embedding_scale)
+        x = scaled(x, self.config.embedding_scale)
+        return x if self.embed_norm is None else self.embed_norm(x)
 
     def _told(self, tokens: Array, x: Array, key: Array | None = None) -> list[Any]:
         """Returns what the layers of each slot are told of tokens; None where it is nothing.

@@ -1,5 +1,6 @@
 """Gemma: norms stored as their difference from 1, scaled embeddings, tanh GELU."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from qlora_jax.models import llama, reading
@@ -21,9 +22,11 @@ def read_config(hf: dict[str, Any]) -> reading.Read:
     return read_gemma(DEFAULTS | hf | {"hidden_act": "gelu_pytorch_tanh"})
 
 
-def read_gemma(hf: dict[str, Any], **fields: Any) -> reading.Read:
+def read_gemma(
+    hf: dict[str, Any], problems: Sequence[str] = (), **fields: Any
+) -> reading.Read:
     """Reads what all Gemmas share."""
-    problems = []
+    problems = [*problems]
     if hf.get("use_bidirectional_attention"):
         problems.append("use_bidirectional_attention is true; only causal is supported")
     return reading.read(

@@ -22,10 +22,7 @@ def read_config(hf: dict[str, Any]) -> reading.Read:
     """Reads a config.json: (config, problems)."""
     hf = DEFAULTS | hf
     hf["hidden_act"] = hf["hidden_activation"]
-    layers, every = hf.get("num_hidden_layers") or 0, hf["sliding_window_pattern"]
-    types = [
-        reading.SLIDING if (i + 1) % every else reading.FULL for i in range(layers)
-    ]
+    types, found = reading.full_each(hf, hf["sliding_window_pattern"])
     rope = hf.get("rope_parameters") or {}
     far, near = rope.get("full_attention"), rope.get(reading.SLIDING)
     if far is None:
@@ -35,6 +32,7 @@ def read_config(hf: dict[str, Any]) -> reading.Read:
     scaling, theta, _, _ = reading.read_rope(hf, near)
     config, problems = gemma.read_gemma(
         hf,
+        found,
         rope=far,
         norms="both",
         qk_norm="head",

@@ -24,8 +24,9 @@ from qlora_jax.models.per_layer import PerLayerGate
 from qlora_jax.models.spec import LayerSpec, Segment
 from qlora_jax.models.streaming import at, copies_ahead, scan_ahead
 from qlora_jax.nn.linear import Linear
-from qlora_jax.nn.norm import RMSNorm, Scale
+from qlora_jax.nn.norm import Norm
 from qlora_jax.nn.variables import arrive, rests_on_host
+from qlora_jax.nn.vector import Vector
 
 SAVED = (
     *("q", "k", "v", "mixed", "middle", "gate", "up", "gate_up"),
@@ -66,10 +67,12 @@ class DecoderLayer(nnx.Module):
       config: What all layers of the model share.
       attn: The mixer, whatever it is.
       mlp: The feed-forward.
-      attn_norm, mlp_norm: RMSNorms before them, where the config has norms 'pre' or 'both'.
-      attn_post_norm, mlp_post_norm: RMSNorms after them, with 'post' or 'both'.
+      attn_norm, mlp_norm: Norms before them, where the config has norms 'pre' or 'both';
+        with 'parallel' attn_norm is before both.
+      attn_post_norm, mlp_post_norm: Norms after them, with 'post' or 'both'.
       per_layer: PerLayerGate, where layers are told of tokens.
-      scale: Scale of the stream behind the layer, where the config has layer_scale.
+      scale: Vector of one number, which the stream is multiplied by behind the layer, where
+        the config has layer_scale.
     """
 
     def __init__(
@@ -77,15 +80,16 @@ class DecoderLayer(nnx.Module):
         spec: LayerSpec,
         config: DecoderConfig,
         linear: Callable[..., Linear],
-        norm: Callable[..., RMSNorm],
+        norm: Callable[..., Norm],
         normal: Callable[..., Array],
     ):
         hidden = config.hidden_size
         self.config = config
         if config.norms != "post":
             self.attn_norm = norm(hidden)
+        if config.norms in ("pre", "both"):
             self.mlp_norm = norm(hidden)
-        if config.norms != "pre":
+        if config.norms in ("post", "both"):
             self.attn_post_norm = norm(hidden)
             self.mlp_post_norm = norm(hidden)
         self.attn = MIXERS[type(spec.mixer)](spec.mixer, config, linear, norm, normal)
@@ -94,14 +98,16 @@ class DecoderLayer(nnx.Module):
         if config.per_layer_size:
             self.per_layer = PerLayerGate(config, linear, norm)
         if config.layer_scale:
-            self.scale = Scale(jnp.ones_like(normal(1)))
+            self.scale = Vector(jnp.ones_like(normal(1)))
 
     @property
     def kept(self) -> dict[str, int]:
         """Features a token that backward keeps, by their checkpoint names."""
         hidden = self.config.hidden_size
-        kept = {"middle": hidden} | self.attn.kept | self.mlp.kept
-        if self.config.norms != "pre":
+        kept = self.attn.kept | self.mlp.kept
+        if self.config.norms != "parallel":
+            kept["middle"] = hidden
+        if self.config.norms in ("post", "both"):
             kept["unnormed"] = kept.get("unnormed", 0) + 2 * hidden
         if self.config.per_layer_size:
             for name, features in self.per_layer.kept.items():
@@ -130,18 +136,23 @@ class DecoderLayer(nnx.Module):
           key: The random key for LoRA dropout; None switches it off.
           told: What it is told of the tokens, (batch, seq, features), where layers are.
         """
-        before, after = self.config.norms != "post", self.config.norms != "pre"
-        scale = self.config.residual_scale
-        y = self.attn_norm(x) if before else x
-        y, new = self.attn(y, context, cache, key)
-        y = self.attn_post_norm(checkpoint_name(y, "unnormed")) if after else y
-        x = checkpoint_name(x + scaled(y, scale), "middle")
-        y = self.mlp(self.mlp_norm(x) if before else x, key)
-        y = self.mlp_post_norm(checkpoint_name(y, "unnormed")) if after else y
-        x = x + scaled(y, scale)
+        norms, scale = self.config.norms, self.config.residual_scale
+        before, after = norms != "post", norms in ("post", "both")
+        first = self.attn_norm(x) if before else x
+        y, new = self.attn(first, context, cache, key)
+        if norms == "parallel":
+            x = x + scaled(y, scale) + scaled(self.mlp(first, key), scale)
+        else:
+            y = self.attn_post_norm(checkpoint_name(y, "unnormed")) if after else y
+            x = checkpoint_name(x + scaled(y, scale), "middle")
+            y = self.mlp(self.mlp_norm(x) if before else x, key)
+            y = self.mlp_post_norm(checkpoint_name(y, "unnormed")) if after else y
+            x = x + scaled(y, scale)
         if told is not None:
             x = self.per_layer(x, told, key)
-        return self.scale(x) if self.config.layer_scale else x, new
+        if self.config.layer_scale:
+            x = x * self.scale.weight[...].astype(x.dtype)
+        return x, new
 
 
 def scaled(x: Array, scale: float) -> Array:

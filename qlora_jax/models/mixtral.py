@@ -3,6 +3,7 @@
 from typing import Any
 
 from qlora_jax.models import llama, reading
+from qlora_jax.models.fused import parameters
 
 MODEL_TYPE = "mixtral"
 _MOE = "model.layers.{}.block_sparse_moe"
@@ -12,6 +13,10 @@ NAMES = llama.NAMES | {
     "layers.mlp.experts.down_proj.kernel": f"{_MOE}.experts.{{}}.w2.weight",
     "layers.mlp.experts.up_proj.kernel": f"{_MOE}.experts.{{}}.w3.weight",
 }
+PARAMETERS = parameters(
+    "model.layers.{}.mlp.experts",
+    *(f"{_MOE}.experts.{{}}.{name}.weight" for name in ("w1", "w3", "w2")),
+)
 IGNORED = llama.IGNORED
 DEFAULTS = {
     "rms_norm_eps": 1e-5,

@@ -18,7 +18,7 @@ from qlora_jax.models.feed_forward.mlp import ACTIVATIONS
 from qlora_jax.nn.embedding import Embedding
 from qlora_jax.nn.linear import Linear
 from qlora_jax.nn.lora import project
-from qlora_jax.nn.norm import RMSNorm
+from qlora_jax.nn.norm import Norm
 
 
 class PerLayerInputs(nnx.Module):
@@ -30,13 +30,13 @@ class PerLayerInputs(nnx.Module):
       config: The decoder's shape.
       embed_tokens_per_layer: The table, (vocab, layers * features).
       per_layer_model_projection: Linear, from the hidden size to that of a row.
-      per_layer_projection_norm: RMSNorm of what it makes for one layer.
+      per_layer_projection_norm: Norm of what it makes for one layer.
     """
 
     def __init__(
         self,
         config: DecoderConfig,
-        norm: Callable[..., RMSNorm],
+        norm: Callable[..., Norm],
         normal: Callable[..., Array],
     ):
         self.config = config
@@ -77,14 +77,14 @@ class PerLayerGate(nnx.Module):
       activation: The name of the gate's activation.
       size: Features of the part.
       per_layer_input_gate, per_layer_projection: Linears, into the size of the part and back.
-      post_per_layer_input_norm: RMSNorm of what is added.
+      post_per_layer_input_norm: Norm of what is added.
     """
 
     def __init__(
         self,
         config: DecoderConfig,
         linear: Callable[..., Linear],
-        norm: Callable[..., RMSNorm],
+        norm: Callable[..., Norm],
     ):
         self.activation, self.hidden = config.activation, config.hidden_size
         self.size = config.per_layer_size

@@ -28,6 +28,7 @@ def read_config(hf: dict[str, Any]) -> reading.Read:
         hf,
         rope=rope,
         partial_rotary=True,
-        fused=True,
+        fused_qkv=True,
+        fused_gate_up=True,
         sliding_window=hf.get("sliding_window"),
     )

@@ -3,6 +3,7 @@
 from typing import Any
 
 from qlora_jax.models import llama, reading
+from qlora_jax.models.fused import parameters
 from qlora_jax.models.spec import ExpertsSpec, MLPSpec
 
 MODEL_TYPE = "qwen3_moe"
@@ -16,6 +17,13 @@ NAMES = (
         "layers.mlp.experts.up_proj.kernel": f"{_MOE}.experts.{{}}.up_proj.weight",
         "layers.mlp.experts.down_proj.kernel": f"{_MOE}.experts.{{}}.down_proj.weight",
     }
+)
+PARAMETERS = parameters(
+    f"{_MOE}.experts",
+    *(
+        f"{_MOE}.experts.{{}}.{name}.weight"
+        for name in ("gate_proj", "up_proj", "down_proj")
+    ),
 )
 IGNORED = llama.IGNORED
 DEFAULTS = {

@@ -14,6 +14,7 @@ ACTIVATIONS = {
     "swish": "silu",
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "relu2": "relu2",
 }
 SLIDING, FULL = "sliding_attention", "full_attention"
 _NEEDS = {
@@ -41,6 +42,7 @@ def read(
     partial_rotary: bool = False,
     types: Iterable[str] | None = None,
     sliding_rope: Rope | Literal["global", "none"] = "global",
+    full_rope: Literal["global", "none"] = "global",
     mixers: Sequence[Any] | None = None,
     feed_forwards: Sequence[Any] | None = None,
     **fields: Any,
@@ -56,6 +58,7 @@ def read(
       types: What layer_types is where config.json has none; None for a family whose
         layers are all alike.
       sliding_rope: The rotary positions of sliding layers, an AttentionSpec's.
+      full_rope: Those of the others, where `types` says which these are.
       mixers: A spec a layer, where layers differ in it and not as `types` has them.
       feed_forwards: A spec a layer, where layers differ in it.
       **fields: The values that this family gives to fields of DecoderConfig.
@@ -80,7 +83,7 @@ def read(
                 f"expected {rotated // 2}"
             )
     if types is not None:
-        mixers, more = _mixers(hf, list(types), sliding_rope)
+        mixers, more = _mixers(hf, list(types), sliding_rope, full_rope)
         found += more
     experts, taken = fields.get("num_experts", 0), fields.get("experts_per_token", 0)
     if taken > experts:
@@ -261,6 +264,7 @@ def _mixers(
     hf: dict[str, Any],
     default: list[str],
     sliding_rope: Rope | Literal["global", "none"],
+    full_rope: Literal["global", "none"],
 ) -> tuple[list[AttentionSpec], list[str]]:
     """Reads which layers attend in a sliding window."""
     types, layers = hf.get("layer_types") or default, hf["num_hidden_layers"]
@@ -272,7 +276,27 @@ def _mixers(
             f"layer_types has {', '.join(unknown)}; known: {FULL}, {SLIDING}"
         )
     sliding = AttentionSpec(window=hf.get("sliding_window"), rope=sliding_rope)
-    return [sliding if t == SLIDING else AttentionSpec() for t in types], problems
+    full = AttentionSpec(rope=full_rope)
+    return [sliding if t == SLIDING else full for t in types], problems
+
+
+def full_each(hf: dict[str, Any], every: Any) -> tuple[list[str], list[str]]:
+    """Returns layer types of which each so many-th is full, and problems.
+
+    Args:
+      hf: The object of config.json.
+      every: Its sliding_window_pattern, or what stands for it; of no matter where there are
+        layer_types.
+    """
+    if hf.get("layer_types"):
+        return [], []
+    if type(every) is not int or every < 1:
+        problem = (
+            f"sliding_window_pattern is {every!r}, expected a whole number above 0"
+        )
+        return [], [problem]
+    layers = range(hf.get("num_hidden_layers") or 0)
+    return [SLIDING if (i + 1) % every else FULL for i in layers], []
 
 
 def qwen_types(hf: dict[str, Any]) -> list[str] | None:

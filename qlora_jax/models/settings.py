@@ -61,6 +61,7 @@ KINDS: dict[str, Kind] = {
     "max_position_embeddings": whole(1, _LONGEST),
     "original_max_position_embeddings": either(NULL, whole(2, _LONGEST)),
     "rms_norm_eps": number(0, 1),
+    "layer_norm_eps": number(0, 1),
     "hidden_act": either(NULL, TEXT),
     "hidden_activation": either(NULL, TEXT),
     "attention_bias": either(NULL, FLAG),
@@ -71,12 +72,15 @@ KINDS: dict[str, Kind] = {
     "vocab_size_per_layer_input": whole(1, MAX_ROWS),
     "enable_moe_block": either(NULL, FLAG),
     "mlp_bias": either(NULL, FLAG),
+    "attention_out_bias": either(NULL, FLAG),
+    "use_bias": either(NULL, FLAG),
+    "use_qk_norm": either(NULL, FLAG),
     "tie_word_embeddings": either(NULL, FLAG),
     # Windows, and layers that differ
     "sliding_window": either(NULL, whole(1, _LONGEST)),
     "use_sliding_window": either(NULL, FLAG),
     "max_window_layers": whole(0, _LONGEST),
-    "sliding_window_pattern": whole(1, _LONGEST),
+    "sliding_window_pattern": either(NULL, TEXT, whole(0, _LONGEST)),
     "layer_types": either(NULL, listed(TEXT, MAX_LAYERS)),
     "no_rope_layers": either(NULL, listed(either(FLAG, whole(0, 1)), MAX_LAYERS)),
     "no_rope_layer_interval": whole(1, _LONGEST),
@@ -87,6 +91,8 @@ KINDS: dict[str, Kind] = {
     "num_local_experts": _EXPERTS,
     "num_experts_per_tok": _EXPERTS,
     "norm_topk_prob": either(NULL, FLAG),
+    "swiglu_alpha": _SCALE,
+    "swiglu_limit": _SCALE,
     # The gated delta net
     "full_attention_interval": either(NULL, whole(1, _LONGEST)),
     "linear_conv_kernel_dim": either(NULL, whole(1, 64)),
@@ -99,6 +105,7 @@ KINDS: dict[str, Kind] = {
     "attention_multiplier": _SCALE,
     "residual_multiplier": _SCALE,
     "logits_scaling": _SCALE,
+    "logit_scale": _SCALE,
     "query_pre_attn_scalar": _SCALE,
     "attn_logit_softcapping": either(NULL, _SCALE),
     "final_logit_softcapping": either(NULL, _SCALE),
@@ -126,6 +133,8 @@ ROPE_KINDS: dict[str, Kind] = {
     "mscale": either(NULL, number(0, 1e6, least=True)),
     "mscale_all_dim": either(NULL, number(0, 1e6, least=True)),
     "truncate": either(NULL, FLAG),
+    "alpha": _FACTOR,  # of Hunyuan
+    "llama_4_scaling_beta": _FACTOR,  # of Ministral 3
     "short_factor": _FACTORS,
     "long_factor": _FACTORS,
 }
@@ -139,6 +148,8 @@ QUANTIZATION_KINDS: dict[str, Kind] = {
     "llm_int8_skip_modules": either(NULL, listed(TEXT)),
     "int8_tables": listed(TEXT),
     "linears": either(NULL, OBJECT),
+    "mxfp4": either(NULL, OBJECT),
+    "modules_to_not_convert": either(NULL, listed(TEXT)),
 }
 """Fields of quantization_config, and of the `linears` in ours -> the kinds of values that they
 may have."""

@@ -86,6 +86,32 @@ class MLPSpec:
 class ExpertsSpec:
     """A router and the config's num_experts feed-forwards, of which each token takes some."""
 
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """What makes weights of the router's outputs: a softmax over them, or a sigmoid each."""
+
+    router_bias: bool = False
+    """The router's linear has a bias (gpt-oss)."""
+
+    correction: bool = False
+    """Experts are chosen by their weights and a number of their own, which the weights of
+    the chosen are without (DeepSeek V3)."""
+
+    groups: int = 1
+    """Groups that the experts are in; those of `top_groups` of them alone can be chosen."""
+
+    top_groups: int = 1
+    """Groups that a token's experts are chosen from: those whose two best experts sum to the
+    most (DeepSeek V3)."""
+
+    scale: float = 1.0
+    """The chosen experts' weights are multiplied by it."""
+
+    shared_size: int = 0
+    """Width of a feed-forward beside the experts that all tokens take; 0 for none."""
+
+    shared_gate: bool = False
+    """What the shared feed-forward gives is multiplied by a sigmoid of a linear (Qwen)."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerSpec:

@@ -56,6 +56,9 @@ TEXTS = {
         "gemma4_text", "Gemma4ForCausalLM", (262144, 2304, 9216, 30, 8)
     ),
     "llama": Text("llama", "LlamaForCausalLM", (32000, 4096, 11008, 32, 32)),
+    "ministral3": Text(
+        "ministral3", "Ministral3ForCausalLM", (131072, 4096, 14336, 34, 32)
+    ),
     "mistral": Text("mistral", "MistralForCausalLM", (32000, 4096, 14336, 32, 32)),
     "qwen2": Text("qwen2", "Qwen2ForCausalLM", (151936, 4096, 22016, 32, 32)),
     "qwen3": Text("qwen3", "Qwen3ForCausalLM", (151936, 4096, 22016, 32, 32)),

@@ -8,7 +8,7 @@ all it keeps. On NVIDIA GPUs whole sequences go through cuDNN's fused attention.
 import functools
 import logging
 import os
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -34,12 +34,13 @@ def causal_attention(
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Softmax attention in whole sequences: token i sees the tokens up to i.
 
     Args:
-      q, k, v, window, scale, softcap: See `attention`; padding belongs to the right.
+      q, k, v, window, scale, softcap, sinks: See `attention`; padding belongs to the right.
       implementation: 'xla' is `attention`; 'cudnn' is jax.nn.dot_product_attention's, for
         16-bit heads on an NVIDIA GPU of sm_80 or later. None takes cuDNN's where it runs;
         $QLORA_JAX_ATTENTION names one for all.
@@ -51,14 +52,19 @@ def causal_attention(
       ConfigError: the named implementation cannot run, with the reason.
     """
     name, _ = choose_attention(
-        q.shape, k.shape[2], q.dtype, window, softcap, implementation
+        q.shape,
+        k.shape[2],
+        q.dtype,
+        window,
+        softcap,
+        implementation,
+        sinks=sinks is not None,
     )
     if name == "cudnn":
         return _cudnn(q, k, v, window, scale)
     positions = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), q.shape[:2])
-    return attention(
-        q, k, v, positions, positions, window=window, scale=scale, softcap=softcap
-    )
+    options: Any = {"window": window, "scale": scale, "softcap": softcap}
+    return attention(q, k, v, positions, positions, sinks=sinks, **options)
 
 
 def choose_attention(
@@ -68,6 +74,7 @@ def choose_attention(
     window: int | None = None,
     softcap: float | None = None,
     implementation: str | None = None,
+    sinks: bool = False,
 ) -> tuple[str, str]:
     """Returns what `causal_attention` runs for q of a shape, and why."""
     implementation = implementation or os.environ.get(VARIABLE)
@@ -83,6 +90,8 @@ def choose_attention(
         reason = f"cudnn needs an NVIDIA GPU, this is {device.platform}"
     elif softcap is not None:
         reason = "cudnn has no softcap"
+    elif sinks:
+        reason = "cudnn has no sinks"
     else:
         reason = _cudnn_refuses(shape, kv_heads, jnp.dtype(dtype).name, window)
     if reason is None:
@@ -141,6 +150,7 @@ def attention(
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Softmax attention with grouped keys; a query sees keys at or before its position.
 
@@ -154,6 +164,8 @@ def attention(
       window: Only the last `window` positions are seen; None for all.
       scale: The factor of the scores; None for head_dim**-0.5.
       softcap: Scores s become softcap * tanh(s / softcap) (Gemma 2); None leaves them.
+      sinks: A score for each head that takes its part of the softmax and gives nothing
+        (gpt-oss; arXiv 2309.17453 has it as a token); None for none.
 
     Returns:
       The heads' outputs in q's dtype; softmax and sums are float32.
@@ -164,12 +176,14 @@ def attention(
     scale = head_dim**-0.5 if scale is None else scale
     # Batch axes first and one matrix each behind them: (batch, kv_heads, rows, head_dim).
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    if sinks is not None:
+        sinks = sinks.astype(jnp.float32).reshape(kv_heads, group, 1, 1)
 
     def block(q: Array, q_positions: Array) -> Array:
         rows = q.reshape(batch, -1, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
         seen = _seen(q_positions, k_positions, window)[:, None, None]
         rows = rows.reshape(batch, kv_heads, -1, head_dim)
-        y = _attend(rows, k, v, seen, scale, softcap)
+        y = _attend(rows, k, v, seen, sinks, scale, softcap)
         y = y.reshape(batch, kv_heads, group, -1, head_dim).transpose(0, 3, 1, 2, 4)
         return y.reshape(batch, -1, heads, head_dim)
 
@@ -195,31 +209,33 @@ def _seen(q_positions: Array, k_positions: Array, window: int | None) -> Array:
     return seen if window is None else seen & (q - k < window)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _attend(
     q: Float[Array, "b h gq d"],
     k: Float[Array, "b h k d"],
     v: Float[Array, "b h k d"],
     seen: Bool[Array, "b 1 1 q k"],
+    sinks: Float[Array, "h g 1 1"] | None,
     scale: float,
     softcap: float | None,
 ) -> Float[Array, "b h gq d"]:
     """Attention of one query block; rows are the queries of each head of a group."""
-    weights = _weights(q, k, seen, scale, softcap)[0].astype(q.dtype)
+    weights = _weights(q, k, seen, sinks, scale, softcap)[0].astype(q.dtype)
     return dot(weights, v, 3, 2, batch=2).astype(q.dtype)
 
 
-def _attend_fwd(q, k, v, seen, scale, softcap):
-    return _attend(q, k, v, seen, scale, softcap), (q, k, v, seen)
+def _attend_fwd(q, k, v, seen, sinks, scale, softcap):
+    y = _attend(q, k, v, seen, sinks, scale, softcap)
+    return y, (q, k, v, seen, sinks)
 
 
 def _attend_bwd(scale, softcap, residuals, dy):
     # By hand, so that products are of the compute dtype: autodiff of the float32 sums
     # would multiply in float32.
-    q, k, v, seen = residuals
+    q, k, v, seen, sinks = residuals
     # Barriers, so that exp is not fused into, and redone for, each of its consumers,
     # and transposes are made once rather than inside a product.
-    weights, slope = _weights(q, k, seen, scale, softcap)
+    weights, slope, sunk = _weights(q, k, seen, sinks, scale, softcap)
     weights = lax.optimization_barrier(weights)
     dv = dot(_transpose(weights.astype(q.dtype)), dy, 3, 2, batch=2)
     d_weights = dot(dy, v, 3, 3, batch=2)
@@ -227,7 +243,13 @@ def _attend_bwd(scale, softcap, residuals, dy):
     d_scores = (weights * (d_weights - centre) * slope).astype(q.dtype)
     dq = dot(d_scores, k, 3, 2, batch=2)
     dk = dot(_transpose(d_scores), q, 3, 2, batch=2)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    d_sinks = None
+    if (
+        sinks is not None
+    ):  # whose values are nothing, so that the centre alone moves them
+        centre = centre.reshape(sunk.shape)
+        d_sinks = -jnp.sum(sunk * centre, axis=(0, 3))[..., None]
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, d_sinks
 
 
 def _transpose(x: Array) -> Array:
@@ -238,9 +260,15 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _weights(
-    q: Array, k: Array, seen: Array, scale: float, softcap: float | None
-) -> tuple[Float[Array, "b h gq k"], Array | float]:
-    """Returns the softmax, and what a score's derivative is multiplied by."""
+    q: Array,
+    k: Array,
+    seen: Array,
+    sinks: Array | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Float[Array, "b h gq k"], Array | float, Any]:
+    """Returns the softmax, what a score's derivative is multiplied by, and the part of each
+    softmax that a sink takes, (b, h, g, q, 1)."""
     scores = dot(q, k, 3, 3, batch=2) * scale
     slope = scale
     if softcap is not None:
@@ -248,5 +276,12 @@ def _weights(
         scores, slope = softcap * capped, scale * (1 - capped**2)
     b, h, rows, keys = scores.shape
     scores = scores.reshape(b, h, -1, seen.shape[3], keys)
-    weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1)
-    return weights.reshape(b, h, rows, keys), slope
+    scores, sunk = jnp.where(seen, scores, -1e30), None
+    if sinks is None:
+        weights = jax.nn.softmax(scores, axis=-1)
+    else:
+        most = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks)
+        weights, sunk = jnp.exp(scores - most), jnp.exp(sinks - most)
+        total = jnp.sum(weights, axis=-1, keepdims=True) + sunk
+        weights, sunk = weights / total, sunk / total
+    return weights.reshape(b, h, rows, keys), slope, sunk

@@ -7,7 +7,7 @@ empty are skipped.
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,27 +16,63 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from qlora_jax.nn.frozen import Weighted
+from qlora_jax.nn.lora import project
 from qlora_jax.nn.matmul import frozen_matmul
 from qlora_jax.nn.variables import FrozenParam
+from qlora_jax.nn.vector import Vector
+
+Score = Literal["softmax", "sigmoid"]
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 8, 256
+_LEAST_SUM = 1e-20
+"""A sum of weights is taken for at least so much before they are divided by it."""
+
+_SHARED_KEY = 2**31 - 1
+"""Folded into a layer's key for the shared feed-forward; blocks of experts count from 0."""
 
 
 class Router(Weighted):
-    """Chooses experts: the largest of a softmax over a frozen linear's outputs.
+    """Chooses experts by a frozen linear's outputs, and gives each its weight.
 
     Attributes:
       weight: FrozenParam, (..., experts, hidden); neither quantized nor adapted.
-      top_k: Experts a token.
-      normalize: Whether the chosen probabilities are scaled to sum to 1.
+      bias: FrozenParam, (..., experts), or None.
+      correction: Vector of what is added to each expert's weight for choosing alone, or None
+        (arXiv 2408.15664).
+      settings: The other arguments of __init__.
     """
 
-    AXES: ClassVar = {"weight": ("experts", "hidden")}
+    AXES: ClassVar = {"weight": ("experts", "hidden"), "bias": ("experts",)}
 
-    def __init__(self, weight: Array, top_k: int, normalize: bool):
+    def __init__(
+        self,
+        weight: Array,
+        bias: Array | None = None,
+        *,
+        correction: Vector | None = None,
+        top_k: int,
+        normalize: bool,
+        score: Score = "softmax",
+        groups: tuple[int, int] = (1, 1),
+        scale: float = 1.0,
+    ):
+        """Makes a router.
+
+        Args:
+          weight, bias, correction: See the attributes.
+          top_k: Experts a token.
+          normalize: Whether the chosen weights are scaled to sum to 1.
+          score: What makes weights of outputs: a softmax over them, or a sigmoid each.
+          groups: (the number of groups that the experts are in, the number of those that a
+            token's experts come from).
+          scale: The factor of the weights at last.
+        """
         self.weight = FrozenParam(weight)
-        self.top_k = top_k
-        self.normalize = normalize
+        self.bias = nnx.data(None if bias is None else FrozenParam(bias))
+        self.correction = nnx.data(correction)
+        self.top_k, self.normalize = top_k, normalize
+        self.score: Score = score
+        self.groups, self.scale = groups, scale
 
     @property
     def can_train(self) -> bool:
@@ -44,18 +80,69 @@ class Router(Weighted):
         return False
 
     def holding(self, weight: Any, bias: Any = None) -> "Router":
-        """Returns the router of another weight."""
-        return Router(weight, self.top_k, self.normalize)
+        """Returns the router of another weight and bias."""
+        return Router(
+            weight,
+            bias,
+            correction=self.correction,
+            top_k=self.top_k,
+            normalize=self.normalize,
+            score=self.score,
+            groups=self.groups,
+            scale=self.scale,
+        )
 
     def __call__(
         self, x: Float[Array, "tokens hidden"]
     ) -> tuple[Float[Array, "tokens k"], Int[Array, "tokens k"]]:
         """Returns float32 weights and the experts' indices."""
         logits = frozen_matmul(x, self.weight[...]).astype(jnp.float32)
-        weights, chosen = lax.top_k(jax.nn.softmax(logits, axis=-1), self.top_k)
+        if self.bias is not None:
+            logits = logits + self.bias[...].astype(jnp.float32)
+        if self.score == "softmax":
+            scores = jax.nn.softmax(logits, axis=-1)
+        else:
+            scores = jax.nn.sigmoid(logits)
+        weights, chosen = self._chosen(scores)
         if self.normalize:
-            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-        return weights, chosen
+            total = jnp.sum(weights, axis=-1, keepdims=True)
+            weights = weights / jnp.maximum(total, _LEAST_SUM)
+        return weights * self.scale, chosen
+
+    def _chosen(self, scores: Array) -> tuple[Array, Array]:
+        by = lax.stop_gradient(scores)
+        if self.correction is not None:
+            by = by + self.correction.weight[...].astype(jnp.float32)
+        count, taken = self.groups
+        if taken < count:
+            each = by.reshape(*by.shape[:-1], count, -1)
+            best = jnp.sum(lax.top_k(each, 2)[0], axis=-1)
+            inside = jax.nn.one_hot(lax.top_k(best, taken)[1], count).sum(axis=-2)
+            by = jnp.where(inside[..., None] > 0, each, -jnp.inf).reshape(by.shape)
+        chosen = lax.top_k(by, self.top_k)[1]
+        return jnp.take_along_axis(scores, chosen, axis=-1), chosen
+
+
+class Shared(nnx.Module):
+    """A feed-forward that all tokens take beside their experts.
+
+    Attributes:
+      mlp: The feed-forward.
+      gate: A linear to one number, whose sigmoid its output is multiplied by, or None.
+    """
+
+    def __init__(self, mlp: Any, gate: Any = None):
+        self.mlp = mlp
+        self.gate = nnx.data(gate)
+
+    def __call__(self, x: Float[Array, "tokens hidden"], key: Array | None) -> Array:
+        """Applies the feed-forward, and its gate."""
+        key = None if key is None else jax.random.fold_in(key, _SHARED_KEY)
+        y = self.mlp(x, key)
+        if self.gate is None:
+            return y
+        share = project(self.gate, x, key, 0).astype(jnp.float32)
+        return (y * jax.nn.sigmoid(share)).astype(y.dtype)
 
 
 class Experts(nnx.Module):
@@ -65,17 +152,26 @@ class Experts(nnx.Module):
       router: Router.
       experts: One feed-forward module, every array with a leading axis of experts.
       count: The number of experts.
+      shared: Shared, or None.
     """
 
-    def __init__(self, router: Router, experts: Any, count: int):
+    def __init__(
+        self, router: Router, experts: Any, count: int, shared: Shared | None = None
+    ):
         self.router = router
         self.experts = experts
         self.count = count
+        self.shared = nnx.data(shared)
 
     @property
     def kept(self) -> dict[str, int]:
         """Features a token that backward keeps, by their checkpoint names."""
-        return {name: self.router.top_k * n for name, n in self.experts.kept.items()}
+        top = self.router.top_k
+        kept = {name: top * size for name, size in self.experts.kept.items()}
+        if self.shared is not None:
+            for name, size in self.shared.mlp.kept.items():
+                kept[name] = kept.get(name, 0) + size
+        return kept
 
     def __call__(
         self, x: Float[Array, "batch seq hidden"], key: Array | None = None
@@ -100,6 +196,8 @@ class Experts(nnx.Module):
             return nnx.merge(graphdef, factors, one)(rows, block_key)
 
         y = grouped(flat, weights, chosen, self.count, prepare, apply)
+        if self.shared is not None:
+            y = y + self.shared(flat, key)
         return y.reshape(x.shape)
 
 

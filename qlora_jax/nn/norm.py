@@ -1,9 +1,10 @@
-"""RMSNorm with a frozen weight or none, and a frozen scale of a layer."""
+"""Norms: RMSNorm and LayerNorm with a frozen weight, and RMSNorm without one."""
 
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float
 
 from qlora_jax.nn.frozen import Weighted
@@ -29,53 +30,50 @@ class RMSNorm(Weighted):
 
     def holding(self, weight: Any, bias: Any = None) -> "RMSNorm":
         """Returns the norm of another weight."""
-        return RMSNorm(weight, self.eps, self.offset)
+        return type(self)(weight, self.eps, self.offset)
 
     def __call__(
         self, x: Float[Array, "*batch features"]
     ) -> Float[Array, "*batch features"]:
         """Normalizes in float32 and returns x's dtype."""
         weight = self.offset + self.weight[...].astype(jnp.float32)
-        return (_normed(x, self.eps) * weight).astype(x.dtype)
+        return (_of_unit_size(x, self.eps) * weight).astype(x.dtype)
 
 
-class Scale(Weighted):
-    """x * weight, of one number.
-
-    Attributes:
-      weight: FrozenParam, (..., 1).
-    """
-
-    NDIM = 1
-    AXES: ClassVar = {"weight": ("one",)}
-
-    def __init__(self, weight: Array):
-        self.weight = FrozenParam(weight)
-
-    @property
-    def can_train(self) -> bool:
-        """Scales never train: to transformers they are buffers."""
-        return False
-
-    def holding(self, weight: Any, bias: Any = None) -> "Scale":
-        """Returns the scale of another weight."""
-        return Scale(weight)
+class LayerNorm(RMSNorm):
+    """RMSNorm of x less its mean: LayerNorm without a bias."""
 
     def __call__(
         self, x: Float[Array, "*batch features"]
     ) -> Float[Array, "*batch features"]:
-        """Scales in x's dtype."""
-        return x * self.weight[...].astype(x.dtype)
+        """Normalizes in float32 and returns x's dtype."""
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        return super().__call__(centred).astype(x.dtype)
 
 
-def rms_normed(
-    x: Float[Array, "*batch features"], eps: float
-) -> Float[Array, "*batch features"]:
-    """Returns x / rms(x) over the last axis, in x's dtype: RMSNorm without a weight."""
-    return _normed(x, eps).astype(x.dtype)
+class BareNorm(nnx.Module):
+    """x / rms(x) over the last axis: RMSNorm without a weight.
+
+    Attributes:
+      eps: Added to the mean square.
+    """
+
+    def __init__(self, eps: float):
+        self.eps = eps
+
+    def __call__(
+        self, x: Float[Array, "*batch features"]
+    ) -> Float[Array, "*batch features"]:
+        """Normalizes in float32 and returns x's dtype."""
+        return _of_unit_size(x, self.eps).astype(x.dtype)
 
 
-def _normed(x: Array, eps: float) -> Array:
+Norm = RMSNorm | BareNorm
+
+
+def _of_unit_size(x: Array, eps: float) -> Array:
+    """Returns x / rms(x), float32."""
     wide = x.astype(jnp.float32)
     mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
     return wide * jax.lax.rsqrt(mean_square + eps)

@@ -65,12 +65,14 @@ class Rope:
       dim: Features of a head that are rotated, the first ones.
       interleaved: Whether feature 2i is rotated with 2i + 1 (GLM-4, Cohere), and not i with
         i + dim / 2.
+      backward: Whether heads turn by the negative of the angles (nanochat).
     """
 
     theta: float = 10000.0
     scaling: RopeScaling | None = None
     dim: int
     interleaved: bool = False
+    backward: bool = False
 
 
 def inverse_frequencies(
@@ -156,7 +158,8 @@ def rotation(
     frequencies = inverse_frequencies(rope.dim, rope.theta, rope.scaling, length)
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     factor = 1.0 if rope.scaling is None else rope.scaling.attention_factor
-    return factor * jnp.cos(angles), factor * jnp.sin(angles)
+    turn = -factor if rope.backward else factor
+    return factor * jnp.cos(angles), turn * jnp.sin(angles)
 
 
 def rotate(

@@ -4,7 +4,8 @@
 int8 has the keys of bitsandbytes' Linear8bitLt (pallas_kernels/formats/int8_rows.py). No other
 tool looks for them beside 4-bit linears, and transformers would take the codes for values.
 So config.json names a quant_method of our own, which has bitsandbytes' settings inside:
-others then find packed linears where they expect dense ones, and stop.
+others then find packed linears where they expect dense ones, and stop. The same holds of a
+folder with linears in two formats, such as MXFP4 experts beside 4-bit attention.
 """
 
 from collections.abc import Collection, Mapping
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from pallas_kernels.formats import (
+    FORMATS,
     FormatError,
     Int8Rows,
     PackedWeight,
@@ -29,6 +31,19 @@ WITH_INT8 = "qlora_jax_int8_tables"
 """quant_method of a folder whose embedding or head is in int8."""
 
 
+OF_TWO = "qlora_jax_two_formats"
+"""quant_method of a folder with linears in MXFP4 and in bitsandbytes' 4 bits."""
+
+MXFP4 = "mxfp4"
+"""quant_method of a folder with experts in MXFP4, and the key of it in a folder of ours."""
+
+_NOT_MXFP4 = (
+    *("model.layers.*.self_attn", "model.layers.*.mlp.router"),
+    *("model.embed_tokens", "lm_head"),
+)
+"""What config.json says is not in MXFP4, as gpt-oss's own does."""
+
+
 def is_packed(keys: Collection[str], name: str) -> bool:
     """Whether a file with these keys has a linear packed, as transformers finds it."""
     form = stored_format(keys, name)
@@ -41,17 +56,34 @@ def is_packed_table(keys: Collection[str], name: str) -> bool:
     return form is not None and form.LISTED_AS is not None
 
 
-def read(tensors: Mapping[str, np.ndarray], name: str) -> QuantizedTensor:
-    """Reads a 4-bit weight; dequantizing it gives bitsandbytes' float32 values exactly.
+def known_as(keys: Collection[str], name: str) -> str | None:
+    """Returns the quant_method of a folder whose linears are stored as this one; None of a
+    dense one, and of what is in a format of our own."""
+    form = stored_format(keys, name)
+    return None if form is None else form.KNOWN_AS
+
+
+def read(
+    tensors: Mapping[str, np.ndarray], name: str, dtype: str = "float32"
+) -> PackedWeight:
+    """Reads a packed linear; decoding it gives the float32 values of the library that made
+    it, exactly.
 
     Args:
-      tensors: A state dict with bitsandbytes' keys.
+      tensors: A state dict that has it, with bitsandbytes' keys or in MXFP4.
       name: The weight's key, such as 'model.layers.0.self_attn.q_proj.weight'.
+      dtype: What it stands for, where its entries do not say.
 
     Raises:
       CheckpointError: a key is missing, or its entries are not what bitsandbytes writes.
     """
-    return _read(QuantizedTensor, tensors, name, "float32")
+    form = stored_format(tensors, name)
+    return _read(form or QuantizedTensor, tensors, name, dtype)
+
+
+def mxfp4_shapes(shape: tuple[int, ...], stack: tuple[int, ...]) -> PackedWeight:
+    """Returns a stack of weights in MXFP4 as shapes alone."""
+    return FORMATS[MXFP4].abstract(shape, stack, dtype="bfloat16")
 
 
 def read_int8(tensors: Mapping[str, np.ndarray], name: str, dtype: str) -> Int8Rows:
@@ -73,9 +105,15 @@ def _read(form: type[W], tensors: Mapping[str, np.ndarray], name: str, dtype: st
 def linears_config(hf: dict[str, Any]) -> dict[str, Any] | None:
     """Returns bitsandbytes' part of config.json's quantization_config; None without one."""
     stored = hf.get("quantization_config")
-    if stored is not None and stored.get("quant_method") == WITH_INT8:
+    if stored is not None and stored.get("quant_method") in (WITH_INT8, OF_TWO):
         return stored.get("linears")
-    return stored
+    return None if stored is not None and mxfp4_config(hf) is stored else stored
+
+
+def mxfp4_config(hf: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns what config.json's quantization_config says of MXFP4; None if nothing."""
+    stored = hf.get("quantization_config") or {}
+    return stored if stored.get("quant_method") == MXFP4 else stored.get(MXFP4)
 
 
 def int8_tables(hf: dict[str, Any]) -> list[str]:
@@ -84,16 +122,21 @@ def int8_tables(hf: dict[str, Any]) -> list[str]:
     return stored.get("int8_tables", []) if linears_config(hf) is not stored else []
 
 
-def with_tables(
-    linears: dict[str, Any] | None, tables: dict[str, list[str]]
-) -> dict[str, Any]:
-    """Returns a quantization_config that says which tables are packed too, and how.
+def folder_config(
+    linears: Mapping[str, dict[str, Any]], tables: Mapping[str, list[str]]
+) -> dict[str, Any] | None:
+    """Returns the quantization_config of a folder; None where all is dense.
 
     Args:
-      linears: What it says of the linears, if anything.
+      linears: What it says of linears, by the quant_method that their format is KNOWN_AS.
       tables: Modules under the key that their format is LISTED_AS.
     """
-    return {"quant_method": WITH_INT8, **tables, "linears": linears}
+    if not tables and len(linears) < 2:
+        return next(iter(linears.values()), None)
+    mxfp4 = {MXFP4: linears[MXFP4]} if MXFP4 in linears else {}
+    method = WITH_INT8 if tables else OF_TWO
+    bnb = linears.get("bitsandbytes")
+    return {"quant_method": method, **tables, **mxfp4, "linears": bnb}
 
 
 def read_quantization_config(
@@ -107,7 +150,7 @@ def read_quantization_config(
         method = stored.get("quant_method")
         return None, [
             f"quantization_config has quant_method {method!r}; only bitsandbytes with "
-            "load_in_4bit can be opened"
+            "load_in_4bit, and mxfp4, can be opened"
         ]
     kind = stored.get("bnb_4bit_quant_type", "fp4")
     if kind not in CODEBOOKS:
@@ -126,6 +169,8 @@ def quantization_config(
       compute_dtype: Its name.
       skip: Names of modules that stay dense, beside embeddings and head.
     """
+    if w.KNOWN_AS == MXFP4:
+        return w.describe() | {"modules_to_not_convert": list(_NOT_MXFP4)}
     said = w.describe() | {
         "bnb_4bit_compute_dtype": compute_dtype,
         "llm_int8_enable_fp32_cpu_offload": False,

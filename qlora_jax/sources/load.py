@@ -2,14 +2,14 @@
 
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypedDict, get_args
+from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from qlora_jax.config.quant import QuantConfig, TableFormat
+from qlora_jax.config.quant import Mxfp4Use, QuantConfig, TableFormat
 from qlora_jax.errors import CheckpointError, ShapeError, gathered
 from qlora_jax.models import Decoder, abstract, hf_table
 from qlora_jax.names import PER_LAYER, dotted
@@ -34,6 +34,7 @@ def load(
     *,
     embedding: TableFormat = "none",
     head: TableFormat = "none",
+    mxfp4: Mxfp4Use = "keep",
     stream: bool = False,
     implementation: str | None = None,
     revision: str | None = None,
@@ -53,6 +54,8 @@ def load(
         table of per-layer embeddings. A folder that has it in int8 is read as it is.
       head: Make a head that is not tied to the embedding '4bit' or 'int8' too. A folder
         that has it in int8 is read as it is.
+      mxfp4: Hold experts that a folder has in MXFP4 as they are ('keep'), or decode them as
+        they are read, and quantize them with the other linears ('decode').
       stream: Put the layers' weights in pinned host memory as they load (`stream` does it
         to a base that is on the device); the device then never holds them all.
       implementation: The implementation of nf4_matmul in every quantized linear, such as
@@ -67,7 +70,7 @@ def load(
         missing, misshapen, corrupt or not finite; all problems in one message.
     """
     source = open_source(path_or_repo, revision)
-    prepared = reading(source, quant, dtype, embedding, head, stream)
+    prepared = reading(source, quant, dtype, embedding, head, stream, mxfp4)
     say(source.path, prepared.notes)
     reader, wanted, skeleton, _ = prepared
     loaded = {path: reader.read(path, entry) for path, entry in wanted.items()}
@@ -82,12 +85,13 @@ def reading(
     embedding: TableFormat,
     head: TableFormat,
     stream: bool = False,
+    mxfp4: Mxfp4Use = "keep",
 ) -> "Reading":
     """Prepares to read a source.
 
     Args:
       source: The opened checkpoint to read.
-      quant, dtype, embedding, head, stream: See `load`.
+      quant, dtype, embedding, head, stream, mxfp4: See `load`.
 
     Raises:
       ShapeError: an unknown dtype.
@@ -107,14 +111,17 @@ def reading(
     wanted = wanted_of(skeleton, hf_table(config))
     notes = [*source.notes, *check_names(source, wanted)]
     tables = resolve_tables(source, embedding, head)
-    if set(tables.values()) != {"none"} and (quant or stored) is None:
+    if {tables["embedding"], tables["head"]} != {"none"} and (quant or stored) is None:
         raise CheckpointError(
             f"{source} stays dense, so its embedding and head do too; give quant, or leave "
             "embedding and head out"
         )
-    formats = {_TABLES[name]: tables[name] for name in _TABLES}
+    formats: dict[str, TableFormat] = {
+        path: tables[name] for name, path in _TABLES.items()
+    }
     formats[f"{PER_LAYER}.weight"] = tables["embedding"]
-    reader = Reader(source.tensors, quant, dtype, formats, quant or stored, stream)
+    settings = quant, dtype, formats, quant or stored, stream, mxfp4
+    reader = Reader(source.tensors, *settings)
     return Reading(reader, wanted, skeleton, notes)
 
 
@@ -135,25 +142,35 @@ class Reading(NamedTuple):
 
 
 class Tables(TypedDict):
-    """The formats of embedding and head, as `load` takes them by keyword."""
+    """The formats of embedding and head, and what becomes of MXFP4, as `load` takes them by
+    keyword."""
 
     embedding: TableFormat
     head: TableFormat
+    mxfp4: Mxfp4Use
 
 
-_TABLES = {"embedding": "embed_tokens.weight", "head": "lm_head.kernel"}
+_TABLES: dict[Literal["embedding", "head"], str] = {
+    "embedding": "embed_tokens.weight",
+    "head": "lm_head.kernel",
+}
 
 
-def resolve_tables(source: Source, embedding: TableFormat, head: TableFormat) -> Tables:
-    """Returns how embedding and head will be held: as asked for, or as a source has them.
+def resolve_tables(
+    source: Source, embedding: TableFormat, head: TableFormat, mxfp4: Mxfp4Use = "keep"
+) -> Tables:
+    """Returns how embedding and head will be held, as asked for or as a source has them; and
+    whether it has experts in MXFP4 that are kept so.
 
     Raises:
       CheckpointError: an unknown format, or another is asked for than the folder has.
     """
-    tables, problems = Tables(embedding=embedding, head=head), []
+    has_mxfp4 = bitsandbytes.mxfp4_config(source.hf) is not None
+    kept: Mxfp4Use = mxfp4 if has_mxfp4 else "decode"
+    tables, problems = Tables(embedding=embedding, head=head, mxfp4=kept), []
     stored = [name.rpartition(".")[2] for name in bitsandbytes.int8_tables(source.hf)]
-    for name, module in (("embedding", "embed_tokens"), ("head", "lm_head")):
-        asked = tables[name]
+    for name, path in _TABLES.items():
+        asked, module = tables[name], path.partition(".")[0]
         if asked not in get_args(TableFormat):
             known = ", ".join(get_args(TableFormat))
             problems.append(f"{name} is {asked!r}, expected {known}")
@@ -185,17 +202,19 @@ def outline(
     *,
     embedding: TableFormat = "none",
     head: TableFormat = "none",
+    mxfp4: Mxfp4Use = "keep",
 ) -> Outline:
     """Opens a model without reading its linears.
 
     Args:
-      path_or_repo, quant, embedding, head: See `load`.
+      path_or_repo, quant, embedding, head, mxfp4: See `load`.
 
     Raises:
       CheckpointError: as `load`.
     """
     source = open_source(path_or_repo)
-    return outlined(source, reading(source, quant, "bfloat16", embedding, head))
+    prepared = reading(source, quant, "bfloat16", embedding, head, mxfp4=mxfp4)
+    return outlined(source, prepared)
 
 
 def outlined(source: Source, prepared: Reading) -> Outline:
@@ -215,8 +234,11 @@ def outlined(source: Source, prepared: Reading) -> Outline:
         names, stack, shape = wanted[path]
         if bitsandbytes.is_packed_table(checkpoint, names[0]):
             return bitsandbytes.read_int8(checkpoint, names[0], "bfloat16")
-        stored = bitsandbytes.is_packed(checkpoint, names[0])
-        quant = source.stored if stored else reader.quant
+        form, quant = bitsandbytes.known_as(checkpoint, names[0]), reader.quant
+        if form == bitsandbytes.MXFP4 and not reader.decodes(names[0]):
+            return bitsandbytes.mxfp4_shapes(shape, stack)
+        if form is not None and form != bitsandbytes.MXFP4:
+            quant = source.stored
         if (pack := reader.packing(path, quant)) is None:
             return None
         one = jax.eval_shape(pack, jax.ShapeDtypeStruct(shape, jnp.bfloat16))
@@ -269,7 +291,13 @@ def original_kernels(
     checkpoint, table = source.tensors, hf_table(source.config)
 
     def read(path: str, index: tuple[int, ...]) -> np.ndarray:
-        kernel = checkpoint[table.name(f"{path}.kernel", index)]
+        name = table.name(f"{path}.kernel", index)
+        if bitsandbytes.is_packed(
+            checkpoint, name
+        ):  # MXFP4, whose values are the originals
+            kernel = np.asarray(bitsandbytes.read(checkpoint, name).decode("float32"))
+        else:
+            kernel = checkpoint[name]
         if problems := source.damage():
             raise CheckpointError(gathered(f"{source} has unusable weights", problems))
         return kernel

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.config.quant import QuantConfig, TableFormat
+from qlora_jax.config.quant import Mxfp4Use, QuantConfig, TableFormat
 from qlora_jax.files import check_output
 from qlora_jax.sources.load import reading
 from qlora_jax.sources.reader import Reader, Wanted
-from qlora_jax.sources.save import new_model_folder, write_folder
+from qlora_jax.sources.save import joining, new_model_folder, write_folder
 from qlora_jax.sources.source import Source, say
 
 
@@ -20,6 +20,7 @@ def quantize_folder(
     *,
     embedding: TableFormat = "none",
     head: TableFormat = "none",
+    mxfp4: Mxfp4Use = "keep",
     overwrite: bool = False,
     shard_bytes: int = 4 << 30,
 ) -> dict[str, Any]:
@@ -35,6 +36,8 @@ def quantize_folder(
       embedding: The format of the embedding, and of a tied head: 'int8', or 'none' for
         dense.
       head: The format of an untied head: 'int8', or 'none' for dense.
+      mxfp4: Write experts that the source has in MXFP4 as they are ('keep'), or quantize
+        them with the other linears ('decode').
       overwrite: Write into a folder that is not empty.
       shard_bytes: Largest size of a file.
 
@@ -47,7 +50,7 @@ def quantize_folder(
       OutputError: the folder cannot be written; one that was there is as it was.
     """
     check_output(out, overwrite)
-    prepared = reading(source, quant, dtype, embedding, head)
+    prepared = reading(source, quant, dtype, embedding, head, mxfp4=mxfp4)
     say(source.path, prepared.notes)
     reader, wanted = prepared.reader, prepared.wanted
     with new_model_folder(out, source) as new:
@@ -62,9 +65,14 @@ def quantize_folder(
 def _parameters(
     reader: Reader, wanted: dict[str, Wanted], source: Source
 ) -> Iterator[tuple[str, Any]]:
-    for path, (names, _, shape) in wanted.items():
-        for name in names:
-            value = reader.one(path, name, shape)
-            if value is not None:
-                yield name, value
+    entries = [
+        (path, name, shape)
+        for path, (names, _, shape) in wanted.items()
+        for name in names
+    ]
+    joined = joining(source.config, source)
+    for path, name, shape in joined.ordered(entries, lambda entry: entry[1]):
+        value = reader.one(path, name, shape)
+        if value is not None:
+            yield name, value
     reader.check(source)

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from pallas_kernels.formats import PackedWeight
-from qlora_jax.config.quant import QuantConfig, TableFormat
+from qlora_jax.config.quant import Mxfp4Use, QuantConfig, TableFormat
 from qlora_jax.errors import CheckpointError, ShapeError, gathered
 from qlora_jax.models import Decoder
 from qlora_jax.names import Table, dotted
@@ -58,11 +58,11 @@ def check_names(source: Source, wanted: dict[str, Wanted]) -> list[str]:
     for names, _, shape in wanted.values():
         known.update(names)
         for name in names:
+            if bitsandbytes.is_packed(checkpoint, name):
+                continue  # its own entries have the shape
             if name not in checkpoint:
                 missing.append(name)
                 problems.append(f"{name} is missing")
-            elif bitsandbytes.is_packed(checkpoint, name):
-                continue  # packed; its quant_state has the shape
             elif checkpoint.infos[name].shape != shape:
                 have = checkpoint.infos[name].shape
                 problems.append(f"{name} has shape {have}, config.json wants {shape}")
@@ -94,7 +94,9 @@ class Reader:
         tables: Mapping[str, TableFormat],
         table_quant: QuantConfig | None,
         stream: bool,
+        mxfp4: Mxfp4Use = "keep",
     ):
+        self.mxfp4 = mxfp4
         self.checkpoint, self.quant, self.dtype = checkpoint, quant, dtype
         self.tables, self.table_quant, self.stream = tables, table_quant, stream
         self.problems: list[str] = []
@@ -144,12 +146,16 @@ class Reader:
         """Returns one layer of a parameter; None if it is unusable, which `problems` says."""
         try:
             if bitsandbytes.is_packed(self.checkpoint, name):
-                return self._stored(name, shape)
-            w = self.checkpoint[name]
-            scaled = bitsandbytes.is_packed_table(self.checkpoint, name)
-            if self.tables.get(path) == "int8" and (scaled or w.dtype == np.int8):
-                return bitsandbytes.read_int8(self.checkpoint, name, self.dtype)
-            w = jnp.asarray(w)
+                q = self._stored(name, shape)
+                if not self.decodes(name):
+                    return q
+                w = q.decode()
+            else:
+                w = self.checkpoint[name]
+                scaled = bitsandbytes.is_packed_table(self.checkpoint, name)
+                if self.tables.get(path) == "int8" and (scaled or w.dtype == np.int8):
+                    return bitsandbytes.read_int8(self.checkpoint, name, self.dtype)
+                w = jnp.asarray(w)
             if not jnp.issubdtype(w.dtype, jnp.floating):
                 raise ShapeError(f"{w.dtype} values, of which config.json says nothing")
             if (pack := self.packing(path, self.quant)) is not None:
@@ -162,6 +168,11 @@ class Reader:
             text = str(error)
             self.problems.append(text if text.startswith(name) else f"{name}: {text}")
             return None
+
+    def decodes(self, name: str) -> bool:
+        """Whether a packed linear is decoded as it is read."""
+        form = bitsandbytes.known_as(self.checkpoint, name)
+        return form == bitsandbytes.MXFP4 and self.mxfp4 == "decode"
 
     def packing(
         self, path: str, quant: QuantConfig | None
@@ -184,7 +195,7 @@ class Reader:
         return functools.partial(quantize_tensor, config=quant)
 
     def _stored(self, name: str, shape: tuple[int, ...]) -> PackedWeight:
-        q = bitsandbytes.read(self.checkpoint, name)
+        q = bitsandbytes.read(self.checkpoint, name, self.dtype)
         if q.shape != shape:
             raise ShapeError(f"shape {q.shape}, config.json wants {shape}")
         return q

@@ -44,10 +44,20 @@ SINGLE = "model.safetensors"
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
+class Cut(NamedTuple):
+    """Says how a part is cut out of a stored tensor: the tensor's name, its shape, and what
+    returns the part as a view of it."""
+
+    name: str
+    shape: tuple[int, ...]
+    of: Callable[[np.ndarray], np.ndarray]
+
+
 class TensorInfo(NamedTuple):
     """Says where a tensor lies: its file, dtype, shape and first byte in the file.
 
-    Where qlora_jax wrote the file, the digest of the tensor's bytes is there too.
+    Where qlora_jax wrote the file, the digest of the tensor's bytes is there too. What is cut
+    out of a tensor has that one's place and digest, and says how it is cut.
     """
 
     file: Path
@@ -55,6 +65,19 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
     start: int
     sha256: str | None = None
+    cut: Cut | None = None
+
+
+Part = tuple[tuple[int, ...], Callable[[np.ndarray], np.ndarray]]
+"""The shape of what is cut out of a tensor, and what cuts it."""
+
+
+class _Check(NamedTuple):
+    """The digest of a tensor that was read, and the one that it was written with."""
+
+    file: Path
+    sha256: str
+    digest: Future[str]
 
 
 class Checkpoint(Mapping[str, np.ndarray]):
@@ -75,7 +98,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
             of them are named.
         """
         self.infos: dict[str, TensorInfo] = {}
-        self._checks: dict[str, Future[str]] = {}
+        self._checks: dict[str, _Check] = {}
         self._last: deque[Future[str]] = deque(maxlen=_BEHIND)
         self._thread = ThreadPoolExecutor(1, "digests")
         files, self.notes = _files(folder)
@@ -124,6 +147,26 @@ class Checkpoint(Mapping[str, np.ndarray]):
             raise CheckpointError(gathered(f"{where} has tensors twice", problems))
         self.infos = infos
 
+    def split(self, name: str, parts: Mapping[str, Part]) -> None:
+        """Puts parts of a tensor in its place.
+
+        Args:
+          name: The tensor.
+          parts: For each new name the shape of the part, and what cuts it out of the whole.
+
+        Raises:
+          CheckpointError: there is a tensor of such a name.
+        """
+        info = self.infos.pop(name)
+        if twice := [part for part in parts if part in self.infos]:
+            raise CheckpointError(
+                f"{info.file}: {twice[0]} is there, and a part of {name} too; which of them "
+                "is meant cannot be told"
+            )
+        for part, (shape, of) in parts.items():
+            cut = Cut(name, info.shape, of)
+            self.infos[part] = info._replace(shape=shape, cut=cut)
+
     def stored(self, name: str) -> tuple[str, int]:
         """Returns how a tensor is stored: the name of its dtype, and its bytes."""
         info = self.infos[name]
@@ -138,14 +181,19 @@ class Checkpoint(Mapping[str, np.ndarray]):
         info = self.infos[name]
         if 0 in info.shape:
             return np.zeros(info.shape, info.dtype)
-        array = np.memmap(info.file, info.dtype, "r", info.start, info.shape or (1,))
-        if info.sha256 is not None and name not in self._checks:
+        whole = info.shape if info.cut is None else info.cut.shape
+        array = np.memmap(info.file, info.dtype, "r", info.start, whole or (1,))
+        stored = name if info.cut is None else info.cut.name
+        if info.sha256 is not None and stored not in self._checks:
             if (
                 len(self._last) == _BEHIND
             ):  # so that few are mapped for the thread alone
                 self._last[0].result()
-            self._checks[name] = self._thread.submit(digests.of_array, array)
-            self._last.append(self._checks[name])
+            check = self._thread.submit(digests.of_array, array)
+            self._checks[stored] = _Check(info.file, info.sha256, check)
+            self._last.append(check)
+        if info.cut is not None:
+            return info.cut.of(array)
         return array.reshape(info.shape)
 
     def damage(self) -> list[str]:
@@ -153,15 +201,11 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
         Of a folder that has no digests nothing is known.
         """
-        wrong = [
-            name
-            for name, check in self._checks.items()
-            if check.result() != self.infos[name].sha256
-        ]
         return [
-            f"{name}: its bytes in {self.infos[name].file.name} are not those that were "
-            f"written there; {digests.ADVICE}"
-            for name in wrong
+            f"{name}: its bytes in {check.file.name} are not those that were written there; "
+            f"{digests.ADVICE}"
+            for name, check in self._checks.items()
+            if check.digest.result() != check.sha256
         ]
 
     def __iter__(self) -> Iterator[str]:

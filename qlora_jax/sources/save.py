@@ -15,7 +15,8 @@ from flax import nnx
 from pallas_kernels.formats import PackedWeight
 from qlora_jax.errors import CheckpointError
 from qlora_jax.files import NewFolder, check_output, new_folder
-from qlora_jax.models import Decoder, DecoderConfig, config_json, llama
+from qlora_jax.models import Decoder, DecoderConfig, config_json, fused_in, llama
+from qlora_jax.models.fused import Joining
 from qlora_jax.names import (
     TABLES,
     Numbered,
@@ -80,8 +81,8 @@ def save_model(
     config = saved_config(model)
     with new_model_folder(out, origin) as new:
         return write_folder(
-            *(_parameters(model, saved_names(config, origin)), config),
-            *(model.compute_dtype.name, hf, new),
+            _parameters(model, saved_names(config, origin), joining(config, origin)),
+            *(config, model.compute_dtype.name, hf, new),
             origin=origin,
             shard_bytes=shard_bytes,
         )
@@ -169,9 +170,17 @@ def as_saved(path: str, value: Any, dtype: str) -> Any:
     return value
 
 
-def _parameters(model: Decoder, table: Table) -> Iterator[tuple[str, Any]]:
+def joining(config: DecoderConfig, origin: Source | None) -> Joining:
+    """Returns what joins the experts of a layer where files of the model's family do."""
+    fused = () if origin is None else fused_in(origin.family)
+    return Joining(fused, config.num_experts)
+
+
+def _parameters(
+    model: Decoder, table: Table, joining: Joining
+) -> Iterator[tuple[str, Any]]:
     """Yields every parameter by its name, one layer (and expert) at a time."""
-    for place in places(model, table):
+    for place in joining.ordered(places(model, table), lambda place: place.name):
         value = as_saved(place.numbered.path, place.variable.get_value(), model.dtype)
         yield place.name, value[place.at]
 
@@ -189,7 +198,8 @@ def write_folder(
     """Writes a model's folder from its parameters, which need never be there at once.
 
     Args:
-      parameters: Names and values, in order: arrays or packed weights.
+      parameters: Names and values, in order: arrays or packed weights. Where the family's
+        files hold the experts of a layer together, these wait until all are there.
       config: The config of the model.
       dtype: The name of the dtype that the model computes in.
       hf: A config.json, whose quantization, dtype and vocabulary are replaced.
@@ -224,7 +234,8 @@ def write_folder(
         origin.tokenizer.save(new.path)
     refuse_another(new)
     writer = Writer(new.path, shard_bytes)
-    quantization = _write(parameters, writer, dtype, skip)
+    joined = joining(config, origin)
+    quantization = _write(parameters, writer, joined, dtype, skip)
     size = writer.close()
     new.digests |= writer.digests
     if quantization is not None:
@@ -237,28 +248,39 @@ def write_folder(
 def _write(
     parameters: Iterable[tuple[str, Any]],
     writer: Writer,
+    joined: Joining,
     dtype: str,
     skip: list[str] | None,
 ) -> dict[str, Any] | None:
     """Writes all parameters; returns the quantization_config of what is quantized."""
-    linears, tables, packed, dense = None, {}, [], []
+
+    def write(key: str, array: np.ndarray) -> None:
+        for name, whole in joined.add(key, array):
+            writer.add(name, whole)
+
+    linears: dict[str, dict[str, Any]] = {}
+    tables: dict[str, list[str]] = {}
+    packed, dense = [], []
     for name, value in parameters:
         if not isinstance(value, PackedWeight):
-            writer.add(name, np.asarray(value))
+            write(name, np.asarray(value))
             dense.append(name)
             continue
         _check_range(writer, name, value)
         for key, array in value.storage(name).items():
-            writer.add(key, array)
-        if value.LISTED_AS is None:
-            linears = bitsandbytes.quantization_config(value, dtype, skip)
+            # Codes that have the weight's own name are no values of the whole's.
+            (writer.add if key == name else write)(key, array)
+        if value.KNOWN_AS is not None:
+            said = bitsandbytes.quantization_config(value, dtype, skip)
+            linears[value.KNOWN_AS] = said
             packed.append(name)
         else:
+            assert value.LISTED_AS is not None
             module = name.removesuffix(".weight")
             tables.setdefault(value.LISTED_AS, []).append(module)
-    if linears is not None:
-        linears["llm_int8_skip_modules"] = _skipped(skip, packed, dense)
-    return bitsandbytes.with_tables(linears, tables) if tables else linears
+    if (bnb := linears.get("bitsandbytes")) is not None:
+        bnb["llm_int8_skip_modules"] = _skipped(skip, packed, dense)
+    return bitsandbytes.folder_config(linears, tables)
 
 
 def _skipped(

@@ -26,7 +26,15 @@ from pallas_kernels.formats.absmax4.storage import stored_block_size
 from qlora_jax.config.quant import QuantConfig
 from qlora_jax.errors import CheckpointError, gathered
 from qlora_jax.inputs import read_json
-from qlora_jax.models import FAMILIES, DecoderConfig, hf_table, read_config
+from qlora_jax.models import (
+    FAMILIES,
+    DecoderConfig,
+    fused_in,
+    hf_table,
+    read_config,
+)
+from qlora_jax.models.fused import cuts
+from qlora_jax.models.nearest import nearest
 from qlora_jax.models.settings import misfitting_quantization
 from qlora_jax.models.wrappers import WRAPPERS, unwrap, without_wrapper
 from qlora_jax.names import STACK, template_of
@@ -110,6 +118,7 @@ class Source:
             and HF_HEAD in infos
         ):
             infos[HF_EMBEDDING] = infos.pop(HF_HEAD)  # the same table by its other name
+        self._cut(checkpoint, config)
         _check_size(self.path, config, infos)
         if wrapped:
             checkpoint.notes.append(
@@ -120,6 +129,30 @@ class Source:
                 "adapter_config.json is there: its adapter is not applied (--adapter does)"
             )
         return checkpoint
+
+    def _cut(self, checkpoint: Checkpoint, config: DecoderConfig) -> None:
+        """Cuts tensors that hold all experts of a layer."""
+        fused, problems = fused_in(FAMILIES[config.model_type]), []
+        shapes = {name: info.shape for name, info in checkpoint.infos.items()}
+        for name, one, places in cuts(fused, shapes, config.num_experts):
+            if not places:
+                problems.append(
+                    f"{name} has shape {shapes[name]}, which does not hold the "
+                    f"{len(one.parts)} matrices of {config.num_experts} experts"
+                )
+                continue
+            shape = one.part_shape(shapes[name])
+            checkpoint.split(
+                name,
+                {
+                    part: (shape, functools.partial(one.cut, place=place))
+                    for part, place in places.items()
+                },
+            )
+        if problems:
+            raise CheckpointError(
+                gathered(f"{self.path} does not fit its config.json", problems)
+            )
 
     def damage(self) -> list[str]:
         """Returns a sentence for each tensor, of those read so far, that is damaged.
@@ -193,15 +226,18 @@ def _parsed(
     if not isinstance(named, str) or named not in FAMILIES.keys() | WRAPPERS.keys():
         known = sorted(FAMILIES) + [f"{name} (its text)" for name in sorted(WRAPPERS)]
         raise CheckpointError(
-            f"{where}: model_type is {named!r}; known architectures: {', '.join(known)}"
+            f"{where}: model_type is {named!r}; known architectures: {', '.join(known)}. "
+            f"{nearest(hf, _tensors(where.parent))}"
         )
     config, stored = None, None
     # What it says of its weights first: the text model of a wrapper takes a part of that.
     inner = hf.get("text_config")
     problems = misfitting_quantization(hf)
     problems += misfitting_quantization(inner) if isinstance(inner, dict) else []
-    if not problems:
-        hf, problems = unwrap(hf) if named in WRAPPERS else (hf, [])
+    if not problems and named in WRAPPERS:
+        hf, problems = unwrap(hf)
+        if problems and isinstance(inner, dict):  # a text model of no family here
+            problems.append(nearest(hf, _tensors(where.parent)))
     if not problems:
         config, found = read_config(hf)
         stored, more = bitsandbytes.read_quantization_config(hf)
@@ -210,6 +246,14 @@ def _parsed(
         raise CheckpointError(gathered(f"{where} cannot be used", problems))
     assert config is not None
     return hf, config, stored, named
+
+
+def _tensors(folder: Path) -> Collection[str]:
+    """Returns the names of the tensors of a folder, none where they cannot be read."""
+    try:
+        return Checkpoint(folder).infos.keys()
+    except CheckpointError:  # config.json, which is refused already, says enough
+        return ()
 
 
 def _check_size(path: Path, config: DecoderConfig, names: Collection[str]) -> None:

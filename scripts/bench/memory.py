@@ -53,7 +53,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "phi3-mini": {
         **{"layers": 32, "hidden": 3072, "wide": 8192, "heads": (32, 32, 96)},
-        **{"vocab_size": 32064, "fused": True},
+        **{"vocab_size": 32064, "fused_qkv": True, "fused_gate_up": True},
     },
     "qwen3-0.6b": {
         **{"layers": 28, "hidden": 1024, "wide": 3072, "heads": (16, 8, 128)},

@@ -17,7 +17,7 @@ NAME.npz holds, all float32 unless noted:
 - saved: JSON bytes, {"config": config.json as transformers writes it, "tensors":
   {name on disk: shape}, "versions": {...}}.
 
-defaults.json: {model type: config.json as transformers writes it, made from SIZES}.
+defaults.json: {model type: config.json as transformers writes it, made from its `sizes`}.
 """
 
 import argparse
@@ -105,7 +105,7 @@ def defaults() -> dict[str, dict]:
     families = dict.fromkeys(hf["model_type"] for hf in cases.CASES.values())
     read = {}
     for family in families:
-        config = AutoConfig.for_model(family, **cases.SIZES).to_dict()
+        config = AutoConfig.for_model(family, **cases.sizes(family)).to_dict()
         kept = {key: value for key, value in config.items() if key not in UNUSED}
         read[family] = {"model_type": family} | kept
     return read

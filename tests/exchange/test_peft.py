@@ -132,7 +132,6 @@ def test_all_that_cannot_be_held_is_named_at_once(exported: Path):
         "bias": "whole",
         "fan_in_fan_out": True,
         "layer_replication": [[0, 1]],
-        "target_parameters": ["experts"],
         "peft_type": "LOHA",
     }
     change(exported, **wrong)
@@ -142,6 +141,15 @@ def test_all_that_cannot_be_held_is_named_at_once(exported: Path):
         assert f"{key} is {value!r}, which an adapter here cannot hold" in str(
             error.value
         )
+
+
+def test_a_parameter_that_is_no_expert_is_named(exported: Path):
+    change(exported, target_parameters=["mlp.up_proj.weight"])
+    message = (
+        "target_parameters names mlp.up_proj.weight, of which there are no factors"
+    )
+    with pytest.raises(AdapterMismatchError, match=message):
+        import_peft(exported, tiny.decoder())
 
 
 def edited(folder: Path, edit) -> None:

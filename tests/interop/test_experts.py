@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from models import family_folders
 
 import qlora_jax as qlora
 from qlora_jax import QuantConfig
-from qlora_jax.errors import AdapterMismatchError
 from qlora_jax.models import Decoder
 from qlora_jax.nn import QuantizedLinear
 
 pytestmark = pytest.mark.interop
 
+IDS = tiny.tokens(2, 11)
 ORDER = 3e-5
 """Absolute, of logits of size 10: float32 sums in another order."""
 FAMILIES = ("mixtral", "qwen3_moe")
@@ -62,25 +63,70 @@ def test_our_adapter_of_experts_opens_in_peft(side, bases, ids, tmp_path, name, 
     assert differing(side, model, ids, tmp_path, **job) < ORDER
 
 
-def test_pefts_own_adapters_of_whole_parameters_are_refused(side, bases, ids, tmp_path):
-    base = bases["qwen3_moe"]
-    config = {"r": 4, "target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]}
-    side("adapter", base=base, config=config, ids=ids, out=tmp_path / "theirs")
-    model, _ = qlora.load(base, dtype="float32")
-    with pytest.raises(
-        AdapterMismatchError, match="target_parameters is .*gate_up_proj"
-    ):
-        qlora.import_peft(tmp_path / "theirs", model)
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "both": {"target_parameters": ["mlp.experts.gate_up_proj", "experts.down_proj"]},
+    "one, and linears": {
+        "target_modules": ["q_proj"],
+        "target_parameters": ["experts.gate_up_proj"],
+        "rank_pattern": {"gate_up_proj": 2},
+    },
+    "of a layer": {
+        "target_modules": ["o_proj"],
+        "target_parameters": ["1.mlp.experts.down_proj"],
+        "alpha_pattern": {"experts.down_proj": 3},
+    },
+}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("kind", PARAMETERS)
+@pytest.mark.parametrize("name", (*FAMILIES, "gpt_oss"))
+def test_pefts_adapters_of_whole_parameters_open(
+    side, bases, ids, tmp_path, name, kind
+):
+    config = {"r": 4, "target_modules": []} | PARAMETERS[kind]
+    side("adapter", base=bases[name], config=config, ids=ids, out=tmp_path / "theirs")
+    model, _ = qlora.load(bases[name], dtype="float32")
+    adapted = qlora.import_peft(tmp_path / "theirs", model)
+    job = {"base": bases[name], "adapter": tmp_path / "theirs", "converted": True}
+    assert differing(side, adapted, ids, tmp_path, **job) < ORDER
+    moved = float(np.abs(tiny.logits(adapted, IDS) - tiny.logits(model, IDS)).max())
+    assert moved > 30 * ORDER
+
+
+GPT_OSS: dict[str, dict[str, Any]] = SAME | {
+    "gate_proj": {"targets": "gate_proj"},
+    "gate and down": {"targets": "gate_proj,down_proj,k_proj"},
+}
+
+
+@pytest.mark.parametrize("kind", GPT_OSS)
+def test_adapters_of_gpt_oss_are_such_of_parameters(side, bases, ids, tmp_path, kind):
+    model = drawn(bases["gpt_oss"], **GPT_OSS[kind])
+    adapter = qlora.export_peft(tmp_path / "a", model)
+    job = {"base": bases["gpt_oss"], "adapter": adapter}
+    assert differing(side, model, ids, tmp_path, **job) < ORDER
+    back = qlora.import_peft(adapter, qlora.load(bases["gpt_oss"], dtype="float32")[0])
+    np.testing.assert_allclose(
+        tiny.logits(back, IDS), tiny.logits(model, IDS), atol=ORDER
+    )
+
+
+@pytest.mark.parametrize("name", (*FAMILIES, "gpt_oss"))
 def test_merged_experts_open_in_transformers(side, bases, ids, tmp_path, name):
     merged = qlora.merge(drawn(bases[name]), dtype="float32")
     qlora.save_model(merged, tmp_path / "m", source=bases[name], shard_bytes=200_000)
     assert differing(side, merged, ids, tmp_path, base=tmp_path / "m") < ORDER
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def test_experts_in_mxfp4_are_what_transformers_decodes(side, bases, ids, tmp_path):
+    base = family_folders.in_mxfp4(bases["gpt_oss"], tmp_path / "base")
+    model, _ = qlora.load(base, dtype="float32")
+    assert differing(side, model, ids, tmp_path, base=base) < ORDER
+    qlora.save_model(model, tmp_path / "again", source=base)
+    assert differing(side, model, ids, tmp_path, base=tmp_path / "again") < ORDER
+
+
+@pytest.mark.parametrize("name", (*FAMILIES, "gpt_oss"))
 def test_a_4_bit_folder_of_transformers_has_dense_experts_and_opens_in_ours(
     side, bases, ids, tmp_path, name
 ):
@@ -88,8 +134,9 @@ def test_a_4_bit_folder_of_transformers_has_dense_experts_and_opens_in_ours(
     quant = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     side("quantize", base=bases[name], quant=quant, out=folder)
     model, _ = qlora.load(folder, dtype="float32")
-    assert isinstance(model.layers.attn.q_proj, QuantizedLinear)
-    assert not isinstance(model.layers.mlp.experts.gate_proj, QuantizedLinear)
+    for stack in model.stacks:
+        assert isinstance(stack.attn.q_proj, QuantizedLinear)
+        assert not isinstance(stack.mlp.experts.gate_proj, QuantizedLinear)
     assert differing(side, model, ids, tmp_path, base=folder) < ORDER
 
 

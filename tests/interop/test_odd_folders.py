@@ -212,7 +212,18 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
     "mistral3": {
-        "text_config": TEXT | {"model_type": "mistral", "head_dim": 32},
+        "text_config": TEXT
+        | {
+            "model_type": "ministral3",
+            "head_dim": 32,
+            "rope_parameters": {
+                "type": "yarn",
+                "rope_theta": 1000000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 8,
+                "llama_4_scaling_beta": 0.1,
+            },
+        },
         "vision_config": {"model_type": "pixtral"} | VISION,
         "tie_word_embeddings": False,
     },

@@ -22,6 +22,7 @@ _GAINS = {
     "qkv_proj": 1.5,
     "lm_head": 3.0,
     "gate": 3.0,  # a router: far from equal shares
+    "router": 3.0,
 }
 """Output size of a linear for inputs of size 1, where it is not 1.2: attention and
 logits far from uniform."""
@@ -49,6 +50,13 @@ def _config(model_type: str, **changes: Any) -> dict[str, Any]:
 
 _SHORT = [1.0, 1.05, 1.1, 1.3, 1.6, 2.0, 2.5, 3.0]
 _LONG = [1.0, 1.2, 1.7, 2.5, 4.0, 6.0, 9.0, 12.0]
+_YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "beta_fast": 1.0,
+    "beta_slow": 0.125,
+    "original_max_position_embeddings": 16,
+}
 
 CASES: dict[str, dict[str, Any]] = {
     "llama_llama3": _config(
@@ -256,6 +264,37 @@ CASES: dict[str, dict[str, Any]] = {
         tie_word_embeddings=False,
     ),
     "olmo2": _config("olmo2", hidden_size=64),
+    "olmo3": _config(
+        "olmo3",
+        num_hidden_layers=3,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": _YARN | {"rope_theta": 500.0},
+        },
+    ),
+    "seed_oss": _config("seed_oss", head_dim=16, attention_out_bias=True),
+    "ministral3": _config(
+        "ministral3",
+        head_dim=16,
+        rope_parameters=_YARN | {"rope_theta": 500.0, "llama_4_scaling_beta": 0.4},
+    ),
+    "hunyuan_v1_dense": _config(
+        "hunyuan_v1_dense",
+        head_dim=16,
+        rope_scaling={"type": "dynamic", "factor": 1.0, "alpha": 50.0},
+        tie_word_embeddings=True,
+    ),
+    "exaone4": _config("exaone4", sliding_window=8, sliding_window_pattern=2),
+    "glm": _config("glm", head_dim=16),
+    "glm4": _config("glm4", head_dim=16, attention_bias=False),
+    "ernie4_5": _config("ernie4_5", head_dim=16, rope_theta=500.0),
+    "cohere": _config("cohere", logit_scale=0.5, attention_bias=True),
+    "cohere2": _config("cohere2", sliding_window=8, sliding_window_pattern=2),
+    "helium": _config("helium", head_dim=8, attention_bias=True),
+    "nanochat": _config("nanochat", final_logit_softcapping=5.0),
+    "arcee": _config("arcee", head_dim=16),
     "granite": _config(
         "granite",
         hidden_size=64,
@@ -311,17 +350,39 @@ CASES: dict[str, dict[str, Any]] = {
         norm_topk_prob=True,
         decoder_sparse_step=2,
     ),
+    "gpt_oss": _config(
+        "gpt_oss",
+        head_dim=16,
+        num_hidden_layers=3,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        intermediate_size=24,
+        sliding_window=8,
+        swiglu_limit=1.5,
+        rope_scaling={
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "beta_fast": 2.0,
+            "beta_slow": 0.25,
+            "truncate": False,
+            "original_max_position_embeddings": 16,
+        },
+    ),
 }
 """Name of a case -> its config.json."""
 
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 48,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 32,
-}
-"""All that a config.json must have; what families take for the rest is a golden too."""
+
+def sizes(family: str) -> dict[str, int]:
+    """Returns all that a config.json must have; what families take for the rest is a golden."""
+    return {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 48,
+        "num_hidden_layers": 12,
+        # Helium takes 20 heads of keys and values.
+        "num_attention_heads": 40 if family == "helium" else 32,
+    }
+
 
 SHORTER = {"llama_dynamic": 20, "phi3_longrope": 16, "phi3_longrope_partial": 32}
 """Cases whose frequencies depend on the length -> a length that scaling leaves alone."""

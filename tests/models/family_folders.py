@@ -5,11 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from models import family_cases as cases
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import qlora_jax as qlora
+from pallas_kernels.formats import FORMATS
 from qlora_jax.models import Decoder
 
 
@@ -29,3 +31,23 @@ def load(
     tensors = {name: cases.weight(case, name, tuple(shape)) for name, shape in shapes}
     save_file(tensors, folder / "model.safetensors")
     return qlora.load(folder, quant, dtype="float32", **tables)[0]
+
+
+def in_mxfp4(dense: Path, out: Path) -> Path:
+    """Writes a folder of gpt-oss again with its experts in MXFP4, as OpenAI has it."""
+    out.mkdir()
+    tensors = {}
+    for name, array in load_file(dense / "model.safetensors").items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            tensors[name] = array
+            continue
+        packed = [FORMATS["mxfp4"].quantize(jnp.asarray(one.T)) for one in array]
+        entries = [one.storage(name) for one in packed]
+        tensors |= {key: np.stack([one[key] for one in entries]) for key in entries[0]}
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((dense / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"} | {
+        "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]
+    }
+    (out / "config.json").write_text(json.dumps(config))
+    return out

@@ -196,6 +196,32 @@ def test_what_a_family_cannot_be_is_refused():
             "rope_parameters has no sliding_attention",
         ),
         (
+            {"model_type": "gemma3_text", "sliding_window_pattern": "LLLG"},
+            "sliding_window_pattern is 'LLLG', expected a whole number above 0",
+        ),
+        (
+            {"model_type": "exaone4", "sliding_window_pattern": "LLS"},
+            "sliding_window_pattern is 'LLS'",
+        ),
+        (
+            {"model_type": "cohere2", "sliding_window": None},
+            "sliding_window is null, and there are sliding layers",
+        ),
+        ({"model_type": "cohere", "use_qk_norm": True}, "use_qk_norm is true"),
+        ({"model_type": "ernie4_5", "use_bias": True}, "use_bias is true"),
+        ({"model_type": "olmo3", "rope_theta": 1e6}, "rope_theta is 1000000.0"),
+        (
+            {
+                "model_type": "olmo3",
+                "rope_parameters": {"sliding_attention": {"rope_type": "spiral"}},
+            },
+            "of sliding layers, rope_scaling has type 'spiral'",
+        ),
+        (
+            {"model_type": "ministral3", "rope_parameters": {"rope_type": "default"}},
+            "rope_parameters lacks llama_4_scaling_beta",
+        ),
+        (
             {"model_type": "qwen3_5_text", "layer_types": ["full_attention", "conv"]},
             "layer_types has conv; known: full_attention, linear_attention",
         ),
@@ -219,6 +245,33 @@ def test_what_a_family_cannot_be_is_refused():
 def test_values_that_do_not_fit_together_are_refused(changes, message):
     hf = oracle.hf_config(**{"model_type": "gemma2"} | changes)
     assert message in problems(hf)
+
+
+def test_layers_without_a_window_have_no_rotary_positions_where_others_have_one():
+    def kinds(**changes):
+        hf = oracle.hf_config(**{"num_hidden_layers": 5} | changes)
+        return "".join(
+            ("L" if spec.mixer.window else "G") + spec.mixer.rope[0]
+            for spec in read(hf).specs
+        )
+
+    for pattern in (4, "LLLG"):
+        got = kinds(model_type="exaone4", sliding_window_pattern=pattern)
+        assert got == "LgLgLgGnLg"
+    pattern = {"sliding_window": None, "sliding_window_pattern": 0}
+    assert kinds(model_type="exaone4", **pattern) == "Gg" * 5
+    assert kinds(model_type="cohere2") == "LgLgLgGnLg"
+
+
+def test_olmo_3_scales_full_layers_alone_in_both_spellings():
+    yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 256}
+    old = read(oracle.hf_config(model_type="olmo3", rope_theta=5e5, rope_scaling=yarn))
+    new = read(
+        oracle.hf_config(model_type="olmo3", rope_parameters={"full_attention": yarn})
+    )
+    assert old == new and old.rope_scaling is not None
+    near = [spec.mixer.rope for spec in old.specs if spec.mixer.window]
+    assert near == [Rope(theta=5e5, dim=old.head_dim)] * len(near) and near
 
 
 def test_more_rope_flags_than_layers_and_old_gelu_are_taken():

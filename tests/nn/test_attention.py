@@ -49,23 +49,33 @@ def test_it_is_the_softmax_over_seen_keys(blocks, window, padding):
     assert np.isfinite(y).all()
 
 
-def plain(q, k, v):
+def plain(q, k, v, sinks=None):
     """Computes the same in jax, for autodiff."""
     k, v = (jnp.repeat(x, HEADS // KV_HEADS, axis=2) for x in (k, v))
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / HEAD_DIM**0.5
     causal = jnp.tril(jnp.ones((SEQ, SEQ), bool))
-    weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
+    scores = jnp.where(causal, scores, -jnp.inf)
+    if sinks is not None:  # as one more key, whose value is nothing
+        own = jnp.broadcast_to(sinks[:, None, None], (*scores.shape[:3], 1))
+        scores = jnp.concatenate([scores, own], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., : k.shape[1]]
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
-def test_its_gradients_are_those_of_the_plain_form(blocks):
+@pytest.mark.parametrize("sinks", [False, True])
+def test_its_gradients_are_those_of_the_plain_form(blocks, sinks):
     arrays, at = inputs(), positions()
+    if sinks:
+        arrays = (*arrays, jnp.linspace(-2.0, 3.0, HEADS))
     dy = jnp.asarray(np.random.default_rng(1).normal(size=arrays[0].shape), jnp.float32)
 
     @jax.jit
     def both(*arrays):
-        ours = jax.vjp(lambda *a: attention(*a, at, at), *arrays)[1](dy)
-        return ours, jax.vjp(plain, *arrays)[1](dy)
+        def own(q, k, v, sinks=None):
+            return attention(q, k, v, at, at, sinks=sinks)
+
+        (y, ours), (z, theirs) = jax.vjp(own, *arrays), jax.vjp(plain, *arrays)
+        return (y, *ours(dy)), (z, *theirs(dy))
 
     for ours, theirs in zip(*both(*arrays), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)

@@ -105,3 +105,13 @@ def test_neighbours_rotate_together_where_pairs_are_interleaved():
     apart = oracle.rotated(x[..., order], at, inverse_frequencies(6, 10000.0, None))
     np.testing.assert_allclose(y[..., order], apart, atol=2e-5)
     np.testing.assert_array_equal(y[..., 6:], x[..., 6:])
+
+
+def test_backward_is_what_negative_positions_would_turn():
+    positions = jnp.arange(5)[None]
+    for there, back in zip(
+        rotation(-positions, Rope(dim=8)),
+        rotation(positions, Rope(dim=8, backward=True)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(there, back)

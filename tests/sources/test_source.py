@@ -334,6 +334,10 @@ def test_gemma_3_4b_has_what_its_config_leaves_out():
             "text_config of this llava has model_type 'opt'; known",
         ),
         ({"model_type": "gemma3", "text_config": 3}, "text_config is 3"),
+        (
+            {"model_type": "mistral3", "text_config": {"model_type": "mistral4"}},
+            r"has model_type 'mistral4'; known(.|\n)*nearest is ministral3, which lacks",
+        ),
     ],
 )
 def test_a_wrapper_that_is_not_known_is_refused_by_name(tmp_path, hf, said):

@@ -1,5 +1,6 @@
 """Contract C3: of a 4-bit weight, backward keeps the codes and nothing dense."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -100,6 +101,25 @@ def test_the_codes_are_what_is_kept():
     kept = residuals(tiny.adapted(tiny.quantized()), "none", False)
     assert sum(x.dtype == jnp.uint16 for x in kept) == 7
     assert all(x.dtype in ("float32", "uint16", "uint8", "int32") for x in kept)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"norms": "both", "qk_norm": "head"},
+        {"norms": "parallel", "norm_kind": "layer", "fused_gate_up": True},
+        {"qk_norm": "rotated", "query_growth": (0.1, 4), "rope_interleaved": True},
+        {"gated": False, "norm_kind": "bare", "embedding_norm": True},
+    ],
+)
+def test_a_layer_keeps_the_features_that_the_plan_counts(changes):
+    config = dataclasses.replace(tiny.CONFIG, num_layers=3, **changes)
+    model = tiny.adapted(tiny.drawn(config))
+    (stack,) = model.stacks
+    kept = [x.shape for x in residuals(model, "none", False)]
+    # Of layers, rows, tokens: what a layer is given, and all under its checkpoint names.
+    features = sum(math.prod(s[3:]) for s in kept if s[:3] == (3, 2, SEQ))
+    assert features == config.hidden_size + sum(stack.kept.values())
 
 
 def test_the_walk_finds_weights_that_are_kept():

@@ -62,6 +62,7 @@ class QuantizedTensor(PackedWeight):
     CALLED: ClassVar = "4-bit"
     PARTS: ClassVar = storage.PARTS
     MARK: ClassVar = storage.MARK
+    KNOWN_AS: ClassVar = "bitsandbytes"
 
     @property
     def double_quant(self) -> bool:

@@ -25,6 +25,7 @@ from qlora_jax.exchange.peft.names import (
     named,
     read_folder,
 )
+from qlora_jax.exchange.peft.parameters import apart
 from qlora_jax.exchange.peft.settings import (
     matched,
     not_held,
@@ -33,7 +34,7 @@ from qlora_jax.exchange.peft.settings import (
     token_indices,
 )
 from qlora_jax.exchange.peft.tables import TABLES, follow_the_embedding, not_copies
-from qlora_jax.models import Decoder
+from qlora_jax.models import FAMILIES, Decoder, whole_parameters
 from qlora_jax.models.vocabulary import check_rows, resize_tokens
 from qlora_jax.names import EMBEDDING, HEAD, Numbered, plain
 
@@ -207,10 +208,12 @@ def _understood(folder: Path, model: Decoder) -> _Understood:
     settings, stored = read_folder(folder)
     if problems := not_held(settings):
         return _Understood({}, LoRAConfig(), 0, problems, [])
-    tensors = named(stored, model)
+    fused = whole_parameters(FAMILIES[model.config.model_type])
+    single = apart(settings, stored, fused, model.config.num_experts)
+    settings, tensors = single.settings, named(single.tensors, model)
     flat, names = tensors.flat, tensors.names
-    problems, notes = list(tensors.problems), list(tensors.notes)
-    more, said = _without_tensors(settings, tensors, model)
+    problems, notes = single.problems + tensors.problems, list(tensors.notes)
+    more, said = _without_tensors(settings, tensors, model, single.modules)
     problems, notes = problems + more, notes + said
     notes += follow_the_embedding(flat, settings, model)
     tokens, head_tokens = token_indices(settings)
@@ -235,9 +238,11 @@ def _understood(folder: Path, model: Decoder) -> _Understood:
 
 
 def _without_tensors(
-    settings: dict[str, Any], tensors: Tensors, model: Decoder
+    settings: dict[str, Any], tensors: Tensors, model: Decoder, parameters: set[str]
 ) -> tuple[list[str], list[str]]:
     """Returns (what settings name and the file has nothing of, what else differs).
+
+    Modules in `parameters` are named by target_parameters.
 
     PEFT loads a folder without some of its tensors, with a warning, and leaves these linears
     as they are; here it counts as damaged.
@@ -256,7 +261,11 @@ def _without_tensors(
         if name.endswith((".lora_a", ".lora_b"))
     }
     notes = []
-    wanted = [n for n in sorted(linears) if targeted(settings, names[n])]
+    wanted = [
+        n
+        for n in sorted(linears)
+        if names[n] in parameters or targeted(settings, names[n])
+    ]
     missing = [names[name] for name in wanted if name not in theirs]
     if settings.get("target_modules") is not None:
         if unnamed := [names[name] for name in sorted(adapted - {*wanted})]:

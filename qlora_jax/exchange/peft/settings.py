@@ -29,7 +29,6 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None, "all", "lora_only"),
     "fan_in_fan_out": (False, None),
     "use_qalora": (False, None),
-    "target_parameters": (None, []),
     "layer_replication": (None, []),
     "alora_invocation_tokens": (None, []),
     "arrow_config": (None,),
@@ -40,6 +39,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 _HELD = (
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "lora_bias"),
     *("target_modules", "exclude_modules", "modules_to_save", "ensure_weight_tying"),
+    "target_parameters",
     *("rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern"),
     *("trainable_token_indices", "init_lora_weights"),
 )
@@ -71,6 +71,7 @@ KINDS: dict[str, Kind] = {
     "alpha_pattern": either(NULL, mapped(FINITE, _MAX_KEYS)),
     **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), _NAMES),
     "modules_to_save": either(NULL, listed(TEXT, 200)),
+    "target_parameters": either(NULL, listed(TEXT, 20_000)),
     "layers_to_transform": either(NULL, _LAYER, listed(_LAYER, MAX_LAYERS)),
     "trainable_token_indices": either(NULL, _TOKENS, mapped(_TOKENS)),
     **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), either(NULL, FLAG)),

@@ -28,8 +28,9 @@ from qlora_jax.exchange.peft.names import (
     is_peft,
     module_names,
 )
+from qlora_jax.exchange.peft.parameters import Whole, whole
 from qlora_jax.files import new_folder
-from qlora_jax.models import Decoder
+from qlora_jax.models import FAMILIES, Decoder, fused_in, whole_parameters
 from qlora_jax.names import EMBEDDING, HEAD, Numbered
 from qlora_jax.nn.lora import adapter_scale
 from qlora_jax.sources.writer import write_tensors
@@ -81,14 +82,18 @@ def export_peft(
             "give base=, the folder of RUN/base or of save_model(detach(model), folder)"
         )
     flat = {name: np.asarray(x) for name, x in flatten(split(model)[1]).items()}
+    fused = fused_in(FAMILIES[model.config.model_type])
     if any(".experts." in name for name in flat):
-        config, flat = _for_fused_experts(config, flat)
+        config, flat = _for_fused_experts(config, flat, as_parameters=bool(fused))
+    together = Whole({}, [], {})
+    if fused:
+        together, flat = _whole(flat, names, model)
     adapted = {
         name.rpartition(".")[0]
         for name in flat
         if name.endswith((".lora_a", ".lora_b"))
     }
-    tensors = {}
+    tensors = together.tensors
     for name, array in flat.items():
         module, _, part = name.rpartition(".")
         end = _end(module, part, module in adapted)
@@ -103,8 +108,15 @@ def export_peft(
         tensors[f"{PREFIX}{names[HEAD]}.weight"] = table
     modules = {names[name] for name in adapted}
     last = sorted({module.rpartition(".")[2] for module in modules})
-    everywhere = {m for m in names.values() if m.rpartition(".")[2] in last}
+    everywhere = {
+        module
+        for ours, module in names.items()
+        if module.rpartition(".")[2] in last and not (fused and ".experts." in ours)
+    }
     saved = [_saved_name(name, names) for name in config.modules_to_save]
+    several = {name: n for name, n in together.parts.items() if n > 1}
+    ranks = {_inside(name): n * config.rank for name, n in several.items()}
+    alphas = {_inside(name): n * config.alpha for name, n in several.items()}
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -112,10 +124,10 @@ def export_peft(
         "inference_mode": True,
         "r": config.rank,
         "lora_alpha": _number(config.alpha),
-        "rank_pattern": _patterns(config.rank_pattern, names),
+        "rank_pattern": _patterns(config.rank_pattern, names) | ranks,
         "alpha_pattern": {
             key: _number(value)
-            for key, value in _patterns(config.alpha_pattern, names).items()
+            for key, value in (_patterns(config.alpha_pattern, names) | alphas).items()
         },
         "lora_dropout": config.dropout,
         "use_rslora": config.rslora,
@@ -126,6 +138,7 @@ def export_peft(
         "modules_to_save": saved or None,
         "ensure_weight_tying": follows,
         "trainable_token_indices": _token_indices(config, model),
+        "target_parameters": together.parameters or None,
         "layers_to_transform": None,
         "layers_pattern": None,
         "use_dora": config.dora,
@@ -145,8 +158,23 @@ def export_peft(
     return out
 
 
+def _whole(
+    flat: dict[str, np.ndarray], names: dict[str, str], model: Decoder
+) -> tuple[Whole, dict[str, np.ndarray]]:
+    """Returns the adapters of experts as such of parameters, and the other arrays."""
+    parameters = whole_parameters(FAMILIES[model.config.model_type])
+    experts = {name: array for name, array in flat.items() if ".experts." in name}
+    modules = {name.rpartition(".")[0] for name in experts}
+    factors = {
+        names[name]: (experts[f"{name}.lora_a"], experts[f"{name}.lora_b"])
+        for name in modules
+    }
+    rest = {name: array for name, array in flat.items() if name not in experts}
+    return whole(factors, parameters, model.config.num_experts), rest
+
+
 def _for_fused_experts(
-    config: LoRAConfig, flat: dict[str, np.ndarray]
+    config: LoRAConfig, flat: dict[str, np.ndarray], *, as_parameters: bool
 ) -> tuple[LoRAConfig, dict[str, np.ndarray]]:
     """Returns an adapter of experts with one rank and alpha for all, which says the same.
 
@@ -156,6 +184,11 @@ def _for_fused_experts(
     into lora_b, smaller ranks are padded with zeros, and dropout, which only training has,
     is left out.
 
+    Args:
+      config, flat: The adapter.
+      as_parameters: Whether it is written as PEFT's own of parameters, as such of files that
+        hold experts together are: PEFT does not turn these.
+
     Raises:
       AdapterMismatchError: DoRA, or gate_proj or up_proj of experts alone.
     """
@@ -163,7 +196,7 @@ def _for_fused_experts(
     if config.dora:
         problems.append("DoRA: PEFT has none for experts")
     parts = {name.split(".")[-2] for name in flat if ".experts." in name}
-    if len(parts & {"gate_proj", "up_proj"}) == 1:
+    if not as_parameters and len(parts & {"gate_proj", "up_proj"}) == 1:
         problems.append(
             f"{', '.join(sorted(parts))} of experts: PEFT needs gate_proj and up_proj together"
         )
@@ -211,6 +244,11 @@ def _saved_name(path: str, names: dict[str, str]) -> str:
         return path
     first = _first(path, names)
     return names[path] if first == path else names[first].rpartition(".")[2]
+
+
+def _inside(parameter: str) -> str:
+    """Returns the end of a parameter's name that it has in every layer."""
+    return parameter.partition("{}.")[2]
 
 
 def _first(path: str, names: Mapping[str, str]) -> str:

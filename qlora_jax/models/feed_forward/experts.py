@@ -9,7 +9,8 @@ from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.feed_forward.mlp import MLP
 from qlora_jax.models.spec import ExpertsSpec, MLPSpec
 from qlora_jax.nn.linear import Linear
-from qlora_jax.nn.moe import Experts, Router
+from qlora_jax.nn.moe import Experts, Router, Shared
+from qlora_jax.nn.vector import Vector
 
 
 def experts(
@@ -19,12 +20,20 @@ def experts(
     normal: Callable[..., Array],
 ) -> Experts:
     """Makes the mixture that a config describes, see `FEED_FORWARDS`."""
-    del spec
-    count = config.num_experts
+    count, hidden = config.num_experts, config.hidden_size
     router = Router(
-        normal(count, config.hidden_size),
-        config.experts_per_token,
-        config.normalize_experts,
+        normal(count, hidden),
+        normal(count) if spec.router_bias else None,
+        correction=Vector(normal(count)) if spec.correction else None,
+        top_k=config.experts_per_token,
+        normalize=config.normalize_experts,
+        score=spec.score,
+        groups=(spec.groups, spec.top_groups),
+        scale=spec.scale,
     )
     mlp = MLP(MLPSpec(), config, functools.partial(linear, stack=(count,)))
-    return Experts(router, mlp, count)
+    shared = None
+    if spec.shared_size:
+        own = MLP(MLPSpec(intermediate_size=spec.shared_size), config, linear)
+        shared = Shared(own, linear(1, hidden, False) if spec.shared_gate else None)
+    return Experts(router, mlp, count, shared)

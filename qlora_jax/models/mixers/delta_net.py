@@ -14,7 +14,7 @@ from qlora_jax.models.spec import DeltaSpec
 from qlora_jax.nn.delta import Convolution, Decay, gated_delta_rule
 from qlora_jax.nn.linear import Linear
 from qlora_jax.nn.lora import project
-from qlora_jax.nn.norm import RMSNorm
+from qlora_jax.nn.norm import Norm
 
 Remembered = tuple[Array, Array]
 """The last inputs of the convolution, (batch, taps - 1, features), and the state of the rule,
@@ -39,7 +39,7 @@ class DeltaNet(nnx.Module):
         spec: DeltaSpec,
         config: DecoderConfig,
         linear: Callable[..., Linear],
-        norm: Callable[..., RMSNorm],
+        norm: Callable[..., Norm],
         normal: Callable[..., Array],
     ):
         self.spec = spec
