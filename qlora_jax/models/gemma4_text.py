@@ -2,7 +2,9 @@
 
 Norms multiply by their weights alone, values are normed without any, and global layers
 rotate the first quarter of their frequencies. In E2B and E4B each layer is told of the
-tokens by a table of its own, and the later layers take keys and values of earlier ones.
+tokens by a table of its own, and the later layers take keys and values of earlier ones. In
+26B-A4B a mixture is beside each layer's feed-forward, whose files hold the experts of a layer
+together.
 """
 
 import dataclasses
@@ -10,11 +12,13 @@ from typing import Any
 
 from qlora_jax.models import gemma2, llama, reading
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.spec import AttentionSpec, MLPSpec
+from qlora_jax.models.fused import Fused
+from qlora_jax.models.spec import AttentionSpec, BesideSpec, MLPSpec
 from qlora_jax.nn.rope import Rope
 
 MODEL_TYPE = "gemma4_text"
-_TOLD = "layers.per_layer"
+_TOLD, _BESIDE = "layers.per_layer", "layers.mlp"
+_EXPERT = "model.layers.{}.experts.{}"
 NAMES = (
     gemma2.NAMES
     | llama.QK_NORM
@@ -36,7 +40,31 @@ NAMES = (
         f"{_TOLD}.post_per_layer_input_norm.weight": (
             "model.layers.{}.post_per_layer_input_norm.weight"
         ),
+        f"{_BESIDE}.own_post_norm.weight": (
+            "model.layers.{}.post_feedforward_layernorm_1.weight"
+        ),
+        f"{_BESIDE}.experts_norm.weight": (
+            "model.layers.{}.pre_feedforward_layernorm_2.weight"
+        ),
+        f"{_BESIDE}.experts_post_norm.weight": (
+            "model.layers.{}.post_feedforward_layernorm_2.weight"
+        ),
+        f"{_BESIDE}.router_scale.weight": "model.layers.{}.router.scale",
+        f"{_BESIDE}.mixture.router.weight": "model.layers.{}.router.proj.weight",
+        f"{_BESIDE}.mixture.router.gains.weight": (
+            "model.layers.{}.router.per_expert_scale"
+        ),
+        f"{_BESIDE}.mixture.experts.gate_proj.kernel": f"{_EXPERT}.gate_proj.weight",
+        f"{_BESIDE}.mixture.experts.up_proj.kernel": f"{_EXPERT}.up_proj.weight",
+        f"{_BESIDE}.mixture.experts.down_proj.kernel": f"{_EXPERT}.down_proj.weight",
     }
+)
+FUSED = (
+    Fused(
+        "model.layers.{}.experts.gate_up_proj",
+        (f"{_EXPERT}.gate_proj.weight", f"{_EXPERT}.up_proj.weight"),
+    ),
+    Fused("model.layers.{}.experts.down_proj", (f"{_EXPERT}.down_proj.weight",)),
 )
 IGNORED = llama.IGNORED
 DEFAULTS = {
@@ -79,6 +107,13 @@ def read_config(hf: dict[str, Any]) -> reading.Read:
     if problems := _problems(hf, ropes):
         return None, [*problems, *reading.unknown(hf, _ROPES[reading.SLIDING])]
     told = hf["hidden_size_per_layer_input"]
+    experts: dict[str, Any] = {}
+    if hf.get("enable_moe_block"):
+        experts = {
+            "num_experts": hf.get("num_experts"),
+            "experts_per_token": hf.get("top_k_experts"),
+            "intermediate_size": hf.get("moe_intermediate_size"),
+        }
     config, problems = reading.read(
         hf,
         rope=ropes[reading.SLIDING],
@@ -92,6 +127,7 @@ def read_config(hf: dict[str, Any]) -> reading.Read:
         per_layer_vocab=hf["vocab_size_per_layer_input"] if told else 0,
         embedding_scale=hf.get("hidden_size", 1) ** 0.5,
         logit_softcap=hf.get("final_logit_softcapping"),
+        **experts,
     )
     if config is None:
         return None, problems
@@ -101,11 +137,7 @@ def read_config(hf: dict[str, Any]) -> reading.Read:
     problems += more or _misfits(config, mixers)
     if problems:
         return None, problems
-    feed_forwards = None
-    if hf.get("use_double_wide_mlp"):
-        wide = MLPSpec(intermediate_size=2 * config.intermediate_size)
-        feed_forwards = [wide if i >= first else MLPSpec() for i in range(layers)]
-    return reading.with_layers(config, mixers, feed_forwards), []
+    return reading.with_layers(config, mixers, _feed_forwards(hf, first)), []
 
 
 def _problems(hf: dict[str, Any], ropes: dict[str, Any]) -> list[str]:
@@ -132,9 +164,24 @@ def _problems(hf: dict[str, Any], ropes: dict[str, Any]) -> list[str]:
         problems.append(
             f"vocab_size_per_layer_input is {rows}, expected at least vocab_size, {vocab}"
         )
+    needs = ("num_experts", "top_k_experts", "moe_intermediate_size")
     if hf.get("enable_moe_block"):
-        problems.append("enable_moe_block is true; no experts of Gemma 4 are supported")
+        problems += [
+            f"{name} is missing, and enable_moe_block is true"
+            for name in needs
+            if not hf.get(name)
+        ]
     return problems
+
+
+def _feed_forwards(hf: dict[str, Any], first: int) -> list[MLPSpec | BesideSpec]:
+    """Returns the layers' feed-forwards, which may be wider from layer `first` on."""
+    size = hf["intermediate_size"]
+    wide = 2 * size if hf.get("use_double_wide_mlp") else size
+    sizes = [size if i < first else wide for i in range(hf["num_hidden_layers"])]
+    if hf.get("enable_moe_block"):
+        return [BesideSpec(own_size=own) for own in sizes]
+    return [MLPSpec(intermediate_size=None if n == size else n) for n in sizes]
 
 
 def _mixers(

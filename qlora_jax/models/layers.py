@@ -145,7 +145,9 @@ class DecoderLayer(nnx.Module):
         else:
             y = self.attn_post_norm(checkpoint_name(y, "unnormed")) if after else y
             x = checkpoint_name(x + scaled(y, scale), "middle")
-            y = self.mlp(self.mlp_norm(x) if before else x, key)
+            y = self.mlp_norm(x) if before else x
+            sees_stream = getattr(self.mlp, "STREAM", False)
+            y = self.mlp(y, key, x) if sees_stream else self.mlp(y, key)
             y = self.mlp_post_norm(checkpoint_name(y, "unnormed")) if after else y
             x = x + scaled(y, scale)
         if told is not None:

@@ -90,6 +90,7 @@ KINDS: dict[str, Kind] = {
     "num_experts": _EXPERTS,
     "num_local_experts": _EXPERTS,
     "num_experts_per_tok": _EXPERTS,
+    "top_k_experts": _EXPERTS,
     "norm_topk_prob": either(NULL, FLAG),
     "swiglu_alpha": _SCALE,
     "swiglu_limit": _SCALE,

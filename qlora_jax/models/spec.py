@@ -112,6 +112,18 @@ class ExpertsSpec:
     shared_gate: bool = False
     """What the shared feed-forward gives is multiplied by a sigmoid of a linear (Qwen)."""
 
+    gains: bool = False
+    """At last each expert's weight is multiplied by a number of its own (Gemma 4)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BesideSpec:
+    """One gated feed-forward that all tokens take, and beside it a mixture; each has norms of
+    its own before and after it, and the router one before it (Gemma 4)."""
+
+    own_size: int
+    """Width of the feed-forward; the experts' is DecoderConfig.intermediate_size."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerSpec:

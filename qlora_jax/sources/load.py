@@ -259,6 +259,8 @@ def outlined(source: Source, prepared: Reading) -> Outline:
         if inner or not isinstance(value, jax.ShapeDtypeStruct):
             return variable
         names, stack, _ = wanted[name]
+        if bitsandbytes.is_packed(checkpoint, names[0]):
+            return variable.replace(reader.read(name, wanted[name]))
         if not stack:
             return variable.replace(checkpoint[names[0]])
         whole = np.stack([checkpoint[name] for name in names])

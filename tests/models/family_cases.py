@@ -210,6 +210,18 @@ CASES: dict[str, dict[str, Any]] = {
             },
         },
     ),
+    "gemma4_text_moe": _config(
+        "gemma4_text",
+        head_dim=16,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=8,
+        global_head_dim=24,
+        hidden_size_per_layer_input=0,
+        enable_moe_block=True,
+        num_experts=4,
+        top_k_experts=2,
+        moe_intermediate_size=16,
+    ),
     "gemma4_text_told": _config(
         "gemma4_text",
         head_dim=16,
@@ -393,7 +405,7 @@ def weight(case: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
     x = _uniform(f"{case}/{name}", shape)
     part = name.split(".")[-2]
     family = CASES[case]["model_type"]
-    if part.endswith("norm"):
+    if part.rstrip("_12").endswith("norm"):
         # Larger for q and k, so that normed scores are far from equal.
         center = 1.5 if part in ("q_norm", "k_norm") else 1.0
         # Gemma 4 does not divide scores by the root of a head's features.
@@ -402,8 +414,10 @@ def weight(case: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
         center -= family.startswith("gemma") and family != "gemma4_text"
         center -= family == "qwen3_5_text" and "linear_attn" not in name
         return (center + 0.25 * x).astype(np.float32)
-    if name.endswith("layer_scalar"):
+    if name.endswith(("layer_scalar", "per_expert_scale")):
         return (0.8 + 0.1 * x).astype(np.float32)
+    if name.endswith("router.scale"):  # divided by the root of the hidden size
+        return (15 + 3 * x).astype(np.float32)
     if name.endswith("bias"):
         return (0.3 * x).astype(np.float32)
     if part == "embed_tokens":

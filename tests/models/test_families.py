@@ -176,6 +176,10 @@ def test_what_a_family_cannot_be_is_refused():
             "leaves no layer of full_attention with keys and values of its own",
         ),
         (
+            {"model_type": "gemma4_text", "enable_moe_block": True, "num_experts": 4},
+            "top_k_experts is missing, and enable_moe_block is true",
+        ),
+        (
             {"model_type": "gemma4_text", "vocab_size_per_layer_input": 5},
             "vocab_size_per_layer_input is 5, expected at least vocab_size",
         ),
