@@ -73,6 +73,8 @@ class DecoderConfig:
     qk_norm: Literal["none", "head", "all", "rotated"] = "none"
     """A norm on queries and keys: of each head (Qwen3), over all heads (OLMo 2), or of each
     head when it has been rotated (Hunyuan)."""
+    value_norm: bool = False
+    """RMSNorm without weights on the values of each head (Gemma 4)."""
     attention_gate: bool = False
     """q_proj makes a gate of as many features behind each head's query; what is mixed is
     multiplied by its sigmoid (Qwen3.5)."""
@@ -91,6 +93,12 @@ class DecoderConfig:
     residual_scale: float = 1.0
     """The outputs of mixer and feed-forward are multiplied by it before they are added to the
     residual stream (Granite); 1 in other families."""
+    layer_scale: bool = False
+    """The residual stream is multiplied by a number of each layer's own behind it (Gemma 4)."""
+    per_layer_size: int = 0
+    """Features that each layer is told of a token (models/per_layer.py); 0 for none."""
+    per_layer_vocab: int = 0
+    """Tokens in the table of these."""
     logit_scale: float = 1.0
     num_experts: int = 0
     """Feed-forwards to choose from; 0 for one that all tokens take."""

@@ -22,7 +22,7 @@ LACKING: dict[str, tuple[str, str]] = {
     "deepseek_v2": ("qwen2_moe", f"{_LATENT}, another choice of groups"),
     "deepseek_v3": ("glm4_moe", _LATENT),
     "falcon_h1": ("llama", f"{_MAMBA} beside attention, multipliers"),
-    "gemma3n": ("gemma3_text", "AltUp, per-layer embeddings, shared keys and values"),
+    "gemma3n": ("gemma4_text", "AltUp, LAuReL, sparse activations"),
     "glm4_moe_lite": ("glm4_moe", _LATENT),
     "glm_moe_dsa": ("glm4_moe", f"{_LATENT}, an indexer of attention"),
     "gpt_neox": ("cohere", f"{_BIASED}, two norms before a parallel block"),

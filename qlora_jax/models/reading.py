@@ -27,6 +27,7 @@ _NEEDS = {
         "high_freq_factor",
     ),
     "longrope": ("short_factor", "long_factor"),
+    "proportional": (),
 }
 
 Read = tuple[DecoderConfig | None, list[str]]
@@ -243,6 +244,9 @@ def read_rope(
         values["attention_factor"] = attention
         values["short_factor"] = tuple(rope["short_factor"])
         values["long_factor"] = tuple(rope["long_factor"])
+    elif kind == "proportional":
+        # All of a head is rotated, most of it by nothing.
+        values, partial = {"factor": rope.get("factor") or 1.0, "share": partial}, 1.0
     return RopeScaling(kind=kind, **values), theta, partial, None
 
 

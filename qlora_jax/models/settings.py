@@ -18,6 +18,7 @@ from qlora_jax.schema import (
     mapped,
     misfits,
     number,
+    shaped,
     whole,
 )
 
@@ -38,6 +39,7 @@ REQUIRED = (
     "num_attention_heads",
 )
 _WIDTH, _EXPERTS = whole(1, 2**20), whole(1, MAX_EXPERTS)
+_HEADS, _FEATURES = whole(1, 2**12), whole(1, 2**13)
 _SCALE = number(0, 1e6)
 
 KINDS: dict[str, Kind] = {
@@ -47,9 +49,15 @@ KINDS: dict[str, Kind] = {
     "intermediate_size": _WIDTH,
     "moe_intermediate_size": _WIDTH,
     "num_hidden_layers": whole(1, MAX_LAYERS),
-    "num_attention_heads": whole(1, 2**12),
-    "num_key_value_heads": either(NULL, whole(1, 2**12)),
-    "head_dim": either(NULL, whole(1, 2**13)),
+    "num_attention_heads": _HEADS,
+    "num_key_value_heads": either(NULL, _HEADS),
+    "num_global_key_value_heads": either(NULL, _HEADS),
+    "head_dim": either(NULL, _FEATURES),
+    "global_head_dim": _FEATURES,
+    "per_layer_config": either(
+        NULL,
+        mapped(shaped({"head_dim": _FEATURES, "num_key_value_heads": _HEADS})),
+    ),
     "max_position_embeddings": whole(1, _LONGEST),
     "original_max_position_embeddings": either(NULL, whole(2, _LONGEST)),
     "rms_norm_eps": number(0, 1),
@@ -57,6 +65,12 @@ KINDS: dict[str, Kind] = {
     "hidden_act": either(NULL, TEXT),
     "hidden_activation": either(NULL, TEXT),
     "attention_bias": either(NULL, FLAG),
+    "attention_k_eq_v": either(NULL, FLAG),
+    "num_kv_shared_layers": whole(0, MAX_LAYERS),
+    "use_double_wide_mlp": either(NULL, FLAG),
+    "hidden_size_per_layer_input": whole(0, 2**20),
+    "vocab_size_per_layer_input": whole(1, MAX_ROWS),
+    "enable_moe_block": either(NULL, FLAG),
     "mlp_bias": either(NULL, FLAG),
     "attention_out_bias": either(NULL, FLAG),
     "use_bias": either(NULL, FLAG),
@@ -76,6 +90,7 @@ KINDS: dict[str, Kind] = {
     "num_experts": _EXPERTS,
     "num_local_experts": _EXPERTS,
     "num_experts_per_tok": _EXPERTS,
+    "top_k_experts": _EXPERTS,
     "norm_topk_prob": either(NULL, FLAG),
     "n_routed_experts": _EXPERTS,
     "n_shared_experts": whole(0, MAX_EXPERTS),
@@ -98,10 +113,10 @@ KINDS: dict[str, Kind] = {
     # The gated delta net
     "full_attention_interval": either(NULL, whole(1, _LONGEST)),
     "linear_conv_kernel_dim": either(NULL, whole(1, 64)),
-    "linear_num_key_heads": either(NULL, whole(1, 2**12)),
-    "linear_num_value_heads": either(NULL, whole(1, 2**12)),
-    "linear_key_head_dim": either(NULL, whole(1, 2**13)),
-    "linear_value_head_dim": either(NULL, whole(1, 2**13)),
+    "linear_num_key_heads": either(NULL, _HEADS),
+    "linear_num_value_heads": either(NULL, _HEADS),
+    "linear_key_head_dim": either(NULL, _FEATURES),
+    "linear_value_head_dim": either(NULL, _FEATURES),
     # Scales
     "embedding_multiplier": _SCALE,
     "attention_multiplier": _SCALE,

@@ -29,6 +29,23 @@ class AttentionSpec:
     """How heads are rotated: as DecoderConfig.rope says, in a way of the layer's own, or not
     at all."""
 
+    head_dim: int | None = None
+    """Features of a head; None for DecoderConfig.head_dim."""
+
+    kv_heads: int | None = None
+    """Heads of keys and values; None for DecoderConfig.num_kv_heads."""
+
+    keys_as_values: bool = False
+    """Values are what k_proj makes, before keys are normed and rotated (Gemma 4)."""
+
+    gives: str | None = None
+    """The name under which later layers find this layer's keys and values (Gemma 4 E2B). It
+    is given once in a model, so that the layer is a slot of its own, of one repeat."""
+
+    takes: str | None = None
+    """The name of an earlier layer's keys and values, which this one attends to in place of
+    its own."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeltaSpec:
@@ -99,6 +116,18 @@ class ExpertsSpec:
     shared_gate: bool = False
     """What the shared feed-forward gives is multiplied by a sigmoid of a linear (Qwen)."""
 
+    gains: bool = False
+    """At last each expert's weight is multiplied by a number of its own (Gemma 4)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BesideSpec:
+    """One gated feed-forward that all tokens take, and beside it a mixture; each has norms of
+    its own before and after it, and the router one before it (Gemma 4)."""
+
+    own_size: int
+    """Width of the feed-forward; the experts' is DecoderConfig.intermediate_size."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerSpec:
@@ -113,6 +142,11 @@ class LayerSpec:
     dense: tuple[str, ...] = ()
     """Paths in the layer of linears that a 4-bit folder keeps dense, such as
     "mlp.down_proj". Layers that store a linear differently cannot be one stack."""
+
+    @property
+    def gives(self) -> str | None:
+        """The name under which later layers find what the mixer remembers; None for none."""
+        return getattr(self.mixer, "gives", None)
 
 
 @dataclasses.dataclass(frozen=True)

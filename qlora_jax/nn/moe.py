@@ -27,7 +27,7 @@ _SMALLEST_BLOCK, _LARGEST_BLOCK = 8, 256
 _LEAST_SUM = 1e-20
 """A sum of weights is taken for at least so much before they are divided by it."""
 
-_SHARED_KEY = 2**31 - 1
+SHARED_KEY = 2**31 - 1
 """Folded into a layer's key for the shared feed-forward; blocks of experts count from 0."""
 
 
@@ -39,6 +39,7 @@ class Router(Weighted):
       bias: FrozenParam, (..., experts), or None.
       correction: Vector of what is added to each expert's weight for choosing alone, or None
         (arXiv 2408.15664).
+      gains: Vector of what the weight of each expert is multiplied by at last, or None.
       settings: The other arguments of __init__.
     """
 
@@ -50,6 +51,7 @@ class Router(Weighted):
         bias: Array | None = None,
         *,
         correction: Vector | None = None,
+        gains: Vector | None = None,
         top_k: int,
         normalize: bool,
         score: Score = "softmax",
@@ -59,7 +61,7 @@ class Router(Weighted):
         """Makes a router.
 
         Args:
-          weight, bias, correction: See the attributes.
+          weight, bias, correction, gains: See the attributes.
           top_k: Experts a token.
           normalize: Whether the chosen weights are scaled to sum to 1.
           score: What makes weights of outputs: a softmax over them, or a sigmoid each.
@@ -70,6 +72,7 @@ class Router(Weighted):
         self.weight = FrozenParam(weight)
         self.bias = nnx.data(None if bias is None else FrozenParam(bias))
         self.correction = nnx.data(correction)
+        self.gains = nnx.data(gains)
         self.top_k, self.normalize = top_k, normalize
         self.score: Score = score
         self.groups, self.scale = groups, scale
@@ -85,6 +88,7 @@ class Router(Weighted):
             weight,
             bias,
             correction=self.correction,
+            gains=self.gains,
             top_k=self.top_k,
             normalize=self.normalize,
             score=self.score,
@@ -107,6 +111,8 @@ class Router(Weighted):
         if self.normalize:
             total = jnp.sum(weights, axis=-1, keepdims=True)
             weights = weights / jnp.maximum(total, _LEAST_SUM)
+        if self.gains is not None:
+            weights = weights * self.gains.weight[...].astype(jnp.float32)[chosen]
         return weights * self.scale, chosen
 
     def _chosen(self, scores: Array) -> tuple[Array, Array]:
@@ -137,7 +143,7 @@ class Shared(nnx.Module):
 
     def __call__(self, x: Float[Array, "tokens hidden"], key: Array | None) -> Array:
         """Applies the feed-forward, and its gate."""
-        key = None if key is None else jax.random.fold_in(key, _SHARED_KEY)
+        key = None if key is None else jax.random.fold_in(key, SHARED_KEY)
         y = self.mlp(x, key)
         if self.gate is None:
             return y
@@ -174,11 +180,17 @@ class Experts(nnx.Module):
         return kept
 
     def __call__(
-        self, x: Float[Array, "batch seq hidden"], key: Array | None = None
+        self,
+        x: Float[Array, "batch seq hidden"],
+        key: Array | None = None,
+        seen: Float[Array, "batch seq hidden"] | None = None,
     ) -> Float[Array, "batch seq hidden"]:
-        """Sums the chosen experts' outputs, weighted."""
+        """Sums the chosen experts' outputs, weighted; `seen` is what the router sees, if that
+        is not x."""
         flat = x.reshape(-1, x.shape[-1])
-        weights, chosen = self.router(flat)
+        weights, chosen = self.router(
+            flat if seen is None else seen.reshape(flat.shape)
+        )
         graphdef, lora, frozen = nnx.split(self.experts, nnx.LoRAParam, ...)
 
         def prepare(experts: Int[Array, " blocks"]) -> Any:

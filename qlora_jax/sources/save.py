@@ -18,8 +18,7 @@ from qlora_jax.files import NewFolder, check_output, new_folder
 from qlora_jax.models import Decoder, DecoderConfig, config_json, fused_in, llama
 from qlora_jax.models.fused import Joining
 from qlora_jax.names import (
-    EMBEDDING,
-    HEAD,
+    TABLES,
     Numbered,
     Table,
     dotted,
@@ -165,7 +164,7 @@ def places(model: Decoder, table: Table) -> Iterator[Place]:
 
 def as_saved(path: str, value: Any, dtype: str) -> Any:
     """Returns a value as a folder has it: a 4-bit embedding or head is dense there."""
-    outer = path.partition(".")[0] in (EMBEDDING, HEAD)
+    outer = path.rpartition(".")[0] in TABLES
     if outer and isinstance(value, PackedWeight) and value.LISTED_AS is None:
         return value.decode(dtype)
     return value
@@ -226,6 +225,8 @@ def write_folder(
     hf.pop("dtype", None)
     hf["torch_dtype"] = dtype
     hf["vocab_size"] = config.vocab_size
+    if config.per_layer_vocab:
+        hf["vocab_size_per_layer_input"] = config.per_layer_vocab
     hf["tie_word_embeddings"] = config.tie_word_embeddings
     if origin is not None and not origin.is_gguf:
         copy_tokenizer(origin.path, new.path)

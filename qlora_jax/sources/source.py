@@ -108,7 +108,8 @@ class Source:
             _check_size(self.path, config, self._gguf)
             return self._gguf
         checkpoint = Checkpoint(self.path)
-        known = frozenset(FAMILIES[config.model_type].NAMES.values())
+        family = FAMILIES[config.model_type]
+        known = {*family.NAMES.values(), *(one.name for one in fused_in(family))}
         wrapped = named in WRAPPERS
         checkpoint.rename(lambda name: _usual(name, known, wrapped))
         infos = checkpoint.infos

@@ -104,19 +104,22 @@ def test_pefts_adapters_of_whole_parameters_open(
     assert moved > 30 * ORDER
 
 
-GPT_OSS: dict[str, dict[str, Any]] = SAME | {
+FUSED: dict[str, dict[str, Any]] = SAME | {
     "gate_proj": {"targets": "gate_proj"},
     "gate and down": {"targets": "gate_proj,down_proj,k_proj"},
 }
 
 
-@pytest.mark.parametrize("kind", GPT_OSS)
-def test_adapters_of_gpt_oss_are_such_of_parameters(side, bases, ids, tmp_path, kind):
-    model = drawn(bases["gpt_oss"], **GPT_OSS[kind])
+@pytest.mark.parametrize("kind", FUSED)
+@pytest.mark.parametrize("name", ("gpt_oss", "gemma4_text"))
+def test_adapters_of_fused_files_are_such_of_parameters(
+    side, bases, ids, tmp_path, name, kind
+):
+    model = drawn(bases[name], **FUSED[kind])
     adapter = qlora.export_peft(tmp_path / "a", model)
-    job = {"base": bases["gpt_oss"], "adapter": adapter}
+    job = {"base": bases[name], "adapter": adapter}
     assert differing(side, model, ids, tmp_path, **job) < ORDER
-    back = qlora.import_peft(adapter, qlora.load(bases["gpt_oss"], dtype="float32")[0])
+    back = qlora.import_peft(adapter, qlora.load(bases[name], dtype="float32")[0])
     np.testing.assert_allclose(
         tiny.logits(back, IDS), tiny.logits(model, IDS), atol=ORDER
     )
@@ -125,7 +128,7 @@ def test_adapters_of_gpt_oss_are_such_of_parameters(side, bases, ids, tmp_path, 
 ATTENTION = "q_proj,k_proj,v_proj,o_proj,in_proj_qkvz,in_proj_qkv,out_proj"
 
 
-@pytest.mark.parametrize("name", (*FAMILIES, *MORE, "gpt_oss"))
+@pytest.mark.parametrize("name", (*FAMILIES, *MORE, "gpt_oss", "gemma4_text"))
 def test_a_steps_loss_and_gradients_are_those_of_peft(side, bases, ids, tmp_path, name):
     """Those of adapters beside the experts: they come through experts and router."""
     base, _ = qlora.load(bases[name], dtype="float32")
@@ -146,7 +149,7 @@ def test_a_steps_loss_and_gradients_are_those_of_peft(side, bases, ids, tmp_path
         np.testing.assert_allclose(got, want, atol=atol, rtol=0, err_msg=key)
 
 
-@pytest.mark.parametrize("name", (*FAMILIES, *MORE, "gpt_oss"))
+@pytest.mark.parametrize("name", (*FAMILIES, *MORE, "gpt_oss", "gemma4_text"))
 def test_merged_experts_open_in_transformers(side, bases, ids, tmp_path, name):
     merged = qlora.merge(drawn(bases[name]), dtype="float32")
     qlora.save_model(merged, tmp_path / "m", source=bases[name], shard_bytes=200_000)
@@ -161,7 +164,7 @@ def test_experts_in_mxfp4_are_what_transformers_decodes(side, bases, ids, tmp_pa
     assert differing(side, model, ids, tmp_path, base=tmp_path / "again") < ORDER
 
 
-@pytest.mark.parametrize("name", (*FAMILIES, "gpt_oss"))
+@pytest.mark.parametrize("name", (*FAMILIES, "gpt_oss", "gemma4_text"))
 def test_a_4_bit_folder_of_transformers_has_dense_experts_and_opens_in_ours(
     side, bases, ids, tmp_path, name
 ):
@@ -171,7 +174,8 @@ def test_a_4_bit_folder_of_transformers_has_dense_experts_and_opens_in_ours(
     model, _ = qlora.load(folder, dtype="float32")
     for stack in model.stacks:
         assert isinstance(stack.attn.q_proj, QuantizedLinear)
-        assert not isinstance(stack.mlp.experts.gate_proj, QuantizedLinear)
+        mixture = getattr(stack.mlp, "mixture", stack.mlp)
+        assert not isinstance(mixture.experts.gate_proj, QuantizedLinear)
     assert differing(side, model, ids, tmp_path, base=folder) < ORDER
 
 

@@ -189,6 +189,52 @@ CASES: dict[str, dict[str, Any]] = {
         rope_local_base_freq=100.0,
         rope_scaling={"rope_type": "linear", "factor": 4.0},
     ),
+    "gemma4_text": _config(
+        "gemma4_text",
+        head_dim=16,
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=8,
+        num_global_key_value_heads=1,
+        global_head_dim=24,
+        attention_k_eq_v=True,
+        hidden_size_per_layer_input=0,
+        use_bidirectional_attention="vision",
+        final_logit_softcapping=6.0,
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {
+                "rope_type": "proportional",
+                "partial_rotary_factor": 0.5,
+                "rope_theta": 500.0,
+            },
+        },
+    ),
+    "gemma4_text_moe": _config(
+        "gemma4_text",
+        head_dim=16,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=8,
+        global_head_dim=24,
+        hidden_size_per_layer_input=0,
+        enable_moe_block=True,
+        num_experts=4,
+        top_k_experts=2,
+        moe_intermediate_size=16,
+    ),
+    "gemma4_text_told": _config(
+        "gemma4_text",
+        head_dim=16,
+        num_hidden_layers=7,
+        layer_types=["sliding_attention", *["sliding_attention", "full_attention"] * 3],
+        sliding_window=8,
+        global_head_dim=24,
+        num_kv_shared_layers=4,
+        use_double_wide_mlp=True,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCAB + 4,
+        attention_bias=True,
+    ),
     "phi3": _config("phi3", sliding_window=10, original_max_position_embeddings=64),
     "phi3_partial": _config(
         "phi3",
@@ -433,13 +479,19 @@ def weight(case: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
     x = _uniform(f"{case}/{name}", shape)
     part = name.split(".")[-2]
     family = CASES[case]["model_type"]
-    if part.endswith("norm"):
+    if part.rstrip("_12").endswith("norm"):
         # Larger for q and k, so that normed scores are far from equal.
         center = 1.5 if part in ("q_norm", "k_norm") else 1.0
+        # Gemma 4 does not divide scores by the root of a head's features.
+        center -= 1.0 * (family == "gemma4_text" and part in ("q_norm", "k_norm"))
         # Those of Gemma multiply by 1 + weight, and Qwen3.5's but for the delta net's.
-        center -= family.startswith("gemma")
+        center -= family.startswith("gemma") and family != "gemma4_text"
         center -= family == "qwen3_5_text" and "linear_attn" not in name
         return (center + 0.25 * x).astype(np.float32)
+    if name.endswith(("layer_scalar", "per_expert_scale")):
+        return (0.8 + 0.1 * x).astype(np.float32)
+    if name.endswith("router.scale"):  # divided by the root of the hidden size
+        return (15 + 3 * x).astype(np.float32)
     if name.endswith("bias"):
         return (0.3 * x).astype(np.float32)
     if part == "embed_tokens":

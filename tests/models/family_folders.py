@@ -22,13 +22,15 @@ def read(case: str, golden: Callable[[str], Path]) -> dict[str, Any]:
     return made | {"saved": json.loads(made["saved"].tobytes())}
 
 
-def load(case: str, made: dict[str, Any], folder: Path, quant: Any = None) -> Decoder:
+def load(
+    case: str, made: dict[str, Any], folder: Path, quant: Any = None, **tables: Any
+) -> Decoder:
     """Writes the case's folder, as transformers saves it, and loads it."""
     (folder / "config.json").write_text(json.dumps(made["saved"]["config"]))
     shapes = made["saved"]["tensors"].items()
     tensors = {name: cases.weight(case, name, tuple(shape)) for name, shape in shapes}
     save_file(tensors, folder / "model.safetensors")
-    return qlora.load(folder, quant, dtype="float32")[0]
+    return qlora.load(folder, quant, dtype="float32", **tables)[0]
 
 
 def in_mxfp4(dense: Path, out: Path) -> Path:

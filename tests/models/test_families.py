@@ -126,6 +126,29 @@ def test_layers_are_scanned_by_the_pattern_that_repeats():
     assert shape(read(hf)) == [(4, 16)]
 
 
+def test_gemma_4s_layers_take_turns_and_later_ones_take_from_earlier_ones():
+    hf = oracle.hf_config(model_type="gemma4_text", num_hidden_layers=60)
+    hf |= {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
+    config = read(hf)
+    assert shape(config) == [(6, 10)]
+    near, far = (config.specs[i].mixer for i in (4, 5))
+    assert (near.head_dim, near.kv_heads, near.keys_as_values) == (None, None, False)
+    assert (far.head_dim, far.kv_heads, far.keys_as_values) == (512, 1, True)
+    scaling = RopeScaling(kind="proportional", share=0.25)
+    assert far.rope == Rope(theta=1e6, scaling=scaling, dim=512)
+    # As E2B has them: 15 layers with keys and values of their own, then 20 without.
+    types = [*["sliding_attention"] * 4, "full_attention"] * 7
+    shared = {"num_kv_shared_layers": 20, "use_double_wide_mlp": True}
+    hf |= {"num_hidden_layers": 35, "layer_types": types} | shared
+    config = read(hf)
+    gives = {i: s.gives for i, s in enumerate(config.specs) if s.gives}
+    assert gives == {13: "sliding_attention", 14: "full_attention"}
+    assert [s.mixer.takes for s in config.specs] == [None] * 15 + types[15:]
+    wide = [s.feed_forward.intermediate_size for s in config.specs]
+    assert wide == [None] * 15 + [2 * config.intermediate_size] * 20
+    assert sum(size for size, _ in shape(config)) == 12
+
+
 def test_what_a_family_cannot_be_is_refused():
     hf = oracle.hf_config(model_type="gemma2", use_bidirectional_attention=True)
     assert "only causal is supported" in problems(hf)
@@ -144,6 +167,38 @@ def test_what_a_family_cannot_be_is_refused():
         ({"model_type": "mixtral", "num_experts_per_tok": 9}, "is 9, of 8 experts"),
         ({"model_type": "smollm3", "no_rope_layers": [1]}, "has 1 entries for 2"),
         ({"model_type": "qwen3_5_text", "layer_types": ["mamba"]}, "1 entries for 2"),
+        (
+            {"model_type": "gemma4_text", "use_bidirectional_attention": "all"},
+            "use_bidirectional_attention is 'all'; of text only causal",
+        ),
+        (
+            {"model_type": "gemma4_text", "num_kv_shared_layers": 1},
+            "leaves no layer of full_attention with keys and values of its own",
+        ),
+        (
+            {"model_type": "gemma4_text", "enable_moe_block": True, "num_experts": 4},
+            "top_k_experts is missing, and enable_moe_block is true",
+        ),
+        (
+            {"model_type": "gemma4_text", "vocab_size_per_layer_input": 5},
+            "vocab_size_per_layer_input is 5, expected at least vocab_size",
+        ),
+        (
+            {"model_type": "gemma4_text", "per_layer_config": {"1": {"skip": ["mlp"]}}},
+            "per_layer_config of layer 1 has skip; known: head_dim",
+        ),
+        (
+            {"model_type": "gemma4_text", "per_layer_config": {"2": {}}},
+            "per_layer_config has layer '2', of 2 layers from 0",
+        ),
+        (
+            {"model_type": "gemma4_text", "per_layer_config": {"1": {"head_dim": 7}}},
+            "layer 1 has 2 heads of 7 features for 4 queries",
+        ),
+        (
+            {"model_type": "gemma4_text", "rope_parameters": {"full_attention": {}}},
+            "rope_parameters has no sliding_attention",
+        ),
         (
             {"model_type": "gemma3_text", "sliding_window_pattern": "LLLG"},
             "sliding_window_pattern is 'LLLG', expected a whole number above 0",

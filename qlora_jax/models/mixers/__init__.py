@@ -23,5 +23,8 @@ MIXERS: dict[type, Any] = {AttentionSpec: Attention, DeltaSpec: DeltaNet}
         are those of SAVED in layers.py.
     __call__(x, context, cache, key) -> (y, new cache)
         x and y are (batch, seq, hidden); cache is None while training, and so is the new
-        one; `context` is a `cache.Context`; `key` is for LoRA dropout, or None.
+        one; `context` is a `cache.Context`; `key` is for LoRA dropout, or None. A mixer
+        whose spec has `gives` returns what later layers find in `context.given` in place of
+        the new cache: while decoding that is the cache, while training the same of these
+        tokens alone.
 """
