@@ -95,6 +95,17 @@ KINDS: dict[str, Kind] = {
     "moe_layer_interval": whole(1, MAX_LAYERS),
     "swiglu_alpha": _SCALE,
     "swiglu_limit": _SCALE,
+    "mlp_layer_types": either(NULL, listed(TEXT, MAX_LAYERS)),
+    "moe_layer_freq": _EXPERTS,
+    "topk_method": TEXT,
+    "scoring_func": TEXT,
+    # Latent attention
+    "q_lora_rank": either(NULL, _WIDTH),
+    "kv_lora_rank": _WIDTH,
+    "qk_nope_head_dim": whole(1, 2**13),
+    "qk_rope_head_dim": whole(1, 2**13),
+    "v_head_dim": whole(1, 2**13),
+    "rope_interleave": either(NULL, FLAG),
     # The gated delta net
     "full_attention_interval": either(NULL, whole(1, _LONGEST)),
     "linear_conv_kernel_dim": either(NULL, whole(1, 64)),

@@ -62,6 +62,24 @@ class DeltaSpec:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentSpec:
+    """Attention whose keys and values are made of a small vector a token (DeepSeek V2).
+
+    DecoderConfig.head_dim is that of queries and keys; of it the last `rotary_dim` features
+    are rotated, and those of keys are the same for all heads.
+    """
+
+    query_rank: int | None
+    """Features that queries are made of; None where they are made of the input itself."""
+
+    latent_rank: int
+    """Features that keys, but for what is rotated, and values are made of."""
+
+    value_dim: int
+    """Features of a head's value."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MLPSpec:
     """One gated feed-forward that all tokens take."""
 
@@ -87,8 +105,11 @@ class ExpertsSpec:
     """Groups that the experts are in; those of `top_groups` of them alone can be chosen."""
 
     top_groups: int = 1
-    """Groups that a token's experts are chosen from: those whose two best experts sum to the
-    most (DeepSeek V3)."""
+    """Groups that a token's experts are chosen from: those whose best experts sum to the
+    most."""
+
+    best_of_group: int = 2
+    """How many of a group's best experts that sum is of: two (DeepSeek V3), or one (V2)."""
 
     scale: float = 1.0
     """The chosen experts' weights are multiplied by it."""

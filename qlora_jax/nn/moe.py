@@ -53,7 +53,7 @@ class Router(Weighted):
         top_k: int,
         normalize: bool,
         score: Score = "softmax",
-        groups: tuple[int, int] = (1, 1),
+        groups: tuple[int, int, int] = (1, 1, 2),
         scale: float = 1.0,
     ):
         """Makes a router.
@@ -64,7 +64,8 @@ class Router(Weighted):
           normalize: Whether the chosen weights are scaled to sum to 1.
           score: What makes weights of outputs: a softmax over them, or a sigmoid each.
           groups: (the number of groups that the experts are in, the number of those that a
-            token's experts come from).
+            token's experts come from, how many of a group's best experts rank it by their
+            sum).
           scale: The factor of the weights at last.
         """
         self.weight = FrozenParam(weight)
@@ -113,10 +114,10 @@ class Router(Weighted):
         by = lax.stop_gradient(scores)
         if self.correction is not None:
             by = by + self.correction.weight[...].astype(jnp.float32)
-        count, taken = self.groups
+        count, taken, summed = self.groups
         if taken < count:
             each = by.reshape(*by.shape[:-1], count, -1)
-            best = jnp.sum(lax.top_k(each, 2)[0], axis=-1)
+            best = jnp.sum(lax.top_k(each, summed)[0], axis=-1)
             inside = jax.nn.one_hot(lax.top_k(best, taken)[1], count).sum(axis=-2)
             by = jnp.where(inside[..., None] > 0, each, -jnp.inf).reshape(by.shape)
         chosen = lax.top_k(by, self.top_k)[1]

@@ -20,6 +20,7 @@ _GAINS = {
     "q_proj": 1.5,
     "k_proj": 1.5,
     "qkv_proj": 1.5,
+    "q_b_proj": 1.5,
     "lm_head": 3.0,
     "gate": 3.0,  # a router: far from equal shares
     "router": 3.0,
@@ -56,6 +57,15 @@ _YARN = {
     "beta_fast": 1.0,
     "beta_slow": 0.125,
     "original_max_position_embeddings": 16,
+}
+
+_LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+    "moe_intermediate_size": 16,
 }
 
 CASES: dict[str, dict[str, Any]] = {
@@ -373,6 +383,57 @@ CASES: dict[str, dict[str, Any]] = {
         topk_group=2,
         routed_scaling_factor=1.5,
     ),
+    "deepseek_v3": _config(
+        "deepseek_v3",
+        **_LATENT,
+        rms_norm_eps=1e-2,
+        num_hidden_layers=3,
+        attention_bias=True,
+        q_lora_rank=24,
+        n_routed_experts=8,
+        n_shared_experts=2,
+        n_group=4,
+        topk_group=2,
+        num_experts_per_tok=3,
+        first_k_dense_replace=1,
+        routed_scaling_factor=1.5,
+        rope_scaling=_YARN | {"mscale": 0.8, "mscale_all_dim": 1.2},
+    ),
+    "deepseek_v3_plain": _config(
+        "deepseek_v3",
+        **_LATENT,
+        q_lora_rank=None,
+        rope_interleave=False,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=2,
+        first_k_dense_replace=0,
+        norm_topk_prob=False,
+    ),
+    "deepseek_v2": _config(
+        "deepseek_v2",
+        **_LATENT,
+        num_hidden_layers=3,
+        q_lora_rank=None,
+        n_routed_experts=8,
+        n_group=4,
+        topk_group=2,
+        num_experts_per_tok=3,
+        topk_method="group_limited_greedy",
+        first_k_dense_replace=1,
+        routed_scaling_factor=1.5,
+        rope_theta=500.0,
+    ),
+    "glm4_moe_lite": _config(
+        "glm4_moe_lite",
+        **_LATENT,
+        num_hidden_layers=3,
+        q_lora_rank=24,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        mlp_layer_types=["dense", "sparse", "dense"],
+    ),
     "minimax_m2": _config(
         "minimax_m2",
         head_dim=16,
@@ -411,16 +472,22 @@ CASES: dict[str, dict[str, Any]] = {
 """Name of a case -> its config.json."""
 
 
+_HEADS = {"helium": 40, "deepseek_v3": 128, "glm4_moe_lite": 20}
+"""Families -> heads that go with the heads of keys and values that they take."""
+
+_HIDDEN = {"glm4_moe": 128, "glm4_moe_lite": 80}
+"""Families -> a size of the stream where 64 is none: GLM-4.5 rotates half of a head."""
+
+
 def sizes(family: str) -> dict[str, int]:
     """Returns all that a config.json must have; what families take for the rest is a golden."""
     return {
         "vocab_size": VOCAB,
-        # GLM-4.5 rotates half of a head.
-        "hidden_size": 128 if family == "glm4_moe" else 64,
+        "hidden_size": _HIDDEN.get(family, 64),
         "intermediate_size": 48,
         "num_hidden_layers": 12,
-        # Helium takes 20 heads of keys and values.
-        "num_attention_heads": 40 if family == "helium" else 32,
+        "num_attention_heads": _HEADS.get(family, 32),
+        **({"num_experts_per_tok": 6} if family == "deepseek_v2" else {}),
     }
 
 

@@ -25,6 +25,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+DEEPSEEK = {"model_type": "kimi_k2", "num_key_value_heads": 4}
 SCALING = RopeScaling(kind="llama3", factor=32.0)
 
 
@@ -230,6 +231,13 @@ def test_more_rope_flags_than_layers_and_old_gelu_are_taken():
     assert read(hf).activation == "gelu_tanh"
 
 
+def test_kimi_k2_is_read_as_deepseek_v3():
+    hf = CASES["deepseek_v3"]
+    config = read(hf | {"model_type": "kimi_k2"})
+    assert config == read(hf) and config.model_type == "kimi_k2"
+    assert FAMILIES["kimi_k2"].NAMES is FAMILIES["deepseek_v3"].NAMES
+
+
 def test_a_shape_of_no_writable_family_asks_for_its_source():
     config = read(oracle.hf_config(model_type="granite", residual_multiplier=0.5))
     with pytest.raises(CheckpointError, match="give the folder it came from"):
@@ -285,6 +293,31 @@ def test_a_written_config_reads_back_as_it_was(changes):
             "linear_key_head_dim is 1.5",
         ),
         ({"num_key_value_heads": 3}, "expected a multiple of num_key_value_heads"),
+        (
+            DEEPSEEK | {"num_key_value_heads": 2},
+            "num_key_value_heads is 2, expected num_",
+        ),
+        (DEEPSEEK | {"qk_rope_head_dim": 7}, "qk_rope_head_dim is 7, expected an even"),
+        (DEEPSEEK | {"scoring_func": "softmax"}, "is 'softmax', expected 'sigmoid'"),
+        (DEEPSEEK | {"topk_method": "greedy"}, "is 'greedy'; known: noaux_tc"),
+        (DEEPSEEK | {"moe_layer_freq": 2}, "moe_layer_freq is 2, expected 1"),
+        (DEEPSEEK | {"partial_rotary_factor": 0.5}, "rotary_factor is 0.5, expected 1"),
+        (DEEPSEEK | {"n_group": 2, "topk_group": 3}, "n_group is 2, topk_group is 3"),
+        (
+            DEEPSEEK | {"num_experts_per_tok": 200},
+            "enough experts in them for each tok",
+        ),
+        (
+            {"model_type": "deepseek_v2", "norm_topk_prob": True},
+            "norm_topk_prob is true.*\nnum_experts_per_tok is missing",
+        ),
+        (
+            {
+                "model_type": "glm4_moe_lite",
+                "mlp_layer_types": ["dense", "odd", "dense"],
+            },
+            "has 3 entries for 2 layers\nmlp_layer_types has odd; known: dense, sparse",
+        ),
         (
             {"num_attention_heads": 64, "num_key_value_heads": 64},
             "a head has 1 features",
