@@ -84,8 +84,10 @@ def read(
     if types is not None:
         mixers, more = _mixers(hf, list(types), sliding_rope, full_rope)
         found += more
-    experts, taken = fields.get("num_experts", 0), fields.get("experts_per_token", 0)
-    if taken > experts:
+    experts = fields.get("num_experts", 0)
+    least = min(1, experts)
+    taken = fields.get("experts_per_token", least)
+    if not least <= taken <= experts:
         found.append(f"num_experts_per_tok is {taken}, of {experts} experts")
     if found:
         return None, found

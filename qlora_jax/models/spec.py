@@ -62,6 +62,47 @@ class DeltaSpec:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ShortConvSpec:
+    """A short convolution between two gates (LFM2)."""
+
+    taps: int = 3
+    """Tokens that it reaches over, itself included."""
+
+    bias: bool = False
+    """Its linears and the convolution have biases."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MambaSpec:
+    """A Mamba 2 layer; sizes in heads and features of a head."""
+
+    heads: int
+    head_dim: int
+    state_dim: int
+    """Features of the keys by which a state is written and read."""
+
+    groups: int = 1
+    """Keys and queries of a token; each serves heads / groups heads."""
+
+    taps: int = 4
+    """Tokens that the convolution reaches over, itself included."""
+
+    conv_bias: bool = True
+    bias: bool = False
+    """Its linears have biases."""
+
+    @property
+    def inner_size(self) -> int:
+        """Features of all heads."""
+        return self.heads * self.head_dim
+
+    @property
+    def conv_size(self) -> int:
+        """Features that the convolution goes over."""
+        return self.inner_size + 2 * self.groups * self.state_dim
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentSpec:
     """Attention whose keys and values are made of a small vector a token (DeepSeek V2).
 
@@ -113,6 +154,9 @@ class ExpertsSpec:
 
     scale: float = 1.0
     """The chosen experts' weights are multiplied by it."""
+
+    sum_offset: float = 0.0
+    """Added to the chosen experts' weights' sum before they are divided by it (LFM2)."""
 
     shared_size: int = 0
     """Width of a feed-forward beside the experts that all tokens take; 0 for none."""

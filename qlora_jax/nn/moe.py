@@ -55,6 +55,7 @@ class Router(Weighted):
         score: Score = "softmax",
         groups: tuple[int, int, int] = (1, 1, 2),
         scale: float = 1.0,
+        sum_offset: float = 0.0,
     ):
         """Makes a router.
 
@@ -67,13 +68,14 @@ class Router(Weighted):
             token's experts come from, how many of a group's best experts rank it by their
             sum).
           scale: The factor of the weights at last.
+          sum_offset: Added to their sum before they are divided by it.
         """
         self.weight = FrozenParam(weight)
         self.bias = nnx.data(None if bias is None else FrozenParam(bias))
         self.correction = nnx.data(correction)
         self.top_k, self.normalize = top_k, normalize
         self.score: Score = score
-        self.groups, self.scale = groups, scale
+        self.groups, self.scale, self.sum_offset = groups, scale, sum_offset
 
     @property
     def can_train(self) -> bool:
@@ -91,6 +93,7 @@ class Router(Weighted):
             score=self.score,
             groups=self.groups,
             scale=self.scale,
+            sum_offset=self.sum_offset,
         )
 
     def __call__(
@@ -106,7 +109,7 @@ class Router(Weighted):
             scores = jax.nn.sigmoid(logits)
         weights, chosen = self._chosen(scores)
         if self.normalize:
-            total = jnp.sum(weights, axis=-1, keepdims=True)
+            total = jnp.sum(weights, axis=-1, keepdims=True) + self.sum_offset
             weights = weights / jnp.maximum(total, _LEAST_SUM)
         return weights * self.scale, chosen
 

@@ -25,6 +25,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+GRANITE = {"model_type": "granitemoehybrid", "mamba_n_heads": 4}
 DEEPSEEK = {"model_type": "kimi_k2", "num_key_value_heads": 4}
 SCALING = RopeScaling(kind="llama3", factor=32.0)
 
@@ -306,6 +307,37 @@ def test_a_written_config_reads_back_as_it_was(changes):
         (
             DEEPSEEK | {"num_experts_per_tok": 200},
             "enough experts in them for each tok",
+        ),
+        (
+            GRANITE | {"num_local_experts": 4, "num_experts_per_tok": 0},
+            "is 0, of 4 exp",
+        ),
+        (
+            GRANITE | {"mamba_d_head": 7},
+            "mamba_n_heads is 4, mamba_d_head 7 and mamba_n_",
+        ),
+        (GRANITE | {"mamba_n_groups": 3}, "as many heads in each group"),
+        (
+            GRANITE | {"time_step_limit": [0.1, 2.0]},
+            "time_step_limit is .0.1, 2.0.; steps",
+        ),
+        (
+            GRANITE | {"position_embedding_type": "alibi"},
+            "is 'alibi'; known: null, nope",
+        ),
+        (
+            GRANITE | {"layer_types": ["moe"]},
+            "1 entries for 2 layers\nlayer_types has moe",
+        ),
+        (
+            {"model_type": "lfm2", "layer_types": ["conv", "x"]},
+            "has x; known: full_att",
+        ),
+        ({"model_type": "lfm2", "layer_types": ["conv"]}, "has 1 entries for 2 layers"),
+        ({"model_type": "lfm2_moe"}, "layer_types is missing"),
+        (
+            {"model_type": "mixtral", "num_local_experts": 0},
+            "per_tok is 2, of 0 experts",
         ),
         (
             {"model_type": "deepseek_v2", "norm_topk_prob": True},

@@ -34,6 +34,7 @@ def experts(
         score=spec.score,
         groups=(spec.groups, spec.top_groups, spec.best_of_group),
         scale=spec.scale,
+        sum_offset=spec.sum_offset,
     )
     mlp = MLP(MLPSpec(), config, functools.partial(linear, stack=(count,)))
     shared = None
