@@ -87,13 +87,15 @@ class Decoder(nnx.Module):
         def norm(
             features: int,
             offset: float = config.norm_offset,
+            eps: float = config.rms_norm_eps,
+            groups: int = 1,
             stack: tuple[int, ...] = (),
         ) -> Norm:
             if config.norm_kind == "bare":
-                return BareNorm(config.rms_norm_eps)
+                return BareNorm(eps)
             kind = LayerNorm if config.norm_kind == "layer" else RMSNorm
             weight = jnp.full((*stack, features), 1 - offset, dtype)
-            return kind(weight, config.rms_norm_eps, offset)
+            return kind(weight, eps, offset, groups)
 
         def stacked(layers: range, spec: LayerSpec) -> DecoderLayer:
             count = (len(layers),)

@@ -85,8 +85,10 @@ def read(
     if types is not None:
         mixers, more = _mixers(hf, list(types), sliding_rope, full_rope)
         found += more
-    experts, taken = fields.get("num_experts", 0), fields.get("experts_per_token", 0)
-    if taken > experts:
+    experts = fields.get("num_experts", 0)
+    least = min(1, experts)
+    taken = fields.get("experts_per_token", least)
+    if not least <= taken <= experts:
         found.append(f"num_experts_per_tok is {taken}, of {experts} experts")
     if found:
         return None, found
@@ -250,14 +252,18 @@ def read_rope(
     return RopeScaling(kind=kind, **values), theta, partial, None
 
 
-def _yarn_attention(rope: dict[str, Any], factor: float) -> float:
-    def scale(m: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
+def yarn_scale(factor: float, m: float) -> float:
+    """Returns what yarn multiplies cosines and sines by, or DeepSeek scores, for an mscale."""
+    return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
 
+
+def _yarn_attention(rope: dict[str, Any], factor: float) -> float:
     if rope.get("attention_factor") is not None:
         return rope["attention_factor"]
     m, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
-    return scale(m) / scale(all_dim) if m and all_dim else scale(1)
+    if m and all_dim:
+        return yarn_scale(factor, m) / yarn_scale(factor, all_dim)
+    return yarn_scale(factor, 1)
 
 
 def _mixers(

@@ -79,6 +79,65 @@ class DeltaSpec:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ShortConvSpec:
+    """A short convolution between two gates (LFM2)."""
+
+    taps: int = 3
+    """Tokens that it reaches over, itself included."""
+
+    bias: bool = False
+    """Its linears and the convolution have biases."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MambaSpec:
+    """A Mamba 2 layer; sizes in heads and features of a head."""
+
+    heads: int
+    head_dim: int
+    state_dim: int
+    """Features of the keys by which a state is written and read."""
+
+    groups: int = 1
+    """Keys and queries of a token; each serves heads / groups heads."""
+
+    taps: int = 4
+    """Tokens that the convolution reaches over, itself included."""
+
+    conv_bias: bool = True
+    bias: bool = False
+    """Its linears have biases."""
+
+    @property
+    def inner_size(self) -> int:
+        """Features of all heads."""
+        return self.heads * self.head_dim
+
+    @property
+    def conv_size(self) -> int:
+        """Features that the convolution goes over."""
+        return self.inner_size + 2 * self.groups * self.state_dim
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentSpec:
+    """Attention whose keys and values are made of a small vector a token (DeepSeek V2).
+
+    DecoderConfig.head_dim is that of queries and keys; of it the last `rotary_dim` features
+    are rotated, and those of keys are the same for all heads.
+    """
+
+    query_rank: int | None
+    """Features that queries are made of; None where they are made of the input itself."""
+
+    latent_rank: int
+    """Features that keys, but for what is rotated, and values are made of."""
+
+    value_dim: int
+    """Features of a head's value."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MLPSpec:
     """One gated feed-forward that all tokens take."""
 
@@ -104,11 +163,17 @@ class ExpertsSpec:
     """Groups that the experts are in; those of `top_groups` of them alone can be chosen."""
 
     top_groups: int = 1
-    """Groups that a token's experts are chosen from: those whose two best experts sum to the
-    most (DeepSeek V3)."""
+    """Groups that a token's experts are chosen from: those whose best experts sum to the
+    most."""
+
+    best_of_group: int = 2
+    """How many of a group's best experts that sum is of: two (DeepSeek V3), or one (V2)."""
 
     scale: float = 1.0
     """The chosen experts' weights are multiplied by it."""
+
+    sum_offset: float = 0.0
+    """Added to the chosen experts' weights' sum before they are divided by it (LFM2)."""
 
     shared_size: int = 0
     """Width of a feed-forward beside the experts that all tokens take; 0 for none."""

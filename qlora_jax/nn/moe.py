@@ -55,8 +55,9 @@ class Router(Weighted):
         top_k: int,
         normalize: bool,
         score: Score = "softmax",
-        groups: tuple[int, int] = (1, 1),
+        groups: tuple[int, int, int] = (1, 1, 2),
         scale: float = 1.0,
+        sum_offset: float = 0.0,
     ):
         """Makes a router.
 
@@ -66,8 +67,10 @@ class Router(Weighted):
           normalize: Whether the chosen weights are scaled to sum to 1.
           score: What makes weights of outputs: a softmax over them, or a sigmoid each.
           groups: (the number of groups that the experts are in, the number of those that a
-            token's experts come from).
+            token's experts come from, how many of a group's best experts rank it by their
+            sum).
           scale: The factor of the weights at last.
+          sum_offset: Added to their sum before they are divided by it.
         """
         self.weight = FrozenParam(weight)
         self.bias = nnx.data(None if bias is None else FrozenParam(bias))
@@ -75,7 +78,7 @@ class Router(Weighted):
         self.gains = nnx.data(gains)
         self.top_k, self.normalize = top_k, normalize
         self.score: Score = score
-        self.groups, self.scale = groups, scale
+        self.groups, self.scale, self.sum_offset = groups, scale, sum_offset
 
     @property
     def can_train(self) -> bool:
@@ -94,6 +97,7 @@ class Router(Weighted):
             score=self.score,
             groups=self.groups,
             scale=self.scale,
+            sum_offset=self.sum_offset,
         )
 
     def __call__(
@@ -109,7 +113,7 @@ class Router(Weighted):
             scores = jax.nn.sigmoid(logits)
         weights, chosen = self._chosen(scores)
         if self.normalize:
-            total = jnp.sum(weights, axis=-1, keepdims=True)
+            total = jnp.sum(weights, axis=-1, keepdims=True) + self.sum_offset
             weights = weights / jnp.maximum(total, _LEAST_SUM)
         if self.gains is not None:
             weights = weights * self.gains.weight[...].astype(jnp.float32)[chosen]
@@ -119,10 +123,10 @@ class Router(Weighted):
         by = lax.stop_gradient(scores)
         if self.correction is not None:
             by = by + self.correction.weight[...].astype(jnp.float32)
-        count, taken = self.groups
+        count, taken, summed = self.groups
         if taken < count:
             each = by.reshape(*by.shape[:-1], count, -1)
-            best = jnp.sum(lax.top_k(each, 2)[0], axis=-1)
+            best = jnp.sum(lax.top_k(each, summed)[0], axis=-1)
             inside = jax.nn.one_hot(lax.top_k(best, taken)[1], count).sum(axis=-2)
             by = jnp.where(inside[..., None] > 0, each, -jnp.inf).reshape(by.shape)
         chosen = lax.top_k(by, self.top_k)[1]

@@ -15,7 +15,14 @@ from flax import nnx
 from pallas_kernels.formats import PackedWeight
 from qlora_jax.errors import CheckpointError
 from qlora_jax.files import NewFolder, check_output, new_folder
-from qlora_jax.models import Decoder, DecoderConfig, config_json, fused_in, llama
+from qlora_jax.models import (
+    Decoder,
+    DecoderConfig,
+    config_json,
+    fused_in,
+    hf_table,
+    llama,
+)
 from qlora_jax.models.fused import Joining
 from qlora_jax.names import (
     TABLES,
@@ -121,8 +128,9 @@ def saved_config(model: Decoder) -> DecoderConfig:
 
 def saved_names(config: DecoderConfig, origin: Source | None) -> Table:
     """Returns what a folder calls each parameter: as its source does, or a Llama's."""
-    names = llama.NAMES if origin is None else origin.family.NAMES
-    return Table(names, config.num_layers, config.num_experts)
+    if origin is not None:
+        return hf_table(config)
+    return Table(llama.NAMES, config.num_layers, config.num_experts)
 
 
 class Place(NamedTuple):

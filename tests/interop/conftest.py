@@ -141,6 +141,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 _MIXTURES = ("qwen2_moe", "qwen3_next", "qwen3_5_moe_text", "olmoe", "glm4_moe")
+_MIXTURES += ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "lfm2_moe")
+_MIXTURES += ("granitemoehybrid",)
 CONFIGS |= {
     name: family_cases.CASES[name]
     for name in (*_MIXTURES, "minimax_m2", "ernie4_5_moe")

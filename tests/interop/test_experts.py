@@ -28,7 +28,8 @@ ORDER = 3e-5
 FAMILIES = ("mixtral", "qwen3_moe")
 MORE = (
     *("qwen2_moe", "qwen3_next", "qwen3_5_moe_text", "olmoe", "glm4_moe"),
-    *("minimax_m2", "ernie4_5_moe"),
+    *("minimax_m2", "ernie4_5_moe", "deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
+    *("lfm2_moe", "granitemoehybrid"),
 )
 SAME: dict[str, dict[str, Any]] = {
     "all-linear": {},

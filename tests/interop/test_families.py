@@ -21,6 +21,8 @@ CASES = {
     if not hasattr(FAMILIES[family], "PARAMETERS")  # mixtures are in test_experts.py
     and not hasattr(FAMILIES[family], "FUSED")
 }
+# Of these the experts are in test_experts.py, and here what has none.
+CASES |= {"granitemoehybrid": family_cases.CASES["granitemoehybrid_dense"]}
 CASES["gemma4_text_told"] = {
     **family_cases.CASES["gemma4_text_told"],
     "hidden_size_per_layer_input": 64,
@@ -28,6 +30,7 @@ CASES["gemma4_text_told"] = {
 # bitsandbytes on CPUs decodes rows wrongly that are no multiple of a block.
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 SIZES |= {"linear_value_head_dim": 16, "global_head_dim": 32}
+SIZES |= {"shared_intermediate_size": 128}
 GRADIENTS = 2e-4
 """The error allowed, relative to the largest of a tensor's gradient: both sides compute in
 float32 and add in another order."""

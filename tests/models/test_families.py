@@ -25,6 +25,8 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+GRANITE = {"model_type": "granitemoehybrid", "mamba_n_heads": 4}
+DEEPSEEK = {"model_type": "kimi_k2", "num_key_value_heads": 4}
 SCALING = RopeScaling(kind="llama3", factor=32.0)
 
 
@@ -285,6 +287,13 @@ def test_more_rope_flags_than_layers_and_old_gelu_are_taken():
     assert read(hf).activation == "gelu_tanh"
 
 
+def test_kimi_k2_is_read_as_deepseek_v3():
+    hf = CASES["deepseek_v3"]
+    config = read(hf | {"model_type": "kimi_k2"})
+    assert config == read(hf) and config.model_type == "kimi_k2"
+    assert FAMILIES["kimi_k2"].NAMES is FAMILIES["deepseek_v3"].NAMES
+
+
 def test_a_shape_of_no_writable_family_asks_for_its_source():
     config = read(oracle.hf_config(model_type="granite", residual_multiplier=0.5))
     with pytest.raises(CheckpointError, match="give the folder it came from"):
@@ -340,6 +349,62 @@ def test_a_written_config_reads_back_as_it_was(changes):
             "linear_key_head_dim is 1.5",
         ),
         ({"num_key_value_heads": 3}, "expected a multiple of num_key_value_heads"),
+        (
+            DEEPSEEK | {"num_key_value_heads": 2},
+            "num_key_value_heads is 2, expected num_",
+        ),
+        (DEEPSEEK | {"qk_rope_head_dim": 7}, "qk_rope_head_dim is 7, expected an even"),
+        (DEEPSEEK | {"scoring_func": "softmax"}, "is 'softmax', expected 'sigmoid'"),
+        (DEEPSEEK | {"topk_method": "greedy"}, "is 'greedy'; known: noaux_tc"),
+        (DEEPSEEK | {"moe_layer_freq": 2}, "moe_layer_freq is 2, expected 1"),
+        (DEEPSEEK | {"partial_rotary_factor": 0.5}, "rotary_factor is 0.5, expected 1"),
+        (DEEPSEEK | {"n_group": 2, "topk_group": 3}, "n_group is 2, topk_group is 3"),
+        (
+            DEEPSEEK | {"num_experts_per_tok": 200},
+            "enough experts in them for each tok",
+        ),
+        (
+            GRANITE | {"num_local_experts": 4, "num_experts_per_tok": 0},
+            "is 0, of 4 exp",
+        ),
+        (
+            GRANITE | {"mamba_d_head": 7},
+            "mamba_n_heads is 4, mamba_d_head 7 and mamba_n_",
+        ),
+        (GRANITE | {"mamba_n_groups": 3}, "as many heads in each group"),
+        (
+            GRANITE | {"time_step_limit": [0.1, 2.0]},
+            "time_step_limit is .0.1, 2.0.; steps",
+        ),
+        (
+            GRANITE | {"position_embedding_type": "alibi"},
+            "is 'alibi'; known: null, nope",
+        ),
+        (
+            GRANITE | {"layer_types": ["moe"]},
+            "1 entries for 2 layers\nlayer_types has moe",
+        ),
+        (
+            {"model_type": "lfm2", "layer_types": ["conv", "x"]},
+            "has x; known: full_att",
+        ),
+        ({"model_type": "lfm2", "layer_types": ["conv"]}, "has 1 entries for 2 layers"),
+        ({"model_type": "lfm2_moe"}, "layer_types is missing"),
+        (
+            {"model_type": "mixtral", "num_local_experts": 0},
+            "per_tok is 2, of 0 experts",
+        ),
+        (
+            {"model_type": "deepseek_v2", "norm_topk_prob": True},
+            "norm_topk_prob is true.*\nnum_experts_per_tok is missing",
+        ),
+        (
+            {
+                "model_type": "glm4_moe_lite",
+                "mlp_layer_types": ["dense", "odd", "dense"],
+            },
+            "has 3 entries for 2 layers\nmlp_layer_types has odd; known: dense, sparse",
+        ),
         (
             {"num_attention_heads": 64, "num_key_value_heads": 64},
             "a head has 1 features",

@@ -34,8 +34,9 @@ def experts(
         top_k=config.experts_per_token,
         normalize=config.normalize_experts,
         score=spec.score,
-        groups=(spec.groups, spec.top_groups),
+        groups=(spec.groups, spec.top_groups, spec.best_of_group),
         scale=spec.scale,
+        sum_offset=spec.sum_offset,
     )
     mlp = MLP(MLPSpec(), config, functools.partial(linear, stack=(count,)))
     shared = None
