@@ -11,6 +11,7 @@ from qlora_jax.models import (
     cohere,
     cohere2,
     ernie4_5,
+    ernie4_5_moe,
     exaone4,
     gemma,
     gemma2,
@@ -18,22 +19,28 @@ from qlora_jax.models import (
     gemma4_text,
     glm,
     glm4,
+    glm4_moe,
     gpt_oss,
     granite,
     helium,
     hunyuan_v1_dense,
     llama,
+    minimax_m2,
     ministral3,
     mistral,
     mixtral,
     nanochat,
     olmo2,
     olmo3,
+    olmoe,
     phi3,
     qwen2,
+    qwen2_moe,
     qwen3,
+    qwen3_5_moe_text,
     qwen3_5_text,
     qwen3_moe,
+    qwen3_next,
     reading,
     seed_oss,
     settings,
@@ -74,7 +81,14 @@ FAMILIES: dict[str, ModuleType] = {
         nanochat,
         arcee,
         mixtral,
+        qwen2_moe,
         qwen3_moe,
+        qwen3_next,
+        qwen3_5_moe_text,
+        olmoe,
+        glm4_moe,
+        minimax_m2,
+        ernie4_5_moe,
         gpt_oss,
     )
 }
@@ -89,8 +103,9 @@ def read_config(hf: dict[str, Any]) -> reading.Read:
       (config, []), or (None, problems).
     """
     family = FAMILIES[hf["model_type"]]
-    hf = settings.present(hf, getattr(family, "DEFAULTS", {}))
-    missing, wrong = settings.missing(hf), settings.misfitting(hf)
+    own = getattr(family, "DEFAULTS", {})
+    hf = settings.present(hf, own)
+    missing, wrong = settings.missing(own | hf), settings.misfitting(hf)
     if wrong:
         return None, missing + wrong
     if missing:

@@ -58,11 +58,11 @@ class DecoderConfig:
     max_position_embeddings: int = 2048
     activation: Literal["silu", "gelu_tanh", "gelu", "relu2"] = "silu"
     gated: bool = True
-    """Feed-forwards multiply by a gate, of which the activation is; without one it is of the
-    only linear before the last (Arcee, nanochat)."""
+    """A feed-forward is down(activation(gate(x)) * up(x)); without a gate it is
+    down(activation(up(x))) (Arcee, nanochat)."""
     norms: Literal["pre", "post", "both", "parallel"] = "pre"
     """Mixer and feed-forward have a norm before them, after them (OLMo 2), or both (Gemma
-    2); 'parallel' is one norm before both, which take it side by side (Cohere)."""
+    2). With 'parallel' there is one norm before both, and both take what it gives (Cohere)."""
     norm_kind: Literal["rms", "layer", "bare"] = "rms"
     """What a norm is: RMSNorm, LayerNorm without a bias (Cohere), or RMSNorm without a weight
     (nanochat)."""

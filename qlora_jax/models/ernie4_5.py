@@ -19,7 +19,11 @@ DEFAULTS = {
 
 def read_config(hf: dict[str, Any]) -> reading.Read:
     """Reads a config.json: (config, problems)."""
-    problems = []
-    if hf.get("use_bias"):
-        problems.append("use_bias is true; no bias in the feed-forward is supported")
-    return reading.read(DEFAULTS | hf, problems, rope_interleaved=True)
+    return reading.read(DEFAULTS | hf, problems(hf), rope_interleaved=True)
+
+
+def problems(hf: dict[str, Any]) -> list[str]:
+    """Returns what ERNIE may have and a decoder here has not."""
+    if not hf.get("use_bias"):
+        return []
+    return ["use_bias is true; no bias in the feed-forward is supported"]

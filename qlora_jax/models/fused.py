@@ -68,19 +68,6 @@ class Fused(NamedTuple):
         return whole
 
 
-def parameters(module: str, gate: str, up: str, down: str) -> tuple[Fused, Fused]:
-    """Returns the parameters of a family whose experts transformers joins as it reads them.
-
-    Args:
-      module: What transformers calls the experts, with {} for the layer.
-      gate, up, down: The names of an expert's linears in the files.
-    """
-    return (
-        Fused(f"{module}.gate_up_proj", (gate, up)),
-        Fused(f"{module}.down_proj", (down,)),
-    )
-
-
 def cuts(
     fused: Iterable[Fused], shapes: Mapping[str, tuple[int, ...]], experts: int
 ) -> Iterator[tuple[str, Fused, dict[str, Place]]]:

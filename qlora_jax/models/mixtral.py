@@ -2,21 +2,12 @@
 
 from typing import Any
 
-from qlora_jax.models import llama, reading
-from qlora_jax.models.fused import parameters
+from qlora_jax.models import llama, mixture, reading
 
 MODEL_TYPE = "mixtral"
-_MOE = "model.layers.{}.block_sparse_moe"
-NAMES = llama.NAMES | {
-    "layers.mlp.router.weight": f"{_MOE}.gate.weight",
-    "layers.mlp.experts.gate_proj.kernel": f"{_MOE}.experts.{{}}.w1.weight",
-    "layers.mlp.experts.down_proj.kernel": f"{_MOE}.experts.{{}}.w2.weight",
-    "layers.mlp.experts.up_proj.kernel": f"{_MOE}.experts.{{}}.w3.weight",
-}
-PARAMETERS = parameters(
-    "model.layers.{}.mlp.experts",
-    *(f"{_MOE}.experts.{{}}.{name}.weight" for name in ("w1", "w3", "w2")),
-)
+_MOE, _LINEARS = "model.layers.{}.block_sparse_moe", ("w1", "w3", "w2")
+NAMES = llama.NAMES | mixture.names(_MOE, _LINEARS)
+PARAMETERS = mixture.parameters(_MOE, _LINEARS)
 IGNORED = llama.IGNORED
 DEFAULTS = {
     "rms_norm_eps": 1e-5,

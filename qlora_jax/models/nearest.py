@@ -13,37 +13,29 @@ from qlora_jax.models.wrappers import without_wrapper
 from qlora_jax.names import template_of
 
 _LATENT = "latent attention (queries, keys and values of low rank)"
-_ROUTED = "sigmoid scores with a correction, groups of experts, shared experts"
 _MAMBA = "Mamba 2 layers"
 _BIASED = "LayerNorm with biases, and biases in the feed-forward"
 
 LACKING: dict[str, tuple[str, str]] = {
     "apertus": ("arcee", "xIELU, and norms of heads"),
     "cwm": ("llama", "windows by kind of layer"),
-    "deepseek_v2": ("qwen3_moe", f"{_LATENT}, shared experts"),
-    "deepseek_v3": ("qwen3_moe", f"{_LATENT}, {_ROUTED}"),
-    "ernie4_5_moe": ("ernie4_5", "experts with a correction of scores, shared experts"),
+    "deepseek_v2": ("qwen2_moe", f"{_LATENT}, another choice of groups"),
+    "deepseek_v3": ("glm4_moe", _LATENT),
     "falcon_h1": ("llama", f"{_MAMBA} beside attention, multipliers"),
     "gemma3n": ("gemma4_text", "AltUp, LAuReL, sparse activations"),
-    "glm4_moe": ("qwen3_moe", f"partial rotary positions, {_ROUTED}"),
-    "glm4_moe_lite": ("qwen3_moe", f"{_LATENT}, {_ROUTED}"),
-    "glm_moe_dsa": ("qwen3_moe", f"{_LATENT}, an indexer of attention, {_ROUTED}"),
+    "glm4_moe_lite": ("glm4_moe", _LATENT),
+    "glm_moe_dsa": ("glm4_moe", f"{_LATENT}, an indexer of attention"),
     "gpt_neox": ("cohere", f"{_BIASED}, two norms before a parallel block"),
     "granitemoehybrid": ("granite", f"{_MAMBA}, experts with a shared one"),
-    "kimi_k2": ("qwen3_moe", f"{_LATENT}, {_ROUTED}"),
-    "kimi_linear": ("qwen3_5_text", f"its own delta attention, {_LATENT}, {_ROUTED}"),
+    "kimi_k2": ("glm4_moe", _LATENT),
+    "kimi_linear": ("qwen3_next", f"its own delta attention, {_LATENT}"),
     "lfm2": ("qwen3", "short convolutions in place of attention in most layers"),
     "llama4": ("mixtral", "attention in chunks, a shared expert, scaled inputs"),
-    "minimax_m2": ("qwen3_moe", "norms over all heads, sigmoid scores of experts"),
-    "mistral4": ("ministral3", f"{_LATENT}, {_ROUTED}"),
+    "mistral4": ("ministral3", f"{_LATENT}, experts with a shared one"),
     "mllama": ("llama", "cross-attention to images"),
     "nemotron": ("arcee", "LayerNorm with biases, partial rotary positions"),
     "nemotron_h": ("arcee", f"{_MAMBA}, experts"),
-    "olmoe": ("qwen3_moe", "norms over all heads of q and k"),
     "phi": ("cohere", f"{_BIASED}, partial rotary positions"),
-    "qwen2_moe": ("qwen3_moe", "a shared expert with a gate, biases on q, k and v"),
-    "qwen3_5_moe": ("qwen3_5_text", "experts with a shared one"),
-    "qwen3_next": ("qwen3_5_text", "experts with a shared one, fused projections"),
     "qwen3_vl_moe": ("qwen3_moe", "the names of a text model inside of it"),
     "starcoder2": ("arcee", _BIASED),
 }

@@ -46,7 +46,24 @@ _LINEAR = ("linear_attention", "mamba")  # what transformers calls it, and once 
 
 def read_config(hf: dict[str, Any]) -> reading.Read:
     """Reads a config.json: (config, problems)."""
-    hf = DEFAULTS | {k: v for k, v in hf.items() if v is not None or k not in DEFAULTS}
+    return read_hybrid(with_defaults(hf, DEFAULTS))
+
+
+def with_defaults(hf: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Returns a config.json with a family's own defaults in the place of what is null."""
+    return own | {k: v for k, v in hf.items() if v is not None or k not in own}
+
+
+def read_hybrid(
+    hf: dict[str, Any], *, fused: bool = False, **given: Any
+) -> reading.Read:
+    """Reads what families share that have delta nets and gated attention.
+
+    Args:
+      hf: The object of config.json, with defaults.
+      fused: Whether the delta net's linears are fused, as DeltaSpec has it.
+      **given: More of what `reading.read` takes.
+    """
     layers, every = hf.get("num_hidden_layers") or 0, hf["full_attention_interval"]
     types = hf.get("layer_types")
     if types is None:
@@ -64,6 +81,7 @@ def read_config(hf: dict[str, Any]) -> reading.Read:
         key_dim=hf["linear_key_head_dim"],
         value_dim=hf["linear_value_head_dim"],
         taps=hf["linear_conv_kernel_dim"],
+        fused=fused,
     )
     if delta.value_heads % delta.key_heads:
         problems.append(
@@ -78,4 +96,5 @@ def read_config(hf: dict[str, Any]) -> reading.Read:
         norm_offset=1.0,
         qk_norm="head",
         attention_gate=True,
+        **given,
     )

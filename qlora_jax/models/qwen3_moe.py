@@ -2,29 +2,12 @@
 
 from typing import Any
 
-from qlora_jax.models import llama, reading
-from qlora_jax.models.fused import parameters
-from qlora_jax.models.spec import ExpertsSpec, MLPSpec
+from qlora_jax.models import llama, mixture, reading
+from qlora_jax.models.spec import ExpertsSpec
 
 MODEL_TYPE = "qwen3_moe"
-_MOE = "model.layers.{}.mlp"
-NAMES = (
-    llama.NAMES
-    | llama.QK_NORM
-    | {
-        "layers.mlp.router.weight": f"{_MOE}.gate.weight",
-        "layers.mlp.experts.gate_proj.kernel": f"{_MOE}.experts.{{}}.gate_proj.weight",
-        "layers.mlp.experts.up_proj.kernel": f"{_MOE}.experts.{{}}.up_proj.weight",
-        "layers.mlp.experts.down_proj.kernel": f"{_MOE}.experts.{{}}.down_proj.weight",
-    }
-)
-PARAMETERS = parameters(
-    f"{_MOE}.experts",
-    *(
-        f"{_MOE}.experts.{{}}.{name}.weight"
-        for name in ("gate_proj", "up_proj", "down_proj")
-    ),
-)
+NAMES = llama.NAMES | llama.QK_NORM | mixture.names()
+PARAMETERS = mixture.parameters()
 IGNORED = llama.IGNORED
 DEFAULTS = {
     "num_key_value_heads": 4,
@@ -43,13 +26,9 @@ def read_config(hf: dict[str, Any]) -> reading.Read:
     if "num_local_experts" in hf:
         hf = {"num_experts": hf["num_local_experts"]} | hf
     hf = DEFAULTS | hf
-    layers, every = hf.get("num_hidden_layers") or 0, hf["decoder_sparse_step"]
-    dense = {*(hf.get("mlp_only_layers") or ())}
-    dense |= {i for i in range(layers) if (i + 1) % every}
-    mlp = MLPSpec(intermediate_size=hf.get("intermediate_size"))
     return reading.read(
         hf,
-        feed_forwards=[mlp if i in dense else ExpertsSpec() for i in range(layers)],
+        feed_forwards=mixture.layers(hf, mixture.qwen_dense(hf), ExpertsSpec()),
         intermediate_size=hf["moe_intermediate_size"],
         qk_norm="head",
         sliding_window=hf["sliding_window"] if hf.get("use_sliding_window") else None,

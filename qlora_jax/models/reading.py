@@ -281,12 +281,12 @@ def _mixers(
 
 
 def full_each(hf: dict[str, Any], every: Any) -> tuple[list[str], list[str]]:
-    """Returns layer types of which each so many-th is full, and problems.
+    """Returns layer types, of which every n-th is full attention, and problems.
 
     Args:
-      hf: The object of config.json.
-      every: Its sliding_window_pattern, or what stands for it; of no matter where there are
-        layer_types.
+      hf: The object of config.json. Where it has layer_types, these are what counts, and
+        nothing is returned.
+      every: Its sliding_window_pattern, or what stands for it: n.
     """
     if hf.get("layer_types"):
         return [], []

@@ -51,6 +51,10 @@ class AttentionSpec:
 class DeltaSpec:
     """The gated delta net; sizes in heads and features of a head."""
 
+    fused: bool = False
+    """One linear for queries, keys, values and the gate, and one for rates and decays, each
+    with all of a key head together (Qwen3-Next)."""
+
     key_heads: int
     value_heads: int
     key_dim: int
@@ -92,9 +96,9 @@ class ExpertsSpec:
     router_bias: bool = False
     """The router's linear has a bias (gpt-oss)."""
 
-    correction: bool = False
+    correction: int = 0
     """Experts are chosen by their weights and a number of their own, which the weights of
-    the chosen are without (DeepSeek V3)."""
+    the chosen are without (DeepSeek V3): the axes that the files have it with; 0 for none."""
 
     groups: int = 1
     """Groups that the experts are in; those of `top_groups` of them alone can be chosen."""

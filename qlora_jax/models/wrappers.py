@@ -67,6 +67,9 @@ TEXTS = {
     "qwen3_5_text": Text(
         "qwen3_5_text", "Qwen3_5ForCausalLM", (248320, 4096, 12288, 32, 16)
     ),
+    "qwen3_5_moe_text": Text(
+        "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", (248320, 2048, 512, 40, 16)
+    ),
     "qwen3_vl_text": Text(
         "qwen3",
         "Qwen3ForCausalLM",
@@ -103,6 +106,7 @@ WRAPPERS = {
     "qwen2_vl": Wrapper("qwen2_vl_text"),
     "qwen2_5_vl": Wrapper("qwen2_5_vl_text"),
     "qwen3_5": Wrapper("qwen3_5_text", "outer"),
+    "qwen3_5_moe": Wrapper("qwen3_5_moe_text", "outer"),
     "qwen3_vl": Wrapper("qwen3_vl_text", "outer"),
 }
 """model_type of a wrapper -> how its config.json is read."""

@@ -1,4 +1,4 @@
-"""A frozen vector: one number a head, or an expert."""
+"""Frozen vectors: one number a head, or an expert."""
 
 from typing import Any, ClassVar
 
@@ -23,4 +23,11 @@ class Vector(Weighted):
 
     def holding(self, weight: Any, bias: Any = None) -> "Vector":
         """Returns the vector of other numbers."""
-        return Vector(weight)
+        return type(self)(weight)
+
+
+class RowVector(Vector):
+    """A Vector that files have as a matrix of one row, (..., 1, numbers)."""
+
+    NDIM = 2
+    AXES: ClassVar = {"weight": ("one", "numbers")}

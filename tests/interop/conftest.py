@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from models import family_cases
 
 VARIABLE = "QLORA_JAX_TORCH_PYTHON"
 SECONDS = 300
@@ -139,10 +140,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+_MIXTURES = ("qwen2_moe", "qwen3_next", "qwen3_5_moe_text", "olmoe", "glm4_moe")
+CONFIGS |= {
+    name: family_cases.CASES[name]
+    for name in (*_MIXTURES, "minimax_m2", "ernie4_5_moe")
+}
+
+
 @pytest.fixture(scope="session")
 def bases(side: Side, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of tiny random models, as transformers writes them."""
     folder = tmp_path_factory.mktemp("bases")
     for name, config in CONFIGS.items():
-        side("make", config=_SMALL | config, out=folder / name)
+        rows = {"vocab_size": tiny.CONFIG.vocab_size}
+        side("make", config=_SMALL | config | rows, out=folder / name)
     return {name: folder / name for name in CONFIGS}

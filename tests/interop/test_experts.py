@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import tiny
 from models import family_folders
+from safetensors.numpy import load_file
 
 import qlora_jax as qlora
 from qlora_jax import QuantConfig
 from qlora_jax.models import Decoder
-from qlora_jax.nn import QuantizedLinear
+from qlora_jax.nn import Linear, QuantizedLinear
+from qlora_jax.nn.frozen import modules
 
 pytestmark = pytest.mark.interop
 
@@ -24,6 +26,10 @@ IDS = tiny.tokens(2, 11)
 ORDER = 3e-5
 """Absolute, of logits of size 10: float32 sums in another order."""
 FAMILIES = ("mixtral", "qwen3_moe")
+MORE = (
+    *("qwen2_moe", "qwen3_next", "qwen3_5_moe_text", "olmoe", "glm4_moe"),
+    *("minimax_m2", "ernie4_5_moe"),
+)
 SAME: dict[str, dict[str, Any]] = {
     "all-linear": {},
     "attention": {"targets": "q_proj,v_proj"},
@@ -54,8 +60,11 @@ def differing(side: Any, model: Decoder, ids: Path, out: Path, **job: Any) -> fl
     return float(np.abs(theirs - tiny.logits(model, np.load(ids))).max())
 
 
-@pytest.mark.parametrize("kind", SAME)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, kind) for name in FAMILIES for kind in SAME]
+    + [(name, "all-linear") for name in MORE],
+)
 def test_our_adapter_of_experts_opens_in_peft(side, bases, ids, tmp_path, name, kind):
     model = drawn(bases[name], **SAME[kind])
     adapter = qlora.export_peft(tmp_path / "a", model)
@@ -63,6 +72,8 @@ def test_our_adapter_of_experts_opens_in_peft(side, bases, ids, tmp_path, name, 
     assert differing(side, model, ids, tmp_path, **job) < ORDER
 
 
+GRADIENTS = 2e-4
+"""The error allowed, relative to the largest of a tensor's gradient, as of dense families."""
 PARAMETERS: dict[str, dict[str, Any]] = {
     "both": {"target_parameters": ["mlp.experts.gate_up_proj", "experts.down_proj"]},
     "one, and linears": {
@@ -114,7 +125,31 @@ def test_adapters_of_fused_files_are_such_of_parameters(
     )
 
 
-@pytest.mark.parametrize("name", (*FAMILIES, "gpt_oss", "gemma4_text"))
+ATTENTION = "q_proj,k_proj,v_proj,o_proj,in_proj_qkvz,in_proj_qkv,out_proj"
+
+
+@pytest.mark.parametrize("name", (*FAMILIES, *MORE, "gpt_oss", "gemma4_text"))
+def test_a_steps_loss_and_gradients_are_those_of_peft(side, bases, ids, tmp_path, name):
+    """Those of adapters beside the experts: they come through experts and router."""
+    base, _ = qlora.load(bases[name], dtype="float32")
+    have = {path[-1] for path, _ in modules(base, Linear)}
+    targets = ",".join(name for name in ATTENTION.split(",") if name in have)
+    model = tiny.adapted(base, rank=2, targets=targets)
+    job = {"base": bases[name], "ids": ids, "out": tmp_path / "theirs.npz"}
+    job["adapter"] = qlora.export_peft(tmp_path / "a", model)
+    side("logits", **job, grads=True)
+    theirs = dict(np.load(tmp_path / "theirs.npz"))
+    graphdef, lora, rest = qlora.split(model)
+    loss, grads = tiny.adapter_step(graphdef, lora, rest, IDS)
+    np.testing.assert_allclose(loss, theirs["loss"], rtol=1e-5)
+    out = qlora.export_peft(tmp_path / "grads", qlora.join(graphdef, grads, rest))
+    for key, got in load_file(out / "adapter_model.safetensors").items():
+        want = theirs[f"grad:{key}"]
+        atol = GRADIENTS * np.abs(want).max()
+        np.testing.assert_allclose(got, want, atol=atol, rtol=0, err_msg=key)
+
+
+@pytest.mark.parametrize("name", (*FAMILIES, *MORE, "gpt_oss", "gemma4_text"))
 def test_merged_experts_open_in_transformers(side, bases, ids, tmp_path, name):
     merged = qlora.merge(drawn(bases[name]), dtype="float32")
     qlora.save_model(merged, tmp_path / "m", source=bases[name], shard_bytes=200_000)

@@ -50,7 +50,7 @@ def _config(model_type: str, **changes: Any) -> dict[str, Any]:
 
 _SHORT = [1.0, 1.05, 1.1, 1.3, 1.6, 2.0, 2.5, 3.0]
 _LONG = [1.0, 1.2, 1.7, 2.5, 4.0, 6.0, 9.0, 12.0]
-_YARN = {
+YARN = {
     "rope_type": "yarn",
     "factor": 4.0,
     "beta_fast": 1.0,
@@ -283,14 +283,14 @@ CASES: dict[str, dict[str, Any]] = {
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         rope_parameters={
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
-            "full_attention": _YARN | {"rope_theta": 500.0},
+            "full_attention": YARN | {"rope_theta": 500.0},
         },
     ),
     "seed_oss": _config("seed_oss", head_dim=16, attention_out_bias=True),
     "ministral3": _config(
         "ministral3",
         head_dim=16,
-        rope_parameters=_YARN | {"rope_theta": 500.0, "llama_4_scaling_beta": 0.4},
+        rope_parameters=YARN | {"rope_theta": 500.0, "llama_4_scaling_beta": 0.4},
     ),
     "hunyuan_v1_dense": _config(
         "hunyuan_v1_dense",
@@ -362,6 +362,79 @@ CASES: dict[str, dict[str, Any]] = {
         norm_topk_prob=True,
         decoder_sparse_step=2,
     ),
+    "qwen2_moe": _config(
+        "qwen2_moe",
+        num_hidden_layers=3,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=24,
+        mlp_only_layers=[1],
+        use_sliding_window=True,
+        sliding_window=8,
+        max_window_layers=2,
+    ),
+    "qwen3_next": _config(
+        "qwen3_next",
+        head_dim=16,
+        num_hidden_layers=4,
+        full_attention_interval=2,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=12,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=24,
+        rope_theta=500.0,
+    ),
+    "qwen3_5_moe_text": _config(
+        "qwen3_5_moe_text",
+        head_dim=16,
+        num_hidden_layers=2,
+        full_attention_interval=2,
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=12,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=24,
+        rope_theta=500.0,
+    ),
+    "olmoe": _config("olmoe", hidden_size=64, num_experts=4, num_experts_per_tok=2),
+    "glm4_moe": _config(
+        "glm4_moe",
+        head_dim=16,
+        num_hidden_layers=3,
+        attention_bias=True,
+        use_qk_norm=True,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        moe_intermediate_size=16,
+        n_shared_experts=2,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=1.5,
+    ),
+    "minimax_m2": _config(
+        "minimax_m2",
+        head_dim=16,
+        rotary_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    ),
+    "ernie4_5_moe": _config(
+        "ernie4_5_moe",
+        head_dim=16,
+        num_hidden_layers=3,
+        moe_num_experts=4,
+        moe_k=2,
+        moe_intermediate_size=16,
+        moe_num_shared_experts=2,
+    ),
     "gpt_oss": _config(
         "gpt_oss",
         head_dim=16,
@@ -388,7 +461,8 @@ def sizes(family: str) -> dict[str, int]:
     """Returns all that a config.json must have; what families take for the rest is a golden."""
     return {
         "vocab_size": VOCAB,
-        "hidden_size": 64,
+        # GLM-4.5 rotates half of a head.
+        "hidden_size": 128 if family == "glm4_moe" else 64,
         "intermediate_size": 48,
         "num_hidden_layers": 12,
         # Helium takes 20 heads of keys and values.

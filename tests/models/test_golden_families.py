@@ -99,8 +99,11 @@ def test_what_a_config_leaves_out_is_as_transformers_has_it(kind, golden):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", FAMILY.values())
-def test_a_model_quantizes_as_it_loads(case, golden, tmp_path):
-    model = load(case, read(case, golden), tmp_path, quant=qlora.QuantConfig())
+def test_what_a_family_saves_it_loads_again(case, golden, tmp_path):
+    """4-bit, as it quantizes while it loads, and an adapter merged into dense weights."""
+    source = tmp_path / "source"
+    source.mkdir()
+    model = load(case, read(case, golden), source, quant=qlora.QuantConfig())
     linears = {
         ".".join(map(str, path)): isinstance(node, QuantizedLinear)
         for path, node in nnx.iter_graph(model)
@@ -109,15 +112,6 @@ def test_a_model_quantizes_as_it_loads(case, golden, tmp_path):
     assert linears.pop("lm_head", False) is False
     assert len(linears) >= 4 and all(linears.values())
     assert np.isfinite(tiny.logits(model, jnp.asarray(cases.tokens(case)))).all()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", FAMILY.values())
-def test_what_a_family_saves_it_loads_again(case, golden, tmp_path):
-    """4-bit with bitsandbytes' keys, and an adapter merged into dense weights."""
-    source = tmp_path / "source"
-    source.mkdir()
-    model = load(case, read(case, golden), source, quant=qlora.QuantConfig())
     adapted = tiny.adapted(model)
     merged = qlora.merge(adapted, dtype="float32")
     for name, one in (("4-bit", model), ("merged", merged)):

@@ -50,7 +50,7 @@ def test_the_table_has_no_family_that_opens_and_names_one_that_does():
         (
             {"model_type": "new", "llm_config": {"model_type": "deepseek_v3"}},
             (),
-            "Of its text model ('deepseek_v3'): The nearest is qwen3_moe, which lacks latent",
+            "Of its text model ('deepseek_v3'): The nearest is glm4_moe, which lacks latent",
         ),
         ({"model_type": None, "n_layer": 3}, (), "No family is near: vocab_size is"),
     ],

@@ -33,7 +33,8 @@ class Apart(NamedTuple):
     Attributes:
       settings: Its settings, without target_parameters.
       tensors: Its tensors.
-      modules: The experts' linears, by Hugging Face's names, that such adapters were on.
+      modules: The linears, by Hugging Face's names, that such adapters were on: those of
+        experts, and others whose weights are named as parameters.
       problems: Why an adapter of a parameter cannot be read.
     """
 
@@ -65,9 +66,16 @@ def apart(
     unread = {*targets}
     for name, array in tensors.items():
         found = _FACTOR.fullmatch(name)
-        inside = _targeted(found[1], targets, fused) if found else []
-        if found is None or not inside:
+        if found is None:
             made.tensors[name] = array
+            continue
+        if not (inside := _targeted(found[1], targets, fused)):
+            made.tensors[name] = array
+            weight = f"{found[1]}.weight"
+            if named := {t for t in targets if _names(t, weight)}:
+                unread -= named
+                made.modules.add(found[1])
+                shapes[found[1]] = _shape(settings, weight)
             continue
         depth = found[2].count(".base_layer")
         if depth >= len(inside):
@@ -75,8 +83,7 @@ def apart(
             continue
         one, whole = inside[-1 - depth]
         unread -= {t for t in unread if _names(t, whole)}
-        rank = matched(settings.get("rank_pattern"), whole, settings["r"])
-        alpha = matched(settings.get("alpha_pattern"), whole, settings["lora_alpha"])
+        rank, alpha = _shape(settings, whole)
         axis = 0 if found[3] == "A" else 1
         if array.ndim != 2 or array.shape[axis] != experts * rank:
             made.problems.append(
@@ -96,6 +103,13 @@ def apart(
     )
     _add_shapes(made.settings, shapes)
     return made
+
+
+def _shape(settings: Mapping[str, Any], parameter: str) -> tuple[Any, Any]:
+    """Returns the rank and alpha of a parameter."""
+    keys = ("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")
+    rank, alpha = (matched(settings.get(a), parameter, settings[b]) for a, b in keys)
+    return rank, alpha
 
 
 def _names(target: str, parameter: str) -> bool:

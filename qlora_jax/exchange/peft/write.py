@@ -1,6 +1,5 @@
 """Writing a PEFT folder from a model with an adapter."""
 
-import dataclasses
 import json
 import os
 import re
@@ -14,12 +13,8 @@ from qlora_jax.adapters.attach import split
 from qlora_jax.adapters.attached import lora_config
 from qlora_jax.adapters.names import flatten
 from qlora_jax.config.lora import LoRAConfig
-from qlora_jax.errors import (
-    AdapterMismatchError,
-    ConfigError,
-    OutputExistsError,
-    gathered,
-)
+from qlora_jax.errors import ConfigError, OutputExistsError
+from qlora_jax.exchange.peft.mixture import of_mixture
 from qlora_jax.exchange.peft.names import (
     CONFIG,
     ENDS,
@@ -28,11 +23,9 @@ from qlora_jax.exchange.peft.names import (
     is_peft,
     module_names,
 )
-from qlora_jax.exchange.peft.parameters import Whole, whole
 from qlora_jax.files import new_folder
-from qlora_jax.models import FAMILIES, Decoder, fused_in, whole_parameters
+from qlora_jax.models import Decoder
 from qlora_jax.names import EMBEDDING, HEAD, Numbered
-from qlora_jax.nn.lora import adapter_scale
 from qlora_jax.sources.writer import write_tensors
 from qlora_jax.text.folder import check_copies, copy_tokenizer, refuse_another
 from qlora_jax.text.tokenizer import Tokenizer
@@ -67,7 +60,7 @@ def export_peft(
         has a tokenizer's files that would be taken for this one's.
       OutputError: the folder cannot be written; one that was there is as it was.
       AdapterMismatchError: an adapter of experts that PEFT cannot hold, see
-        `_for_fused_experts`.
+        `mixture.of_mixture`.
       ConfigError: one with init 'pissa', and no base is named.
     """
     out = Path(path)
@@ -82,18 +75,14 @@ def export_peft(
             "give base=, the folder of RUN/base or of save_model(detach(model), folder)"
         )
     flat = {name: np.asarray(x) for name, x in flatten(split(model)[1]).items()}
-    fused = fused_in(FAMILIES[model.config.model_type])
-    if any(".experts." in name for name in flat):
-        config, flat = _for_fused_experts(config, flat, as_parameters=bool(fused))
-    together = Whole({}, [], {})
-    if fused:
-        together, flat = _whole(flat, names, model)
+    mixture = of_mixture(config, flat, names, model.config)
+    config, flat = mixture.config, mixture.flat
     adapted = {
         name.rpartition(".")[0]
         for name in flat
         if name.endswith((".lora_a", ".lora_b"))
     }
-    tensors = together.tensors
+    tensors = mixture.tensors
     for name, array in flat.items():
         module, _, part = name.rpartition(".")
         end = _end(module, part, module in adapted)
@@ -106,17 +95,12 @@ def export_peft(
     if follows:
         table = tensors[f"{PREFIX}{names[EMBEDDING]}.weight"]
         tensors[f"{PREFIX}{names[HEAD]}.weight"] = table
-    modules = {names[name] for name in adapted}
+    modules = {names[name] for name in adapted} - mixture.as_weights
     last = sorted({module.rpartition(".")[2] for module in modules})
-    everywhere = {
-        module
-        for ours, module in names.items()
-        if module.rpartition(".")[2] in last and not (fused and ".experts." in ours)
-    }
+    others = {*names.values()} - mixture.whole - mixture.as_weights
+    everywhere = {module for module in others if module.rpartition(".")[2] in last}
     saved = [_saved_name(name, names) for name in config.modules_to_save]
-    several = {name: n for name, n in together.parts.items() if n > 1}
-    ranks = {_inside(name): n * config.rank for name, n in several.items()}
-    alphas = {_inside(name): n * config.alpha for name, n in several.items()}
+    alphas = _patterns(config.alpha_pattern, names) | mixture.alphas
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -124,11 +108,8 @@ def export_peft(
         "inference_mode": True,
         "r": config.rank,
         "lora_alpha": _number(config.alpha),
-        "rank_pattern": _patterns(config.rank_pattern, names) | ranks,
-        "alpha_pattern": {
-            key: _number(value)
-            for key, value in (_patterns(config.alpha_pattern, names) | alphas).items()
-        },
+        "rank_pattern": _patterns(config.rank_pattern, names) | mixture.ranks,
+        "alpha_pattern": {key: _number(value) for key, value in alphas.items()},
         "lora_dropout": config.dropout,
         "use_rslora": config.rslora,
         "target_modules": last if everywhere == modules else sorted(modules),
@@ -138,7 +119,7 @@ def export_peft(
         "modules_to_save": saved or None,
         "ensure_weight_tying": follows,
         "trainable_token_indices": _token_indices(config, model),
-        "target_parameters": together.parameters or None,
+        "target_parameters": mixture.parameters or None,
         "layers_to_transform": None,
         "layers_pattern": None,
         "use_dora": config.dora,
@@ -156,74 +137,6 @@ def export_peft(
         text = json.dumps(settings, indent=2) + "\n"
         (new.path / CONFIG).write_text(text, encoding="utf-8")
     return out
-
-
-def _whole(
-    flat: dict[str, np.ndarray], names: dict[str, str], model: Decoder
-) -> tuple[Whole, dict[str, np.ndarray]]:
-    """Returns the adapters of experts as such of parameters, and the other arrays."""
-    parameters = whole_parameters(FAMILIES[model.config.model_type])
-    experts = {name: array for name, array in flat.items() if ".experts." in name}
-    modules = {name.rpartition(".")[0] for name in experts}
-    factors = {
-        names[name]: (experts[f"{name}.lora_a"], experts[f"{name}.lora_b"])
-        for name in modules
-    }
-    rest = {name: array for name, array in flat.items() if name not in experts}
-    return whole(factors, parameters, model.config.num_experts), rest
-
-
-def _for_fused_experts(
-    config: LoRAConfig, flat: dict[str, np.ndarray], *, as_parameters: bool
-) -> tuple[LoRAConfig, dict[str, np.ndarray]]:
-    """Returns an adapter of experts with one rank and alpha for all, which says the same.
-
-    transformers 5 holds a layer's experts as two parameters, and PEFT 0.21 turns adapters of
-    single experts into its own for these, doubling rank and alpha of gate and up: rsLoRA
-    comes out too strong, patterns of experts are ignored, dropout is refused. So scales go
-    into lora_b, smaller ranks are padded with zeros, and dropout, which only training has,
-    is left out.
-
-    Args:
-      config, flat: The adapter.
-      as_parameters: Whether it is written as PEFT's own of parameters, as such of files that
-        hold experts together are: PEFT does not turn these.
-
-    Raises:
-      AdapterMismatchError: DoRA, or gate_proj or up_proj of experts alone.
-    """
-    problems = []
-    if config.dora:
-        problems.append("DoRA: PEFT has none for experts")
-    parts = {name.split(".")[-2] for name in flat if ".experts." in name}
-    if not as_parameters and len(parts & {"gate_proj", "up_proj"}) == 1:
-        problems.append(
-            f"{', '.join(sorted(parts))} of experts: PEFT needs gate_proj and up_proj together"
-        )
-    if problems:
-        raise AdapterMismatchError(
-            gathered("this adapter of experts has no form in PEFT", problems)
-        )
-    if not (config.rslora or config.rank_pattern or config.alpha_pattern):
-        return dataclasses.replace(config, dropout=0.0), flat
-    rank = max([config.rank, *config.rank_pattern.values()])
-    made = {}
-    for name, array in flat.items():
-        path, _, part = name.rpartition(".")
-        if part in ("lora_a", "lora_b"):
-            own, alpha = config.shape_of(Numbered.parse(path).path)
-            spare = (
-                [(0, 0), (0, rank - own)]
-                if part == "lora_a"
-                else [(0, rank - own), (0, 0)]
-            )
-            array = np.pad(array, spare)
-            if part == "lora_b":
-                scale = adapter_scale(own, alpha, config.rslora)
-                array = array * np.float32(scale * rank / config.alpha)
-        made[name] = array
-    plain = {"rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "dropout": 0.0}
-    return dataclasses.replace(config, rank=rank, **plain), made
 
 
 def _end(module: str, part: str, adapted: bool) -> str:
@@ -244,11 +157,6 @@ def _saved_name(path: str, names: dict[str, str]) -> str:
         return path
     first = _first(path, names)
     return names[path] if first == path else names[first].rpartition(".")[2]
-
-
-def _inside(parameter: str) -> str:
-    """Returns the end of a parameter's name that it has in every layer."""
-    return parameter.partition("{}.")[2]
 
 
 def _first(path: str, names: Mapping[str, str]) -> str:

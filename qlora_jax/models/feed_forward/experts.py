@@ -11,7 +11,7 @@ from qlora_jax.models.feed_forward.mlp import MLP
 from qlora_jax.models.spec import ExpertsSpec, MLPSpec
 from qlora_jax.nn.linear import Linear
 from qlora_jax.nn.moe import Experts, Router, Shared
-from qlora_jax.nn.vector import Vector
+from qlora_jax.nn.vector import RowVector, Vector
 
 
 def experts(
@@ -22,10 +22,14 @@ def experts(
 ) -> Experts:
     """Makes the mixture that a config describes, see `FEED_FORWARDS`."""
     count, hidden = config.num_experts, config.hidden_size
+    correction = None
+    if spec.correction:
+        row = spec.correction == 2
+        correction = RowVector(normal(1, count)) if row else Vector(normal(count))
     router = Router(
         normal(count, hidden),
         normal(count) if spec.router_bias else None,
-        correction=Vector(normal(count)) if spec.correction else None,
+        correction=correction,
         gains=Vector(jnp.ones_like(normal(count))) if spec.gains else None,
         top_k=config.experts_per_token,
         normalize=config.normalize_experts,

@@ -92,7 +92,7 @@ class Attention(nnx.Module):
             made[self.rope] = rotation(positions, self.rope)
         if (growth := self.config.query_growth) is not None:
             beta, length = growth
-            times = jnp.maximum(positions, 0) // length  # of padding it is no matter
+            times = jnp.maximum(positions, 0) // length  # padding is at -1
             made[growth] = 1 + beta * jnp.log1p(times.astype(jnp.float32))
         return made
 

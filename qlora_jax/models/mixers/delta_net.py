@@ -28,6 +28,7 @@ class DeltaNet(nnx.Module):
       spec: Its sizes.
       in_proj_qkv: The linear for queries, keys and values together.
       in_proj_z, in_proj_b, in_proj_a: Those for the output's gate, the rates and the decays.
+      in_proj_qkvz, in_proj_ba: What is in the place of these four where the spec is fused.
       conv: Convolution of queries, keys and values.
       decay: Decay, of the states.
       norm: RMSNorm of each head's output, before the gate.
@@ -44,10 +45,15 @@ class DeltaNet(nnx.Module):
     ):
         self.spec = spec
         hidden = config.hidden_size
-        self.in_proj_qkv = linear(spec.qkv_size, hidden, False)
-        self.in_proj_z = linear(spec.value_size, hidden, False)
-        self.in_proj_b = linear(spec.value_heads, hidden, False)
-        self.in_proj_a = linear(spec.value_heads, hidden, False)
+        if spec.fused:
+            size = spec.qkv_size + spec.value_size
+            self.in_proj_qkvz = linear(size, hidden, False)
+            self.in_proj_ba = linear(2 * spec.value_heads, hidden, False)
+        else:
+            self.in_proj_qkv = linear(spec.qkv_size, hidden, False)
+            self.in_proj_z = linear(spec.value_size, hidden, False)
+            self.in_proj_b = linear(spec.value_heads, hidden, False)
+            self.in_proj_a = linear(spec.value_heads, hidden, False)
         self.conv = Convolution(normal(spec.qkv_size, 1, spec.taps))
         self.decay = Decay(normal(spec.value_heads), normal(spec.value_heads))
         self.norm = norm(spec.value_dim, offset=0.0)
@@ -71,8 +77,8 @@ class DeltaNet(nnx.Module):
         """Features a token that backward keeps, by their checkpoint names."""
         s = self.spec
         return {
-            "qkv": s.qkv_size,
-            "z": s.value_size,
+            **({"qkv": s.qkv_size + s.value_size} if s.fused else {}),
+            **({} if s.fused else {"qkv": s.qkv_size, "z": s.value_size}),
             "rates": 2 * s.value_heads,
             "mixed": s.value_size,
         }
@@ -86,10 +92,7 @@ class DeltaNet(nnx.Module):
     ) -> tuple[Float[Array, "batch seq hidden"], Remembered | None]:
         """Mixes; with a cache, from its state on, and returns the one after."""
         s, positions = self.spec, context.positions
-        qkv = checkpoint_name(project(self.in_proj_qkv, x, key, 0), "qkv")
-        z = checkpoint_name(project(self.in_proj_z, x, key, 1), "z")
-        b = checkpoint_name(project(self.in_proj_b, x, key, 2), "rates")
-        a = checkpoint_name(project(self.in_proj_a, x, key, 3), "rates")
+        qkv, z, b, a = self._projected(x, key)
         inputs, state = (None, None) if cache is None else cache
         qkv, inputs = self.conv(qkv, positions, inputs)
         qkv = jax.nn.silu(qkv).astype(x.dtype)
@@ -110,3 +113,22 @@ class DeltaNet(nnx.Module):
         mixed = (self.norm(mixed) * gate).astype(x.dtype)
         y = project(self.out_proj, mixed.reshape(*x.shape[:2], -1), key, 7)
         return y, None if cache is None else (inputs, state)
+
+    def _projected(self, x: Array, key: Array | None) -> tuple[Array, ...]:
+        """Returns what the convolution goes over, and the inputs of gate, rate and decay."""
+        s = self.spec
+        if not s.fused:
+            linears = self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a
+            names = "qkv", "z", "rates", "rates"
+            made = [project(one, x, key, i) for i, one in enumerate(linears)]
+            return tuple(map(checkpoint_name, made, names))
+        both = checkpoint_name(project(self.in_proj_qkvz, x, key, 0), "qkv")
+        rates = checkpoint_name(project(self.in_proj_ba, x, key, 2), "rates")
+        # All of a key head together: its query, key, values and gates; its rates and decays.
+        by_head = lambda y: y.reshape(*x.shape[:2], s.key_heads, -1)  # noqa: E731
+        values = s.value_size // s.key_heads
+        ends = [s.key_dim, 2 * s.key_dim, 2 * s.key_dim + values]
+        q, k, v, z = jnp.split(by_head(both), ends, axis=-1)
+        b, a = jnp.split(by_head(rates), 2, axis=-1)
+        q, k, v, z, b, a = (y.reshape(*x.shape[:2], -1) for y in (q, k, v, z, b, a))
+        return jnp.concatenate([q, k, v], axis=-1), z, b, a
