@@ -185,6 +185,7 @@ def test_what_fits_by_the_readme_is_as_recorded():
         ("qwen3.5-27b", {}),
         ("qwen3.5-27b", {"max_tokens": 8192}),
         ("gemma4-31b", {}),
+        ("gemma4-26b-a4b", {}),
     ]
     texts = [
         (ROOT / "scripts/results" / name).read_text()
