@@ -149,7 +149,7 @@ def _model(name: str) -> dict[str, Any]:
         "dtype": common,
         "quantization": (
             _listed(kinds)
-            if source.is_gguf
+            if source.is_gguf or source.encoding is not None
             else options.describe_quant(source, source.stored)
         ),
         "layers": config.num_layers,

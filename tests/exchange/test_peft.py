@@ -145,9 +145,7 @@ def test_all_that_cannot_be_held_is_named_at_once(exported: Path):
 
 def test_a_parameter_that_is_no_expert_is_named(exported: Path):
     change(exported, target_parameters=["mlp.up.weight"])
-    message = (
-        "target_parameters names mlp.up.weight, of which there are no factors"
-    )
+    message = "target_parameters names mlp.up.weight, of which there are no factors"
     with pytest.raises(AdapterMismatchError, match=message):
         import_peft(exported, tiny.decoder())
 
