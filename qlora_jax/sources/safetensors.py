@@ -268,6 +268,10 @@ class Checkpoint(Mapping[str, np.ndarray]):
             if check.digest.result() != check.sha256
         ]
 
+    def __contains__(self, name: object) -> bool:
+        """Whether there is such a tensor, without reading it."""
+        return name in self.infos
+
     def __iter__(self) -> Iterator[str]:
         """Yields the names."""
         return iter(self.infos)

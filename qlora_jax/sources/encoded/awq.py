@@ -1,4 +1,4 @@
-"""AWQ: 4-bit integers packed along the rows of a linear, eight in a word in an order of its own.
+"""AWQ: 4-bit integers packed along the rows of a linear, eight a word in an order of its own.
 
 M.qweight holds a linear transposed, (k, n / 8); M.scales (groups, n), M.qzeros (groups, n / 8),
 packed alike. A value is (code - zero) * scale in the dtype of the scale. Source: AutoAWQ 0.2.9,

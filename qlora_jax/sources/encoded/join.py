@@ -1,11 +1,12 @@
 """Puts weights in the place of the entries that they are stored as."""
 
+import functools
 import math
 from collections import Counter
 
 from qlora_jax.errors import CheckpointError
 from qlora_jax.sources.encoded.config import Encoding
-from qlora_jax.sources.encoded.form import Form, Part, Settings
+from qlora_jax.sources.encoded.form import Form, Part, Parts, Settings
 from qlora_jax.sources.safetensors import Checkpoint, Encoded, TensorInfo
 
 _ACTIVATIONS = (
@@ -43,7 +44,19 @@ def join(checkpoint: Checkpoint, encoding: Encoding) -> None:
         if form is None:
             continue
         kinds[form.called] += 1
-        _put(checkpoint, module, infos, form, encoding.settings)
+        before = f"{module}." if module else ""
+        parts = {
+            end: Part(
+                before + end,
+                info,
+                functools.partial(checkpoint.map, before + end, info),
+            )
+            for end, info in infos.items()
+        }
+        names = [part.name for part in parts.values()]
+        checkpoint.join(
+            f"{before}weight", names, _weight(parts, form, encoding.settings)
+        )
     said = ", ".join(f"{n} in {kind}" for kind, n in kinds.items()) or "none is found"
     checkpoint.notes.append(
         f"its weights are quantized (quant_method {encoding.method}: {said}); they are decoded "
@@ -56,43 +69,26 @@ def join(checkpoint: Checkpoint, encoding: Encoding) -> None:
         )
 
 
-def _put(
-    checkpoint: Checkpoint,
-    module: str,
-    infos: dict[str, TensorInfo],
-    form: Form,
-    settings: Settings,
-) -> None:
-    """Puts one weight in the place of its entries."""
-    before = f"{module}." if module else ""
-    parts = {
-        end: Part(
-            before + end, info, lambda e=before + end, i=info: checkpoint.map(e, i)
-        )
-        for end, info in infos.items()
-    }
-    size = sum(math.prod(i.shape) * i.dtype.itemsize for i in infos.values())
+def _weight(parts: Parts, form: Form, settings: Settings) -> TensorInfo:
+    """Returns what is known of the weight that has these entries."""
+    infos = [part.info for part in parts.values()]
+    size = sum(math.prod(info.shape) * info.dtype.itemsize for info in infos)
     try:
-        lacking = [before + end for end in form.needed if end not in parts]
-        others = [
-            part.name
-            for end, part in parts.items()
-            if end not in (*form.needed, *form.more)
-        ]
-        if lacking:
-            raise CheckpointError(f"{lacking[0]} is missing")
-        if others:
-            raise CheckpointError(
-                f"{others[0]} is no part of a weight in {form.called}"
-            )
+        _check_ends(parts, form)
         shape, dtype, decode = form.measure(parts, settings)
         encoded = Encoded(form.called, size, decode)
     except CheckpointError as error:
-        shape, dtype = (), next(iter(infos.values())).dtype
+        shape, dtype = (), infos[0].dtype
         encoded = Encoded(form.called, size, None, str(error))
-    first = next(iter(infos.values()))
-    checkpoint.join(
-        f"{before}weight",
-        [part.name for part in parts.values()],
-        TensorInfo(first.file, dtype, shape, first.start, encoded=encoded),
-    )
+    return TensorInfo(infos[0].file, dtype, shape, infos[0].start, encoded=encoded)
+
+
+def _check_ends(parts: Parts, form: Form) -> None:
+    """Raises CheckpointError if a weight lacks an entry, or has one of another form."""
+    module = next(part.name.removesuffix(end) for end, part in parts.items())
+    if lacking := [end for end in form.needed if end not in parts]:
+        raise CheckpointError(f"{module}{lacking[0]} is missing")
+    if others := [end for end in parts if end not in (*form.needed, *form.more)]:
+        raise CheckpointError(
+            f"{module}{others[0]} is no part of a weight in {form.called}"
+        )
