@@ -188,8 +188,10 @@ class Reader:
                 if self.tables.get(path) == "int8" and (scaled or w.dtype == np.int8):
                     return bitsandbytes.read_int8(self.checkpoint, name, self.dtype)
                 w = jnp.asarray(w)
-            if not jnp.issubdtype(w.dtype, jnp.floating) or w.dtype.itemsize == 1:
+            if not jnp.issubdtype(w.dtype, jnp.floating):
                 raise ShapeError(f"{w.dtype} values, of which config.json says nothing")
+            if w.dtype.itemsize == 1:
+                raise ShapeError(f"{w.dtype} values, and no scale that is known here")
             if (pack := self.packing(path, self.quant)) is not None:
                 return pack(w)
             value, finite = _convert(w, self.dtype)

@@ -14,6 +14,7 @@ from qlora_jax.sources.encoded.form import (
     Measured,
     Parts,
     Settings,
+    blend,
     by_rows,
     check,
     fields,
@@ -46,8 +47,9 @@ def _decode(parts: Parts, shape: tuple[int, int], size: int) -> np.ndarray:
 
     def piece(rows: slice) -> np.ndarray:
         values = _codes(words[:, rows.start // 8 : rows.stop // 8])
-        values -= np.repeat(zeros[rows], size, axis=1)
-        return values * np.repeat(scales[rows], size, axis=1)
+        blend(np.subtract, values, zeros, rows, shape, (1, size))
+        blend(np.multiply, values, scales, rows, shape, (1, size))
+        return values
 
     return by_rows(shape, scale.info.dtype, piece)
 
@@ -55,7 +57,7 @@ def _decode(parts: Parts, shape: tuple[int, int], size: int) -> np.ndarray:
 def _codes(words: np.ndarray) -> np.ndarray:
     """Returns the codes of some words, (rows, 8 * words) of them, transposed; float32."""
     each = fields(words, 4).reshape(len(words), -1, 8)[..., _FIELD]
-    return each.reshape(len(words), -1).T.astype(np.float32)
+    return each.reshape(len(words), -1).T.astype(np.float32, order="C")
 
 
 AWQ = Form("AWQ", ("qweight", "qzeros", "scales"), (), lambda infos: True, _measure)

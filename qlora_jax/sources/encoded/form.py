@@ -158,15 +158,30 @@ def scales_of(part: Part, *, positive: bool = False) -> np.ndarray:
     return values
 
 
-def spread(
-    values: np.ndarray, rows: slice, shape: tuple[int, int], block: tuple[int, int]
-) -> np.ndarray:
-    """Returns a value of each block as one of each element, or of each row, of some rows."""
-    grid = values.reshape(-(-shape[0] // block[0]), -(-shape[1] // block[1]))
+def blend(
+    op: np.ufunc,
+    values: np.ndarray,
+    each: np.ndarray,
+    rows: slice,
+    shape: tuple[int, int],
+    block: tuple[int, int],
+) -> None:
+    """Applies np.multiply or np.subtract to some rows of a weight, in place.
+
+    Args:
+      op: The operation; its second operand is a block's.
+      values: The rows.
+      each: A value for each block of the whole.
+      rows: Which rows they are.
+      shape, block: Of the weight, and of a block.
+    """
+    grid = each.reshape(-(-shape[0] // block[0]), -(-shape[1] // block[1]))
     those = grid[np.arange(rows.start, rows.stop) // block[0]]
-    if block[1] >= shape[1]:
-        return those
-    return np.repeat(those, block[1], axis=1)[:, : shape[1]]
+    if shape[1] % block[1]:
+        op(values, np.repeat(those, block[1], axis=1)[:, : shape[1]], out=values)
+    else:
+        apart = values.reshape(len(values), -1, block[1])
+        op(apart, those[..., None], out=apart)
 
 
 def fields(words: np.ndarray, bits: int) -> np.ndarray:
@@ -174,8 +189,10 @@ def fields(words: np.ndarray, bits: int) -> np.ndarray:
     octets = np.ascontiguousarray(words).view(np.uint8)
     if bits == 8:
         return octets
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    codes = (octets[..., None] >> shifts) & np.uint8((1 << bits) - 1)
+    codes = np.empty((*octets.shape, 8 // bits), np.uint8)
+    for i in range(8 // bits):
+        np.right_shift(octets, i * bits, out=codes[..., i])
+    codes &= np.uint8((1 << bits) - 1)
     return codes.reshape(*octets.shape[:-1], -1)
 
 

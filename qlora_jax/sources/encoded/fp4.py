@@ -19,6 +19,7 @@ from qlora_jax.sources.encoded.form import (
     Part,
     Parts,
     Settings,
+    blend,
     block_of,
     by_rows,
     check,
@@ -26,7 +27,6 @@ from qlora_jax.sources.encoded.form import (
     fields,
     matrix,
     scales_of,
-    spread,
 )
 from qlora_jax.sources.safetensors import TensorInfo
 
@@ -65,7 +65,8 @@ def _decode(
 
     def piece(rows: slice) -> np.ndarray:
         values = _VALUES[fields(codes[rows], 4)]
-        return values * spread(scales, rows, shape, block)
+        blend(np.multiply, values, scales, rows, shape, block)
+        return values
 
     return by_rows(shape, _MADE, piece)
 

@@ -17,6 +17,7 @@ from qlora_jax.sources.encoded.form import (
     Measured,
     Parts,
     Settings,
+    blend,
     by_rows,
     check,
     fields,
@@ -73,16 +74,16 @@ def _decode(
     if shifted:
         stored = stored + np.uint32(_ONES[bits])
     zeros = fields(stored, bits).T.astype(np.float32)
-    group = (
-        np.arange(shape[1]) // size
-        if order is None
-        else groups_of(order, scales.shape[1])
-    )
+    group = None if order is None else groups_of(order, scales.shape[1])
 
     def piece(rows: slice) -> np.ndarray:
         values = fields(words[:, rows].T, bits).astype(np.float32)
-        values -= zeros[rows][:, group]
-        return values * scales[rows][:, group]
+        for op, each in ((np.subtract, zeros), (np.multiply, scales)):
+            if group is None:
+                blend(op, values, each, rows, shape, (1, size))
+            else:
+                op(values, np.take(each[rows], group, axis=1), out=values)
+        return values
 
     return by_rows(shape, scale.info.dtype, piece)
 

@@ -18,6 +18,7 @@ from qlora_jax.sources.encoded.form import (
     Part,
     Parts,
     Settings,
+    blend,
     block_of,
     by_rows,
     check,
@@ -26,7 +27,6 @@ from qlora_jax.sources.encoded.form import (
     groups_of,
     matrix,
     scales_of,
-    spread,
 )
 
 _NEEDED = ("weight_packed", "weight_scale", "weight_shape")
@@ -85,19 +85,16 @@ class _Decode:
         zeros, order = self._zeros(), self._columns()
 
         def piece(rows: slice) -> np.ndarray:
-            values = fields(words[rows], self._bits)[:, :k].astype(np.float32) - half
-            if zeros is not None:
-                values -= self._spread(zeros, rows, order)
-            return values * self._spread(scales, rows, order)
+            values = fields(words[rows], self._bits)[:, :k].astype(np.float32)
+            values -= half
+            for op, each in ((np.subtract, zeros), (np.multiply, scales)):
+                if each is not None and order is None:
+                    blend(op, values, each, rows, self._shape, self._block)
+                elif each is not None:
+                    op(values, np.take(each[rows], order, axis=1), out=values)
+            return values
 
         return by_rows((n, k), self._scale.info.dtype, piece)
-
-    def _spread(
-        self, values: np.ndarray, rows: slice, order: np.ndarray | None
-    ) -> np.ndarray:
-        if order is None:
-            return spread(values, rows, self._shape, self._block)
-        return values[rows][:, order]
 
     def _zeros(self) -> np.ndarray | None:
         if self._zero is None:

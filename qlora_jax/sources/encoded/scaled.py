@@ -24,12 +24,12 @@ from qlora_jax.sources.encoded.form import (
     Part,
     Parts,
     Settings,
+    blend,
     block_of,
     by_rows,
     check,
     matrix,
     scales_of,
-    spread,
 )
 from qlora_jax.sources.safetensors import TensorInfo
 
@@ -86,13 +86,16 @@ def _decode(
     dtype: np.dtype,
 ) -> np.ndarray:
     codes, scales = weight.read(), scales_of(scale)
+    octets = np.arange(256, dtype=np.uint8)
+    table = octets.view(codes.dtype).astype(np.float32)  # quicker than to convert each
     zeros = None if zero is None else zero.read()
 
     def piece(rows: slice) -> np.ndarray:
-        values = codes[rows].astype(np.float32)
+        values = table[codes[rows].view(np.uint8)]
         if zeros is not None:
-            values -= spread(zeros, rows, shape, block)
-        return values * spread(scales, rows, shape, block)
+            blend(np.subtract, values, zeros, rows, shape, block)
+        blend(np.multiply, values, scales, rows, shape, block)
+        return values
 
     return by_rows(shape, dtype, piece)
 
