@@ -223,7 +223,7 @@ DAMAGED = {
     "bits": (
         "gptq_first",
         renewed("qzeros", lambda x: x[:, :6]),
-        r"m.qzeros \(3, 6\), expected .* with 2, 4, 8 bits",
+        r"m.qzeros \(3, 6\), expected .* with 4 or 8 bits",
     ),
     "float zeros": (
         "awq_groups",
@@ -270,7 +270,7 @@ REFUSED = {
         "quant_method": "gptq",
         "group_size": -7,
     },
-    "bits is 3; known: 2, 4, 8": {"quant_method": "gptq", "bits": 3},
+    "bits is 3; known: 4, 8": {"quant_method": "gptq", "bits": 3},
     "checkpoint_format is 'marlin'": {
         "quant_method": "gptq",
         "checkpoint_format": "marlin",

@@ -103,7 +103,7 @@ def _compressed(stored: Mapping[str, Any]) -> tuple[Encoding, list[str]]:
     for one in weights:
         problems += _refused(
             one,
-            {"strategy": _STRATEGIES, "type": ("int", "float"), "num_bits": (2, 4, 8)},
+            {"strategy": _STRATEGIES, "type": ("int", "float"), "num_bits": (4, 8)},
         )
         if len(size := one.get("block_structure") or ()) == 2:
             blocks[size[0], size[1]] = None
@@ -112,7 +112,7 @@ def _compressed(stored: Mapping[str, Any]) -> tuple[Encoding, list[str]]:
     for group in groups.values():
         problems += _refused(group, {"format": _FORMATS})
     bits = {
-        one.get("num_bits", 8): None for one in weights if one.get("type") != "float"
+        one.get("num_bits") or 8: None for one in weights if one.get("type") != "float"
     }
     settings = Settings(tuple(blocks), tuple(bits))
     forms = (FP4, PACKED, EIGHT_BITS)
@@ -123,7 +123,7 @@ def _gptq(stored: Mapping[str, Any]) -> tuple[Encoding, list[str]]:
     own = "checkpoint_format" if stored.get("checkpoint_format") else "format"
     problems = _refused(
         stored,
-        {"bits": (2, 4, 8), own: ("gptq", "gptq_v2"), "pack_dtype": ("int32",)},
+        {"bits": (4, 8), own: ("gptq", "gptq_v2"), "pack_dtype": ("int32",)},
     )
     if stored.get("is_marlin_format"):
         problems.append("is_marlin_format is true, whose order of weights is not read")

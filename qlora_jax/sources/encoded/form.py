@@ -165,6 +165,7 @@ def blend(
     rows: slice,
     shape: tuple[int, int],
     block: tuple[int, int],
+    order: np.ndarray | None = None,
 ) -> None:
     """Applies np.multiply or np.subtract to some rows of a weight, in place.
 
@@ -174,7 +175,12 @@ def blend(
       each: A value for each block of the whole.
       rows: Which rows they are.
       shape, block: Of the weight, and of a block.
+      order: The group of each column, where blocks are not of neighbours; each of them is
+        within a row then, and `each` a matrix.
     """
+    if order is not None:
+        op(values, np.take(each[rows], order, axis=1), out=values)
+        return
     grid = each.reshape(-(-shape[0] // block[0]), -(-shape[1] // block[1]))
     those = grid[np.arange(rows.start, rows.stop) // block[0]]
     if shape[1] % block[1]:

@@ -26,7 +26,7 @@ from qlora_jax.sources.encoded.form import (
     scales_of,
 )
 
-_ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
+_ONES = {4: 0x11111111, 8: 0x01010101}
 """A one in each field of a word."""
 
 
@@ -42,7 +42,7 @@ def _measure(parts: Parts, settings: Settings) -> Measured:
         raise CheckpointError(
             f"{codes.name} has shape {codes.info.shape}, {scale.name} {scale.info.shape} and "
             f"{zero.name} {have}, expected (k * bits / 32, n), (groups, n) and "
-            f"(groups, n * bits / 32) with {', '.join(map(str, _ONES))} bits"
+            f"(groups, n * bits / 32) with {' or '.join(map(str, _ONES))} bits"
         )
     k = words * 32 // bits[0]
     if (order := parts.get("g_idx")) is not None:
@@ -78,11 +78,8 @@ def _decode(
 
     def piece(rows: slice) -> np.ndarray:
         values = fields(words[:, rows].T, bits).astype(np.float32)
-        for op, each in ((np.subtract, zeros), (np.multiply, scales)):
-            if group is None:
-                blend(op, values, each, rows, shape, (1, size))
-            else:
-                op(values, np.take(each[rows], group, axis=1), out=values)
+        blend(np.subtract, values, zeros, rows, shape, (1, size), group)
+        blend(np.multiply, values, scales, rows, shape, (1, size), group)
         return values
 
     return by_rows(shape, scale.info.dtype, piece)

@@ -60,13 +60,12 @@ def join(checkpoint: Checkpoint, encoding: Encoding) -> None:
     said = ", ".join(f"{n} in {kind}" for kind, n in kinds.items()) or "none is found"
     checkpoint.notes.append(
         f"its weights are quantized (quant_method {encoding.method}: {said}); they are decoded "
-        "as they are read, and then held as the weights of a dense folder are"
+        "as they are read, and then held as those of a dense folder are; activations are not "
+        "quantized"
     )
     if scales:
         named = ", ".join(f"{end} ({n} tensors)" for end, n in scales.items())
-        checkpoint.notes.append(
-            f"scales of activations are left out, which are not quantized here: {named}"
-        )
+        checkpoint.notes.append(f"scales of activations are left out: {named}")
 
 
 def _weight(parts: Parts, form: Form, settings: Settings) -> TensorInfo:

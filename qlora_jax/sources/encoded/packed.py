@@ -43,7 +43,7 @@ def _measure(parts: Parts, settings: Settings) -> Measured:
     rows, k = (int(size) for size in shape.read())
     bits = [one for one in settings.bits if words == -(-k * one // 32)]
     if rows != n or k < 1 or not bits:
-        known = " or ".join(map(str, settings.bits))
+        known = " or ".join(map(str, settings.bits)) or "no number of"
         raise CheckpointError(
             f"{shape.name} is ({rows}, {k}), and {packed.name} has shape {packed.info.shape}, "
             f"which does not hold so many values of {known} bits"
@@ -88,10 +88,8 @@ class _Decode:
             values = fields(words[rows], self._bits)[:, :k].astype(np.float32)
             values -= half
             for op, each in ((np.subtract, zeros), (np.multiply, scales)):
-                if each is not None and order is None:
-                    blend(op, values, each, rows, self._shape, self._block)
-                elif each is not None:
-                    op(values, np.take(each[rows], order, axis=1), out=values)
+                if each is not None:
+                    blend(op, values, each, rows, self._shape, self._block, order)
             return values
 
         return by_rows((n, k), self._scale.info.dtype, piece)
