@@ -171,7 +171,7 @@ QUANTIZATION_KINDS: dict[str, Kind] = {
         ("format", "checkpoint_format", "version", "backend", "pack_dtype"),
         either(NULL, TEXT),
     ),
-    **dict.fromkeys(("scale_fmt", "expert_dtype", "fmt"), either(NULL, TEXT)),
+    **dict.fromkeys(("scale_fmt", "expert_dtype"), either(NULL, TEXT)),
     **dict.fromkeys(("zero_point", "is_marlin_format"), either(NULL, FLAG)),
     "weight_block_size": either(NULL, listed(whole(1, _LONGEST), 2)),
     "quantization_status": either(NULL, TEXT),

@@ -85,6 +85,7 @@ def test_everything_takes_such_a_folder_for_the_dense_one(form, base, tmp_path, 
     assert open_source(encoded).stored is None
     assert main(["inspect", str(encoded)]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["dtype"] == "float32"
     assert found["quantization"].startswith("float32 (7 tensors), ")
     assert found["quantization"].endswith(" (14 tensors)")
     assert sum(found["bytes_by_part"].values()) == found["bytes"]

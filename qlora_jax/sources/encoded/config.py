@@ -60,7 +60,6 @@ def _fp8(stored: Mapping[str, Any]) -> tuple[Encoding, list[str]]:
         {
             "scale_fmt": ("float", "ue8m0"),
             "expert_dtype": ("fp8",),
-            "fmt": ("e4m3",),
         },
     )
     size = stored.get("weight_block_size")
