@@ -138,7 +138,8 @@ def _model(name: str) -> dict[str, Any]:
             kinds[_stored_kind(tensor, stored_as, checkpoint)] += 1
     if not sizes:
         raise CheckpointError(f"{source} has no tensors")
-    dense = Counter({kind: n for kind, n in kinds.items() if kind not in _PACKED})
+    coded = {i.encoded.called for i in checkpoint.infos.values() if i.encoded}
+    dense = Counter({k: n for k, n in kinds.items() if k not in coded | _PACKED})
     common = max(dense or kinds, key=(dense or kinds).__getitem__)
     return {
         "kind": "model",
@@ -149,7 +150,7 @@ def _model(name: str) -> dict[str, Any]:
         "dtype": common,
         "quantization": (
             _listed(kinds)
-            if source.is_gguf
+            if source.is_gguf or source.encoding is not None
             else options.describe_quant(source, source.stored)
         ),
         "layers": config.num_layers,
@@ -166,7 +167,7 @@ def _model(name: str) -> dict[str, Any]:
     }
 
 
-_PACKED = tuple(form.CALLED for form in FORMATS.values())
+_PACKED = {form.CALLED for form in FORMATS.values()}
 
 
 def _keys(tensors: Iterable[str]) -> dict[str, list[str]]:

@@ -196,6 +196,17 @@ ROPE_KINDS: dict[str, Kind] = {
 }
 """Fields of rope_scaling and rope_parameters -> the kinds of values that they may have."""
 
+_WEIGHTS = shaped(
+    {
+        "num_bits": either(NULL, whole(1, 64)),
+        "type": either(NULL, TEXT),
+        "strategy": either(NULL, TEXT),
+        "group_size": either(NULL, whole(-1, _LONGEST)),
+        "block_structure": either(NULL, listed(whole(1, _LONGEST), 2)),
+    }
+)
+"""What compressed-tensors says of the weights of a group of modules."""
+
 QUANTIZATION_KINDS: dict[str, Kind] = {
     "quant_method": either(NULL, TEXT),
     "load_in_4bit": either(NULL, FLAG),
@@ -206,6 +217,20 @@ QUANTIZATION_KINDS: dict[str, Kind] = {
     "linears": either(NULL, OBJECT),
     "mxfp4": either(NULL, OBJECT),
     "modules_to_not_convert": either(NULL, listed(TEXT)),
+    # Of folders that other libraries quantized (sources/encoded)
+    "bits": either(NULL, number(0, 64)),
+    "group_size": either(NULL, whole(-1, _LONGEST)),
+    **dict.fromkeys(
+        ("format", "checkpoint_format", "version", "backend", "pack_dtype"),
+        either(NULL, TEXT),
+    ),
+    **dict.fromkeys(("scale_fmt", "expert_dtype"), either(NULL, TEXT)),
+    **dict.fromkeys(("zero_point", "is_marlin_format"), either(NULL, FLAG)),
+    "weight_block_size": either(NULL, listed(whole(1, _LONGEST), 2)),
+    "quantization_status": either(NULL, TEXT),
+    "sparsity_config": either(NULL, OBJECT),
+    "transform_config": either(NULL, OBJECT),
+    "config_groups": either(NULL, mapped(shaped({"weights": either(NULL, _WEIGHTS)}))),
 }
 """Fields of quantization_config, and of the `linears` in ours -> the kinds of values that they
 may have."""

@@ -24,6 +24,7 @@ from pallas_kernels.formats import (
 from pallas_kernels.formats.absmax4.codebook import CODEBOOKS
 from qlora_jax.config.quant import QuantConfig
 from qlora_jax.errors import CheckpointError
+from qlora_jax.sources.encoded.config import METHODS
 
 W = TypeVar("W", bound=PackedWeight)
 
@@ -149,8 +150,8 @@ def read_quantization_config(
     if stored.get("quant_method") != "bitsandbytes" or not stored.get("load_in_4bit"):
         method = stored.get("quant_method")
         return None, [
-            f"quantization_config has quant_method {method!r}; only bitsandbytes with "
-            "load_in_4bit, and mxfp4, can be opened"
+            f"quantization_config has quant_method {method!r}; known: bitsandbytes with "
+            f"load_in_4bit, mxfp4, {', '.join(METHODS)}"
         ]
     kind = stored.get("bnb_4bit_quant_type", "fp4")
     if kind not in CODEBOOKS:

@@ -1,7 +1,7 @@
 """Reading the parameters of a source: which tensors each is made of, and how it is held."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,13 +17,12 @@ from qlora_jax.names import Table, dotted
 from qlora_jax.nn.packing import quantize_rows, quantize_tensor
 from qlora_jax.sources import bitsandbytes
 from qlora_jax.sources.gguf.file import GGUF
-from qlora_jax.sources.safetensors import Checkpoint
+from qlora_jax.sources.safetensors import Checkpoint, TensorInfo, shortened
 from qlora_jax.sources.source import (
     HF_HEAD,
     Source,
     left_out,
     misnamed,
-    unlike_experts,
 )
 
 
@@ -63,6 +62,8 @@ def check_names(source: Source, wanted: dict[str, Wanted]) -> list[str]:
             if name not in checkpoint:
                 missing.append(name)
                 problems.append(f"{name} is missing")
+            elif (problem := _unlike_a_weight(checkpoint.infos[name])) is not None:
+                problems.append(problem)
             elif checkpoint.infos[name].shape != shape:
                 have = checkpoint.infos[name].shape
                 problems.append(f"{name} has shape {have}, config.json wants {shape}")
@@ -73,7 +74,7 @@ def check_names(source: Source, wanted: dict[str, Wanted]) -> list[str]:
     elif hint := misnamed(missing, checkpoint.infos):
         problems.insert(0, hint)
     stacks = {path: names for path, (names, stack, _) in wanted.items() if stack}
-    problems += unlike_experts(stacks, checkpoint)
+    problems += _unlike_experts(stacks, checkpoint)
     if problems:
         raise CheckpointError(
             gathered(f"{source} does not fit its config.json", problems)
@@ -81,6 +82,37 @@ def check_names(source: Source, wanted: dict[str, Wanted]) -> list[str]:
     more = left_out(checkpoint, known, source.family, config.num_layers)
     what = f"left out, as a {config.model_type} has no place for them: "
     return [what + ", ".join(more)] if more else []
+
+
+def _unlike_experts(
+    names: Mapping[str, list[str]], tensors: Collection[str]
+) -> list[str]:
+    """Returns stacks of which a part is 4-bit and a part dense: experts of one layer.
+
+    Args:
+      names: Our path of a stacked parameter -> its names in the files.
+      tensors: Names in the files.
+    """
+    problems = []
+    for path, stack in names.items():
+        packed = [bitsandbytes.is_packed(tensors, name) for name in stack]
+        if all(packed) or not any(packed):
+            continue
+        dense = [name for name, yes in zip(stack, packed, strict=True) if not yes]
+        problems.append(
+            f"{path}: {sum(packed)} of {len(stack)} are 4-bit, and these are dense: "
+            f"{shortened(dense)}"
+        )
+    if problems:
+        problems.append(
+            "the experts of a layer must be stored alike: load the original folder and "
+            "quantize it (quant=, --quant.codebook nf4)"
+        )
+    return problems
+
+
+def _unlike_a_weight(info: TensorInfo) -> str | None:
+    return None if info.encoded is None else info.encoded.problem
 
 
 class Reader:
@@ -159,6 +191,8 @@ class Reader:
                 w = jnp.asarray(w)
             if not jnp.issubdtype(w.dtype, jnp.floating):
                 raise ShapeError(f"{w.dtype} values, of which config.json says nothing")
+            if w.dtype.itemsize == 1:
+                raise ShapeError(f"{w.dtype} values, and no scale that is known here")
             if (pack := self.packing(path, self.quant)) is not None:
                 return pack(w)
             value, finite = _convert(w, self.dtype)

@@ -33,6 +33,9 @@ DTYPES = {
     "I8": np.dtype(np.int8),
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_INDEX_BYTES = 96 << 20
@@ -53,11 +56,28 @@ class Cut(NamedTuple):
     of: Callable[[np.ndarray], np.ndarray]
 
 
+class Encoded(NamedTuple):
+    """Says how a weight is decoded that is stored as several tensors.
+
+    Attributes:
+      called: What tables call the form it is stored in.
+      nbytes: Bytes of all its entries.
+      decode: Reads them, and returns the weight or raises CheckpointError.
+      problem: Why they are no weight; there is nothing to decode then.
+    """
+
+    called: str
+    nbytes: int
+    decode: Callable[[], np.ndarray] | None
+    problem: str | None = None
+
+
 class TensorInfo(NamedTuple):
     """Says where a tensor lies: its file, dtype, shape and first byte in the file.
 
     Where qlora_jax wrote the file, the digest of the tensor's bytes is there too. What is cut
-    out of a tensor has that one's place and digest, and says how it is cut.
+    out of a tensor has that one's place and digest, and says how it is cut. What is decoded
+    from several has the place of one of them, and says how.
     """
 
     file: Path
@@ -66,6 +86,7 @@ class TensorInfo(NamedTuple):
     start: int
     sha256: str | None = None
     cut: Cut | None = None
+    encoded: Encoded | None = None
 
 
 Part = tuple[tuple[int, ...], Callable[[np.ndarray], np.ndarray]]
@@ -167,18 +188,57 @@ class Checkpoint(Mapping[str, np.ndarray]):
             cut = Cut(name, info.shape, of)
             self.infos[part] = info._replace(shape=shape, cut=cut)
 
+    def join(self, name: str, parts: Sequence[str], info: TensorInfo) -> None:
+        """Puts a weight in the place of the tensors that it is stored as.
+
+        Args:
+          name: The weight.
+          parts: The tensors.
+          info: What is known of the weight, and how it is decoded.
+
+        Raises:
+          CheckpointError: there is another tensor of its name.
+        """
+        for part in parts:
+            del self.infos[part]
+        if name in self.infos:
+            raise CheckpointError(
+                f"{info.file}: {name} is there, and {parts[0]} too; which of them is meant "
+                "cannot be told"
+            )
+        self.infos[name] = info
+
     def stored(self, name: str) -> tuple[str, int]:
-        """Returns how a tensor is stored: the name of its dtype, and its bytes."""
+        """Returns how a tensor is stored: the name of its dtype or form, and its bytes."""
         info = self.infos[name]
+        if info.encoded is not None:
+            return info.encoded.called, info.encoded.nbytes
         return info.dtype.name, math.prod(info.shape) * info.dtype.itemsize
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """Maps one tensor, read-only.
+        """Maps one tensor, read-only, or decodes it.
+
+        Raises:
+          CheckpointError: what it would be decoded from is no weight.
+        """
+        info = self.infos[name]
+        if info.encoded is None:
+            return self.map(name, info)
+        if info.encoded.decode is None:
+            raise CheckpointError(f"{info.encoded.problem}")
+        array = info.encoded.decode()
+        return array if info.cut is None else info.cut.of(array)
+
+    def map(self, name: str, info: TensorInfo) -> np.ndarray:
+        """Maps what lies at a place, read-only.
 
         A thread takes its digest meanwhile, which `damage` compares with the one that it was
         written with.
+
+        Args:
+          name: The tensor, or what was cut out of one.
+          info: Its place.
         """
-        info = self.infos[name]
         if 0 in info.shape:
             return np.zeros(info.shape, info.dtype)
         whole = info.shape if info.cut is None else info.cut.shape
@@ -207,6 +267,10 @@ class Checkpoint(Mapping[str, np.ndarray]):
             for name, check in self._checks.items()
             if check.digest.result() != check.sha256
         ]
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is such a tensor, without reading it."""
+        return name in self.infos
 
     def __iter__(self) -> Iterator[str]:
         """Yields the names."""

@@ -14,7 +14,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,6 +39,7 @@ from qlora_jax.models.settings import misfitting_quantization
 from qlora_jax.models.wrappers import WRAPPERS, unwrap, without_wrapper
 from qlora_jax.names import STACK, template_of
 from qlora_jax.sources import bitsandbytes
+from qlora_jax.sources.encoded import Encoding, join, read_encoding
 from qlora_jax.sources.gguf.file import GGUF, open_gguf
 from qlora_jax.sources.hub import find, is_gguf
 from qlora_jax.sources.safetensors import Checkpoint, TensorInfo, shortened
@@ -89,6 +90,11 @@ class Source:
         return self._settings[2]
 
     @functools.cached_property
+    def encoding(self) -> Encoding | None:
+        """The form of another library that its linears are decoded from as they are read."""
+        return read_encoding(self._written[0])[0]
+
+    @functools.cached_property
     def tokenizer(self) -> Tokenizer | None:
         """Its tokenizer; None where it has none."""
         if self.is_gguf:
@@ -108,6 +114,8 @@ class Source:
             _check_size(self.path, config, self._gguf)
             return self._gguf
         checkpoint = Checkpoint(self.path)
+        if self.encoding is not None:
+            join(checkpoint, self.encoding)
         family = FAMILIES[config.model_type]
         known = {*family.NAMES.values(), *(one.name for one in fused_in(family))}
         wrapped = named in WRAPPERS
@@ -228,7 +236,7 @@ def _parsed(
         known = sorted(FAMILIES) + [f"{name} (its text)" for name in sorted(WRAPPERS)]
         raise CheckpointError(
             f"{where}: model_type is {named!r}; known architectures: {', '.join(known)}. "
-            f"{nearest(hf, _tensors(where.parent))}"
+            f"{nearest(hf, _tensors(where.parent, hf))}"
         )
     config, stored = None, None
     # What it says of its weights first: the text model of a wrapper takes a part of that.
@@ -238,10 +246,12 @@ def _parsed(
     if not problems and named in WRAPPERS:
         hf, problems = unwrap(hf)
         if problems and isinstance(inner, dict):  # a text model of no family here
-            problems.append(nearest(hf, _tensors(where.parent)))
+            problems.append(nearest(hf, _tensors(where.parent, hf)))
     if not problems:
         config, found = read_config(hf)
-        stored, more = bitsandbytes.read_quantization_config(hf)
+        encoding, more = read_encoding(hf)
+        if encoding is None:
+            stored, more = bitsandbytes.read_quantization_config(hf)
         problems = [*found, *more]
     if problems:
         raise CheckpointError(gathered(f"{where} cannot be used", problems))
@@ -249,10 +259,14 @@ def _parsed(
     return hf, config, stored, named
 
 
-def _tensors(folder: Path) -> Collection[str]:
+def _tensors(folder: Path, hf: dict[str, Any]) -> Collection[str]:
     """Returns the names of the tensors of a folder, none where they cannot be read."""
     try:
-        return Checkpoint(folder).infos.keys()
+        checkpoint = Checkpoint(folder)
+        encoding = None if misfitting_quantization(hf) else read_encoding(hf)[0]
+        if encoding is not None:
+            join(checkpoint, encoding)
+        return checkpoint.infos.keys()
     except CheckpointError:  # config.json, which is refused already, says enough
         return ()
 
@@ -312,6 +326,8 @@ def _has_own_head(checkpoint: Checkpoint | GGUF, config: DecoderConfig) -> bool:
     table, head = infos[HF_EMBEDDING], infos[HF_HEAD]
     if table.shape != head.shape:
         return True
+    if table.encoded is not None or head.encoded is not None:
+        return not np.array_equal(checkpoint[HF_EMBEDDING], checkpoint[HF_HEAD])
     return not _equal(table, head)
 
 
@@ -416,30 +432,3 @@ def with_dense_linears(
         for layer, spec in enumerate(config.specs)
     ]
     return dataclasses.replace(config, layers=tuple(specs))
-
-
-def unlike_experts(
-    names: Mapping[str, list[str]], tensors: Collection[str]
-) -> list[str]:
-    """Returns stacks of which a part is 4-bit and a part dense: experts of one layer.
-
-    Args:
-      names: Our path of a stacked parameter -> its names in the files.
-      tensors: Names in the files.
-    """
-    problems = []
-    for path, stack in names.items():
-        packed = [bitsandbytes.is_packed(tensors, name) for name in stack]
-        if all(packed) or not any(packed):
-            continue
-        dense = [name for name, yes in zip(stack, packed, strict=True) if not yes]
-        problems.append(
-            f"{path}: {sum(packed)} of {len(stack)} are 4-bit, and these are dense: "
-            f"{shortened(dense)}"
-        )
-    if problems:
-        problems.append(
-            "the experts of a layer must be stored alike: load the original folder and "
-            "quantize it (quant=, --quant.codebook nf4)"
-        )
-    return problems

@@ -22,14 +22,20 @@ def read(case: str, golden: Callable[[str], Path]) -> dict[str, Any]:
     return made | {"saved": json.loads(made["saved"].tobytes())}
 
 
-def load(
-    case: str, made: dict[str, Any], folder: Path, quant: Any = None, **tables: Any
-) -> Decoder:
-    """Writes the case's folder, as transformers saves it, and loads it."""
+def write(case: str, made: dict[str, Any], folder: Path) -> None:
+    """Writes the case's folder, as transformers saves it."""
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(made["saved"]["config"]))
     shapes = made["saved"]["tensors"].items()
     tensors = {name: cases.weight(case, name, tuple(shape)) for name, shape in shapes}
     save_file(tensors, folder / "model.safetensors")
+
+
+def load(
+    case: str, made: dict[str, Any], folder: Path, quant: Any = None, **tables: Any
+) -> Decoder:
+    """Writes the case's folder, and loads it."""
+    write(case, made, folder)
     return qlora.load(folder, quant, dtype="float32", **tables)[0]
 
 

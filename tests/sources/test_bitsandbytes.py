@@ -59,7 +59,7 @@ def test_the_written_quantization_config_is_that_of_transformers(golden):
 @pytest.mark.parametrize(
     ("stored", "message"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "quant_method 'gptq'; only bitsandbytes"),
+        ({"quant_method": "hqq", "bits": 4}, "quant_method 'hqq'; known: bitsandbytes"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "load_in_4bit"),
         (
             {

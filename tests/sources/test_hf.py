@@ -398,9 +398,9 @@ def test_a_config_with_values_of_a_wrong_kind_is_refused(tmp_path):
 
 
 def test_all_problems_of_a_config_are_gathered(tmp_path):
-    hf = CONFIG | {"hidden_act": "relu", "quantization_config": {"quant_method": "awq"}}
+    hf = CONFIG | {"hidden_act": "relu", "quantization_config": {"quant_method": "hqq"}}
     oracle.write_folder(tmp_path, hf, tensors())
-    with pytest.raises(CheckpointError, match=r"(?s)2 problems.*'relu'.*'awq'"):
+    with pytest.raises(CheckpointError, match=r"(?s)2 problems.*'relu'.*'hqq'"):
         load(tmp_path)
 
 
