@@ -40,6 +40,7 @@ SHARED = {
 """Defaults of LFM2, dense or not."""
 
 DEFAULTS = SHARED | {
+    "intermediate_size": 12288,
     "block_multiple_of": 256,
     "block_ffn_dim_multiplier": 1.0,
     "block_auto_adjust_ff_dim": True,
@@ -50,7 +51,7 @@ _CONV = "conv"
 def read_config(hf: dict[str, Any]) -> reading.Read:
     """Reads a config.json: (config, problems)."""
     hf = DEFAULTS | hf
-    wide = hf.get("block_ff_dim", hf.get("intermediate_size") or 0)
+    wide = hf.get("block_ff_dim", hf["intermediate_size"])
     if hf["block_auto_adjust_ff_dim"]:
         wide = int(2 * wide / 3)
         if (factor := hf["block_ffn_dim_multiplier"]) is not None:

@@ -287,6 +287,15 @@ def test_more_rope_flags_than_layers_and_old_gelu_are_taken():
     assert read(hf).activation == "gelu_tanh"
 
 
+def test_the_width_of_lfm2_may_have_another_name():
+    hf = dict(CASES["lfm2"])
+    wide = hf.pop("intermediate_size")
+    config = read(hf | {"block_ff_dim": wide, "block_multiple_of": 8})
+    assert config.intermediate_size == 40  # 2/3 of 48, 1.2 times that, in steps of 8
+    assert read(CASES["lfm2"]).intermediate_size == 64
+    assert read(hf | {"block_auto_adjust_ff_dim": False}).intermediate_size == 12288
+
+
 def test_kimi_k2_is_read_as_deepseek_v3():
     hf = CASES["deepseek_v3"]
     config = read(hf | {"model_type": "kimi_k2"})
