@@ -336,7 +336,7 @@ def test_gemma_3_4b_has_what_its_config_leaves_out():
         ({"model_type": "gemma3", "text_config": 3}, "text_config is 3"),
         (
             {"model_type": "mistral3", "text_config": {"model_type": "mistral4"}},
-            r"has model_type 'mistral4'; known(.|\n)*nearest is ministral3, which lacks",
+            r"has model_type 'mistral4'; known(.|\n)*nearest is deepseek_v3, which lacks",
         ),
     ],
 )
