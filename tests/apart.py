@@ -30,6 +30,12 @@ DENSE_FIRST = SIZES | {
     **{"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16},
 }
 """A layer without experts before two with them."""
+OF_OTHER_SIZES = SIZES | {
+    **{"model_type": "gemma4_text", "num_hidden_layers": 2, "global_head_dim": 16},
+    **{"layer_types": ["sliding_attention", "full_attention"]},
+    **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96},
+}
+"""A layer whose heads are larger than those of the one before, and a linear outside of both."""
 KEPT = "model.layers.1.mlp.down_proj.weight"
 """What `mixed` keeps dense of its 4-bit linears."""
 

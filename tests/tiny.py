@@ -20,12 +20,14 @@ import tokenizers
 from flax import nnx
 
 from qlora_jax.adapters import Adapter, LoRAConfig, attach
+from qlora_jax.adapters.attach import join
 from qlora_jax.data import Dataset
 from qlora_jax.data.dataset import Row
 from qlora_jax.exchange.ours import save_adapter
 from qlora_jax.exchange.peft import export_peft
 from qlora_jax.models import Decoder, DecoderConfig
 from qlora_jax.nn import FrozenParam, quantize
+from qlora_jax.objectives import SFT
 from qlora_jax.sources.save import save_model
 from qlora_jax.text.tokenizer import Tokenizer
 
@@ -230,6 +232,20 @@ def logits(model: nnx.Module, tokens: jax.Array) -> np.ndarray:
     """Returns a model's logits, compiled once for models of the same structure."""
     graphdef, state = nnx.split(model)
     return np.asarray(_logits(graphdef, state, tokens))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def adapter_step(
+    graphdef: nnx.GraphDef, lora: nnx.State, rest: nnx.State, tokens: jax.Array
+) -> tuple[jax.Array, nnx.State]:
+    """Returns the mean loss of all tokens, and the gradients of the adapter."""
+    batch = {"tokens": tokens, "weights": jnp.ones(tokens.shape, jnp.float32)}
+
+    def loss(lora):
+        model = join(graphdef, lora, rest)
+        return SFT(model, batch)[0] / (tokens.size - len(tokens))
+
+    return jax.value_and_grad(loss)(lora)
 
 
 def arrays(tree: Any) -> list[np.ndarray]:

@@ -20,6 +20,7 @@ from qlora_jax.models.vocabulary import is_tied, tied_again, untied, vocab_size
 from qlora_jax.names import (
     EMBEDDING,
     HEAD,
+    PER_LAYER,
     dotted,
     is_stacked,
     layers_at,
@@ -103,7 +104,9 @@ def attach_zero(model: M, config: LoRAConfig, *, key: Array) -> M:
         if node.can_train and config.saves(name):
             for own in node.parameters():
                 node.unfreeze(own).set_metadata(base=base)
-        elif isinstance(node, FrozenTable) and config.matches(name):
+        elif isinstance(node, FrozenTable):
+            if name == PER_LAYER or not config.matches(name):
+                return node
             return _lora_embedding(node, name, config, base, key)
         elif isinstance(node, FrozenLinear):
             adapted = config.matches(name) and _adapted_here(path, config)

@@ -114,8 +114,19 @@ def _parameters(frozen: Mapping[str, nnx.Variable]) -> dict[str, list[_Stack]]:
             for i, layer in enumerate(one.layers or ()):
                 path = str(Numbered(name, (layer,)))
                 single = range(layer, layer + 1)
-                parameters[path] = [_Stack(path, single, one.value[i : i + 1])]
+                parameters[path] = [_Stack(path, single, _layer(one.value, i))]
     return parameters
+
+
+def _layer(stack: Any, i: int) -> Any:
+    """Returns one layer of a stack as a stack, which may be shapes alone."""
+
+    def cut(x: Any) -> Any:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
+        return x[i : i + 1]
+
+    return jax.tree.map(cut, stack)
 
 
 def _shape(stacks: list[_Stack]) -> list[int]:

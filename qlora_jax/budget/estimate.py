@@ -37,7 +37,16 @@ from qlora_jax.config.train import Optimizer, TrainConfig
 from qlora_jax.models import Decoder, DecoderConfig, abstract
 from qlora_jax.models.layers import SAVED
 from qlora_jax.models.streaming import copies_ahead
-from qlora_jax.names import EMBEDDING, EXPERTS, HEAD, is_stacked, layers_at, plain
+from qlora_jax.names import (
+    EMBEDDING,
+    EXPERTS,
+    HEAD,
+    PER_LAYER,
+    dotted,
+    is_stacked,
+    layers_at,
+    plain,
+)
 from qlora_jax.nn import FrozenLinear, Weighted
 from qlora_jax.nn.frozen import modules, replaced
 from qlora_jax.optim.adamw import adamw
@@ -118,7 +127,7 @@ def _held(path: tuple, node: Weighted, setup: Setup) -> TableFormat | Literal["m
         return "mxfp4"
     if setup.quant is None:
         return "none"
-    if path == (EMBEDDING,):
+    if dotted(path) in (EMBEDDING, PER_LAYER):
         return setup.embedding
     if path == (HEAD,):
         return setup.head
@@ -233,7 +242,7 @@ def _resident(setup: Setup) -> dict[str, int]:
 def _counted(setup: Setup) -> dict[str, int]:
     _, lora, base = abstract_parts(setup)
     sizes: dict[str, int] = dict.fromkeys(("layers", "embedding", "head"), 0)
-    names = {"embed_tokens": "embedding", "lm_head": "head"}
+    names = {"embed_tokens": "embedding", "per_layer": "embedding", "lm_head": "head"}
     for path, variable in nnx.to_flat_state(base):
         part = "layers" if is_stacked(path) else names.get(str(path[0]), "head")
         sizes[part] += tree_bytes(variable.get_value())
@@ -267,7 +276,7 @@ def _features_kept(setup: Setup) -> int:
     c, total = setup.config, 0
     saved = {"layer": (), "host": (), "attention": ("mixed",), "none": SAVED}
     for slot in _slots(c):
-        features = c.hidden_size
+        features = c.hidden_size + c.per_layer_size + slot.gives
         names = saved[setup.train.checkpoint]
         features += sum(slot.kept.get(name, 0) for name in names)
         if setup.train.checkpoint == "none":
@@ -284,12 +293,14 @@ class _Slot(NamedTuple):
       kept: Features a token by the checkpoint names that they are kept under.
       wide: Features that `down` takes of a token, of all experts that it meets.
       linears: The linears of one layer; those of all experts count once.
+      gives: Features a token of keys and values that later layers take.
     """
 
     layers: int
     kept: Mapping[str, int]
     wide: int
     linears: int
+    gives: int
 
 
 @functools.lru_cache(maxsize=64)  # a plan asks for hundreds of one model's setups
@@ -300,8 +311,9 @@ def _slots(config: DecoderConfig) -> tuple[_Slot, ...]:
             stack.kept,
             _wide(stack.mlp.kept),
             sum(1 for _ in modules(stack, FrozenLinear)),
+            sum(stack.kept[name] for name in "kv") if spec.gives else 0,
         )
-        for (layers, _), stack in zip(
+        for (layers, spec), stack in zip(
             config.slots, abstract(config).stacks, strict=True
         )
     )
@@ -356,7 +368,8 @@ def features(
     together = _together(setup)
     more = (together - 1) * tokens
     chunk = min(LOGITS_BYTES[platform], 4 * setup.tokens * c.vocab_size)
-    biased = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+    slots = _slots(c)
+    biased = max(sum(slot.kept.get(name, 0) for name in "qkv") for slot in slots)
     head = setup.embedding if c.tie_word_embeddings else setup.head
     pieces = (
         head == "4bit"
@@ -375,9 +388,9 @@ def features(
         ("layer", "layer"): a_layer,
         ("layer", "ahead"): a_layer * ahead,
         ("layer", "turn"): a_layer * (turns - 1),
-        ("layer", "wide"): tokens * max(slot.wide for slot in _slots(c)),
+        ("layer", "wide"): tokens * max(slot.wide for slot in slots),
         ("layer", "hidden_both"): tokens * c.hidden_size * (c.norms == "both"),
-        ("layer", "kv"): tokens * c.num_kv_heads * c.head_dim,
+        ("layer", "kv"): tokens * max(slot.kept.get("k", 0) for slot in slots),
         ("layer", "bias"): tokens * biased * c.attention_bias,
         ("layer", "together"): more * c.hidden_size,
         ("layer", "several"): tokens * c.hidden_size * (together > 1),

@@ -23,7 +23,7 @@ from qlora_jax.exchange.ours import describe_adapter, misfits
 from qlora_jax.exchange.steps import CHECKPOINTS, best, eval_loss_of, place_of, steps
 from qlora_jax.exchange.verify import verify
 from qlora_jax.models import hf_table
-from qlora_jax.names import dotted
+from qlora_jax.names import TABLES, dotted
 from qlora_jax.sources.load import outline
 from qlora_jax.sources.source import Source, open_source
 
@@ -210,13 +210,14 @@ def _part(path: tuple) -> str:
         return "experts"
     known = {
         "embed_tokens": "embedding",
+        "per_layer": "per-layer embedding",
         "lm_head": "head",
         "attn": "attention",
         "mlp": "feed-forward",
     }
     linear = names[-1] in ("kernel", "bias")
     for name in names:
-        if name in known and (linear or name == "embed_tokens"):
+        if name in known and (linear or dotted(names[:-1]) in TABLES):
             return known[name]
     return "router" if "router" in names else "norms"
 

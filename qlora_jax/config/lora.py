@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from qlora_jax import matching
 from qlora_jax.errors import ConfigError
-from qlora_jax.names import EMBEDDING, HEAD
+from qlora_jax.names import EMBEDDING, TABLES
 from qlora_jax.schema import pattern_problem
 from qlora_jax.toml import from_dict
 
@@ -199,7 +199,7 @@ class LoRAConfig:
         if isinstance(self.targets, tuple):
             return any(ends(path, name) for name in self.targets)
         if self.targets == ALL_LINEAR:
-            return path.rpartition(".")[2] not in (HEAD, EMBEDDING)
+            return not any(ends(path, table) for table in TABLES)
         return matching.fullmatch(self.targets, path) is not None
 
     def token_rows(self, path: str) -> tuple[int, ...]:

@@ -44,7 +44,7 @@ from qlora_jax.exchange.ours import (
 from qlora_jax.files import check_output
 from qlora_jax.models import Decoder, hf_table
 from qlora_jax.models.vocabulary import grown
-from qlora_jax.names import EMBEDDING, HEAD, Numbered
+from qlora_jax.names import EMBEDDING, HEAD, TABLES, Numbered
 from qlora_jax.nn import Adapted, LoRA, Weighted
 from qlora_jax.nn.folding import Applied, Factors, Folding, fold
 from qlora_jax.nn.frozen import modules
@@ -274,7 +274,8 @@ class _Weights:
         self.marked.add(path, value)
         if value is None or isinstance(value, PackedWeight):
             return value
-        if path in (_TABLE, _HEAD) and value.shape[0] < place.shape[0]:
+        grows = path.rpartition(".")[0] in TABLES
+        if grows and value.shape[0] < place.shape[0]:
             value = grown(value, place.shape[0])
         return value
 

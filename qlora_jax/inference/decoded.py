@@ -19,6 +19,7 @@ from pallas_kernels.matmul import product_of
 from qlora_jax.adapters.bank import AdapterBank
 from qlora_jax.budget.host import available_host_bytes
 from qlora_jax.models.vocabulary import is_tied
+from qlora_jax.names import EMBEDDING
 from qlora_jax.nn import Weighted
 from qlora_jax.nn.frozen import modules, replaced
 from qlora_jax.nn.variables import rests_on_host
@@ -55,7 +56,7 @@ def decoded(model: Any) -> Any:
         return model
     dtype = jnp.dtype(getattr(model, "dtype", "float32"))
     tied = is_tied(model)
-    count = sum(_elements(node, tied) for _, node in modules(model, Weighted))
+    count = sum(_elements(*module, tied) for module in modules(model, Weighted))
     if count == 0:
         return model
     need, free = count * dtype.itemsize, available_host_bytes()
@@ -67,13 +68,14 @@ def decoded(model: Any) -> Any:
     )
 
     def decode(path: tuple, node: Weighted) -> nnx.Module:
-        return node.decoded(dtype.name) if _elements(node, tied) else node
+        return node.decoded(dtype.name) if _elements(path, node, tied) else node
 
     return replaced(model, Weighted, decode)
 
 
-def _elements(node: Weighted, tied: bool) -> int:
+def _elements(path: tuple, node: Weighted, tied: bool) -> int:
     """Returns how many weights of a module there are to decode."""
+    tied = tied and EMBEDDING in path  # other tables are no head
     if not (node.packed and node.decodes_for_products(tied)):
         return 0
     decodes = product_of(node.stored).decodes

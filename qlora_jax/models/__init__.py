@@ -10,19 +10,27 @@ from qlora_jax.models import (
     arcee,
     cohere,
     cohere2,
+    deepseek_v2,
+    deepseek_v3,
     ernie4_5,
     ernie4_5_moe,
     exaone4,
     gemma,
     gemma2,
     gemma3_text,
+    gemma4_text,
     glm,
     glm4,
     glm4_moe,
+    glm4_moe_lite,
     gpt_oss,
     granite,
+    granitemoehybrid,
     helium,
     hunyuan_v1_dense,
+    kimi_k2,
+    lfm2,
+    lfm2_moe,
     llama,
     minimax_m2,
     ministral3,
@@ -61,11 +69,13 @@ FAMILIES: dict[str, ModuleType] = {
         gemma,
         gemma2,
         gemma3_text,
+        gemma4_text,
         phi3,
         smollm3,
         olmo2,
         olmo3,
         granite,
+        granitemoehybrid,
         seed_oss,
         ministral3,
         hunyuan_v1_dense,
@@ -78,6 +88,7 @@ FAMILIES: dict[str, ModuleType] = {
         helium,
         nanochat,
         arcee,
+        lfm2,
         mixtral,
         qwen2_moe,
         qwen3_moe,
@@ -85,13 +96,19 @@ FAMILIES: dict[str, ModuleType] = {
         qwen3_5_moe_text,
         olmoe,
         glm4_moe,
+        glm4_moe_lite,
+        deepseek_v2,
+        deepseek_v3,
+        kimi_k2,
+        lfm2_moe,
         minimax_m2,
         ernie4_5_moe,
         gpt_oss,
     )
 }
 """Hugging Face model_type -> the module that reads it: `read_config`, NAMES, IGNORED, and where
-its files hold experts together FUSED, or where transformers alone does PARAMETERS."""
+its files hold experts together FUSED, or where transformers does, and under other names,
+PARAMETERS; and DENSE_NAMES where a model without experts calls the same tensors otherwise."""
 
 
 def read_config(hf: dict[str, Any]) -> reading.Read:
@@ -118,7 +135,10 @@ def abstract(config: DecoderConfig, dtype: str = "bfloat16") -> Decoder:
 
 def hf_table(config: DecoderConfig) -> Table:
     """Returns what Hugging Face calls each parameter of a model of a family."""
-    names = FAMILIES[config.model_type].NAMES
+    family = FAMILIES[config.model_type]
+    names = family.NAMES
+    if not config.num_experts:
+        names = getattr(family, "DENSE_NAMES", names)
     return Table(names, config.num_layers, config.num_experts)
 
 
@@ -130,4 +150,4 @@ def fused_in(family: ModuleType) -> tuple[Fused, ...]:
 def whole_parameters(family: ModuleType) -> tuple[Fused, ...]:
     """Returns what linears of experts transformers holds as parameters of a layer."""
     weights = [one for one in fused_in(family) if one.parts[0].endswith(".weight")]
-    return tuple(weights) or getattr(family, "PARAMETERS", ())
+    return getattr(family, "PARAMETERS", tuple(weights))

@@ -33,9 +33,11 @@ class Context:
       seen_positions: While decoding, int32 (batch, capacity): those of the cache, these
         tokens' among them.
       length: While decoding, int32 (): tokens in the cache before these.
+      given: What earlier layers remember, by the names that they give it.
     """
 
     positions: Int[Array, "batch seq"]
     shared: dict[Any, Any]
     seen_positions: Int[Array, "batch capacity"] | None = None
     length: Int[Array, ""] | None = None
+    given: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -58,11 +58,11 @@ class DecoderConfig:
     max_position_embeddings: int = 2048
     activation: Literal["silu", "gelu_tanh", "gelu", "relu2"] = "silu"
     gated: bool = True
-    """Feed-forwards multiply by a gate, of which the activation is; without one it is of the
-    only linear before the last (Arcee, nanochat)."""
+    """A feed-forward is down(activation(gate(x)) * up(x)); without a gate it is
+    down(activation(up(x))) (Arcee, nanochat)."""
     norms: Literal["pre", "post", "both", "parallel"] = "pre"
     """Mixer and feed-forward have a norm before them, after them (OLMo 2), or both (Gemma
-    2); 'parallel' is one norm before both, which take it side by side (Cohere)."""
+    2). With 'parallel' there is one norm before both, and both take what it gives (Cohere)."""
     norm_kind: Literal["rms", "layer", "bare"] = "rms"
     """What a norm is: RMSNorm, LayerNorm without a bias (Cohere), or RMSNorm without a weight
     (nanochat)."""
@@ -73,6 +73,8 @@ class DecoderConfig:
     qk_norm: Literal["none", "head", "all", "rotated"] = "none"
     """A norm on queries and keys: of each head (Qwen3), over all heads (OLMo 2), or of each
     head when it has been rotated (Hunyuan)."""
+    value_norm: bool = False
+    """RMSNorm without weights on the values of each head (Gemma 4)."""
     attention_gate: bool = False
     """q_proj makes a gate of as many features behind each head's query; what is mixed is
     multiplied by its sigmoid (Qwen3.5)."""
@@ -91,6 +93,12 @@ class DecoderConfig:
     residual_scale: float = 1.0
     """The outputs of mixer and feed-forward are multiplied by it before they are added to the
     residual stream (Granite); 1 in other families."""
+    layer_scale: bool = False
+    """The residual stream is multiplied by a number of each layer's own behind it (Gemma 4)."""
+    per_layer_size: int = 0
+    """Features that each layer is told of a token (models/per_layer.py); 0 for none."""
+    per_layer_vocab: int = 0
+    """Tokens in the table of these."""
     logit_scale: float = 1.0
     num_experts: int = 0
     """Feed-forwards to choose from; 0 for one that all tokens take."""

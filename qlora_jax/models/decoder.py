@@ -1,5 +1,6 @@
 """One decoder-only transformer, configured for each family."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,15 @@ from jaxtyping import Array, Float, Int
 from qlora_jax.config.train import Checkpoint
 from qlora_jax.models.cache import Cache, Context
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.layers import DecoderLayer, checkpointed, scaled, through
+from qlora_jax.models.layers import (
+    Applied,
+    DecoderLayer,
+    Given,
+    checkpointed,
+    scaled,
+    through,
+)
+from qlora_jax.models.per_layer import PerLayerInputs
 from qlora_jax.models.spec import LayerSpec
 from qlora_jax.names import stack_key
 from qlora_jax.nn.embedding import Embedding
@@ -51,6 +60,7 @@ class Decoder(nnx.Module):
       config: Its shape.
       dtype: Name of the compute dtype, that of activations and matmuls.
       embed_tokens: The Embedding.
+      per_layer: PerLayerInputs, where the layers are told of tokens, else None.
       layers: A DecoderLayer, every array with a leading axis of layers; where layers are of
         several kinds, an nnx.Dict of one such stack a slot of the config's segments, by the
         key that says which layers it holds (names.py). `stacks` has them in order.
@@ -77,13 +87,15 @@ class Decoder(nnx.Module):
         def norm(
             features: int,
             offset: float = config.norm_offset,
+            eps: float = config.rms_norm_eps,
+            groups: int = 1,
             stack: tuple[int, ...] = (),
         ) -> Norm:
             if config.norm_kind == "bare":
-                return BareNorm(config.rms_norm_eps)
+                return BareNorm(eps)
             kind = LayerNorm if config.norm_kind == "layer" else RMSNorm
             weight = jnp.full((*stack, features), 1 - offset, dtype)
-            return kind(weight, config.rms_norm_eps, offset)
+            return kind(weight, eps, offset, groups)
 
         def stacked(layers: range, spec: LayerSpec) -> DecoderLayer:
             count = (len(layers),)
@@ -109,6 +121,10 @@ class Decoder(nnx.Module):
         )
         first = norm(config.hidden_size) if config.embedding_norm else None
         self.embed_norm = nnx.data(first)
+        per_layer = None
+        if config.per_layer_size:
+            per_layer = PerLayerInputs(config, norm, normal)
+        self.per_layer: Any = nnx.data(per_layer)
         made = {stack_key(layers): stacked(layers, spec) for layers, spec in slots}
         self.layers: Any = (
             nnx.Dict(made) if len(made) > 1 else next(iter(made.values()))
@@ -173,25 +189,33 @@ class Decoder(nnx.Module):
         context = Context(positions, self._shared(positions))
 
         def apply(
-            layer: DecoderLayer, x: Array, key: Array | None
-        ) -> tuple[Array, Any]:
+            layer: DecoderLayer, x: Array, given: Given, key: Array | None, told: Any
+        ) -> Applied:
             x = checkpoint_name(x, "layer_input")
+
+            def one(x: Array, given: Given, key: Array | None, told: Any) -> Any:
+                sees = dataclasses.replace(context, given=given)
+                return layer(x, sees, None, key, told)
+
+            def turn(_: None, xs: Any) -> tuple[None, Any]:
+                return None, one(*xs)
+
             if not micro:
-                return layer(x, context, None, key)
-
-            def one(_: None, xs: Any) -> tuple[None, Array]:
-                x, key = xs
-                return None, layer(x, context, None, key)[0]
-
+                x, remembered = one(x, given, key, told)
+                return Applied(x, None, remembered)
             if checkpoint != "none":
                 # Else backward would make again what all micro-batches keep, at once.
-                one = checkpointed(one, checkpoint)
+                turn = checkpointed(turn, checkpoint)
             # From the last on, so that backward adds up gradients from the first.
-            return jax.lax.scan(one, None, (x, key), reverse=True)[1], None
+            xs = x, given, key, told
+            x, remembered = jax.lax.scan(turn, None, xs, reverse=True)[1]
+            return Applied(x, None, remembered)
 
         x = self._embed(tokens.reshape(-1, seq))
         x = x.reshape(*tokens.shape, -1)
-        x, _ = self._through(x, self._layer_keys(key, micro), apply, checkpoint)
+        told = self._told(tokens, x, key)
+        keys = self._layer_keys(key, micro)
+        x, _ = self._through(x, keys, told, apply, checkpoint)
         return self.norm(x)
 
     def finite(self, tokens: Int[Array, "batch seq"]) -> dict[str, Any]:
@@ -204,14 +228,18 @@ class Decoder(nnx.Module):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         context = Context(positions, self._shared(positions))
 
-        def apply(layer: DecoderLayer, x: Array, _: Any) -> tuple[Array, Any]:
-            x = layer(x, context, None, None)[0]
-            return x, jnp.isfinite(x).all()
+        def apply(
+            layer: DecoderLayer, x: Array, given: Given, _: Any, told: Any
+        ) -> Applied:
+            sees = dataclasses.replace(context, given=given)
+            x, remembered = layer(x, sees, None, None, told)
+            return Applied(x, jnp.isfinite(x).all(), remembered)
 
         found: dict[str, Any] = {}
         x = self._embed(tokens)
         found["embed_tokens"] = jnp.isfinite(x).all()
-        x, found["layers"] = self._through(x, [None] * len(self.stacks), apply)
+        told, nothing = self._told(tokens, x), [None] * len(self.stacks)
+        x, found["layers"] = self._through(x, nothing, told, apply)
         x = self.norm(x)
         found["norm"] = jnp.isfinite(x).all()
         found["head"] = jnp.isfinite(self.logits(x[:, -1])).all()
@@ -225,10 +253,7 @@ class Decoder(nnx.Module):
         split = functools.partial(jax.random.split, num=self.config.num_layers)
         keys = split(key)
         if micro:
-            each = jax.vmap(functools.partial(jax.random.fold_in, key))(
-                jnp.arange(micro[0])
-            )
-            keys = jax.vmap(split, out_axes=1)(each)
+            keys = jax.vmap(split, out_axes=1)(_micro_keys(key, micro[0]))
         return [keys[i.start : i.stop : i.step] for i, _ in slots]
 
     def decode(
@@ -249,10 +274,15 @@ class Decoder(nnx.Module):
         )
         context = Context(positions, self._shared(positions), seen, cache.length)
 
-        def apply(layer: DecoderLayer, x: Array, own: Any) -> tuple[Array, Any]:
-            return layer(x, context, own)
+        def apply(
+            layer: DecoderLayer, x: Array, given: Given, own: Any, told: Any
+        ) -> Applied:
+            sees = dataclasses.replace(context, given=given)
+            x, new = layer(x, sees, own, None, told)
+            return Applied(x, new, new)
 
-        x, layers = self._through(self._embed(tokens), cache.layers, apply)
+        x = self._embed(tokens)
+        x, layers = self._through(x, cache.layers, self._told(tokens, x), apply)
         logits = self.logits(self.norm(x[:, -1]))
         return logits, Cache(layers, seen, cache.length + tokens.shape[1])
 
@@ -273,6 +303,27 @@ class Decoder(nnx.Module):
         x = scaled(x, self.config.embedding_scale)
         return x if self.embed_norm is None else self.embed_norm(x)
 
+    def _told(self, tokens: Array, x: Array, key: Array | None = None) -> list[Any]:
+        """Returns what the layers of each slot are told of tokens; None where it is nothing.
+
+        Args:
+          tokens: (batch, seq), or (micro, batch, seq).
+          x: Their embeddings.
+          key: The random key for LoRA dropout.
+        """
+        slots = self.config.slots
+        if self.per_layer is None:
+            return [None] * len(slots)
+        if key is not None:  # beyond those of the layers
+            key = jax.random.fold_in(key, self.config.num_layers)
+        if tokens.ndim == 3:
+            each = tokens, x, None if key is None else _micro_keys(key, len(tokens))
+            told = jax.lax.map(lambda one: self.per_layer(*one), each)
+            told = told.swapaxes(0, 1)
+        else:
+            told = self.per_layer(tokens, x, key)
+        return [told[i.start : i.stop : i.step] for i, _ in slots]
+
     def _shared(self, positions: Array) -> dict[Any, Any]:
         """Returns what mixers need that depends on positions alone."""
         shared: dict[Any, Any] = {}
@@ -284,7 +335,14 @@ class Decoder(nnx.Module):
         self,
         x: Array,
         extra: list[Any],
-        apply: Callable[..., tuple[Array, Any]],
+        told: list[Any],
+        apply: Callable[..., Applied],
         checkpoint: Checkpoint | None = None,
     ) -> tuple[Array, list[Any]]:
-        return through(self.config.segments, self.stacks, x, extra, apply, checkpoint)
+        segments, stacks = self.config.segments, self.stacks
+        return through(segments, stacks, x, extra, told, apply, checkpoint)
+
+
+def _micro_keys(key: Array, count: int) -> Array:
+    """Returns a key for each micro-batch, as a step has it that takes one at a time."""
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(count))

@@ -40,26 +40,28 @@ DEFAULTS = {
 def read_config(hf: dict[str, Any]) -> reading.Read:
     """Reads a config.json: (config, problems)."""
     hf = DEFAULTS | hf
-    wide, count, groups = (
-        hf[name] for name in ("moe_intermediate_size", "n_routed_experts", "n_group")
-    )
-    experts = ExpertsSpec(
-        score="sigmoid",
-        correction=1,
-        groups=groups,
-        top_groups=hf["topk_group"],
-        scale=hf["routed_scaling_factor"],
-        shared_size=wide * hf["n_shared_experts"],
-    )
+    experts = corrected_experts(hf)
     return reading.read(
         hf,
-        mixture.group_problems(count, groups, hf["topk_group"]),
+        mixture.group_problems(hf),
         partial_rotary=True,
         feed_forwards=mixture.layers(hf, range(hf["first_k_dense_replace"]), experts),
-        intermediate_size=wide,
+        intermediate_size=hf["moe_intermediate_size"],
         output_bias=False,
         qk_norm="head" if hf["use_qk_norm"] else "none",
-        num_experts=count,
+        num_experts=hf["n_routed_experts"],
         experts_per_token=hf["num_experts_per_tok"],
         normalize_experts=bool(hf["norm_topk_prob"]),
+    )
+
+
+def corrected_experts(hf: dict[str, Any]) -> ExpertsSpec:
+    """Returns the experts of GLM-4.5 and DeepSeek V3; of a config.json with defaults."""
+    return ExpertsSpec(
+        score="sigmoid",
+        correction=1,
+        groups=hf["n_group"],
+        top_groups=hf["topk_group"],
+        scale=hf["routed_scaling_factor"],
+        shared_size=hf["moe_intermediate_size"] * hf["n_shared_experts"],
     )

@@ -7,7 +7,7 @@ Compile time does not grow with depth, and one layer's decoded weights are alive
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +20,17 @@ from qlora_jax.models.cache import Context
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.feed_forward import FEED_FORWARDS
 from qlora_jax.models.mixers import MIXERS
+from qlora_jax.models.per_layer import PerLayerGate
 from qlora_jax.models.spec import LayerSpec, Segment
 from qlora_jax.models.streaming import at, copies_ahead, scan_ahead
 from qlora_jax.nn.linear import Linear
 from qlora_jax.nn.norm import Norm
 from qlora_jax.nn.variables import arrive, rests_on_host
+from qlora_jax.nn.vector import Vector
 
 SAVED = (
     *("q", "k", "v", "mixed", "middle", "gate", "up", "gate_up"),
-    *("qkv", "z", "rates"),
+    *("qkv", "z", "rates", "told"),
     *("unnormed", "lora_hidden", "lora_norms", "lora_unscaled"),
 )
 """Activations kept for backward without checkpointing: each matmul's output and the
@@ -39,8 +41,23 @@ IN_TURN = 3
 H200 a step of gemma3-1b, which has six, then takes 2.22 GB in place of 2.37; one of
 gemma2-2b, which has two, would take 3.48 in place of 3.33."""
 
-Applied = tuple[Array, Any]
-"""The residual stream after a layer, and what else came out of it."""
+
+class Applied(NamedTuple):
+    """What comes out of a layer.
+
+    Attributes:
+      x: The residual stream after it.
+      output: What the caller of `through` wants of each layer.
+      remembered: What its mixer remembers; only that of a layer that gives it is used.
+    """
+
+    x: Array
+    output: Any
+    remembered: Any
+
+
+Given = dict[str, Any]
+"""What earlier layers remember, by the names that they give it."""
 
 
 class DecoderLayer(nnx.Module):
@@ -53,6 +70,9 @@ class DecoderLayer(nnx.Module):
       attn_norm, mlp_norm: Norms before them, where the config has norms 'pre' or 'both';
         with 'parallel' attn_norm is before both.
       attn_post_norm, mlp_post_norm: Norms after them, with 'post' or 'both'.
+      per_layer: PerLayerGate, where layers are told of tokens.
+      scale: Vector of one number, which the stream is multiplied by behind the layer, where
+        the config has layer_scale.
     """
 
     def __init__(
@@ -75,6 +95,10 @@ class DecoderLayer(nnx.Module):
         self.attn = MIXERS[type(spec.mixer)](spec.mixer, config, linear, norm, normal)
         make = FEED_FORWARDS[type(spec.feed_forward)]
         self.mlp = make(spec.feed_forward, config, linear, normal)
+        if config.per_layer_size:
+            self.per_layer = PerLayerGate(config, linear, norm)
+        if config.layer_scale:
+            self.scale = Vector(jnp.ones_like(normal(1)))
 
     @property
     def kept(self) -> dict[str, int]:
@@ -85,6 +109,9 @@ class DecoderLayer(nnx.Module):
             kept["middle"] = hidden
         if self.config.norms in ("post", "both"):
             kept["unnormed"] = kept.get("unnormed", 0) + 2 * hidden
+        if self.config.per_layer_size:
+            for name, features in self.per_layer.kept.items():
+                kept[name] = kept.get(name, 0) + features
         if unknown := kept.keys() - {*SAVED}:
             raise ValueError(
                 f"{', '.join(sorted(unknown))}: no checkpoint name that backward keeps; "
@@ -98,7 +125,8 @@ class DecoderLayer(nnx.Module):
         context: Context,
         cache: Any = None,
         key: Array | None = None,
-    ) -> Applied:
+        told: Array | None = None,
+    ) -> tuple[Array, Any]:
         """Returns the stream after the layer, and what its mixer remembers then.
 
         Args:
@@ -106,18 +134,27 @@ class DecoderLayer(nnx.Module):
           context: What all layers share.
           cache: What the mixer remembers; None while training.
           key: The random key for LoRA dropout; None switches it off.
+          told: What it is told of the tokens, (batch, seq, features), where layers are.
         """
         norms, scale = self.config.norms, self.config.residual_scale
         before, after = norms != "post", norms in ("post", "both")
         first = self.attn_norm(x) if before else x
         y, new = self.attn(first, context, cache, key)
         if norms == "parallel":
-            return x + scaled(y, scale) + scaled(self.mlp(first, key), scale), new
-        y = self.attn_post_norm(checkpoint_name(y, "unnormed")) if after else y
-        x = checkpoint_name(x + scaled(y, scale), "middle")
-        y = self.mlp(self.mlp_norm(x) if before else x, key)
-        y = self.mlp_post_norm(checkpoint_name(y, "unnormed")) if after else y
-        return x + scaled(y, scale), new
+            x = x + scaled(y, scale) + scaled(self.mlp(first, key), scale)
+        else:
+            y = self.attn_post_norm(checkpoint_name(y, "unnormed")) if after else y
+            x = checkpoint_name(x + scaled(y, scale), "middle")
+            y = self.mlp_norm(x) if before else x
+            sees_stream = getattr(self.mlp, "STREAM", False)
+            y = self.mlp(y, key, x) if sees_stream else self.mlp(y, key)
+            y = self.mlp_post_norm(checkpoint_name(y, "unnormed")) if after else y
+            x = x + scaled(y, scale)
+        if told is not None:
+            x = self.per_layer(x, told, key)
+        if self.config.layer_scale:
+            x = x * self.scale.weight[...].astype(x.dtype)
+        return x, new
 
 
 def scaled(x: Array, scale: float) -> Array:
@@ -125,12 +162,17 @@ def scaled(x: Array, scale: float) -> Array:
     return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
 
 
+Apply = Callable[[DecoderLayer, Array, Given, Any, Any], Applied]
+"""(one layer, x, what is given, its part of extra, its part of told) -> what comes out."""
+
+
 def through(
     segments: Sequence[Segment],
     stacks: Sequence[DecoderLayer],
     x: Array,
     extra: Sequence[Any],
-    apply: Callable[[DecoderLayer, Array, Any], Applied],
+    told: Sequence[Any],
+    apply: Apply,
     checkpoint: Checkpoint | None = None,
 ) -> tuple[Array, list[Any]]:
     """Applies all layers in order.
@@ -143,67 +185,85 @@ def through(
       stacks: A stack of layers for each slot of the segments, in their order.
       x: The first layer's input, (batch, seq, hidden), or (micro, batch, seq, hidden).
       extra: For each slot a pytree whose leaves have a leading axis of its layers.
-      apply: (one layer, x, its part of extra) -> (x, output).
+      told: The same, of what is differentiated.
+      apply: Applies one layer.
       checkpoint: What backward recomputes; None where there is no backward, and then
         nothing is arranged for it.
 
     Returns:
       The last layer's output, and for each slot the outputs of its layers, stacked.
     """
-    outputs, first = [], 0
+    outputs, first, given = [], 0, {}
     for segment in segments:
         end = first + len(segment.pattern)
-        run = functools.partial(_segment, segment.repeats, apply, checkpoint)
-        x, made = run(x, stacks[first:end], extra[first:end])
+        run = functools.partial(_segment, segment, apply, checkpoint)
+        slots = (each[first:end] for each in (stacks, extra, told))
+        x, made, more = run(x, given, *slots)
         outputs += made
-        first = end
+        given, first = given | more, end
     return x, outputs
 
 
 def _segment(
-    repeats: int,
-    apply: Callable[[DecoderLayer, Array, Any], Applied],
+    segment: Segment,
+    apply: Apply,
     checkpoint: Checkpoint | None,
     x: Array,
+    given: Given,
     stacks: Sequence[DecoderLayer],
     extra: Sequence[Any],
-) -> tuple[Array, Sequence[Any]]:
+    told: Sequence[Any],
+) -> tuple[Array, Sequence[Any], Given]:
     parts = [nnx.split(stack, nnx.LoRAParam, ...) for stack in stacks]
     graphdefs = [part[0] for part in parts]
     lora, frozen = [part[1] for part in parts], [part[2] for part in parts]
+    repeats, names = segment.repeats, [spec.gives for spec in segment.pattern]
     micro = x.shape[0] if x.ndim == 4 else 1
-    if rests_on_host(frozen) and copies_ahead(repeats * len(stacks), micro, checkpoint):
+    ahead = copies_ahead(repeats * len(stacks), micro, checkpoint)
+    # Layers that give come without copying ahead: they are few, and only x leaves that.
+    if rests_on_host(frozen) and ahead and not any(names):
 
-        def turn(slot: int, lora: Any, base: Any, x: Array, part: Any) -> Array:
-            return apply(nnx.merge(graphdefs[slot], lora, base), x, part)[0]
+        def turn(
+            slot: int, trained: Any, base: Any, x: Array, given: Given, part: Any
+        ) -> Array:
+            own, told = trained
+            layer = nnx.merge(graphdefs[slot], own, base)
+            return apply(layer, x, given, part, told).x
 
-        on_host = checkpoint == "host"
-        x = scan_ahead(turn, x, lora, frozen, extra, inputs_on_host=on_host)
-        return x, [None] * len(stacks)
+        on_host, trained = checkpoint == "host", list(zip(lora, told, strict=True))
+        x = scan_ahead(turn, x, given, trained, frozen, extra, inputs_on_host=on_host)
+        return x, [None] * len(stacks), {}
 
     several, in_turn = len(stacks) > 1, len(stacks) >= IN_TURN
 
-    def one(slot: int, x: Array, slices: Any) -> Applied:
-        lora, base, i, part = slices
+    def one(slot: int, x: Array, given: Given, slices: Any) -> Applied:
+        i, lora, base, part, told = slices
         if base is None:
             base = at(frozen[slot], i)
-        return apply(nnx.merge(graphdefs[slot], lora, arrive(base)), x, part)
+        layer = nnx.merge(graphdefs[slot], lora, arrive(base))
+        made = apply(layer, x, given, part, told)
+        return made if names[slot] else made._replace(remembered=None)
 
-    def body(x: Array, slices: Any) -> tuple[Array, list[Any]]:
-        outputs = []
-        for slot in range(len(stacks)):
-            lora, base, part = (part[slot] for part in slices[1:])
+    def body(x: Array, slices: Any) -> tuple[Array, tuple[list[Any], Given]]:
+        outputs, gives = [], {}
+        for slot, name in enumerate(names):
+            own = (slices[0], *(part[slot] for part in slices[1:]))
             run = checkpointed(functools.partial(one, slot), checkpoint, in_turn)
-            x, output = run(x, (lora, base, slices[0], part))
+            x, output, remembered = run(x, given | gives, own)
             outputs.append(output)
-        return x, outputs
+            if name is not None:
+                gives[name] = remembered
+        return x, (outputs, gives)
 
     # The scan cuts a layer out of one stack. Of several it would cut all of a turn's at its
     # beginning, so each layer is cut out when it is due, and again in backward: 16 % less
     # for a step of gemma2-2b beside its arguments (scripts/results/README.md).
     scanned = [None] * len(stacks) if several else frozen
     numbers = jnp.arange(repeats)
-    return jax.lax.scan(body, x, (numbers, lora, scanned, list(extra)))
+    x, (outputs, gives) = jax.lax.scan(
+        body, x, (numbers, lora, scanned, list(extra), list(told))
+    )
+    return x, outputs, jax.tree.map(lambda leaf: leaf[0], gives)
 
 
 def checkpointed(

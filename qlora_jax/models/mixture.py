@@ -76,11 +76,21 @@ def qwen_dense(hf: dict[str, Any]) -> set[int]:
     return step | {*(hf.get("mlp_only_layers") or ())}
 
 
-def group_problems(experts: int, groups: int, taken: int) -> list[str]:
-    """Returns what does not go together in the groups that experts are in."""
-    if not experts % groups and taken <= groups and experts // groups > 1:
-        return []
+def group_problems(hf: dict[str, Any], best: int = 2) -> list[str]:
+    """Returns what does not go together in the groups that experts are in.
+
+    Args:
+      hf: The object of config.json, in DeepSeek's names.
+      best: How many of a group's experts rank it.
+    """
+    names = "n_routed_experts", "n_group", "topk_group", "num_experts_per_tok"
+    experts, groups, taken, chosen = (hf[name] for name in names)
+    size = experts // groups
+    if not experts % groups and taken <= groups and best <= size:
+        if chosen <= taken * size:
+            return []
+    found = ", ".join(f"{name} is {hf[name]}" for name in names)
     return [
-        f"n_routed_experts is {experts}, n_group {groups} and topk_group {taken}; expected "
-        "groups of at least two experts each, and at most all of them"
+        f"{found}; expected groups of as many experts each, at least {best}, no more groups "
+        "to choose than there are, and enough experts in them for each token"
     ]

@@ -12,29 +12,21 @@ from qlora_jax.models import FAMILIES, read_config, settings
 from qlora_jax.models.wrappers import without_wrapper
 from qlora_jax.names import template_of
 
-_LATENT = "latent attention (queries, keys and values of low rank)"
-_MAMBA = "Mamba 2 layers"
 _BIASED = "LayerNorm with biases, and biases in the feed-forward"
 
 LACKING: dict[str, tuple[str, str]] = {
     "apertus": ("arcee", "xIELU, and norms of heads"),
     "cwm": ("llama", "windows by kind of layer"),
-    "deepseek_v2": ("qwen2_moe", f"{_LATENT}, another choice of groups"),
-    "deepseek_v3": ("glm4_moe", _LATENT),
-    "falcon_h1": ("llama", f"{_MAMBA} beside attention, multipliers"),
-    "gemma3n": ("gemma3_text", "AltUp, per-layer embeddings, shared keys and values"),
-    "glm4_moe_lite": ("glm4_moe", _LATENT),
-    "glm_moe_dsa": ("glm4_moe", f"{_LATENT}, an indexer of attention"),
+    "falcon_h1": ("granitemoehybrid", "Mamba 2 beside attention, multipliers in it"),
+    "gemma3n": ("gemma4_text", "AltUp, LAuReL, sparse activations"),
+    "glm_moe_dsa": ("glm4_moe_lite", "an indexer of attention"),
     "gpt_neox": ("cohere", f"{_BIASED}, two norms before a parallel block"),
-    "granitemoehybrid": ("granite", f"{_MAMBA}, experts with a shared one"),
-    "kimi_k2": ("glm4_moe", _LATENT),
-    "kimi_linear": ("qwen3_next", f"its own delta attention, {_LATENT}"),
-    "lfm2": ("qwen3", "short convolutions in place of attention in most layers"),
+    "kimi_linear": ("qwen3_next", "its own delta attention, latent attention"),
     "llama4": ("mixtral", "attention in chunks, a shared expert, scaled inputs"),
-    "mistral4": ("ministral3", f"{_LATENT}, experts with a shared one"),
+    "mistral4": ("deepseek_v3", "queries that grow with their position, a softmax"),
     "mllama": ("llama", "cross-attention to images"),
     "nemotron": ("arcee", "LayerNorm with biases, partial rotary positions"),
-    "nemotron_h": ("arcee", f"{_MAMBA}, experts"),
+    "nemotron_h": ("granitemoehybrid", "layers of one part, experts without a gate"),
     "phi": ("cohere", f"{_BIASED}, partial rotary positions"),
     "qwen3_vl_moe": ("qwen3_moe", "the names of a text model inside of it"),
     "starcoder2": ("arcee", _BIASED),

@@ -27,6 +27,7 @@ _NEEDS = {
         "high_freq_factor",
     ),
     "longrope": ("short_factor", "long_factor"),
+    "proportional": (),
 }
 
 Read = tuple[DecoderConfig | None, list[str]]
@@ -84,8 +85,10 @@ def read(
     if types is not None:
         mixers, more = _mixers(hf, list(types), sliding_rope, full_rope)
         found += more
-    experts, taken = fields.get("num_experts", 0), fields.get("experts_per_token", 0)
-    if taken > experts:
+    experts = fields.get("num_experts", 0)
+    least = min(1, experts)
+    taken = fields.get("experts_per_token", least)
+    if not least <= taken <= experts:
         found.append(f"num_experts_per_tok is {taken}, of {experts} experts")
     if found:
         return None, found
@@ -243,17 +246,24 @@ def read_rope(
         values["attention_factor"] = attention
         values["short_factor"] = tuple(rope["short_factor"])
         values["long_factor"] = tuple(rope["long_factor"])
+    elif kind == "proportional":
+        # All of a head is rotated, most of it by nothing.
+        values, partial = {"factor": rope.get("factor") or 1.0, "share": partial}, 1.0
     return RopeScaling(kind=kind, **values), theta, partial, None
 
 
-def _yarn_attention(rope: dict[str, Any], factor: float) -> float:
-    def scale(m: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
+def yarn_scale(factor: float, m: float) -> float:
+    """Returns what yarn multiplies cosines and sines by, or DeepSeek scores, for an mscale."""
+    return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
 
+
+def _yarn_attention(rope: dict[str, Any], factor: float) -> float:
     if rope.get("attention_factor") is not None:
         return rope["attention_factor"]
     m, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
-    return scale(m) / scale(all_dim) if m and all_dim else scale(1)
+    if m and all_dim:
+        return yarn_scale(factor, m) / yarn_scale(factor, all_dim)
+    return yarn_scale(factor, 1)
 
 
 def _mixers(
@@ -277,12 +287,12 @@ def _mixers(
 
 
 def full_each(hf: dict[str, Any], every: Any) -> tuple[list[str], list[str]]:
-    """Returns layer types of which each so many-th is full, and problems.
+    """Returns layer types, of which every n-th is full attention, and problems.
 
     Args:
-      hf: The object of config.json.
-      every: Its sliding_window_pattern, or what stands for it; of no matter where there are
-        layer_types.
+      hf: The object of config.json. Where it has layer_types, these are what counts, and
+        nothing is returned.
+      every: Its sliding_window_pattern, or what stands for it: n.
     """
     if hf.get("layer_types"):
         return [], []

@@ -1,4 +1,7 @@
-"""Seed-OSS: Llama with biases on q, k and v, and one on the output that a config may add."""
+"""Seed-OSS: Llama with biases on q, k and v, and on the output where a config says so.
+
+The dropouts in its config.json are for pretraining; here, as of all families, none applies.
+"""
 
 from typing import Any
 

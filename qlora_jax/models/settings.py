@@ -4,6 +4,7 @@ Bounds are far from every published model, and near enough that what is within t
 handled: a shape that fits them is compared with the tensors before anything is made of it.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +40,7 @@ REQUIRED = (
     "num_attention_heads",
 )
 _WIDTH, _EXPERTS = whole(1, 2**20), whole(1, MAX_EXPERTS)
+_HEADS, _FEATURES = whole(1, 2**12), whole(1, 2**13)
 _SCALE = number(0, 1e6)
 
 KINDS: dict[str, Kind] = {
@@ -48,9 +50,15 @@ KINDS: dict[str, Kind] = {
     "intermediate_size": _WIDTH,
     "moe_intermediate_size": _WIDTH,
     "num_hidden_layers": whole(1, MAX_LAYERS),
-    "num_attention_heads": whole(1, 2**12),
-    "num_key_value_heads": either(NULL, whole(1, 2**12)),
-    "head_dim": either(NULL, whole(1, 2**13)),
+    "num_attention_heads": _HEADS,
+    "num_key_value_heads": either(NULL, _HEADS),
+    "num_global_key_value_heads": either(NULL, _HEADS),
+    "head_dim": either(NULL, _FEATURES),
+    "global_head_dim": _FEATURES,
+    "per_layer_config": either(
+        NULL,
+        mapped(shaped({"head_dim": _FEATURES, "num_key_value_heads": _HEADS})),
+    ),
     "max_position_embeddings": whole(1, _LONGEST),
     "original_max_position_embeddings": either(NULL, whole(2, _LONGEST)),
     "rms_norm_eps": number(0, 1),
@@ -58,6 +66,12 @@ KINDS: dict[str, Kind] = {
     "hidden_act": either(NULL, TEXT),
     "hidden_activation": either(NULL, TEXT),
     "attention_bias": either(NULL, FLAG),
+    "attention_k_eq_v": either(NULL, FLAG),
+    "num_kv_shared_layers": whole(0, MAX_LAYERS),
+    "use_double_wide_mlp": either(NULL, FLAG),
+    "hidden_size_per_layer_input": whole(0, 2**20),
+    "vocab_size_per_layer_input": whole(1, MAX_ROWS),
+    "enable_moe_block": either(NULL, FLAG),
     "mlp_bias": either(NULL, FLAG),
     "attention_out_bias": either(NULL, FLAG),
     "use_bias": either(NULL, FLAG),
@@ -75,8 +89,9 @@ KINDS: dict[str, Kind] = {
     "mlp_only_layers": either(NULL, listed(whole(0, _LONGEST), MAX_LAYERS)),
     # Experts
     "num_experts": _EXPERTS,
-    "num_local_experts": _EXPERTS,
-    "num_experts_per_tok": _EXPERTS,
+    "num_local_experts": whole(0, MAX_EXPERTS),
+    "num_experts_per_tok": whole(0, MAX_EXPERTS),
+    "top_k_experts": _EXPERTS,
     "norm_topk_prob": either(NULL, FLAG),
     "n_routed_experts": _EXPERTS,
     "n_shared_experts": whole(0, MAX_EXPERTS),
@@ -96,13 +111,51 @@ KINDS: dict[str, Kind] = {
     "moe_layer_interval": whole(1, MAX_LAYERS),
     "swiglu_alpha": _SCALE,
     "swiglu_limit": _SCALE,
+    "mlp_layer_types": either(NULL, listed(TEXT, MAX_LAYERS)),
+    "moe_layer_freq": _EXPERTS,
+    "topk_method": TEXT,
+    "scoring_func": TEXT,
+    # Latent attention
+    "q_lora_rank": either(NULL, _WIDTH),
+    "kv_lora_rank": _WIDTH,
+    "qk_nope_head_dim": whole(1, 2**13),
+    "qk_rope_head_dim": whole(1, 2**13),
+    "v_head_dim": whole(1, 2**13),
+    "rope_interleave": either(NULL, FLAG),
+    # LFM2
+    "norm_eps": number(0, 1),
+    "conv_L_cache": whole(1, 64),
+    "conv_bias": either(NULL, FLAG),
+    "block_auto_adjust_ff_dim": either(NULL, FLAG),
+    "block_ffn_dim_multiplier": either(NULL, _SCALE),
+    "block_multiple_of": whole(1, 2**20),
+    "block_ff_dim": _WIDTH,
+    "full_attn_idxs": either(NULL, listed(whole(0, _LONGEST), MAX_LAYERS)),
+    "tie_embedding": either(NULL, FLAG),
+    "num_dense_layers": whole(0, MAX_LAYERS),
+    "use_expert_bias": either(NULL, FLAG),
+    # Granite 4
+    "shared_intermediate_size": _WIDTH,
+    "position_embedding_type": either(NULL, TEXT),
+    "layers_block_type": either(NULL, listed(TEXT, MAX_LAYERS)),
+    "time_step_limit": either(
+        NULL, listed(either(number(0, math.inf, least=True), OBJECT))
+    ),
+    "mamba_n_heads": whole(1, 2**12),
+    "mamba_n_groups": whole(1, 2**12),
+    "mamba_d_state": whole(1, 2**13),
+    "mamba_d_head": either(TEXT, whole(1, 2**13)),
+    "mamba_d_conv": whole(1, 64),
+    "mamba_expand": whole(1, 64),
+    "mamba_conv_bias": either(NULL, FLAG),
+    "mamba_proj_bias": either(NULL, FLAG),
     # The gated delta net
     "full_attention_interval": either(NULL, whole(1, _LONGEST)),
     "linear_conv_kernel_dim": either(NULL, whole(1, 64)),
-    "linear_num_key_heads": either(NULL, whole(1, 2**12)),
-    "linear_num_value_heads": either(NULL, whole(1, 2**12)),
-    "linear_key_head_dim": either(NULL, whole(1, 2**13)),
-    "linear_value_head_dim": either(NULL, whole(1, 2**13)),
+    "linear_num_key_heads": either(NULL, _HEADS),
+    "linear_num_value_heads": either(NULL, _HEADS),
+    "linear_key_head_dim": either(NULL, _FEATURES),
+    "linear_value_head_dim": either(NULL, _FEATURES),
     # Scales
     "embedding_multiplier": _SCALE,
     "attention_multiplier": _SCALE,

@@ -29,6 +29,23 @@ class AttentionSpec:
     """How heads are rotated: as DecoderConfig.rope says, in a way of the layer's own, or not
     at all."""
 
+    head_dim: int | None = None
+    """Features of a head; None for DecoderConfig.head_dim."""
+
+    kv_heads: int | None = None
+    """Heads of keys and values; None for DecoderConfig.num_kv_heads."""
+
+    keys_as_values: bool = False
+    """Values are what k_proj makes, before keys are normed and rotated (Gemma 4)."""
+
+    gives: str | None = None
+    """The name under which later layers find this layer's keys and values (Gemma 4 E2B). It
+    is given once in a model, so that the layer is a slot of its own, of one repeat."""
+
+    takes: str | None = None
+    """The name of an earlier layer's keys and values, which this one attends to in place of
+    its own."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeltaSpec:
@@ -62,6 +79,65 @@ class DeltaSpec:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ShortConvSpec:
+    """A short convolution between two gates (LFM2)."""
+
+    taps: int = 3
+    """Tokens that it reaches over, itself included."""
+
+    bias: bool = False
+    """Its linears and the convolution have biases."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MambaSpec:
+    """A Mamba 2 layer; sizes in heads and features of a head."""
+
+    heads: int
+    head_dim: int
+    state_dim: int
+    """Features of the keys by which a state is written and read."""
+
+    groups: int = 1
+    """Keys and queries of a token; each serves heads / groups heads."""
+
+    taps: int = 4
+    """Tokens that the convolution reaches over, itself included."""
+
+    conv_bias: bool = True
+    bias: bool = False
+    """Its linears have biases."""
+
+    @property
+    def inner_size(self) -> int:
+        """Features of all heads."""
+        return self.heads * self.head_dim
+
+    @property
+    def conv_size(self) -> int:
+        """Features that the convolution goes over."""
+        return self.inner_size + 2 * self.groups * self.state_dim
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentSpec:
+    """Attention whose keys and values are made of a small vector a token (DeepSeek V2).
+
+    DecoderConfig.head_dim is that of queries and keys; of it the last `rotary_dim` features
+    are rotated, and those of keys are the same for all heads.
+    """
+
+    query_rank: int | None
+    """Features that queries are made of; None where they are made of the input itself."""
+
+    latent_rank: int
+    """Features that keys, but for what is rotated, and values are made of."""
+
+    value_dim: int
+    """Features of a head's value."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MLPSpec:
     """One gated feed-forward that all tokens take."""
 
@@ -87,17 +163,35 @@ class ExpertsSpec:
     """Groups that the experts are in; those of `top_groups` of them alone can be chosen."""
 
     top_groups: int = 1
-    """Groups that a token's experts are chosen from: those whose two best experts sum to the
-    most (DeepSeek V3)."""
+    """Groups that a token's experts are chosen from: those whose best experts sum to the
+    most."""
+
+    best_of_group: int = 2
+    """How many of a group's best experts that sum is of: two (DeepSeek V3), or one (V2)."""
 
     scale: float = 1.0
     """The chosen experts' weights are multiplied by it."""
+
+    sum_offset: float = 0.0
+    """Added to the chosen experts' weights' sum before they are divided by it (LFM2)."""
 
     shared_size: int = 0
     """Width of a feed-forward beside the experts that all tokens take; 0 for none."""
 
     shared_gate: bool = False
     """What the shared feed-forward gives is multiplied by a sigmoid of a linear (Qwen)."""
+
+    gains: bool = False
+    """At last each expert's weight is multiplied by a number of its own (Gemma 4)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BesideSpec:
+    """One gated feed-forward that all tokens take, and beside it a mixture; each has norms of
+    its own before and after it, and the router one before it (Gemma 4)."""
+
+    own_size: int
+    """Width of the feed-forward; the experts' is DecoderConfig.intermediate_size."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,6 +207,11 @@ class LayerSpec:
     dense: tuple[str, ...] = ()
     """Paths in the layer of linears that a 4-bit folder keeps dense, such as
     "mlp.down_proj". Layers that store a linear differently cannot be one stack."""
+
+    @property
+    def gives(self) -> str | None:
+        """The name under which later layers find what the mixer remembers; None for none."""
+        return getattr(self.mixer, "gives", None)
 
 
 @dataclasses.dataclass(frozen=True)

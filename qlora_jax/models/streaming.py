@@ -66,8 +66,9 @@ def copies_ahead(layers: int, micro_batches: int, checkpoint: str | None) -> boo
 
 
 def scan_ahead(
-    apply: Callable[[int, Any, Any, Array, Any], Array],
+    apply: Callable[[int, Any, Any, Array, Any, Any], Array],
     x: Array,
+    given: Any,
     trained: Sequence[Any],
     base: Sequence[Any],
     extra: Sequence[Any],
@@ -86,8 +87,10 @@ def scan_ahead(
     the stack, and the last repeat comes after the loop.
 
     Args:
-      apply: (slot, trained, base, x, extra), the last four a layer's, -> x.
+      apply: (slot, trained, base, x, given, extra) -> x; but for `given`, which is all
+        layers', these are a layer's.
       x: The first layer's input, (batch, seq, hidden).
+      given: What all layers see and is differentiated too, such as an earlier layer's keys.
       trained: For each slot of a pattern, what is differentiated besides x; every leaf has
         a leading axis of repeats.
       base: For each slot its frozen weights, in host memory, the same.
@@ -100,7 +103,9 @@ def scan_ahead(
     slots, last = len(base), len(jax.tree.leaves(base[0])[0]) - 1
     trained, base, extra = list(trained), list(base), list(extra)
 
-    def forward(x: Array, trained: Any, base: Any, extra: Any) -> tuple[Array, Any]:
+    def forward(
+        x: Array, given: Any, trained: Any, base: Any, extra: Any
+    ) -> tuple[Array, Any]:
         def repeat(i: Array, x: Array, layer: Any, more: bool) -> tuple[Any, ...]:
             inputs = []
             for j in range(slots):
@@ -110,7 +115,8 @@ def scan_ahead(
                     following = _fetch(base[j + 1], i)
                 elif more:
                     following = _fetch(base[0], i + 1)
-                y = apply(j, at(trained[j], i), _first(layer), x, at(extra[j], i))
+                own = at(trained[j], i), _first(layer), x, given, at(extra[j], i)
+                y = apply(j, *own)
                 # Without it XLA fuses a last layer with what follows, and does not round to
                 # y's dtype as a loop does.
                 x, layer = lax.optimization_barrier((y, following))
@@ -126,23 +132,27 @@ def scan_ahead(
         start = jnp.int32(0), x, _fetch(base[0], 0)
         (i, x, layer), inputs = _loop(turn, start, last)
         y, _, final = repeat(i, x, layer, False)
-        return y, (inputs, final, trained, base, extra)
+        return y, (inputs, final, given, trained, base, extra)
 
     def backward(kept: Any, dy: Array) -> tuple[Any, ...]:
-        inputs, final, trained, base, extra = kept
+        inputs, final, given, trained, base, extra = kept
 
         def layer_back(
-            j: int, i: Array, dy: Array, grads: Any, layer: Any, x: Array
-        ) -> tuple[Array, Any]:
-            def layer_of(trained: Any, x: Array) -> Array:
-                return apply(j, trained, _first(layer), x, at(extra[j], i))
+            j: int, i: Array, back: Any, grads: Any, layer: Any, x: Array
+        ) -> tuple[Any, Any]:
+            dy, d_given = back
 
-            d_trained, dx = jax.vjp(layer_of, at(trained[j], i), x)[1](dy)
+            def layer_of(trained: Any, given: Any, x: Array) -> Array:
+                return apply(j, trained, _first(layer), x, given, at(extra[j], i))
+
+            own = at(trained[j], i), given, x
+            d_trained, more, dx = jax.vjp(layer_of, *own)[1](dy)
             put = functools.partial(lax.dynamic_update_index_in_dim, index=i, axis=0)
-            return dx, jax.tree.map(put, grads, d_trained)
+            d_given = jax.tree.map(jnp.add, d_given, more)
+            return (dx, d_given), jax.tree.map(put, grads, d_trained)
 
         def repeat(
-            i: Array, dy: Array, grads: Any, layer: Any, xs: Any, more: bool
+            i: Array, back: Any, grads: Any, layer: Any, xs: Any, more: bool
         ) -> tuple[Any, ...]:
             grads, ahead = list(grads), [None] * slots
             for j in reversed(range(slots)):
@@ -150,28 +160,28 @@ def scan_ahead(
                     _fetch(base[j - 1], i if j else i - 1) if j or more else None
                 )
                 before = _fetch(inputs[j], i - 1) if more else None
-                done = layer_back(j, i, dy, grads[j], layer, xs[j][0])
+                done = layer_back(j, i, back, grads[j], layer, xs[j][0])
                 if following is not None:
                     done, following, before = lax.optimization_barrier(
                         (done, following, before)
                     )
-                (dy, grads[j]), layer, ahead[j] = done, following, before
-            return dy, grads, layer, ahead
+                (back, grads[j]), layer, ahead[j] = done, following, before
+            return back, grads, layer, ahead
 
         def turn(carry: Any, _: None) -> tuple[Any, None]:
             i, *rest = carry
             return (i - 1, *repeat(i, *rest, more=True)), None
 
-        zeros = jax.tree.map(jnp.zeros_like, trained)
+        d_given, zeros = jax.tree.map(jnp.zeros_like, (given, trained))
         xs = [x[None] for x in final]
-        start = jnp.int32(last), dy, zeros, _fetch(base[-1], last), xs
+        start = jnp.int32(last), (dy, d_given), zeros, _fetch(base[-1], last), xs
         carry, _ = _loop(turn, start, last)
-        dx, grads, _, _ = repeat(*carry, more=False)
-        return dx, grads, None, None
+        (dx, d_given), grads, _, _ = repeat(*carry, more=False)
+        return dx, d_given, grads, None, None
 
     applied = jax.custom_vjp(lambda *args: forward(*args)[0])
     applied.defvjp(forward, backward)
-    return applied(x, trained, base, extra)
+    return applied(x, given, trained, base, extra)
 
 
 def _loop(turn: Callable[..., Any], start: Any, length: int) -> tuple[Any, Any]:

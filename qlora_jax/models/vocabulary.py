@@ -11,7 +11,7 @@ from jaxtyping import Array
 from qlora_jax.errors import ConfigError, ShapeError
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.settings import MAX_ROWS
-from qlora_jax.names import EMBEDDING, HEAD
+from qlora_jax.names import PER_LAYER, TABLES, dotted
 from qlora_jax.nn.frozen import Adapted, Weighted, replaced
 
 M = TypeVar("M", bound=nnx.Module)
@@ -20,7 +20,7 @@ M = TypeVar("M", bound=nnx.Module)
 def resize_tokens(
     model: Decoder, rows: int, pieces: Mapping[int, Sequence[int]] | None = None
 ) -> Decoder:
-    """Grows embedding and untied head to a number of rows; never shrinks them.
+    """Grows embedding, untied head and per-layer table to a number of rows; never shrinks them.
 
     Args:
       model: A model without adapter. It is left as it was.
@@ -37,26 +37,34 @@ def resize_tokens(
     if rows == model.config.vocab_size and not pieces:
         return model
     tables = {"embedding": model.embed_tokens, "head": model.lm_head}
+    if model.per_layer is not None and rows > model.config.per_layer_vocab:
+        tables["per-layer embedding"] = model.per_layer.embed_tokens_per_layer
     for name, table in tables.items():
         if isinstance(table, Adapted):
             raise ShapeError(f"the {name} is adapted already; resize before attach")
+        flag = name.removeprefix("per-layer ")
         if table is not None and table.packed:
             raise ShapeError(
                 f"the {name} is quantized and cannot take new rows; load it dense "
-                f"(without {name}=, --quant.{name})"
+                f"(without {flag}=, --quant.{flag})"
             )
 
     def larger(path: tuple, node: Weighted) -> nnx.Module:
-        if path not in ((EMBEDDING,), (HEAD,)):
+        name, table = dotted(path), node.stored
+        if name not in TABLES or (name == PER_LAYER and table.shape[0] >= rows):
             return node
-        made = node.holding(grow(node.stored))
+        # No adapter holds rows of the per-layer table, so they are what any base has there.
+        made = node.holding(grown(table, rows) if name == PER_LAYER else grow(table))
         # How many rows are the base's own, for its fingerprint.
-        own = node.variable.get_metadata().get("own_rows", node.stored.shape[0])
+        own = node.variable.get_metadata().get("own_rows", table.shape[0])
         getattr(made, node.WEIGHT).set_metadata(own_rows=own)
         return made
 
     made = replaced(model, Weighted, larger)
-    made.config = dataclasses.replace(made.config, vocab_size=rows)
+    told = made.config.per_layer_vocab
+    made.config = dataclasses.replace(
+        made.config, vocab_size=rows, per_layer_vocab=told and max(rows, told)
+    )
     return made
 
 

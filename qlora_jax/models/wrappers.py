@@ -52,6 +52,9 @@ TEXTS = {
     "gemma3_text": Text(
         "gemma3_text", "Gemma3ForCausalLM", (262208, 2304, 9216, 26, 8)
     ),
+    "gemma4_text": Text(
+        "gemma4_text", "Gemma4ForCausalLM", (262144, 2304, 9216, 30, 8)
+    ),
     "llama": Text("llama", "LlamaForCausalLM", (32000, 4096, 11008, 32, 32)),
     "ministral3": Text(
         "ministral3", "Ministral3ForCausalLM", (131072, 4096, 14336, 34, 32)
@@ -94,6 +97,7 @@ class Wrapper(NamedTuple):
 
 WRAPPERS = {
     "gemma3": Wrapper("gemma3_text", "outer", True),
+    "gemma4": Wrapper("gemma4_text", "outer", True),
     "internvl": Wrapper("qwen2", "outer", True),
     "llava": Wrapper("llama"),
     "llava_next": Wrapper("llama", "outer"),
@@ -179,6 +183,8 @@ def _of_text(stored: dict[str, Any]) -> dict[str, Any]:
     skip = stored.get("llm_int8_skip_modules")
     if not skip:
         return stored
-    vision = re.compile(r"(^|\.)(vis|multi_modal_projector|image_newline)")
-    kept = [without_wrapper(name) for name in skip if not vision.search(name)]
+    other = re.compile(
+        r"(^|\.)(vis|audio_tower|embed_(vision|audio)|multi_modal_projector|image_newline)"
+    )
+    kept = [without_wrapper(name) for name in skip if not other.search(name)]
     return stored | {"llm_int8_skip_modules": kept}

@@ -29,14 +29,14 @@ VARIABLE = "QLORA_JAX_ATTENTION"
 def causal_attention(
     q: Float[Array, "batch seq heads head_dim"],
     k: Float[Array, "batch seq kv_heads head_dim"],
-    v: Float[Array, "batch seq kv_heads head_dim"],
+    v: Float[Array, "batch seq kv_heads value_dim"],
     *,
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Float[Array, " heads"] | None = None,
     implementation: Implementation | None = None,
-) -> Float[Array, "batch seq heads head_dim"]:
+) -> Float[Array, "batch seq heads value_dim"]:
     """Softmax attention in whole sequences: token i sees the tokens up to i.
 
     Args:
@@ -59,6 +59,7 @@ def causal_attention(
         softcap,
         implementation,
         sinks=sinks is not None,
+        value_dim=v.shape[3],
     )
     if name == "cudnn":
         return _cudnn(q, k, v, window, scale)
@@ -75,6 +76,7 @@ def choose_attention(
     softcap: float | None = None,
     implementation: str | None = None,
     sinks: bool = False,
+    value_dim: int | None = None,
 ) -> tuple[str, str]:
     """Returns what `causal_attention` runs for q of a shape, and why."""
     implementation = implementation or os.environ.get(VARIABLE)
@@ -92,6 +94,10 @@ def choose_attention(
         reason = "cudnn has no softcap"
     elif sinks:
         reason = "cudnn has no sinks"
+    elif value_dim not in (None, shape[3]):
+        reason = (
+            f"cudnn wants values as wide as queries, here {value_dim} and {shape[3]}"
+        )
     else:
         reason = _cudnn_refuses(shape, kv_heads, jnp.dtype(dtype).name, window)
     if reason is None:
@@ -143,7 +149,7 @@ def _log_choice(name: str, why: str) -> None:
 def attention(
     q: Float[Array, "batch seq heads head_dim"],
     k: Float[Array, "batch keys kv_heads head_dim"],
-    v: Float[Array, "batch keys kv_heads head_dim"],
+    v: Float[Array, "batch keys kv_heads value_dim"],
     q_positions: Int[Array, "batch seq"],
     k_positions: Int[Array, "batch keys"],
     *,
@@ -151,13 +157,13 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Float[Array, " heads"] | None = None,
-) -> Float[Array, "batch seq heads head_dim"]:
+) -> Float[Array, "batch seq heads value_dim"]:
     """Softmax attention with grouped keys; a query sees keys at or before its position.
 
     Args:
       q: Queries, rotated.
       k: Keys, rotated; heads is a multiple of kv_heads.
-      v: Values.
+      v: Values; a head's may be of another size than its query.
       q_positions: Position of each query.
       k_positions: Position of each key; a negative one is never seen (padding, unused
         cache).
@@ -171,7 +177,7 @@ def attention(
       The heads' outputs in q's dtype; softmax and sums are float32.
     """
     batch, seq, heads, head_dim = q.shape
-    keys, kv_heads = k.shape[1:3]
+    keys, kv_heads, value_dim = v.shape[1:]
     group = heads // kv_heads
     scale = head_dim**-0.5 if scale is None else scale
     # Batch axes first and one matrix each behind them: (batch, kv_heads, rows, head_dim).
@@ -184,8 +190,8 @@ def attention(
         seen = _seen(q_positions, k_positions, window)[:, None, None]
         rows = rows.reshape(batch, kv_heads, -1, head_dim)
         y = _attend(rows, k, v, seen, sinks, scale, softcap)
-        y = y.reshape(batch, kv_heads, group, -1, head_dim).transpose(0, 3, 1, 2, 4)
-        return y.reshape(batch, -1, heads, head_dim)
+        y = y.reshape(batch, kv_heads, group, -1, value_dim).transpose(0, 3, 1, 2, 4)
+        return y.reshape(batch, -1, heads, value_dim)
 
     most = max(16, limit(SCORE_BYTES) // (4 * batch * heads * keys))
     if seq <= most:
@@ -199,7 +205,7 @@ def attention(
         return x.swapaxes(0, 1)
 
     y = lax.map(lambda args: block(*args), (split(q), split(q_positions)))
-    y = y.swapaxes(0, 1).reshape(batch, blocks * size, heads, head_dim)
+    y = y.swapaxes(0, 1).reshape(batch, blocks * size, heads, value_dim)
     return y[:, :seq]
 
 
@@ -213,12 +219,12 @@ def _seen(q_positions: Array, k_positions: Array, window: int | None) -> Array:
 def _attend(
     q: Float[Array, "b h gq d"],
     k: Float[Array, "b h k d"],
-    v: Float[Array, "b h k d"],
+    v: Float[Array, "b h k e"],
     seen: Bool[Array, "b 1 1 q k"],
     sinks: Float[Array, "h g 1 1"] | None,
     scale: float,
     softcap: float | None,
-) -> Float[Array, "b h gq d"]:
+) -> Float[Array, "b h gq e"]:
     """Attention of one query block; rows are the queries of each head of a group."""
     weights = _weights(q, k, seen, sinks, scale, softcap)[0].astype(q.dtype)
     return dot(weights, v, 3, 2, batch=2).astype(q.dtype)

@@ -13,10 +13,12 @@ position of -1 is padding, which leaves the state as it is.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -39,17 +41,19 @@ class Convolution(Weighted):
 
     Attributes:
       weight: FrozenParam, (..., features, 1, taps), the last tap for the token itself.
+      bias: FrozenParam, (..., features), or None.
     """
 
     NDIM = 3
-    AXES: ClassVar = {"weight": ("out", "in", "taps")}
+    AXES: ClassVar = {"weight": ("out", "in", "taps"), "bias": ("out",)}
 
-    def __init__(self, weight: Array):
+    def __init__(self, weight: Array, bias: Array | None = None):
         self.weight = FrozenParam(weight)
+        self.bias = nnx.data(None if bias is None else FrozenParam(bias))
 
     def holding(self, weight: Any, bias: Any = None) -> "Convolution":
-        """Returns the convolution of another weight."""
-        return Convolution(weight)
+        """Returns the convolution of another weight and bias."""
+        return Convolution(weight, bias)
 
     def __call__(
         self,
@@ -75,6 +79,8 @@ class Convolution(Weighted):
             part = along[:, first : first + seq].astype(jnp.float32)
             inside = (positions >= back)[..., None]
             y += jnp.where(inside, part, 0) * weight[:, first]
+        if self.bias is not None:
+            y += self.bias[...].astype(jnp.float32)
         return y, along[:, seq:]
 
 
@@ -99,12 +105,16 @@ class Decay(Weighted):
 
     def __call__(self, x: Float[Array, "*batch heads"]) -> Float[Array, "*batch heads"]:
         """Returns values of 0 at most, float32."""
-        weight, bias = self.weight[...], self.bias[...]
-        rate = jnp.exp(weight.astype(jnp.float32))
-        return -rate * jax.nn.softplus(x.astype(jnp.float32) + bias)
+        rate = jnp.exp(self.weight[...].astype(jnp.float32))
+        return -rate * self.step(x)
+
+    def step(self, x: Float[Array, "*batch heads"]) -> Float[Array, "*batch heads"]:
+        """Returns softplus(x + bias), float32."""
+        bias = self.bias[...].astype(jnp.float32)
+        return jax.nn.softplus(x.astype(jnp.float32) + bias)
 
 
-class _Chunks(NamedTuple):
+class Chunks(NamedTuple):
     """Tokens of some chunks; axes are (chunks, batch, key heads, ..., tokens, features)."""
 
     q: Array
@@ -143,6 +153,28 @@ def gated_delta_rule(
     Returns:
       Outputs in the dtype of the values, and the state after the last token.
     """
+    return in_chunks(_some, q, k, v, log_decay, rate, positions, state)
+
+
+def in_chunks(
+    some: Callable[[Array, Chunks], tuple[Array, Array]],
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array,
+    rate: Array,
+    positions: Array,
+    state: Array | None,
+) -> tuple[Array, Array]:
+    """Goes over all tokens, one group of chunks after another.
+
+    Args:
+      some: (state, one group) -> (the state after it, its outputs with the axes of v).
+      q, k, v, log_decay, rate, positions, state: See `gated_delta_rule`.
+
+    Returns:
+      What `gated_delta_rule` does.
+    """
     batch, seq, key_heads, keys = k.shape
     heads, values = v.shape[2:]
     each = heads // key_heads
@@ -166,7 +198,7 @@ def gated_delta_rule(
         x = x.reshape(*x.shape[:4], *heads, *x.shape[5:])
         return jnp.moveaxis(x, 3, 3 + len(heads))
 
-    xs = _Chunks(
+    xs = Chunks(
         by_head(q, key_heads),
         by_head(k, key_heads),
         by_head(v, key_heads, each),
@@ -177,7 +209,7 @@ def gated_delta_rule(
     if state is None:
         state = jnp.zeros((batch, heads, keys, values), jnp.float32)
     state = state.reshape(batch, key_heads, each, keys, values)
-    state, y = lax.scan(jax.checkpoint(_some, prevent_cse=False), state, xs)
+    state, y = lax.scan(jax.checkpoint(some, prevent_cse=False), state, xs)
     y = jnp.moveaxis(
         y, -2, 3
     )  # (groups, together, batch, size, key heads, each, values)
@@ -185,35 +217,56 @@ def gated_delta_rule(
     return y, state.reshape(batch, heads, keys, values)
 
 
-def _some(state: Array, some: _Chunks) -> tuple[Array, Array]:
+class Decays(NamedTuple):
+    """How much of what one token does another sees, as factors.
+
+    Attributes:
+      between: Of what each token of a chunk writes, for each that reads, (..., reads, writes).
+      since: Of the state before the chunk, for each token, (..., tokens, 1).
+      until: Of what each token writes, in the state after the chunk, (..., tokens, 1).
+      through: Of the state before the chunk in the one after it, (...).
+    """
+
+    between: Array
+    since: Array
+    until: Array
+    through: Array
+
+    @classmethod
+    def of(cls, some: Chunks) -> "Decays":
+        """Returns those of each chunk of a group."""
+        decay = jnp.cumsum(some.decay, axis=-1)  # since the chunk's beginning
+        size = decay.shape[-1]
+        begun = some.begun[:, :, None, None]  # for each pair of heads
+        # Tokens that see the state before the chunk, and those that the one behind sees.
+        whole = (begun == 0).astype(jnp.float32)
+        ends = (begun == begun[..., -1:]).astype(jnp.float32)
+        seen = (begun[..., :, None] == begun[..., None, :]) & jnp.tri(size, dtype=bool)
+        # Masked before exp, which could overflow.
+        between = decay[..., :, None] - decay[..., None, :]
+        return cls(
+            jnp.exp(jnp.where(seen, between, -jnp.inf)),
+            (jnp.exp(decay) * whole)[..., None],
+            (jnp.exp(decay[..., -1:] - decay) * ends)[..., None],
+            jnp.exp(decay[..., -1]) * whole[..., -1],
+        )
+
+
+def _some(state: Array, some: Chunks) -> tuple[Array, Array]:
     """Goes over one group of chunks; returns the state after it and its outputs."""
     q, k, v = (x.astype(jnp.float32) for x in some[:3])
     k = k * lax.rsqrt(jnp.sum(k * k, -1, keepdims=True) + _EPSILON)
     q = q * lax.rsqrt(jnp.sum(q * q, -1, keepdims=True) + _EPSILON)
     q = q * q.shape[-1] ** -0.5
-    decay = jnp.cumsum(some.decay, axis=-1)  # since the chunk's beginning
-    size = decay.shape[-1]
-    begun = some.begun[:, :, None, None]  # for each pair of heads
-    whole = (begun == 0).astype(
-        jnp.float32
-    )  # tokens that see the state before the chunk
-    ends = (begun == begun[..., -1:]).astype(
-        jnp.float32
-    )  # and that the one behind sees
-    seen = (begun[..., :, None] == begun[..., None, :]) & jnp.tri(size, dtype=bool)
-    # The decay between two tokens; masked before exp, which could overflow.
-    between = decay[..., :, None] - decay[..., None, :]
-    between = jnp.exp(jnp.where(seen, between, -jnp.inf))
+    between, since, until, through = Decays.of(some)
     k, q = k[:, :, :, None], q[:, :, :, None]  # an axis for the value heads of each
     kt = k.swapaxes(-1, -2)
-    rate, since = some.rate[..., None], (jnp.exp(decay) * whole)[..., None]
+    rate = some.rate[..., None]
     # What each token writes depends on what those before it wrote: unit lower triangular.
     system = rate * (k @ kt) * between
     right = jnp.concatenate([rate * v, rate * since * k], axis=-1)
     solved = unit_lower_inverse(system) @ right
     written, old = jnp.split(solved, [v.shape[-1]], axis=-1)
-    until = (jnp.exp(decay[..., -1:] - decay) * ends)[..., None]
-    through = jnp.exp(decay[..., -1]) * whole[..., -1]
     parts = written, old, q * since, (q @ kt) * between, k * until, through
 
     def chunk(state: Array, parts: Any) -> tuple[Array, Array]:

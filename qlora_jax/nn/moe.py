@@ -27,7 +27,7 @@ _SMALLEST_BLOCK, _LARGEST_BLOCK = 8, 256
 _LEAST_SUM = 1e-20
 """A sum of weights is taken for at least so much before they are divided by it."""
 
-_SHARED_KEY = 2**31 - 1
+SHARED_KEY = 2**31 - 1
 """Folded into a layer's key for the shared feed-forward; blocks of experts count from 0."""
 
 
@@ -39,6 +39,7 @@ class Router(Weighted):
       bias: FrozenParam, (..., experts), or None.
       correction: Vector of what is added to each expert's weight for choosing alone, or None
         (arXiv 2408.15664).
+      gains: Vector of what the weight of each expert is multiplied by at last, or None.
       settings: The other arguments of __init__.
     """
 
@@ -50,29 +51,34 @@ class Router(Weighted):
         bias: Array | None = None,
         *,
         correction: Vector | None = None,
+        gains: Vector | None = None,
         top_k: int,
         normalize: bool,
         score: Score = "softmax",
-        groups: tuple[int, int] = (1, 1),
+        groups: tuple[int, int, int] = (1, 1, 2),
         scale: float = 1.0,
+        sum_offset: float = 0.0,
     ):
         """Makes a router.
 
         Args:
-          weight, bias, correction: See the attributes.
+          weight, bias, correction, gains: See the attributes.
           top_k: Experts a token.
           normalize: Whether the chosen weights are scaled to sum to 1.
           score: What makes weights of outputs: a softmax over them, or a sigmoid each.
           groups: (the number of groups that the experts are in, the number of those that a
-            token's experts come from).
+            token's experts come from, how many of a group's best experts rank it by their
+            sum).
           scale: The factor of the weights at last.
+          sum_offset: Added to their sum before they are divided by it.
         """
         self.weight = FrozenParam(weight)
         self.bias = nnx.data(None if bias is None else FrozenParam(bias))
         self.correction = nnx.data(correction)
+        self.gains = nnx.data(gains)
         self.top_k, self.normalize = top_k, normalize
         self.score: Score = score
-        self.groups, self.scale = groups, scale
+        self.groups, self.scale, self.sum_offset = groups, scale, sum_offset
 
     @property
     def can_train(self) -> bool:
@@ -85,11 +91,13 @@ class Router(Weighted):
             weight,
             bias,
             correction=self.correction,
+            gains=self.gains,
             top_k=self.top_k,
             normalize=self.normalize,
             score=self.score,
             groups=self.groups,
             scale=self.scale,
+            sum_offset=self.sum_offset,
         )
 
     def __call__(
@@ -105,18 +113,20 @@ class Router(Weighted):
             scores = jax.nn.sigmoid(logits)
         weights, chosen = self._chosen(scores)
         if self.normalize:
-            total = jnp.sum(weights, axis=-1, keepdims=True)
+            total = jnp.sum(weights, axis=-1, keepdims=True) + self.sum_offset
             weights = weights / jnp.maximum(total, _LEAST_SUM)
+        if self.gains is not None:
+            weights = weights * self.gains.weight[...].astype(jnp.float32)[chosen]
         return weights * self.scale, chosen
 
     def _chosen(self, scores: Array) -> tuple[Array, Array]:
         by = lax.stop_gradient(scores)
         if self.correction is not None:
             by = by + self.correction.weight[...].astype(jnp.float32)
-        count, taken = self.groups
+        count, taken, summed = self.groups
         if taken < count:
             each = by.reshape(*by.shape[:-1], count, -1)
-            best = jnp.sum(lax.top_k(each, 2)[0], axis=-1)
+            best = jnp.sum(lax.top_k(each, summed)[0], axis=-1)
             inside = jax.nn.one_hot(lax.top_k(best, taken)[1], count).sum(axis=-2)
             by = jnp.where(inside[..., None] > 0, each, -jnp.inf).reshape(by.shape)
         chosen = lax.top_k(by, self.top_k)[1]
@@ -137,7 +147,7 @@ class Shared(nnx.Module):
 
     def __call__(self, x: Float[Array, "tokens hidden"], key: Array | None) -> Array:
         """Applies the feed-forward, and its gate."""
-        key = None if key is None else jax.random.fold_in(key, _SHARED_KEY)
+        key = None if key is None else jax.random.fold_in(key, SHARED_KEY)
         y = self.mlp(x, key)
         if self.gate is None:
             return y
@@ -174,11 +184,17 @@ class Experts(nnx.Module):
         return kept
 
     def __call__(
-        self, x: Float[Array, "batch seq hidden"], key: Array | None = None
+        self,
+        x: Float[Array, "batch seq hidden"],
+        key: Array | None = None,
+        seen: Float[Array, "batch seq hidden"] | None = None,
     ) -> Float[Array, "batch seq hidden"]:
-        """Sums the chosen experts' outputs, weighted."""
+        """Sums the chosen experts' outputs, weighted; `seen` is what the router sees, if that
+        is not x."""
         flat = x.reshape(-1, x.shape[-1])
-        weights, chosen = self.router(flat)
+        weights, chosen = self.router(
+            flat if seen is None else seen.reshape(flat.shape)
+        )
         graphdef, lora, frozen = nnx.split(self.experts, nnx.LoRAParam, ...)
 
         def prepare(experts: Int[Array, " blocks"]) -> Any:

@@ -18,26 +18,30 @@ class RMSNorm(Weighted):
       weight: FrozenParam, (..., features).
       eps: Added to the mean square.
       offset: 1 where weights are stored as their difference from 1 (Gemma).
+      groups: Parts of the last axis, each of which has its own rms.
     """
 
     NDIM = 1
     AXES: ClassVar = {"weight": ("hidden",)}
 
-    def __init__(self, weight: Array, eps: float, offset: float = 0.0):
+    def __init__(self, weight: Array, eps: float, offset: float = 0.0, groups: int = 1):
         self.weight = FrozenParam(weight)
         self.eps = eps
         self.offset = offset
+        self.groups = groups
 
     def holding(self, weight: Any, bias: Any = None) -> "RMSNorm":
         """Returns the norm of another weight."""
-        return type(self)(weight, self.eps, self.offset)
+        return type(self)(weight, self.eps, self.offset, self.groups)
 
     def __call__(
         self, x: Float[Array, "*batch features"]
     ) -> Float[Array, "*batch features"]:
         """Normalizes in float32 and returns x's dtype."""
         weight = self.offset + self.weight[...].astype(jnp.float32)
-        return (_of_unit_size(x, self.eps) * weight).astype(x.dtype)
+        parts = x.reshape(*x.shape[:-1], self.groups, -1)
+        normed = _of_unit_size(parts, self.eps).reshape(x.shape)
+        return (normed * weight).astype(x.dtype)
 
 
 class LayerNorm(RMSNorm):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-Kind = Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
+Kind = Literal["linear", "dynamic", "llama3", "yarn", "longrope", "proportional"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,10 +20,11 @@ class RopeScaling:
     """Says how rotary frequencies change for texts longer than those of pretraining.
 
     Attributes:
-      kind: 'linear' uses factor alone, 'dynamic' factor and original_max_position;
-        'dynamic' and 'longrope' depend on the length of the sequence.
+      kind: 'linear' uses factor alone, 'dynamic' factor and original_max_position,
+        'proportional' factor and share; 'dynamic' and 'longrope' depend on the length of
+        the sequence.
       factor: The factor that the context is stretched by. Frequencies are divided by it:
-        all of them for 'linear', the low ones for 'llama3' and 'yarn'.
+        all of them for 'linear' and 'proportional', the low ones for 'llama3' and 'yarn'.
       low_freq_factor, high_freq_factor: For 'llama3': frequencies that turn fewer than
         low_freq_factor times within the pretraining length are divided by factor, those
         that turn more than high_freq_factor times stay, the others are blended.
@@ -36,6 +37,8 @@ class RopeScaling:
         to whole features.
       short_factor, long_factor: For 'longrope': what each frequency is divided by, in
         sequences up to the pretraining length and in longer ones.
+      share: For 'proportional': this part of the frequencies stays, from the highest on;
+        the others are 0, so that their features do not turn.
     """
 
     kind: Kind
@@ -49,6 +52,7 @@ class RopeScaling:
     truncate: bool = True
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+    share: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,6 +96,9 @@ def inverse_frequencies(
     match scaling.kind:
         case "linear":
             return frequencies / np.float32(scaling.factor)
+        case "proportional":
+            turning = np.arange(dim // 2) < int(scaling.share * dim // 2)
+            return np.where(turning, frequencies / np.float32(scaling.factor), 0)
         case "llama3":
             return _llama3(frequencies, scaling)
         case "yarn":

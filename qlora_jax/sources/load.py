@@ -12,7 +12,7 @@ from flax import nnx
 from qlora_jax.config.quant import Mxfp4Use, QuantConfig, TableFormat
 from qlora_jax.errors import CheckpointError, ShapeError, gathered
 from qlora_jax.models import Decoder, abstract, hf_table
-from qlora_jax.names import dotted
+from qlora_jax.names import PER_LAYER, dotted
 from qlora_jax.nn import QuantizedLinear, Weighted
 from qlora_jax.nn.frozen import replaced
 from qlora_jax.sources import bitsandbytes
@@ -50,8 +50,8 @@ def load(
         dense model dense. A folder with bitsandbytes 4-bit weights is read as it is.
       dtype: The dtype of everything that stays dense, and so of the computation:
         'bfloat16', 'float16' or 'float32'.
-      embedding: Make the embedding '4bit' or 'int8' too, and a tied head with it. A folder
-        that has it in int8 is read as it is.
+      embedding: Make the embedding '4bit' or 'int8' too, and with it a tied head and the
+        table of per-layer embeddings. A folder that has it in int8 is read as it is.
       head: Make a head that is not tied to the embedding '4bit' or 'int8' too. A folder
         that has it in int8 is read as it is.
       mxfp4: Hold experts that a folder has in MXFP4 as they are ('keep'), or decode them as
@@ -119,6 +119,7 @@ def reading(
     formats: dict[str, TableFormat] = {
         path: tables[name] for name, path in _TABLES.items()
     }
+    formats[f"{PER_LAYER}.weight"] = tables["embedding"]
     settings = quant, dtype, formats, quant or stored, stream, mxfp4
     reader = Reader(source.tensors, *settings)
     return Reading(reader, wanted, skeleton, notes)
@@ -258,6 +259,8 @@ def outlined(source: Source, prepared: Reading) -> Outline:
         if inner or not isinstance(value, jax.ShapeDtypeStruct):
             return variable
         names, stack, _ = wanted[name]
+        if bitsandbytes.is_packed(checkpoint, names[0]):
+            return variable.replace(reader.read(name, wanted[name]))
         if not stack:
             return variable.replace(checkpoint[names[0]])
         whole = np.stack([checkpoint[name] for name in names])

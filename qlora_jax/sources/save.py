@@ -15,11 +15,17 @@ from flax import nnx
 from pallas_kernels.formats import PackedWeight
 from qlora_jax.errors import CheckpointError
 from qlora_jax.files import NewFolder, check_output, new_folder
-from qlora_jax.models import Decoder, DecoderConfig, config_json, fused_in, llama
+from qlora_jax.models import (
+    Decoder,
+    DecoderConfig,
+    config_json,
+    fused_in,
+    hf_table,
+    llama,
+)
 from qlora_jax.models.fused import Joining
 from qlora_jax.names import (
-    EMBEDDING,
-    HEAD,
+    TABLES,
     Numbered,
     Table,
     dotted,
@@ -122,8 +128,9 @@ def saved_config(model: Decoder) -> DecoderConfig:
 
 def saved_names(config: DecoderConfig, origin: Source | None) -> Table:
     """Returns what a folder calls each parameter: as its source does, or a Llama's."""
-    names = llama.NAMES if origin is None else origin.family.NAMES
-    return Table(names, config.num_layers, config.num_experts)
+    if origin is not None:
+        return hf_table(config)
+    return Table(llama.NAMES, config.num_layers, config.num_experts)
 
 
 class Place(NamedTuple):
@@ -165,7 +172,7 @@ def places(model: Decoder, table: Table) -> Iterator[Place]:
 
 def as_saved(path: str, value: Any, dtype: str) -> Any:
     """Returns a value as a folder has it: a 4-bit embedding or head is dense there."""
-    outer = path.partition(".")[0] in (EMBEDDING, HEAD)
+    outer = path.rpartition(".")[0] in TABLES
     if outer and isinstance(value, PackedWeight) and value.LISTED_AS is None:
         return value.decode(dtype)
     return value
@@ -226,6 +233,8 @@ def write_folder(
     hf.pop("dtype", None)
     hf["torch_dtype"] = dtype
     hf["vocab_size"] = config.vocab_size
+    if config.per_layer_vocab:
+        hf["vocab_size_per_layer_input"] = config.per_layer_vocab
     hf["tie_word_embeddings"] = config.tie_word_embeddings
     if origin is not None and not origin.is_gguf:
         copy_tokenizer(origin.path, new.path)

@@ -116,7 +116,8 @@ class Source:
         checkpoint = Checkpoint(self.path)
         if self.encoding is not None:
             join(checkpoint, self.encoding)
-        known = frozenset(FAMILIES[config.model_type].NAMES.values())
+        family = FAMILIES[config.model_type]
+        known = {*family.NAMES.values(), *(one.name for one in fused_in(family))}
         wrapped = named in WRAPPERS
         checkpoint.rename(lambda name: _usual(name, known, wrapped))
         infos = checkpoint.infos

@@ -23,7 +23,7 @@ import jax
 from qlora_jax.adapters import LoRAConfig
 from qlora_jax.budget.setup import Setup
 from qlora_jax.config.quant import QuantConfig
-from qlora_jax.models import DecoderConfig
+from qlora_jax.models import DecoderConfig, read_config
 from qlora_jax.models.spec import AttentionSpec, DeltaSpec, LayerSpec
 from qlora_jax.train.compiled import account, compile_step
 from scripts.bench import harness
@@ -106,6 +106,26 @@ UNSEEN |= {
     },
 }
 UNSEEN["gemma3-1b"]["mixers"] += (AttentionSpec(window=512),) * 2
+_GEMMA4 = {
+    **{"model_type": "gemma4_text", "vocab_size": 262144, "sliding_window": 1024},
+    **{"attention_k_eq_v": True, "hidden_size_per_layer_input": 0},
+    "final_logit_softcapping": 30.0,
+}
+UNSEEN |= {  # by a config.json
+    "gemma4-31b": _GEMMA4
+    | {
+        **{"hidden_size": 5376, "num_hidden_layers": 60, "intermediate_size": 21504},
+        **{"num_attention_heads": 32, "num_key_value_heads": 16},
+        "num_global_key_value_heads": 4,
+    },
+    "gemma4-26b-a4b": _GEMMA4
+    | {
+        **{"hidden_size": 2816, "num_hidden_layers": 30, "intermediate_size": 2112},
+        **{"num_attention_heads": 16, "num_key_value_heads": 8},
+        **{"num_global_key_value_heads": 2, "enable_moe_block": True},
+        **{"num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704},
+    },
+}
 TABLES = {"embedding": "4bit", "head": "4bit"}
 INT8 = {"embedding": "int8", "head": "int8"}
 ALL = {**TABLES, "checkpoint": "host", "offload": True}
@@ -236,6 +256,8 @@ UNSEEN_GRID: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("qwen3-30b-a3b", {}),
         ("qwen3.5-27b", {}),
         ("qwen3.5-27b", {"max_tokens": 8192}),
+        ("gemma4-31b", {}),
+        ("gemma4-26b-a4b", {}),
     ],
     "cpu": [
         ("smollm2-360m", {"max_tokens": 512}),
@@ -252,11 +274,23 @@ UNSEEN_GRID: dict[str, list[tuple[str, dict[str, Any]]]] = {
 
 def setup_of(model: str, changes: dict[str, Any]) -> Setup:
     """Returns the Setup of a line of the grid."""
-    shape = dict((MODELS | UNSEEN)[model])
+    changes = dict(changes)
+    lora = LoRAConfig(**changes.pop("lora", {}))
+    quant = QuantConfig() if "quant" not in changes else changes.pop("quant")
+    config = _config((MODELS | UNSEEN)[model])
+    return Setup(config=config, lora=lora, quant=quant, **changes)
+
+
+def _config(shape: dict[str, Any]) -> DecoderConfig:
+    if "model_type" in shape:
+        config, problems = read_config(shape)
+        assert config is not None, problems
+        return config
+    shape = dict(shape)
     layers, hidden, wide = (shape.pop(k) for k in ("layers", "hidden", "wide"))
     heads, kv_heads, *rest = shape.pop("heads")
     mixers = shape.pop("mixers", ())
-    config = DecoderConfig(
+    return DecoderConfig(
         num_layers=layers,
         layers=tuple(LayerSpec(mixer=mixer) for mixer in mixers),
         hidden_size=hidden,
@@ -266,10 +300,6 @@ def setup_of(model: str, changes: dict[str, Any]) -> Setup:
         head_dim=rest[0] if rest else 128,
         **{"vocab_size": 128256, **shape},
     )
-    changes = dict(changes)
-    lora = LoRAConfig(**changes.pop("lora", {}))
-    quant = QuantConfig() if "quant" not in changes else changes.pop("quant")
-    return Setup(config=config, lora=lora, quant=quant, **changes)
 
 
 def main() -> None:

@@ -166,6 +166,8 @@ UNSEEN = {
     ("gpu", "gemma3-1b"): 0.27,
     ("gpu", "qwen3-30b-a3b"): 0.07,
     ("gpu", "qwen3.5-27b"): 0.16,
+    ("gpu", "gemma4-31b"): 0.04,
+    ("gpu", "gemma4-26b-a4b"): 0.11,
     ("cpu", "smollm2-360m"): 0.04,
     ("cpu", "qwen3-4b"): 0.02,
     ("cpu", "gemma3-1b"): 0.04,

@@ -135,6 +135,11 @@ CASES: dict[str, tuple[Callable[[Path], Path], dict[str, Any], Merging]] = {
         {"targets": "q_proj,up_proj", "layers": (0, 2)},
         Merging(requantize=NF4, correction_rank=2),
     ),
+    "layers of other sizes": (
+        folder_of(apart.OF_OTHER_SIZES),
+        {"targets": "q_proj,per_layer_model_projection"},
+        Merging(quant=NF4, dtype="bfloat16"),
+    ),
     "a base with a dense linear, into 4 bits": (
         apart.mixed,
         {"targets": "down_proj,q_proj"},

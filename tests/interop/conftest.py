@@ -117,6 +117,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 3,
         "norm_topk_prob": True,
     },
+    "gemma4_text": {
+        "model_type": "gemma4_text",
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "intermediate_size": 128,
+        "hidden_size_per_layer_input": 0,
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 64,
+    },
     "gpt_oss": {
         "model_type": "gpt_oss",
         "head_dim": 16,
@@ -129,6 +141,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 _MIXTURES = ("qwen2_moe", "qwen3_next", "qwen3_5_moe_text", "olmoe", "glm4_moe")
+_MIXTURES += ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "lfm2_moe")
+_MIXTURES += ("granitemoehybrid",)
 CONFIGS |= {
     name: family_cases.CASES[name]
     for name in (*_MIXTURES, "minimax_m2", "ernie4_5_moe")

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import tiny
 from models import family_folders
+from safetensors.numpy import load_file
 
 import qlora_jax as qlora
 from qlora_jax import QuantConfig
 from qlora_jax.models import Decoder
-from qlora_jax.nn import QuantizedLinear
+from qlora_jax.nn import Linear, QuantizedLinear
+from qlora_jax.nn.frozen import modules
 
 pytestmark = pytest.mark.interop
 
@@ -26,7 +28,8 @@ ORDER = 3e-5
 FAMILIES = ("mixtral", "qwen3_moe")
 MORE = (
     *("qwen2_moe", "qwen3_next", "qwen3_5_moe_text", "olmoe", "glm4_moe"),
-    *("minimax_m2", "ernie4_5_moe"),
+    *("minimax_m2", "ernie4_5_moe", "deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
+    *("lfm2_moe", "granitemoehybrid"),
 )
 SAME: dict[str, dict[str, Any]] = {
     "all-linear": {},
@@ -70,6 +73,8 @@ def test_our_adapter_of_experts_opens_in_peft(side, bases, ids, tmp_path, name, 
     assert differing(side, model, ids, tmp_path, **job) < ORDER
 
 
+GRADIENTS = 2e-4
+"""The error allowed, relative to the largest of a tensor's gradient, as of dense families."""
 PARAMETERS: dict[str, dict[str, Any]] = {
     "both": {"target_parameters": ["mlp.experts.gate_up_proj", "experts.down_proj"]},
     "one, and linears": {
@@ -100,25 +105,52 @@ def test_pefts_adapters_of_whole_parameters_open(
     assert moved > 30 * ORDER
 
 
-GPT_OSS: dict[str, dict[str, Any]] = SAME | {
+FUSED: dict[str, dict[str, Any]] = SAME | {
     "gate_proj": {"targets": "gate_proj"},
     "gate and down": {"targets": "gate_proj,down_proj,k_proj"},
 }
 
 
-@pytest.mark.parametrize("kind", GPT_OSS)
-def test_adapters_of_gpt_oss_are_such_of_parameters(side, bases, ids, tmp_path, kind):
-    model = drawn(bases["gpt_oss"], **GPT_OSS[kind])
+@pytest.mark.parametrize("kind", FUSED)
+@pytest.mark.parametrize("name", ("gpt_oss", "gemma4_text"))
+def test_adapters_of_fused_files_are_such_of_parameters(
+    side, bases, ids, tmp_path, name, kind
+):
+    model = drawn(bases[name], **FUSED[kind])
     adapter = qlora.export_peft(tmp_path / "a", model)
-    job = {"base": bases["gpt_oss"], "adapter": adapter}
+    job = {"base": bases[name], "adapter": adapter}
     assert differing(side, model, ids, tmp_path, **job) < ORDER
-    back = qlora.import_peft(adapter, qlora.load(bases["gpt_oss"], dtype="float32")[0])
+    back = qlora.import_peft(adapter, qlora.load(bases[name], dtype="float32")[0])
     np.testing.assert_allclose(
         tiny.logits(back, IDS), tiny.logits(model, IDS), atol=ORDER
     )
 
 
-@pytest.mark.parametrize("name", (*FAMILIES, *MORE, "gpt_oss"))
+ATTENTION = "q_proj,k_proj,v_proj,o_proj,in_proj_qkvz,in_proj_qkv,out_proj"
+
+
+@pytest.mark.parametrize("name", (*FAMILIES, *MORE, "gpt_oss", "gemma4_text"))
+def test_a_steps_loss_and_gradients_are_those_of_peft(side, bases, ids, tmp_path, name):
+    """Those of adapters beside the experts: they come through experts and router."""
+    base, _ = qlora.load(bases[name], dtype="float32")
+    have = {path[-1] for path, _ in modules(base, Linear)}
+    targets = ",".join(name for name in ATTENTION.split(",") if name in have)
+    model = tiny.adapted(base, rank=2, targets=targets)
+    job = {"base": bases[name], "ids": ids, "out": tmp_path / "theirs.npz"}
+    job["adapter"] = qlora.export_peft(tmp_path / "a", model)
+    side("logits", **job, grads=True)
+    theirs = dict(np.load(tmp_path / "theirs.npz"))
+    graphdef, lora, rest = qlora.split(model)
+    loss, grads = tiny.adapter_step(graphdef, lora, rest, IDS)
+    np.testing.assert_allclose(loss, theirs["loss"], rtol=1e-5)
+    out = qlora.export_peft(tmp_path / "grads", qlora.join(graphdef, grads, rest))
+    for key, got in load_file(out / "adapter_model.safetensors").items():
+        want = theirs[f"grad:{key}"]
+        atol = GRADIENTS * np.abs(want).max()
+        np.testing.assert_allclose(got, want, atol=atol, rtol=0, err_msg=key)
+
+
+@pytest.mark.parametrize("name", (*FAMILIES, *MORE, "gpt_oss", "gemma4_text"))
 def test_merged_experts_open_in_transformers(side, bases, ids, tmp_path, name):
     merged = qlora.merge(drawn(bases[name]), dtype="float32")
     qlora.save_model(merged, tmp_path / "m", source=bases[name], shard_bytes=200_000)
@@ -133,7 +165,7 @@ def test_experts_in_mxfp4_are_what_transformers_decodes(side, bases, ids, tmp_pa
     assert differing(side, model, ids, tmp_path, base=tmp_path / "again") < ORDER
 
 
-@pytest.mark.parametrize("name", (*FAMILIES, "gpt_oss"))
+@pytest.mark.parametrize("name", (*FAMILIES, "gpt_oss", "gemma4_text"))
 def test_a_4_bit_folder_of_transformers_has_dense_experts_and_opens_in_ours(
     side, bases, ids, tmp_path, name
 ):
@@ -143,7 +175,8 @@ def test_a_4_bit_folder_of_transformers_has_dense_experts_and_opens_in_ours(
     model, _ = qlora.load(folder, dtype="float32")
     for stack in model.stacks:
         assert isinstance(stack.attn.q_proj, QuantizedLinear)
-        assert not isinstance(stack.mlp.experts.gate_proj, QuantizedLinear)
+        mixture = getattr(stack.mlp, "mixture", stack.mlp)
+        assert not isinstance(mixture.experts.gate_proj, QuantizedLinear)
     assert differing(side, model, ids, tmp_path, base=folder) < ORDER
 
 

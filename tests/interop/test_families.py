@@ -1,9 +1,6 @@
 """Every family of dense models, live: 4-bit folder and adapter open in PyTorch, and a step's
 loss and gradients are those of PEFT."""
 
-import functools
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +10,6 @@ from safetensors.numpy import load_file
 
 import qlora_jax as qlora
 from qlora_jax.models import FAMILIES
-from qlora_jax.objectives import SFT
 
 pytestmark = pytest.mark.interop
 
@@ -25,9 +21,17 @@ CASES = {
     if not hasattr(FAMILIES[family], "PARAMETERS")  # mixtures are in test_experts.py
     and not hasattr(FAMILIES[family], "FUSED")
 }
+# Of these the experts are in test_experts.py, and here what has none.
+CASES |= {"granitemoehybrid": family_cases.CASES["granitemoehybrid_dense"]}
+CASES["gemma4_text"] = family_cases.CASES["gemma4_text"]
+CASES["gemma4_text_told"] = {
+    **family_cases.CASES["gemma4_text_told"],
+    "hidden_size_per_layer_input": 64,
+}
 # bitsandbytes on CPUs decodes rows wrongly that are no multiple of a block.
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
-SIZES |= {"linear_value_head_dim": 16}
+SIZES |= {"linear_value_head_dim": 16, "global_head_dim": 32}
+SIZES |= {"shared_intermediate_size": 128}
 GRADIENTS = 2e-4
 """The error allowed, relative to the largest of a tensor's gradient: both sides compute in
 float32 and add in another order."""
@@ -51,7 +55,7 @@ def test_a_4_bit_folder_and_its_adapter_open_in_pytorch(side, tmp_path, family):
             tiny.logits(ours, ids), theirs["logits"], atol=ORDER, rtol=0
         )
     graphdef, lora, rest = qlora.split(adapted)
-    loss, grads = step(graphdef, lora, rest, jnp.asarray(ids))
+    loss, grads = tiny.adapter_step(graphdef, lora, rest, jnp.asarray(ids))
     np.testing.assert_allclose(loss, theirs["loss"], rtol=1e-5)
     # Written as if they were an adapter, gradients have PEFT's names.
     out = qlora.export_peft(tmp_path / "grads", qlora.join(graphdef, grads, rest))
@@ -61,15 +65,3 @@ def test_a_4_bit_folder_and_its_adapter_open_in_pytorch(side, tmp_path, family):
         want = theirs[f"grad:{name}"]
         atol = GRADIENTS * np.abs(want).max()
         np.testing.assert_allclose(got, want, atol=atol, rtol=0, err_msg=name)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def step(graphdef, lora, rest, tokens):
-    """Returns loss and gradients of the adapter."""
-    batch = {"tokens": tokens, "weights": jnp.ones(tokens.shape, jnp.float32)}
-
-    def loss(lora):
-        model = qlora.join(graphdef, lora, rest)
-        return SFT(model, batch)[0] / (tokens.size - len(tokens))
-
-    return jax.value_and_grad(loss)(lora)

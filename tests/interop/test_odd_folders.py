@@ -178,6 +178,22 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "vision_config": SIGLIP,
         "mm_tokens_per_image": 4,
     },
+    "gemma4": {
+        "text_config": TEXT
+        | {
+            "head_dim": 16,
+            "global_head_dim": 32,
+            "sliding_window": 6,
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": TEXT["vocab_size"],
+            "final_logit_softcapping": 30.0,
+        },
+        "vision_config": SMALL
+        | {
+            **{"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16},
+            **{"patch_size": 4, "position_embedding_size": 16},
+        },
+    },
     "llava": {
         "text_config": TEXT | {"model_type": "llama"},
         "vision_config": CLIP,

@@ -20,6 +20,7 @@ _GAINS = {
     "q_proj": 1.5,
     "k_proj": 1.5,
     "qkv_proj": 1.5,
+    "q_b_proj": 1.5,
     "lm_head": 3.0,
     "gate": 3.0,  # a router: far from equal shares
     "router": 3.0,
@@ -27,6 +28,7 @@ _GAINS = {
 """Output size of a linear for inputs of size 1, where it is not 1.2: attention and
 logits far from uniform."""
 _GAIN = 1.2
+_OF_HEADS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm")
 
 
 def _config(model_type: str, **changes: Any) -> dict[str, Any]:
@@ -50,12 +52,21 @@ def _config(model_type: str, **changes: Any) -> dict[str, Any]:
 
 _SHORT = [1.0, 1.05, 1.1, 1.3, 1.6, 2.0, 2.5, 3.0]
 _LONG = [1.0, 1.2, 1.7, 2.5, 4.0, 6.0, 9.0, 12.0]
-_YARN = {
+YARN = {
     "rope_type": "yarn",
     "factor": 4.0,
     "beta_fast": 1.0,
     "beta_slow": 0.125,
     "original_max_position_embeddings": 16,
+}
+
+_LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+    "moe_intermediate_size": 16,
 }
 
 CASES: dict[str, dict[str, Any]] = {
@@ -189,6 +200,52 @@ CASES: dict[str, dict[str, Any]] = {
         rope_local_base_freq=100.0,
         rope_scaling={"rope_type": "linear", "factor": 4.0},
     ),
+    "gemma4_text": _config(
+        "gemma4_text",
+        head_dim=16,
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=8,
+        num_global_key_value_heads=1,
+        global_head_dim=24,
+        attention_k_eq_v=True,
+        hidden_size_per_layer_input=0,
+        use_bidirectional_attention="vision",
+        final_logit_softcapping=6.0,
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {
+                "rope_type": "proportional",
+                "partial_rotary_factor": 0.5,
+                "rope_theta": 500.0,
+            },
+        },
+    ),
+    "gemma4_text_moe": _config(
+        "gemma4_text",
+        head_dim=16,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=8,
+        global_head_dim=24,
+        hidden_size_per_layer_input=0,
+        enable_moe_block=True,
+        num_experts=4,
+        top_k_experts=2,
+        moe_intermediate_size=16,
+    ),
+    "gemma4_text_told": _config(
+        "gemma4_text",
+        head_dim=16,
+        num_hidden_layers=7,
+        layer_types=["sliding_attention", *["sliding_attention", "full_attention"] * 3],
+        sliding_window=8,
+        global_head_dim=24,
+        num_kv_shared_layers=4,
+        use_double_wide_mlp=True,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCAB + 4,
+        attention_bias=True,
+    ),
     "phi3": _config("phi3", sliding_window=10, original_max_position_embeddings=64),
     "phi3_partial": _config(
         "phi3",
@@ -237,14 +294,14 @@ CASES: dict[str, dict[str, Any]] = {
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         rope_parameters={
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
-            "full_attention": _YARN | {"rope_theta": 500.0},
+            "full_attention": YARN | {"rope_theta": 500.0},
         },
     ),
     "seed_oss": _config("seed_oss", head_dim=16, attention_out_bias=True),
     "ministral3": _config(
         "ministral3",
         head_dim=16,
-        rope_parameters=_YARN | {"rope_theta": 500.0, "llama_4_scaling_beta": 0.4},
+        rope_parameters=YARN | {"rope_theta": 500.0, "llama_4_scaling_beta": 0.4},
     ),
     "hunyuan_v1_dense": _config(
         "hunyuan_v1_dense",
@@ -259,6 +316,28 @@ CASES: dict[str, dict[str, Any]] = {
     "cohere": _config("cohere", logit_scale=0.5, attention_bias=True),
     "cohere2": _config("cohere2", sliding_window=8, sliding_window_pattern=2),
     "helium": _config("helium", head_dim=8, attention_bias=True),
+    "lfm2": _config(
+        "lfm2",
+        num_hidden_layers=3,
+        norm_eps=1e-3,
+        full_attn_idxs=[1],
+        conv_bias=True,
+        block_ffn_dim_multiplier=1.2,
+        block_multiple_of=64,
+        rope_theta=500.0,
+    ),
+    "lfm2_moe": _config(
+        "lfm2_moe",
+        num_hidden_layers=3,
+        layer_types=["conv", "conv", "full_attention"],
+        conv_L_cache=4,
+        num_dense_layers=1,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        routed_scaling_factor=1.5,
+        tie_embedding=False,
+    ),
     "nanochat": _config("nanochat", final_logit_softcapping=5.0),
     "arcee": _config("arcee", head_dim=16),
     "granite": _config(
@@ -268,6 +347,37 @@ CASES: dict[str, dict[str, Any]] = {
         attention_multiplier=0.4,
         residual_multiplier=0.7,
         logits_scaling=3.0,
+        tie_word_embeddings=True,
+    ),
+    "granitemoehybrid": _config(
+        "granitemoehybrid",
+        num_hidden_layers=3,
+        layer_types=["mamba", "attention", "mamba"],
+        intermediate_size=24,
+        shared_intermediate_size=40,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        mamba_n_heads=8,
+        mamba_n_groups=2,
+        mamba_d_state=12,
+        position_embedding_type="nope",
+        embedding_multiplier=5.0,
+        attention_multiplier=0.4,
+        residual_multiplier=0.7,
+        logits_scaling=3.0,
+    ),
+    "granitemoehybrid_dense": _config(
+        "granitemoehybrid",
+        layer_types=["mamba", "attention"],
+        shared_intermediate_size=40,
+        num_local_experts=0,
+        num_experts_per_tok=0,
+        mamba_n_heads=4,
+        mamba_d_state=16,
+        mamba_d_conv=3,
+        mamba_conv_bias=False,
+        mamba_proj_bias=True,
+        position_embedding_type="rope",
         tie_word_embeddings=True,
     ),
     "mixtral": _config(
@@ -373,6 +483,57 @@ CASES: dict[str, dict[str, Any]] = {
         topk_group=2,
         routed_scaling_factor=1.5,
     ),
+    "deepseek_v3": _config(
+        "deepseek_v3",
+        **_LATENT,
+        rms_norm_eps=1e-2,
+        num_hidden_layers=3,
+        attention_bias=True,
+        q_lora_rank=24,
+        n_routed_experts=8,
+        n_shared_experts=2,
+        n_group=4,
+        topk_group=2,
+        num_experts_per_tok=3,
+        first_k_dense_replace=1,
+        routed_scaling_factor=1.5,
+        rope_scaling=YARN | {"mscale": 0.8, "mscale_all_dim": 1.2},
+    ),
+    "deepseek_v3_plain": _config(
+        "deepseek_v3",
+        **_LATENT,
+        q_lora_rank=None,
+        rope_interleave=False,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=2,
+        first_k_dense_replace=0,
+        norm_topk_prob=False,
+    ),
+    "deepseek_v2": _config(
+        "deepseek_v2",
+        **_LATENT,
+        num_hidden_layers=3,
+        q_lora_rank=None,
+        n_routed_experts=8,
+        n_group=4,
+        topk_group=2,
+        num_experts_per_tok=3,
+        topk_method="group_limited_greedy",
+        first_k_dense_replace=1,
+        routed_scaling_factor=1.5,
+        rope_theta=500.0,
+    ),
+    "glm4_moe_lite": _config(
+        "glm4_moe_lite",
+        **_LATENT,
+        num_hidden_layers=3,
+        q_lora_rank=24,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        mlp_layer_types=["dense", "sparse", "dense"],
+    ),
     "minimax_m2": _config(
         "minimax_m2",
         head_dim=16,
@@ -411,16 +572,29 @@ CASES: dict[str, dict[str, Any]] = {
 """Name of a case -> its config.json."""
 
 
-def sizes(family: str) -> dict[str, int]:
+_HEADS = {"helium": 40, "deepseek_v3": 128, "glm4_moe_lite": 20}
+"""Families -> heads that go with the heads of keys and values that they take."""
+
+_NEEDED = {
+    "deepseek_v2": {"num_experts_per_tok": 6},
+    "lfm2_moe": {"layer_types": ["conv"] * 12},
+    "granitemoehybrid": {"mamba_n_heads": 16},
+}
+"""Families -> what they have no default of."""
+
+_HIDDEN = {"glm4_moe": 128, "glm4_moe_lite": 80}
+"""Families -> a size of the stream where 64 is none: GLM-4.5 rotates half of a head."""
+
+
+def sizes(family: str) -> dict[str, Any]:
     """Returns all that a config.json must have; what families take for the rest is a golden."""
     return {
         "vocab_size": VOCAB,
-        # GLM-4.5 rotates half of a head.
-        "hidden_size": 128 if family == "glm4_moe" else 64,
+        "hidden_size": _HIDDEN.get(family, 64),
         "intermediate_size": 48,
         "num_hidden_layers": 12,
-        # Helium takes 20 heads of keys and values.
-        "num_attention_heads": 40 if family == "helium" else 32,
+        "num_attention_heads": _HEADS.get(family, 32),
+        **_NEEDED.get(family, {}),
     }
 
 
@@ -433,18 +607,26 @@ def weight(case: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
     x = _uniform(f"{case}/{name}", shape)
     part = name.split(".")[-2]
     family = CASES[case]["model_type"]
-    if part.endswith("norm"):
+    if part.rstrip("_12").endswith("norm"):
         # Larger for q and k, so that normed scores are far from equal.
-        center = 1.5 if part in ("q_norm", "k_norm") else 1.0
+        center = 1.5 if part in _OF_HEADS else 1.0
+        # Gemma 4 does not divide scores by the root of a head's features.
+        center -= 1.0 * (family == "gemma4_text" and part in ("q_norm", "k_norm"))
         # Those of Gemma multiply by 1 + weight, and Qwen3.5's but for the delta net's.
-        center -= family.startswith("gemma")
+        center -= family.startswith("gemma") and family != "gemma4_text"
         center -= family == "qwen3_5_text" and "linear_attn" not in name
         return (center + 0.25 * x).astype(np.float32)
+    if name.endswith(("layer_scalar", "per_expert_scale")):
+        return (0.8 + 0.1 * x).astype(np.float32)
+    if name.endswith("router.scale"):  # divided by the root of the hidden size
+        return (15 + 3 * x).astype(np.float32)
     if name.endswith("bias"):
         return (0.3 * x).astype(np.float32)
     if part == "embed_tokens":
         # Gemma multiplies them by sqrt(hidden), Granite by its multiplier.
-        size = 0.2 if family.startswith("gemma") or family == "granite" else 0.5
+        size = (
+            0.2 if family.startswith("gemma") or family.startswith("granite") else 0.5
+        )
         return (size * x).astype(np.float32)
     return (_GAINS.get(part, _GAIN) / math.sqrt(shape[-1]) * x).astype(np.float32)
 

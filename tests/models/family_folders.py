@@ -31,10 +31,12 @@ def write(case: str, made: dict[str, Any], folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
-def load(case: str, made: dict[str, Any], folder: Path, quant: Any = None) -> Decoder:
+def load(
+    case: str, made: dict[str, Any], folder: Path, quant: Any = None, **tables: Any
+) -> Decoder:
     """Writes the case's folder, and loads it."""
     write(case, made, folder)
-    return qlora.load(folder, quant, dtype="float32")[0]
+    return qlora.load(folder, quant, dtype="float32", **tables)[0]
 
 
 def in_mxfp4(dense: Path, out: Path) -> Path:

@@ -25,6 +25,8 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+GRANITE = {"model_type": "granitemoehybrid", "mamba_n_heads": 4}
+DEEPSEEK = {"model_type": "kimi_k2", "num_key_value_heads": 4}
 SCALING = RopeScaling(kind="llama3", factor=32.0)
 
 
@@ -126,6 +128,29 @@ def test_layers_are_scanned_by_the_pattern_that_repeats():
     assert shape(read(hf)) == [(4, 16)]
 
 
+def test_gemma_4s_layers_take_turns_and_later_ones_take_from_earlier_ones():
+    hf = oracle.hf_config(model_type="gemma4_text", num_hidden_layers=60)
+    hf |= {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
+    config = read(hf)
+    assert shape(config) == [(6, 10)]
+    near, far = (config.specs[i].mixer for i in (4, 5))
+    assert (near.head_dim, near.kv_heads, near.keys_as_values) == (None, None, False)
+    assert (far.head_dim, far.kv_heads, far.keys_as_values) == (512, 1, True)
+    scaling = RopeScaling(kind="proportional", share=0.25)
+    assert far.rope == Rope(theta=1e6, scaling=scaling, dim=512)
+    # As E2B has them: 15 layers with keys and values of their own, then 20 without.
+    types = [*["sliding_attention"] * 4, "full_attention"] * 7
+    shared = {"num_kv_shared_layers": 20, "use_double_wide_mlp": True}
+    hf |= {"num_hidden_layers": 35, "layer_types": types} | shared
+    config = read(hf)
+    gives = {i: s.gives for i, s in enumerate(config.specs) if s.gives}
+    assert gives == {13: "sliding_attention", 14: "full_attention"}
+    assert [s.mixer.takes for s in config.specs] == [None] * 15 + types[15:]
+    wide = [s.feed_forward.intermediate_size for s in config.specs]
+    assert wide == [None] * 15 + [2 * config.intermediate_size] * 20
+    assert sum(size for size, _ in shape(config)) == 12
+
+
 def test_what_a_family_cannot_be_is_refused():
     hf = oracle.hf_config(model_type="gemma2", use_bidirectional_attention=True)
     assert "only causal is supported" in problems(hf)
@@ -144,6 +169,38 @@ def test_what_a_family_cannot_be_is_refused():
         ({"model_type": "mixtral", "num_experts_per_tok": 9}, "is 9, of 8 experts"),
         ({"model_type": "smollm3", "no_rope_layers": [1]}, "has 1 entries for 2"),
         ({"model_type": "qwen3_5_text", "layer_types": ["mamba"]}, "1 entries for 2"),
+        (
+            {"model_type": "gemma4_text", "use_bidirectional_attention": "all"},
+            "use_bidirectional_attention is 'all'; of text only causal",
+        ),
+        (
+            {"model_type": "gemma4_text", "num_kv_shared_layers": 1},
+            "leaves no layer of full_attention with keys and values of its own",
+        ),
+        (
+            {"model_type": "gemma4_text", "enable_moe_block": True, "num_experts": 4},
+            "top_k_experts is missing, and enable_moe_block is true",
+        ),
+        (
+            {"model_type": "gemma4_text", "vocab_size_per_layer_input": 5},
+            "vocab_size_per_layer_input is 5, expected at least vocab_size",
+        ),
+        (
+            {"model_type": "gemma4_text", "per_layer_config": {"1": {"skip": ["mlp"]}}},
+            "per_layer_config of layer 1 has skip; known: head_dim",
+        ),
+        (
+            {"model_type": "gemma4_text", "per_layer_config": {"2": {}}},
+            "per_layer_config has layer '2', of 2 layers from 0",
+        ),
+        (
+            {"model_type": "gemma4_text", "per_layer_config": {"1": {"head_dim": 7}}},
+            "layer 1 has 2 heads of 7 features for 4 queries",
+        ),
+        (
+            {"model_type": "gemma4_text", "rope_parameters": {"full_attention": {}}},
+            "rope_parameters has no sliding_attention",
+        ),
         (
             {"model_type": "gemma3_text", "sliding_window_pattern": "LLLG"},
             "sliding_window_pattern is 'LLLG', expected a whole number above 0",
@@ -230,6 +287,13 @@ def test_more_rope_flags_than_layers_and_old_gelu_are_taken():
     assert read(hf).activation == "gelu_tanh"
 
 
+def test_kimi_k2_is_read_as_deepseek_v3():
+    hf = CASES["deepseek_v3"]
+    config = read(hf | {"model_type": "kimi_k2"})
+    assert config == read(hf) and config.model_type == "kimi_k2"
+    assert FAMILIES["kimi_k2"].NAMES is FAMILIES["deepseek_v3"].NAMES
+
+
 def test_a_shape_of_no_writable_family_asks_for_its_source():
     config = read(oracle.hf_config(model_type="granite", residual_multiplier=0.5))
     with pytest.raises(CheckpointError, match="give the folder it came from"):
@@ -285,6 +349,62 @@ def test_a_written_config_reads_back_as_it_was(changes):
             "linear_key_head_dim is 1.5",
         ),
         ({"num_key_value_heads": 3}, "expected a multiple of num_key_value_heads"),
+        (
+            DEEPSEEK | {"num_key_value_heads": 2},
+            "num_key_value_heads is 2, expected num_",
+        ),
+        (DEEPSEEK | {"qk_rope_head_dim": 7}, "qk_rope_head_dim is 7, expected an even"),
+        (DEEPSEEK | {"scoring_func": "softmax"}, "is 'softmax', expected 'sigmoid'"),
+        (DEEPSEEK | {"topk_method": "greedy"}, "is 'greedy'; known: noaux_tc"),
+        (DEEPSEEK | {"moe_layer_freq": 2}, "moe_layer_freq is 2, expected 1"),
+        (DEEPSEEK | {"partial_rotary_factor": 0.5}, "rotary_factor is 0.5, expected 1"),
+        (DEEPSEEK | {"n_group": 2, "topk_group": 3}, "n_group is 2, topk_group is 3"),
+        (
+            DEEPSEEK | {"num_experts_per_tok": 200},
+            "enough experts in them for each tok",
+        ),
+        (
+            GRANITE | {"num_local_experts": 4, "num_experts_per_tok": 0},
+            "is 0, of 4 exp",
+        ),
+        (
+            GRANITE | {"mamba_d_head": 7},
+            "mamba_n_heads is 4, mamba_d_head 7 and mamba_n_",
+        ),
+        (GRANITE | {"mamba_n_groups": 3}, "as many heads in each group"),
+        (
+            GRANITE | {"time_step_limit": [0.1, 2.0]},
+            "time_step_limit is .0.1, 2.0.; steps",
+        ),
+        (
+            GRANITE | {"position_embedding_type": "alibi"},
+            "is 'alibi'; known: null, nope",
+        ),
+        (
+            GRANITE | {"layer_types": ["moe"]},
+            "1 entries for 2 layers\nlayer_types has moe",
+        ),
+        (
+            {"model_type": "lfm2", "layer_types": ["conv", "x"]},
+            "has x; known: full_att",
+        ),
+        ({"model_type": "lfm2", "layer_types": ["conv"]}, "has 1 entries for 2 layers"),
+        ({"model_type": "lfm2_moe"}, "layer_types is missing"),
+        (
+            {"model_type": "mixtral", "num_local_experts": 0},
+            "per_tok is 2, of 0 experts",
+        ),
+        (
+            {"model_type": "deepseek_v2", "norm_topk_prob": True},
+            "norm_topk_prob is true.*\nnum_experts_per_tok is missing",
+        ),
+        (
+            {
+                "model_type": "glm4_moe_lite",
+                "mlp_layer_types": ["dense", "odd", "dense"],
+            },
+            "has 3 entries for 2 layers\nmlp_layer_types has odd; known: dense, sparse",
+        ),
         (
             {"num_attention_heads": 64, "num_key_value_heads": 64},
             "a head has 1 features",

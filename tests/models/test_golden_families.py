@@ -12,6 +12,7 @@ import tiny
 from flax import nnx
 from models import family_cases as cases
 from models.family_folders import load, read
+from safetensors.numpy import load_file, save_file
 
 import qlora_jax as qlora
 from qlora_jax.adapters.attached import lora_config
@@ -29,6 +30,7 @@ FAMILY = {cases.CASES[case]["model_type"]: case for case in reversed(cases.CASES
 CACHED = [
     *FAMILY.values(),
     *("qwen2_window", "phi3_longrope", "smollm3_window", "qwen3_moe_step"),
+    *("gemma4_text_told", "gemma4_text_moe"),
 ]
 
 
@@ -97,8 +99,11 @@ def test_what_a_config_leaves_out_is_as_transformers_has_it(kind, golden):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", FAMILY.values())
-def test_a_model_quantizes_as_it_loads(case, golden, tmp_path):
-    model = load(case, read(case, golden), tmp_path, quant=qlora.QuantConfig())
+def test_what_a_family_saves_it_loads_again(case, golden, tmp_path):
+    """4-bit, as it quantizes while it loads, and an adapter merged into dense weights."""
+    source = tmp_path / "source"
+    source.mkdir()
+    model = load(case, read(case, golden), source, quant=qlora.QuantConfig())
     linears = {
         ".".join(map(str, path)): isinstance(node, QuantizedLinear)
         for path, node in nnx.iter_graph(model)
@@ -107,15 +112,6 @@ def test_a_model_quantizes_as_it_loads(case, golden, tmp_path):
     assert linears.pop("lm_head", False) is False
     assert len(linears) >= 4 and all(linears.values())
     assert np.isfinite(tiny.logits(model, jnp.asarray(cases.tokens(case)))).all()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", FAMILY.values())
-def test_what_a_family_saves_it_loads_again(case, golden, tmp_path):
-    """4-bit with bitsandbytes' keys, and an adapter merged into dense weights."""
-    source = tmp_path / "source"
-    source.mkdir()
-    model = load(case, read(case, golden), source, quant=qlora.QuantConfig())
     adapted = tiny.adapted(model)
     merged = qlora.merge(adapted, dtype="float32")
     for name, one in (("4-bit", model), ("merged", merged)):
@@ -130,3 +126,22 @@ def test_what_a_family_saves_it_loads_again(case, golden, tmp_path):
     back = qlora.split(qlora.load_adapter(tmp_path / "adapter", model))[1]
     for a, b in zip(tiny.arrays(back), tiny.arrays(lora), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_experts_of_a_layer_that_are_together_open_inside_of_a_wrapper(
+    golden, tmp_path
+):
+    made = read("gemma4_text_moe", golden)
+    plain = load("gemma4_text_moe", made, tmp_path)
+    text = made["saved"]["config"]
+    config = {"model_type": "gemma4", "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    file = tmp_path / "model.safetensors"
+    tensors = {
+        name.replace("model.", "model.language_model."): array
+        for name, array in load_file(file).items()
+    }
+    save_file(tensors, file)
+    model, _ = qlora.load(tmp_path, dtype="float32")
+    for one, other in zip(tiny.frozen(model), tiny.frozen(plain), strict=True):
+        np.testing.assert_array_equal(one, other)

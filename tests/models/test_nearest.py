@@ -23,9 +23,9 @@ def test_the_table_has_no_family_that_opens_and_names_one_that_does():
     [
         ({"model_type": "mllama"}, (), "llama, which lacks cross-attention to images"),
         (
-            oracle.hf_config(model_type="new", **MIXTURE, kv_lora_rank=512, n_group=4),
+            oracle.hf_config(model_type="new", **MIXTURE, index_topk=512, hc_mult=4),
             (f"{LAYER}.self_attn.q_norm.weight",),
-            "tensors the nearest is qwen3_moe, which has no place for kv_lora_rank, n_group",
+            "tensors the nearest is qwen3_moe, which has no place for index_topk, hc_mult",
         ),
         (
             oracle.hf_config(model_type="new", bos_token_id=7, attention_dropout=0.1),
@@ -48,9 +48,9 @@ def test_the_table_has_no_family_that_opens_and_names_one_that_does():
             "Its text model is a glm4, which opens when it is saved alone",
         ),
         (
-            {"model_type": "new", "llm_config": {"model_type": "deepseek_v3"}},
+            {"model_type": "new", "llm_config": {"model_type": "kimi_linear"}},
             (),
-            "Of its text model ('deepseek_v3'): The nearest is glm4_moe, which lacks latent",
+            "Of its text model ('kimi_linear'): The nearest is qwen3_next, which lacks its own",
         ),
         ({"model_type": None, "n_layer": 3}, (), "No family is near: vocab_size is"),
     ],

@@ -9,17 +9,19 @@ import numpy as np
 import oracle
 import pytest
 
-from pallas_kernels.device import SCORE_BYTES
+from pallas_kernels.device import SCORE_BYTES, Device
 from qlora_jax.errors import ConfigError
 from qlora_jax.nn import attention as module
 from qlora_jax.nn.attention import attention, causal_attention, choose_attention
 
 BATCH, SEQ, HEADS, KV_HEADS, HEAD_DIM = 2, 37, 4, 2, 8
+VALUE_DIM = 6
+"""Of a head's values, as latent attention has it."""
 
 
 def inputs(seq: int = SEQ, dtype: str = "float32") -> tuple[jax.Array, ...]:
     rng = np.random.default_rng(0)
-    shapes = [(HEADS, HEAD_DIM), (KV_HEADS, HEAD_DIM), (KV_HEADS, HEAD_DIM)]
+    shapes = [(HEADS, HEAD_DIM), (KV_HEADS, HEAD_DIM), (KV_HEADS, VALUE_DIM)]
     return tuple(jnp.asarray(rng.normal(size=(BATCH, seq, *s)), dtype) for s in shapes)
 
 
@@ -67,7 +69,8 @@ def test_its_gradients_are_those_of_the_plain_form(blocks, sinks):
     arrays, at = inputs(), positions()
     if sinks:
         arrays = (*arrays, jnp.linspace(-2.0, 3.0, HEADS))
-    dy = jnp.asarray(np.random.default_rng(1).normal(size=arrays[0].shape), jnp.float32)
+    shape = (BATCH, SEQ, HEADS, VALUE_DIM)
+    dy = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
 
     @jax.jit
     def both(*arrays):
@@ -142,6 +145,14 @@ def test_the_choice_of_attention_says_why(monkeypatch):
         choose_attention(shape, 2, jnp.dtype("bfloat16"))
     monkeypatch.setenv(module.VARIABLE, "xla")
     assert choose_attention(shape, 2, jnp.dtype("bfloat16")) == ("xla", "asked for")
+
+
+def test_values_of_another_size_are_none_for_cudnn(monkeypatch):
+    h200 = Device("gpu", "NVIDIA H200", (9, 0), 132)
+    monkeypatch.setattr(module, "current_device", lambda: h200)
+    shape = (1, 64, 4, 192)
+    name, why = choose_attention(shape, 4, jnp.dtype("bfloat16"), value_dim=128)
+    assert name == "xla" and "as wide as queries, here 128 and 192" in why
 
 
 @pytest.mark.aot

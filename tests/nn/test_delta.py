@@ -1,5 +1,7 @@
-"""The gated delta rule in chunks against itself token by token, in numpy and float64."""
+"""The gated delta rule and the state space in chunks against themselves token by token, in
+numpy and float64."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,12 +10,20 @@ import numpy as np
 import pytest
 
 from qlora_jax.nn.delta import CHUNK, TOGETHER, Convolution, gated_delta_rule
+from qlora_jax.nn.state_space import state_space
 
 RTOL = 2e-5
 """The error allowed, relative to the largest value: the chunks compute in float32 and add in
 another order. It was 3e-6 at most when this was written."""
 
 rule: Any = jax.jit(gated_delta_rule)
+RULES: dict[str, Any] = {"delta": rule, "space": jax.jit(state_space)}
+
+
+@pytest.fixture(params=RULES)
+def both(request) -> tuple[Any, Any]:
+    """Either rule in chunks, and token by token."""
+    return RULES[request.param], functools.partial(one_by_one, name=request.param)
 
 
 def drawn(seq: int, seed: int = 0, heads: int = 4) -> Any:
@@ -25,11 +35,12 @@ def drawn(seq: int, seed: int = 0, heads: int = 4) -> Any:
     return [q, k, v, decay, rng.uniform(0, 1, (2, seq, heads))]
 
 
-def one_by_one(q, k, v, decay, rate, positions, state=None):
-    """Returns what the rule says, one token after another."""
-    q, k = (x / np.sqrt((x * x).sum(-1, keepdims=True) + 1e-6) for x in (q, k))
-    each = v.shape[2] // k.shape[2]
-    q, k = np.repeat(q, each, 2) * q.shape[-1] ** -0.5, np.repeat(k, each, 2)
+def one_by_one(q, k, v, decay, rate, positions, state=None, name="delta"):
+    """Returns what a rule says, one token after another."""
+    if name == "delta":
+        q, k = (x / np.sqrt((x * x).sum(-1, keepdims=True) + 1e-6) for x in (q, k))
+        q = q * q.shape[-1] ** -0.5
+    q, k = (np.repeat(x, v.shape[2] // k.shape[2], 2) for x in (q, k))
     batch, seq, heads, values = v.shape
     s = np.zeros((batch, heads, k.shape[-1], values)) if state is None else state.copy()
     y = np.zeros(v.shape)
@@ -39,7 +50,9 @@ def one_by_one(q, k, v, decay, rate, positions, state=None):
         if positions[b, t] == 0:
             s[b] = 0
         s[b] *= np.exp(decay[b, t])[:, None, None]
-        new = v[b, t] - np.einsum("hkv,hk->hv", s[b], k[b, t])
+        new = v[b, t]
+        if name == "delta":
+            new = new - np.einsum("hkv,hk->hv", s[b], k[b, t])
         s[b] += k[b, t][..., None] * (rate[b, t][:, None] * new)[:, None]
         y[b, t] = np.einsum("hkv,hk->hv", s[b], q[b, t])
     return y, s
@@ -55,11 +68,12 @@ def single(arrays) -> list[jax.Array]:
 
 # One token, less than a chunk, some chunks and a rest, more than one group of chunks.
 @pytest.mark.parametrize("seq", [1, 5, 3 * CHUNK + 7, CHUNK * (TOGETHER + 2) + 1])
-def test_chunks_are_the_rule_token_by_token(seq):
+def test_chunks_are_the_rule_token_by_token(both, seq):
+    rule, steps = both
     positions = np.tile(np.arange(seq), (2, 1))
     inputs = drawn(seq)
     got = rule(*single(inputs), positions)
-    for a, b in zip(got, one_by_one(*inputs, positions=positions), strict=True):
+    for a, b in zip(got, steps(*inputs, positions=positions), strict=True):
         close(a, b)
 
 
@@ -83,8 +97,9 @@ def test_no_solver_of_lapack_is_called():
     assert "lapack" not in text and "trsm" not in text
 
 
-def test_documents_of_one_row_do_not_see_each_other():
+def test_documents_of_one_row_do_not_see_each_other(both):
     """They begin inside of a chunk, at its first and last tokens; padding is passed by."""
+    rule, steps = both
     seq = 4 * CHUNK
     starts = [0, 3, CHUNK - 1, CHUNK, 2 * CHUNK + 9, 3 * CHUNK - 1]
     positions = np.tile(np.arange(seq), (2, 1))
@@ -94,7 +109,7 @@ def test_documents_of_one_row_do_not_see_each_other():
     positions[1, 70:] = np.arange(seq - 70)
     inputs = drawn(seq)
     got, state = rule(*single(inputs), positions)
-    want, last = one_by_one(*inputs, positions=positions)
+    want, last = steps(*inputs, positions=positions)
     close(got[0], want[0])
     close(got[1, 70:], want[1, 70:])
     close(state, last)
@@ -106,7 +121,8 @@ def test_documents_of_one_row_do_not_see_each_other():
     np.testing.assert_array_equal(again[0, starts[-1] :], got[0, starts[-1] :])
 
 
-def test_a_state_goes_on_where_it_was_left():
+def test_a_state_goes_on_where_it_was_left(both):
+    rule, _ = both
     seq = 2 * CHUNK + 9
     inputs, positions = drawn(seq), np.tile(np.arange(seq), (2, 1))
     whole, last = rule(*single(inputs), positions)
@@ -119,8 +135,9 @@ def test_a_state_goes_on_where_it_was_left():
     close(state, last)
 
 
-def test_gradients_are_those_of_the_rule():
+def test_gradients_are_those_of_the_rule(both):
     """Against differences of the float64 rule along drawn directions, over several groups."""
+    rule, steps = both
     seq = CHUNK * (TOGETHER + 1) + 3
     positions = np.tile(np.arange(seq), (2, 1))
     positions[0, 100:] = np.arange(seq - 100)
@@ -138,14 +155,15 @@ def test_gradients_are_those_of_the_rule():
         sides = []
         for step in (1e-5, -1e-5):
             moved = [x + step * along if i == j else x for j, x in enumerate(inputs)]
-            sides.append((one_by_one(*moved, positions=positions)[0] * weight).sum())
+            sides.append((steps(*moved, positions=positions)[0] * weight).sum())
         want = (sides[0] - sides[1]) / 2e-5
         size = np.linalg.norm(grad) * np.linalg.norm(along) / np.sqrt(along.size)
         assert abs((np.asarray(grad) * along).sum() - want) <= 1e-3 * size
 
 
-def test_memory_is_linear_in_the_number_of_tokens():
+def test_memory_is_linear_in_the_number_of_tokens(both):
     """A state for each group of chunks and one group's work: not one for each token."""
+    rule, _ = both
 
     def held(seq):
         def loss(*xs):
@@ -170,11 +188,12 @@ def test_a_convolution_reaches_over_no_beginning():
     positions[0, 7:] = np.arange(13)
     positions[1, :3] = -1
     positions[1, 3:] = np.arange(17)
-    want = np.zeros(x.shape)
+    bias = rng.standard_normal(5)
+    want = np.zeros(x.shape) + bias
     for b, t, back in np.ndindex(2, 20, 4):
         if positions[b, t] >= back:
             want[b, t] += x[b, t - back] * w[:, 0, 3 - back]
-    conv = Convolution(jnp.asarray(w, jnp.float32))
+    conv = Convolution(*single([w, bias]))
     (x,), positions = single([x]), jnp.asarray(positions)
     got, _ = conv(x, positions)
     close(got[0], want[0])

@@ -184,6 +184,8 @@ def test_what_fits_by_the_readme_is_as_recorded():
         ("llama-70b", all_away | {"stream": True, "max_tokens": 8192}),
         ("qwen3.5-27b", {}),
         ("qwen3.5-27b", {"max_tokens": 8192}),
+        ("gemma4-31b", {}),
+        ("gemma4-26b-a4b", {}),
     ]
     texts = [
         (ROOT / "scripts/results" / name).read_text()
@@ -196,7 +198,8 @@ def test_what_fits_by_the_readme_is_as_recorded():
     lines = text[text.index("| model | rows of |") :].split("\n\n")[0].splitlines()[2:]
     for line, (model, changes) in zip(lines, wanted, strict=True):
         name, length, _, device, host = (x.strip() for x in line[1:-1].split("|"))
-        assert model == name.lower().replace(" 3 ", "-").replace(" ", "-")
+        plain = name.lower().replace(" 3 ", "-").replace("gemma 4", "gemma4")
+        assert model == plain.replace(" ", "-")
         assert int(length) == changes.get("max_tokens", 2048)
         xla = found[model, json.dumps(changes, sort_keys=True)]["xla"]
         assert same(device, (xla["arguments"] + xla["temporaries"]) / 1e9), line

@@ -62,6 +62,22 @@ WRITTEN: dict[str, dict[str, Any]] = {
     },
     "phi3": {},
     "phi3_longrope_partial": {},
+    "arcee": {},
+    "cohere": {"attention_bias": False},
+    "cohere2": {},
+    "ernie4_5": {},
+    "exaone4": {"sliding_window": None},
+    "glm4": {"attention_bias": True},
+    "hunyuan_v1_dense": {},
+    "olmo2": {},
+    "olmo3": {
+        "rope_parameters": {
+            "sliding_attention": {"rope_theta": 500.0},
+            "full_attention": cases.YARN
+            | {"rope_theta": 500.0, "beta_fast": 32.0, "beta_slow": 1.0},
+        },
+    },
+    "seed_oss": {"attention_out_bias": False},
 }
 """Cases that a GGUF file can hold -> what must be otherwise for it."""
 TEXT = "the quick brown fox, then the other one: 12 of 345, isn't it? " * 3
@@ -456,6 +472,7 @@ def test_yarn_is_read(tmp_path):
         "factor": 4.0,
         "original_context_length": 32,
         "yarn_beta_fast": 16.0,
+        "yarn_attn_factor": 1.1386294,  # 0.1 log 4 + 1, as OLMo 3's files say it
     }
     meta = {f"llama.rope.scaling.{key}": value for key, value in scaling.items()}
     config = decoder_of(open_gguf(llama(tmp_path / "m.gguf", meta)).config)
@@ -708,13 +725,25 @@ def test_4_bit_folders_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("case", "changes", "message"),
     [
-        ("olmo2", {}, "a olmo2 cannot be written as GGUF; known: gemma, gemma2"),
+        ("helium", {}, "a helium cannot be written as GGUF; known: arcee, cohere, coh"),
         ("llama_dynamic", {}, "rope_scaling is .*kind='dynamic'.*would take None"),
         ("llama_yarn", {}, "beta_fast=1.0.*would take .*beta_fast=32.0"),
         ("mistral", {}, "sliding_window is 8; llama.cpp would take None"),
         ("qwen2_window", {}, "layers is .*window=8"),
         ("gemma2", {"query_pre_attn_scalar": 20}, "attention_scale is"),
         ("qwen3", {"hidden_act": "gelu"}, "activation is 'gelu'"),
+        ("exaone4", {"sliding_window": 8}, "layers is .*window=8"),
+        (
+            "seed_oss",
+            {"attention_out_bias": True},
+            "output_bias is True; llama.cpp would take False",
+        ),
+        ("cohere2", {"tie_word_embeddings": False}, "no cohere2 of llama.cpp has it"),
+        (
+            "olmo3",
+            {"rope_parameters": {"full_attention": {"rope_theta": 100.0}}},
+            "layers is .*theta=500000.0",
+        ),
     ],
 )
 def test_models_that_llama_cpp_would_run_otherwise_are_refused(

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from models.family_folders import load, read
 from safetensors.numpy import save_file
 
 import qlora_jax as qlora
@@ -157,6 +158,31 @@ def test_a_tied_head_goes_with_the_embedding(tmp_path: Path, tables):
     plain, _ = qlora.load(tmp_path / "decoded", qlora.QuantConfig(), "float32")
     said, wanted = (tiny.logits(m, tiny.tokens()) for m in (loaded, plain))
     np.testing.assert_allclose(said, wanted, atol=ORDER, rtol=0)
+
+
+def test_per_layer_embeddings_go_with_the_embedding(golden, tmp_path):
+    case = "gemma4_text_told"
+    made, (dense, base, out) = read(case, golden), (tmp_path / x for x in "abc")
+    dense.mkdir()
+    base.mkdir()
+    plain = load(case, made, dense)
+    model = load(case, made, base, qlora.QuantConfig(), embedding="int8")
+    tables = [m.per_layer.embed_tokens_per_layer for m in (model, plain)]
+    held = tables[0].weight.get_value()
+    assert isinstance(held, Int8Rows) and isinstance(tables[1], Embedding)
+    np.testing.assert_allclose(held.decode("float32"), tables[1].weight[...], atol=0.03)
+    save_model(model, out, source=base)
+    again, _ = qlora.load(out, dtype="float32")
+    for one, other in zip(tiny.frozen(model), tiny.frozen(again), strict=True):
+        np.testing.assert_array_equal(one, other)
+    # New tokens are in it too, as what any other base takes for them.
+    larger = resize_tokens(plain, 120, {99: [3], 110: [3, 4]})
+    rows = larger.per_layer.embed_tokens_per_layer.weight[...]
+    assert len(rows) == larger.config.per_layer_vocab == 120
+    np.testing.assert_array_equal(rows[:100], tables[1].weight[...])
+    np.testing.assert_allclose(rows[110], rows[:100].mean(0), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ShapeError, match="embedding is quantized and cannot take"):
+        resize_tokens(model, 120)
 
 
 def test_what_cannot_be_says_so(folder: Path):

@@ -74,6 +74,25 @@ def test_a_recurrent_mixer_gives_the_same_however_its_step_is_made():
     np.testing.assert_allclose(again, plain, rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_what_layers_are_given_and_told_counts_wherever_they_rest():
+    """Keys and values of the first, which the others take; and what tokens tell all of them."""
+    layers = (
+        LayerSpec(mixer=AttentionSpec(gives="these")),
+        *[LayerSpec(mixer=AttentionSpec(takes="these"))] * 2,
+    )
+    shape = dataclasses.replace(tiny.CONFIG, num_layers=3, layers=layers)
+    vocab = shape.vocab_size
+    shape = dataclasses.replace(shape, per_layer_size=16, per_layer_vocab=vocab)
+    targets = "k_proj,per_layer_model_projection"
+    model = tiny.adapted(quantize(tiny.drawn(shape)), targets=targets)
+    plain = losses(model, "layer", False, "device")
+    assert plain[1] < plain[0]
+    np.testing.assert_allclose(losses(model, "host", True, "device"), plain, rtol=1e-5)
+    together = losses(model, "attention", True, "device", micro=2)
+    np.testing.assert_allclose(together, plain, rtol=1e-5)
+
+
 def kept(model):
     """Returns the arrays that the loss keeps for its backward, and those of the base."""
     graphdef, lora, base = qlora.split(model)

@@ -23,7 +23,7 @@ from qlora_jax.models import FAMILIES, DecoderConfig, fused_in, whole_parameters
 from qlora_jax.names import Numbered
 from qlora_jax.nn.lora import adapter_scale
 
-_NOT_TURNED = ("qwen2_moe",)
+_NOT_TURNED = ("qwen2_moe", "lfm2_moe")
 """Families whose settings PEFT does not turn, though it turns their tensors."""
 
 

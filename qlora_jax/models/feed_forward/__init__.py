@@ -2,11 +2,16 @@
 
 from typing import Any
 
+from qlora_jax.models.feed_forward.beside import Beside
 from qlora_jax.models.feed_forward.experts import experts
 from qlora_jax.models.feed_forward.mlp import MLP
-from qlora_jax.models.spec import ExpertsSpec, MLPSpec
+from qlora_jax.models.spec import BesideSpec, ExpertsSpec, MLPSpec
 
-FEED_FORWARDS: dict[type, Any] = {MLPSpec: MLP, ExpertsSpec: experts}
+FEED_FORWARDS: dict[type, Any] = {
+    MLPSpec: MLP,
+    ExpertsSpec: experts,
+    BesideSpec: Beside,
+}
 """Class of a LayerSpec's feed-forward -> what makes the module that it stands for:
 
     (spec, config, linear, normal) -> module
@@ -19,5 +24,6 @@ and the module has
         What it keeps for backward under each name that it gives `checkpoint_name`; names
         are those of SAVED in layers.py.
     __call__(x, key) -> y
-        x and y are (batch, seq, hidden); `key` is for LoRA dropout, or None.
+        x and y are (batch, seq, hidden); `key` is for LoRA dropout, or None. One that has
+        STREAM = True is called with the residual stream too, as x is before its norm.
 """

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from qlora_jax.models.config import DecoderConfig
@@ -29,11 +30,13 @@ def experts(
         normal(count, hidden),
         normal(count) if spec.router_bias else None,
         correction=correction,
+        gains=Vector(jnp.ones_like(normal(count))) if spec.gains else None,
         top_k=config.experts_per_token,
         normalize=config.normalize_experts,
         score=spec.score,
-        groups=(spec.groups, spec.top_groups),
+        groups=(spec.groups, spec.top_groups, spec.best_of_group),
         scale=spec.scale,
+        sum_offset=spec.sum_offset,
     )
     mlp = MLP(MLPSpec(), config, functools.partial(linear, stack=(count,)))
     shared = None

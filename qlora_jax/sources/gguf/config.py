@@ -8,7 +8,7 @@ takes them for granted of an architecture, so a model that has others cannot be 
 import dataclasses
 import math
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -26,81 +26,17 @@ from qlora_jax.schema import (
     number,
     whole,
 )
+from qlora_jax.sources.gguf.architectures import (
+    ARCHITECTURES,
+    KEYS,
+    LAYER_NORM_KEYS,
+    Architecture,
+    keys,
+)
 
 FREQS = "rope_freqs.weight"
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 """Tensors that hold rotary settings: what each frequency is divided by."""
-
-
-class Architecture(NamedTuple):
-    """What llama.cpp takes for granted of an architecture.
-
-    Attributes:
-      model_type: Hugging Face's name of it.
-      settings: Settings of config.json that llama.cpp takes for granted: no metadata holds
-        them.
-      window: The sliding window where no metadata says one, 0 for none; None if the
-        architecture has no windows at all.
-      largest: Layers of the one size whose scores are scaled by hidden/heads (Gemma).
-      scalings: Kinds of rotary scaling it can hold.
-    """
-
-    model_type: str
-    settings: dict[str, Any] = {}
-    window: int | None = None
-    largest: int | None = None
-    scalings: tuple[str, ...] = ("linear", "yarn")
-
-
-ARCHITECTURES = {
-    "llama": Architecture("llama", scalings=("linear", "yarn", "llama3")),
-    "qwen2": Architecture("qwen2", {"use_sliding_window": False}),
-    "qwen3": Architecture("qwen3", {"use_sliding_window": False}),
-    "gemma": Architecture("gemma"),
-    "gemma2": Architecture("gemma2", window=4096, largest=46),
-    "gemma3": Architecture("gemma3_text", window=0, largest=62),
-    "phi3": Architecture("phi3", window=0, scalings=("longrope",)),
-}
-WRITTEN_AS = {a.model_type: name for name, a in ARCHITECTURES.items()}
-WRITTEN_AS["mistral"] = "llama"
-
-
-class _Key(NamedTuple):
-    """A setting's names in GGUF, in config.json and in DecoderConfig."""
-
-    gguf: str
-    hf: str
-    field: str
-    kind: type = int
-    required: bool = True
-
-
-_KEYS = (
-    _Key("embedding_length", "hidden_size", "hidden_size"),
-    _Key("block_count", "num_hidden_layers", "num_layers"),
-    _Key("feed_forward_length", "intermediate_size", "intermediate_size"),
-    _Key("attention.head_count", "num_attention_heads", "num_heads"),
-    _Key("attention.layer_norm_rms_epsilon", "rms_norm_eps", "rms_norm_eps", float),
-    _Key(
-        "context_length",
-        "max_position_embeddings",
-        "max_position_embeddings",
-        required=False,
-    ),
-    _Key("attention.head_count_kv", "num_key_value_heads", "num_kv_heads", int, False),
-    _Key("attention.key_length", "head_dim", "head_dim", int, False),
-    _Key("rope.freq_base", "rope_theta", "rope_theta", float, False),
-    *(
-        _Key(
-            f"{part}_logit_softcapping",
-            f"{part}_logit_softcapping",
-            field,
-            float,
-            False,
-        )
-        for part, field in (("attn", "attention_softcap"), ("final", "logit_softcap"))
-    ),
-)
 
 
 _ID = whole(0, 2**31 - 1)
@@ -130,10 +66,11 @@ _COUNT = whole(0, 2**31 - 1)
 _OF_ARCHITECTURE: dict[str, Kind] = {
     **{
         key.gguf: either(kind, listed(kind, MAX_LAYERS))
-        for key in _KEYS
+        for key in {*KEYS, *LAYER_NORM_KEYS}
         for kind in (_COUNT if key.kind is int else FINITE,)
     },
     "attention.sliding_window": _COUNT,
+    "attention.sliding_window_pattern": either(_COUNT, listed(_FLAG, MAX_LAYERS)),
     "expert_count": _COUNT,
     "rope.freq_base_swa": number(1, 1e12),
     "rope.dimension_count": whole(2, 2**13),
@@ -181,7 +118,7 @@ def read(
     arch, problems = meta["general.architecture"], []
     known = ARCHITECTURES[arch]
     config: dict[str, Any] = {"model_type": known.model_type} | known.settings
-    for key in _KEYS:
+    for key in keys(arch):
         value = meta.get(f"{arch}.{key.gguf}")
         if isinstance(value, list) and value:  # one a layer
             if len(set(value)) > 1:
@@ -203,15 +140,16 @@ def read(
         "vocab_size": vocab_size,
         "tie_word_embeddings": "output.weight" not in tensors,
     } | config
-    if arch == "llama":
+    if known.biases:
         config["attention_bias"] = "blk.0.attn_q.bias" in tensors
+    if arch == "command-r":
+        config["use_qk_norm"] = "blk.0.attn_q_norm.weight" in tensors
     if known.largest is not None:
         largest = config["num_hidden_layers"] == known.largest
         scale = hidden // heads if largest else config["head_dim"]
         config["query_pre_attn_scalar"] = scale
     if known.window is not None:
-        window = meta.get(f"{arch}.attention.sliding_window", known.window)
-        config["sliding_window"] = window or None
+        config |= _windows(meta, known, config["num_hidden_layers"])
     if arch == "gemma3":
         config["sliding_window_pattern"] = 6 if config["sliding_window"] else 1
         local = meta.get("gemma3.rope.freq_base_swa", 10000.0)
@@ -220,6 +158,8 @@ def read(
         if (token := meta.get(f"tokenizer.ggml.{name}_token_id")) is not None:
             config[f"{key}_token_id"] = token
     problems = _read_rope(config, meta, factors)
+    if arch == "olmo2" and config["sliding_window"]:
+        config = _olmo3(config)
     return config, problems or read_config(config)[1]
 
 
@@ -230,7 +170,7 @@ def write(
     known = ARCHITECTURES[arch]
     values: dict[str, Any] = {
         key.gguf: key.kind(value)
-        for key in _KEYS
+        for key in keys(arch)
         if (value := getattr(config, key.field)) is not None
     }
     dim = config.rotary_dim or config.head_dim
@@ -240,6 +180,9 @@ def write(
     if known.window is not None:
         windows = [spec.mixer.window or 0 for spec in config.specs]
         values["attention.sliding_window"] = max(windows)
+        every = known.pattern
+        if every and [bool(w) for w in windows] != _pattern(every, len(windows)):
+            values["attention.sliding_window_pattern"] = [bool(w) for w in windows]
     if arch == "gemma3":
         ropes = [spec.mixer.rope for spec in config.specs]
         local = next((rope for rope in ropes if isinstance(rope, Rope)), None)
@@ -280,16 +223,52 @@ def lost(
     have, _ = read_config(source)
     if problems or have is None:
         return problems
+    arch = meta["general.architecture"]
+    if ARCHITECTURES[arch].tied not in (None, config.tie_word_embeddings):
+        tied = config.tie_word_embeddings
+        problems.append(
+            f"tie_word_embeddings is {tied}; no {arch} of llama.cpp has it so"
+        )
     pairs = [
         (field.name, getattr(config, field.name), getattr(have, field.name))
         for field in dataclasses.fields(config)
         if field.compare
     ]
-    return [
+    return problems + [
         f"{name} is {ours!r}; llama.cpp would take {theirs!r}"
         for name, ours, theirs in pairs
         if _rounded(ours) != _rounded(theirs)
     ]
+
+
+def _olmo3(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the config.json of an OLMo 2 that has windows: only full layers are scaled."""
+    theta = {"rope_theta": config["rope_theta"]}
+    full = theta | config.get("rope_scaling", {})
+    ropes = {"full_attention": full, "sliding_attention": theta}
+    plain = {key: value for key, value in config.items() if key != "rope_scaling"}
+    return plain | {"model_type": "olmo3", "rope_parameters": ropes}
+
+
+def _windows(meta: dict[str, Any], known: Architecture, layers: int) -> dict[str, Any]:
+    """Returns the settings of config.json that say which layers have windows."""
+    prefix = f"{meta['general.architecture']}.attention.sliding_window"
+    window = meta.get(prefix, known.window)
+    if known.windowed is not None:
+        window = (window or known.window) if layers == known.windowed else 0
+    settings: dict[str, Any] = {"sliding_window": window or None}
+    if window and known.pattern is not None:
+        pattern = meta.get(f"{prefix}_pattern", known.pattern)
+        if isinstance(pattern, int):
+            pattern = _pattern(pattern, layers)
+        kinds = ("full_attention", "sliding_attention")
+        settings["layer_types"] = [kinds[bool(here)] for here in pattern]
+    return settings
+
+
+def _pattern(every: int, layers: int) -> list[bool]:
+    """Returns which layers have windows if each so many-th has none; 0 for all."""
+    return [not every or (i + 1) % every != 0 for i in range(layers)]
 
 
 def _decimal(value: Any) -> Any:
@@ -320,12 +299,10 @@ def _read_rope(
         rope.get("dimension_count", config["head_dim"]),
         rope.get("type", "none"),
     )
-    if dim != config["head_dim"]:
-        if config["model_type"] != "phi3":
-            return [
-                f"{prefix}dimension_count is {dim}, a part of a head; not supported"
-            ]
+    if ARCHITECTURES[meta["general.architecture"]].partial:
         config["partial_rotary_factor"] = dim / config["head_dim"]
+    elif dim != config["head_dim"]:
+        return [f"{prefix}dimension_count is {dim}, a part of a head; not supported"]
     original = rope.get(
         "original_context_length", config.get("max_position_embeddings")
     )
@@ -350,6 +327,10 @@ def _read_rope(
         }
     elif kind in ("linear", "yarn") and rope.get("factor", 0) not in (0, 1):
         # What llama.cpp multiplies yarn's attention by has changed between its versions.
+        # Yarn's own, which is what a file without it is read as.
+        own = 0.1 * math.log(max(rope["factor"], 1)) + 1
+        if abs(rope.get("yarn_attn_factor", 0) - own) < 1e-4:
+            rope.pop("yarn_attn_factor")
         for key in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor"):
             if rope.get(key, 1.0) != 1.0:
                 return [f"{prefix}scaling.{key} is {rope[key]}; not supported"]

@@ -4,8 +4,8 @@ A GGUF file has named metadata, a tokenizer among them, and tensors that may be 
 in blocks. What differs from a Hugging Face folder, and is undone on reading:
 
 - Tensors have other names, and their shapes are written in reverse.
-- Rows of q and k are interleaved in architecture llama: its files rotate neighbouring
-  features, Hugging Face the two halves of a head.
+- Rows of q and k are interleaved in architectures llama and arcee: their files rotate
+  neighbouring features, Hugging Face the two halves of a head.
 - Gemma's norms have the 1 in them that Hugging Face adds when it runs.
 - There is no output.weight where the head is the embedding.
 
@@ -27,6 +27,7 @@ from qlora_jax.names import Table
 from qlora_jax.sources.gguf import config as gguf_config
 from qlora_jax.sources.gguf import scan
 from qlora_jax.sources.gguf import tokenizer as gguf_tokenizer
+from qlora_jax.sources.gguf.architectures import ARCHITECTURES
 from qlora_jax.sources.safetensors import TensorInfo
 from qlora_jax.text.tokenizer import Tokenizer
 
@@ -62,8 +63,8 @@ class GGUF(Mapping[str, np.ndarray]):
         if problems := gguf_config.misfitting(self._meta):
             raise CheckpointError(gathered(f"{path} cannot be used", problems))
         arch = self._arch = self._meta.get("general.architecture", "")
-        dense = ", ".join(gguf_config.ARCHITECTURES)
-        if arch not in gguf_config.ARCHITECTURES:
+        dense = ", ".join(ARCHITECTURES)
+        if arch not in ARCHITECTURES:
             raise CheckpointError(
                 f"{path}: general.architecture is {arch!r}; known: {dense}"
             )
@@ -202,7 +203,7 @@ def names_of(arch: str, layers: int) -> dict[str, str]:
     gguf = package()
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     table = gguf.get_tensor_name_map(kinds[arch], layers)
-    family = FAMILIES[gguf_config.ARCHITECTURES[arch].model_type]
+    family = FAMILIES[ARCHITECTURES[arch].model_type]
     names = {}
     for _, name in Table(family.NAMES, layers).all():
         stem, _, end = name.rpartition(".")
@@ -222,7 +223,8 @@ def has_one(name: str, arch: str) -> bool:
 
 def interleaved(arch: str, heads: int, kv_heads: int) -> dict[str, int]:
     """Returns {linear: its heads} of those whose rows an architecture interleaves."""
-    return {"q_proj": heads, "k_proj": kv_heads} if arch == "llama" else {}
+    rotated = {"q_proj": heads, "k_proj": kv_heads}
+    return rotated if arch in ("llama", "arcee") else {}
 
 
 def permuted(

@@ -11,6 +11,7 @@ from qlora_jax.errors import CheckpointError, OutputExistsError, ShapeError, gat
 from qlora_jax.files import new_file
 from qlora_jax.sources.gguf import config as gguf_config
 from qlora_jax.sources.gguf import tokenizer as gguf_tokenizer
+from qlora_jax.sources.gguf.architectures import WRITTEN_AS
 from qlora_jax.sources.gguf.file import (
     GGUF,
     has_one,
@@ -67,9 +68,9 @@ def write_gguf(
         raise CheckpointError(
             f"{source} has quantized weights; a GGUF file is made from a dense folder"
         )
-    arch = gguf_config.WRITTEN_AS.get(kind)
+    arch = WRITTEN_AS.get(kind)
     if arch is None:
-        known = ", ".join(sorted(gguf_config.WRITTEN_AS))
+        known = ", ".join(sorted(WRITTEN_AS))
         raise CheckpointError(
             f"{source}: a {kind} cannot be written as GGUF; known: {known}"
         )
