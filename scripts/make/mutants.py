@@ -170,6 +170,13 @@ MUTANTS = (
         "tests/optim/test_lora_plus.py",
     ),
     Mutant(
+        "gptq-zeros",
+        "qlora_jax/sources/encoded/gptq.py",
+        "stored = stored + np.uint32(_ONES[bits])",
+        "stored = stored | np.uint32(_ONES[bits])",
+        "tests/sources/test_encoded.py",
+    ),
+    Mutant(
         "gguf-rows",
         "qlora_jax/sources/gguf/file.py",
         "halves = (-1, 2) if undo else (2, -1)",
