@@ -215,7 +215,7 @@ def _part(path: tuple) -> str:
         "attn": "attention",
         "mlp": "feed-forward",
     }
-    linear = names[-1] in ("kernel", "bias")
+    linear = names[-1] in ("kernel", "bias") and "router" not in names
     for name in names:
         if name in known and (linear or dotted(names[:-1]) in TABLES):
             return known[name]

@@ -12,7 +12,7 @@ import tyro
 from qlora_jax.adapters.bank import AdapterBank
 from qlora_jax.adapters.fingerprint import fingerprint
 from qlora_jax.adapters.value import Adapter, other_base
-from qlora_jax.config.quant import QuantConfig, QuantOptions
+from qlora_jax.config.quant import Mxfp4Use, QuantConfig, QuantOptions
 from qlora_jax.config.run import has_run, read_run
 from qlora_jax.data import cache
 from qlora_jax.errors import (
@@ -71,13 +71,23 @@ def held_linears(
     return quant.config()
 
 
-def describe_quant(source: Source, quant: QuantConfig | None) -> str:
-    """Says in a few words how a base is held, for output."""
+def describe_quant(
+    source: Source, quant: QuantConfig | None, mxfp4: Mxfp4Use = "keep"
+) -> str:
+    """Says in a few words how a base is held, for output.
+
+    Args:
+      source: The opened checkpoint of the base.
+      quant: The quantization of its dense linears; None for none.
+      mxfp4: What becomes of experts that it has in MXFP4.
+    """
     quant = quant or source.stored
+    tables = resolve_tables(source, "none", "none", mxfp4)
+    experts = "experts in MXFP4, else " if tables["mxfp4"] == "keep" else ""
     if quant is None:
-        return "dense"
+        return f"{experts}dense"
     double = "double-quantized" if quant.double_quant else "float32"
-    return f"{quant.codebook}, block {quant.block_size}, {double} absmax"
+    return f"{experts}{quant.codebook}, block {quant.block_size}, {double} absmax"
 
 
 def open_base(model: str, adapter: str | None) -> Source:
@@ -186,10 +196,11 @@ def _open_base(
     for run in held.values():
         if run.codebook != "none":
             auto = run.config()
-            tables = quant if {quant.embedding, quant.head} != {"none"} else run
+            told = {quant.embedding, quant.head} != {"none"} or quant.mxfp4 != "keep"
+            tables = quant if told else run
     chosen = held_linears(quant, source, auto=auto)
     base, tokenizer = load(source, chosen, dtype, **held_tables(tables, source))
-    said = {"model": model, "base": describe_quant(source, chosen)}
+    said = {"model": model, "base": describe_quant(source, chosen, tables.mxfp4)}
     if source.path != find(model):
         said["base_folder"] = str(source)
     return base, tokenizer, said

@@ -58,4 +58,4 @@ def run(args: Args) -> dict[str, Any]:
     saved = quantize_folder(
         source, args.out, quant, args.dtype, overwrite=args.overwrite, **tables
     )
-    return {**saved, "base": options.describe_quant(source, quant)}
+    return {**saved, "base": options.describe_quant(source, quant, args.quant.mxfp4)}

@@ -206,7 +206,7 @@ def _train(args: Args, out: Path, resuming: bool) -> dict[str, Any]:
             **figures,
             "rows": len(rows),
             "rows_left_out": rows.dropped,
-            "base": options.describe_quant(source, quant),
+            "base": options.describe_quant(source, quant, args.quant.mxfp4),
             **({"base_folder": str(out / start.BASE)} if makes_a_base(args) else {}),
             **started,
             **sizes(trainer),

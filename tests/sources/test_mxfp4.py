@@ -194,5 +194,7 @@ def test_what_does_not_fit_is_named(packed, dense, tmp_path):
 def test_inspect_says_how_they_are_stored(packed, capsys):
     assert main(["inspect", str(packed)]) == 0
     said = capsys.readouterr().out
-    assert json.loads(said.splitlines()[-1])["tensors_by_kind"]["MXFP4"] == 36
-    assert "MXFP4" in said
+    figures = json.loads(said.splitlines()[-1])
+    assert figures["tensors_by_kind"]["MXFP4"] == 36
+    assert figures["quantization"] == "experts in MXFP4, else dense"
+    assert "feed-forward" not in figures["parameters_by_part"]  # but a router's bias
