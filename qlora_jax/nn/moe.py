@@ -6,7 +6,6 @@ arXiv 2211.15841). How many blocks there can be is known from shapes alone; thos
 empty are skipped.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
@@ -27,9 +26,6 @@ Score = Literal["softmax", "sigmoid"]
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 8, 256
 _LEAST_SUM = 1e-20
 """A sum of weights is taken for at least so much before they are divided by it."""
-
-_NAMED = jax.checkpoint_policies.save_any_names_but_these()
-"""Backward keeps what has a name, here and without a checkpoint alike."""
 
 SHARED_KEY = 2**31 - 1
 """Folded into a layer's key for the shared feed-forward; blocks of experts count from 0."""
@@ -206,9 +202,6 @@ class Experts(nnx.Module):
             # one sum and not one a block.
             return jax.tree.map(lambda leaf: leaf[experts], lora), experts
 
-        # An expert is cut out of the stack again in backward: what a scan keeps of its turns
-        # would else be the experts' weights, once for each block.
-        @functools.partial(jax.checkpoint, policy=_NAMED, prevent_cse=False)
         def apply(prepared: Any, index: Array, rows: Array) -> Array:
             factors, expert = prepared
             one = jax.tree.map(

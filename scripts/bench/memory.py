@@ -111,7 +111,13 @@ _GEMMA4 = {
     **{"attention_k_eq_v": True, "hidden_size_per_layer_input": 0},
     "final_logit_softcapping": 30.0,
 }
+_GPT_OSS = {
+    **{"model_type": "gpt_oss", "vocab_size": 201088, "hidden_size": 2880},
+    **{"intermediate_size": 2880, "num_attention_heads": 64},
+}
 UNSEEN |= {  # by a config.json
+    "gpt-oss-20b": _GPT_OSS | {"num_hidden_layers": 24, "num_local_experts": 32},
+    "gpt-oss-120b": _GPT_OSS | {"num_hidden_layers": 36, "num_local_experts": 128},
     "gemma4-31b": _GEMMA4
     | {
         **{"hidden_size": 5376, "num_hidden_layers": 60, "intermediate_size": 21504},
@@ -258,6 +264,8 @@ UNSEEN_GRID: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("qwen3.5-27b", {"max_tokens": 8192}),
         ("gemma4-31b", {}),
         ("gemma4-26b-a4b", {}),
+        ("gpt-oss-20b", {"mxfp4": "keep"}),
+        ("gpt-oss-120b", {"mxfp4": "keep"}),
     ],
     "cpu": [
         ("smollm2-360m", {"max_tokens": 512}),
