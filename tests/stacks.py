@@ -4,6 +4,8 @@
     --proved FILE       tests that passed by this file, or by another that is given so, are
                         sampled here; others run whole
     --sample K          one in K of what is proved, another part of it every day
+    --rotate K          one in K of the tests marked `rotates`, which repeat for every family
+                        of models, another part of them every day
 
 `python tests/stacks.py FILE ...` adds the records up: how many ran, and what ran nowhere, by
 reason. With `CI` set, a proof that ran nowhere is a failure.
@@ -35,15 +37,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--record", type=Path, metavar="FILE")
     group.addoption("--proved", type=Path, action="append", default=[])
     group.addoption("--sample", type=int, default=8, metavar="K")
+    group.addoption("--rotate", type=int, default=1, metavar="K")
     group.addoption("--day", type=int, default=DAY, help="whose part of the sample")
 
 
-def pytest_report_header(config: pytest.Config) -> str | None:
-    if not config.getoption("proved"):
-        return None
-    return "one in {sample} of what is proved elsewhere: --day {day}".format(
-        **vars(config.option)
-    )
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    said = []
+    if config.getoption("proved"):
+        said.append("one in {sample} of what is proved elsewhere: --day {day}")
+    if config.getoption("rotate") > 1:
+        said.append("one in {rotate} of what repeats for every family: --day {day}")
+    return [line.format(**vars(config.option)) for line in said]
 
 
 @pytest.hookimpl(trylast=True)
@@ -51,12 +55,18 @@ def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
     passed = passes(read(config.getoption("proved")))
-    parts, part = config.getoption("sample"), config.getoption("day")
+    day = config.getoption("day")
 
-    def sampled(item: pytest.Item) -> bool:
-        return zlib.crc32(item.nodeid.encode()) % parts == part % parts
+    def of_today(item: pytest.Item, parts: int) -> bool:
+        return zlib.crc32(item.nodeid.encode()) % parts == day % parts
 
-    left = [item for item in items if item.nodeid in passed and not sampled(item)]
+    sample, rotate = config.getoption("sample"), config.getoption("rotate")
+    left = [
+        item
+        for item in items
+        if (item.nodeid in passed and not of_today(item, sample))
+        or (item.get_closest_marker("rotates") and not of_today(item, rotate))
+    ]
     if left:
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if item not in set(left)]

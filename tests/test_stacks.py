@@ -24,7 +24,7 @@ def chosen() -> Callable[..., list[str]]:
     def choose(**options: object) -> list[str]:
         deselected: list = []
         hook = SimpleNamespace(pytest_deselected=lambda items: deselected.extend(items))
-        options = {"proved": [], "sample": 4, "day": 0} | options
+        options = {"proved": [], "sample": 4, "rotate": 1, "day": 0} | options
         config = SimpleNamespace(getoption=options.__getitem__, hook=hook)
         items = [Item(name) for name in TESTS]
         stacks.pytest_collection_modifyitems(config, items)  # type: ignore[arg-type]
@@ -38,6 +38,10 @@ class Item:
     def __init__(self, nodeid: str):
         self.nodeid = nodeid
 
+    def get_closest_marker(self, name: str) -> bool:
+        """Whether a test rotates: the first ten do."""
+        return name == "rotates" and self.nodeid in TESTS[:10]
+
 
 def test_a_stack_runs_all_that_no_other_has_passed(
     chosen: Callable[..., list[str]], tmp_path: Path
@@ -47,6 +51,17 @@ def test_a_stack_runs_all_that_no_other_has_passed(
     failed = {name: {"failed": True} for name in TESTS[20:]}
     file = write(tmp_path / "a", **skipped, **failed)
     assert chosen(proved=[file]) == TESTS
+
+
+def test_what_rotates_has_a_part_a_day_on_every_stack_and_the_rest_runs_whole(
+    chosen: Callable[..., list[str]],
+):
+    days = [chosen(rotate=3, day=day) for day in range(3)]
+    for day in days:
+        assert day[-30:] == TESTS[10:]
+    parts = [set(day) - set(TESTS[10:]) for day in days]
+    assert set().union(*parts) == set(TESTS[:10])
+    assert sum(map(len, parts)) == 10
 
 
 def test_every_day_has_its_part_and_all_days_together_the_whole(

@@ -20,7 +20,7 @@ from qlora_jax.models import Decoder
 from qlora_jax.nn import Linear, QuantizedLinear
 from qlora_jax.nn.frozen import modules
 
-pytestmark = pytest.mark.interop
+pytestmark = [pytest.mark.interop, pytest.mark.rotates]
 
 IDS = tiny.tokens(2, 11)
 ORDER = 3e-5

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 import qlora_jax as qlora
 from qlora_jax.models import FAMILIES
 
-pytestmark = pytest.mark.interop
+pytestmark = [pytest.mark.interop, pytest.mark.rotates]
 
 ORDER = 1e-4
 """Absolute, of logits of size 10 to 30: float32 sums in another order."""

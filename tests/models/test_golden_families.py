@@ -60,6 +60,7 @@ def test_logits_are_those_of_transformers(case, golden, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.rotates
 @pytest.mark.parametrize("case", CACHED)
 def test_a_cache_gives_the_same_logits(case, golden, tmp_path):
     made = read(case, golden)
@@ -98,6 +99,7 @@ def test_what_a_config_leaves_out_is_as_transformers_has_it(kind, golden):
 
 
 @pytest.mark.slow
+@pytest.mark.rotates
 @pytest.mark.parametrize("case", FAMILY.values())
 def test_what_a_family_saves_it_loads_again(case, golden, tmp_path):
     """4-bit, as it quantizes while it loads, and an adapter merged into dense weights."""
