@@ -3,9 +3,10 @@
     --record FILE       append what came of each test to FILE, a JSON object a line
     --proved FILE       tests that passed by this file, or by another that is given so, are
                         sampled here; others run whole
-    --sample K          one in K of what is proved, another part of it every day
-    --rotate K          one in K of the tests marked `rotates`, which repeat for every family
-                        of models, another part of them every day
+    --sample K          one in K of the files of what is proved, others every day; by files,
+                        since the tests of one share what they prepare and compile
+    --rotate K          one in K of the tests marked `rotates`, which are slow and repeat for
+                        many cases, another part of them every day
 
 `python tests/stacks.py FILE ...` adds the records up: how many ran, and what ran nowhere, by
 reason. With `CI` set, a proof that ran nowhere is a failure.
@@ -44,9 +45,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_report_header(config: pytest.Config) -> list[str]:
     said = []
     if config.getoption("proved"):
-        said.append("one in {sample} of what is proved elsewhere: --day {day}")
+        said.append("one in {sample} of the files proved elsewhere: --day {day}")
     if config.getoption("rotate") > 1:
-        said.append("one in {rotate} of what repeats for every family: --day {day}")
+        said.append("one in {rotate} of what repeats for many cases: --day {day}")
     return [line.format(**vars(config.option)) for line in said]
 
 
@@ -57,15 +58,15 @@ def pytest_collection_modifyitems(
     passed = passes(read(config.getoption("proved")))
     day = config.getoption("day")
 
-    def of_today(item: pytest.Item, parts: int) -> bool:
-        return zlib.crc32(item.nodeid.encode()) % parts == day % parts
+    def of_today(name: str, parts: int) -> bool:
+        return zlib.crc32(name.encode()) % parts == day % parts
 
     sample, rotate = config.getoption("sample"), config.getoption("rotate")
     left = [
         item
         for item in items
-        if (item.nodeid in passed and not of_today(item, sample))
-        or (item.get_closest_marker("rotates") and not of_today(item, rotate))
+        if (item.nodeid in passed and not of_today(_file(item.nodeid), sample))
+        or (item.get_closest_marker("rotates") and not of_today(item.nodeid, rotate))
     ]
     if left:
         config.hook.pytest_deselected(items=left)
@@ -89,6 +90,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         lines += [{"test": r.nodeid, outcome: True} for r in stats.get(outcome, [])]
     with record.open("a") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def _file(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
 
 
 def _reason(report: pytest.TestReport) -> str:
@@ -115,7 +120,7 @@ def main(files: list[Path]) -> int:
     """Adds up; returns the exit status."""
     lines = read(files)
     passed = passes(lines)
-    files_passed = {test.partition("::")[0] for test in passed}
+    files_passed = {_file(test) for test in passed}
     failed = {line["test"] for line in lines if "failed" in line or "error" in line}
     nowhere = {
         line["test"]: line["skipped"]

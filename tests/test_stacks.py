@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import stacks
 
-TESTS = [f"tests/test_a.py::test_it[{i}]" for i in range(40)]
+TESTS = [f"tests/test_{i // 2}.py::test_it[{i}]" for i in range(40)]
 
 
 def write(path: Path, **outcomes: dict) -> Path:
@@ -74,6 +74,8 @@ def test_every_day_has_its_part_and_all_days_together_the_whole(
     parts = [set(day) - set(TESTS[30:]) for day in days]
     assert set().union(*parts) == set(TESTS[:30])
     assert sum(map(len, parts)) == 30 and all(parts)
+    for part in parts:  # whole files, which have two tests each
+        assert len({name.partition("::")[0] for name in part}) == len(part) / 2
     assert chosen(proved=[file], day=5) == days[1]
     assert chosen(proved=[file], sample=1) == TESTS
 

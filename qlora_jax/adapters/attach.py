@@ -105,7 +105,14 @@ def attach_zero(model: M, config: LoRAConfig, *, key: Array) -> M:
             for own in node.parameters():
                 node.unfreeze(own).set_metadata(base=base)
         elif isinstance(node, FrozenTable):
-            if name == PER_LAYER or not config.matches(name):
+            if not config.matches(name):
+                return node
+            if name == PER_LAYER:
+                logger.warning(
+                    "targets match %s, which takes no adapter and stays as it is; name it in "
+                    "modules_to_save to train it whole",
+                    name,
+                )
                 return node
             return _lora_embedding(node, name, config, base, key)
         elif isinstance(node, FrozenLinear):

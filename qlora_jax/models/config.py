@@ -64,7 +64,7 @@ class DecoderConfig:
     """Mixer and feed-forward have a norm before them, after them (OLMo 2), or both (Gemma
     2). With 'parallel' there is one norm before both, and both take what it gives (Cohere)."""
     norm_kind: Literal["rms", "layer", "bare"] = "rms"
-    """What a norm is: RMSNorm, LayerNorm without a bias (Cohere), or RMSNorm without a weight
+    """Norms are RMSNorm, LayerNorm without a bias (Cohere), or RMSNorm without a weight
     (nanochat)."""
     norm_offset: float = 0.0
     """Added to norms' stored weights (1 for Gemma)."""
@@ -126,7 +126,8 @@ class DecoderConfig:
 
     @property
     def rope(self) -> Rope:
-        """How heads are rotated where a layer does not say otherwise."""
+        """The rotation of heads, in features and radians a position, that every layer has whose
+        spec names no other; it follows from the fields above and is changed by them."""
         return Rope(
             theta=self.rope_theta,
             scaling=self.rope_scaling,

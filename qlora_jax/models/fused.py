@@ -123,6 +123,13 @@ class Joining:
         if len(parts) == len(one.parts) * self._experts:
             yield whole, one.join(self._waiting.pop(whole))
 
+    def incomplete(self) -> list[str]:
+        """Returns a sentence for each whole of which parts have not come."""
+        return [
+            f"{name} was not written: {len(parts)} of its parts are there, and others are not"
+            for name, parts in self._waiting.items()
+        ]
+
     def ordered(self, items: Iterable[T], name: Callable[[T], str]) -> list[T]:
         """Returns items in an order in which few parts wait: those of one whole together.
 

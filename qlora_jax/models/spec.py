@@ -26,8 +26,8 @@ class AttentionSpec:
     """Positions that a token sees, itself included; None for all before it."""
 
     rope: Rope | Literal["global", "none"] = "global"
-    """How heads are rotated: as DecoderConfig.rope says, in a way of the layer's own, or not
-    at all."""
+    """Heads are rotated as DecoderConfig.rope says ("global"), in a way of the layer's own, or
+    not at all ("none")."""
 
     head_dim: int | None = None
     """Features of a head; None for DecoderConfig.head_dim."""
@@ -150,7 +150,7 @@ class ExpertsSpec:
     """A router and the config's num_experts feed-forwards, of which each token takes some."""
 
     score: Literal["softmax", "sigmoid"] = "softmax"
-    """What makes weights of the router's outputs: a softmax over them, or a sigmoid each."""
+    """Weights are a softmax over the router's outputs, or a sigmoid of each."""
 
     router_bias: bool = False
     """The router's linear has a bias (gpt-oss)."""
@@ -167,13 +167,14 @@ class ExpertsSpec:
     most."""
 
     best_of_group: int = 2
-    """How many of a group's best experts that sum is of: two (DeepSeek V3), or one (V2)."""
+    """That sum is of so many of a group's best experts: two (DeepSeek V3), or one (V2)."""
 
     scale: float = 1.0
     """The chosen experts' weights are multiplied by it."""
 
     sum_offset: float = 0.0
-    """Added to the chosen experts' weights' sum before they are divided by it (LFM2)."""
+    """It is added to the sum of the chosen experts' weights before they are divided by that sum
+    (LFM2)."""
 
     shared_size: int = 0
     """Width of a feed-forward beside the experts that all tokens take; 0 for none."""

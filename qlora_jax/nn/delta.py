@@ -218,7 +218,7 @@ def in_chunks(
 
 
 class Decays(NamedTuple):
-    """How much of what one token does another sees, as factors.
+    """Says how much of what one token does another sees, as factors.
 
     Attributes:
       between: Of what each token of a chunk writes, for each that reads, (..., reads, writes).

@@ -57,7 +57,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
-    """How heads are rotated by their position.
+    """Says how heads are rotated by their position.
 
     Attributes:
       theta: The base of the frequencies.

@@ -110,7 +110,7 @@ def reading(
     skeleton = abstract(config, dtype)
     wanted = wanted_of(skeleton, hf_table(config))
     notes = [*source.notes, *check_names(source, wanted)]
-    tables = resolve_tables(source, embedding, head)
+    tables = resolve_tables(source, embedding, head, mxfp4)
     if {tables["embedding"], tables["head"]} != {"none"} and (quant or stored) is None:
         raise CheckpointError(
             f"{source} stays dense, so its embedding and head do too; give quant, or leave "
@@ -178,6 +178,9 @@ def resolve_tables(
             problems.append(f"{name} is stored in int8 and cannot become 4-bit")
         elif module in stored:
             tables[name] = "int8"
+    if mxfp4 not in get_args(Mxfp4Use):
+        known = ", ".join(get_args(Mxfp4Use))
+        problems.append(f"mxfp4 is {mxfp4!r}, expected {known}")
     if problems:
         raise CheckpointError(gathered(f"{source} cannot be held so", problems))
     return tables

@@ -286,6 +286,7 @@ def _write(
             assert value.LISTED_AS is not None
             module = name.removesuffix(".weight")
             tables.setdefault(value.LISTED_AS, []).append(module)
+    writer.problems += joined.incomplete()
     if (bnb := linears.get("bitsandbytes")) is not None:
         bnb["llm_int8_skip_modules"] = _skipped(skip, packed, dense)
     return bitsandbytes.folder_config(linears, tables)

@@ -248,6 +248,7 @@ def test_int8_tables_are_taken_before_4_bit_ones():
 
 
 @pytest.mark.aot
+@pytest.mark.rotates
 @pytest.mark.parametrize(
     ("model", "changes", "gigabytes", "gemm"),
     [

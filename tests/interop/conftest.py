@@ -149,11 +149,22 @@ CONFIGS |= {
 }
 
 
-@pytest.fixture(scope="session")
-def bases(side: Side, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of tiny random models, as transformers writes them."""
-    folder = tmp_path_factory.mktemp("bases")
-    for name, config in CONFIGS.items():
+class Bases(dict[str, Path]):
+    """Folders of tiny random models, as transformers writes them, made when first asked for."""
+
+    def __init__(self, side: Side, folder: Path):
+        super().__init__()
+        self.side, self.folder = side, folder
+
+    def __missing__(self, name: str) -> Path:
+        """Makes a folder."""
+        out = self[name] = self.folder / name
         rows = {"vocab_size": tiny.CONFIG.vocab_size}
-        side("make", config=_SMALL | config | rows, out=folder / name)
-    return {name: folder / name for name in CONFIGS}
+        self.side("make", config=_SMALL | CONFIGS[name] | rows, out=out)
+        return out
+
+
+@pytest.fixture(scope="session")
+def bases(side: Side, tmp_path_factory: pytest.TempPathFactory) -> Bases:
+    """The folders of this process."""
+    return Bases(side, tmp_path_factory.mktemp("bases"))

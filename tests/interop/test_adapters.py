@@ -16,7 +16,7 @@ from qlora_jax.models import Decoder
 from qlora_jax.models.vocabulary import resize_tokens
 from qlora_jax.objectives import SFT
 
-pytestmark = pytest.mark.interop
+pytestmark = [pytest.mark.interop, pytest.mark.rotates]
 
 ORDER = 3e-5
 """Absolute, of logits of size 10: float32 sums in another order."""

@@ -16,7 +16,8 @@ from qlora_jax.nn.attention import attention, causal_attention, choose_attention
 
 BATCH, SEQ, HEADS, KV_HEADS, HEAD_DIM = 2, 37, 4, 2, 8
 VALUE_DIM = 6
-"""Of a head's values, as latent attention has it."""
+"""A head's values have so many features where they have fewer than its queries, as in latent
+attention."""
 
 
 def inputs(seq: int = SEQ, dtype: str = "float32") -> tuple[jax.Array, ...]:

@@ -265,6 +265,11 @@ def llama(path: Path, meta: dict[str, Any] | None = None, **tensors: Any) -> Pat
 # --- a folder, written and read
 
 
+def test_a_window_that_llama_cpp_leaves_out_is_said(tmp_path, caplog):
+    written(write_case(tmp_path, "phi3"))
+    assert "the window of 10 tokens of a phi3" in caplog.text
+
+
 @pytest.mark.parametrize("case", WRITTEN)
 def test_a_written_folder_is_read_as_it_was(tmp_path, case):
     folder = write_case(tmp_path, case)

@@ -23,7 +23,13 @@ from qlora_jax.errors import CheckpointError, ConfigError, ShapeError
 from qlora_jax.exchange.ours import misfits
 from qlora_jax.models import Decoder
 from qlora_jax.models.vocabulary import resize_tokens
-from qlora_jax.nn import Embedding, Linear, QuantizedEmbedding, QuantizedLinear
+from qlora_jax.nn import (
+    Embedding,
+    Linear,
+    LoRAEmbedding,
+    QuantizedEmbedding,
+    QuantizedLinear,
+)
 from qlora_jax.nn.packing import dequantize
 from qlora_jax.sources.load import outline
 from qlora_jax.sources.safetensors import Checkpoint
@@ -158,6 +164,17 @@ def test_a_tied_head_goes_with_the_embedding(tmp_path: Path, tables):
     plain, _ = qlora.load(tmp_path / "decoded", qlora.QuantConfig(), "float32")
     said, wanted = (tiny.logits(m, tiny.tokens()) for m in (loaded, plain))
     np.testing.assert_allclose(said, wanted, atol=ORDER, rtol=0)
+
+
+def test_a_per_layer_table_that_is_targeted_is_said_to_take_no_adapter(
+    golden, tmp_path, caplog
+):
+    case = "gemma4_text_told"
+    model = load(case, read(case, golden), tmp_path)
+    adapted = tiny.adapted(model, targets=".*(embed_tokens.*|q_proj)")
+    assert "embed_tokens_per_layer, which takes no adapter" in caplog.text
+    assert isinstance(adapted.per_layer.embed_tokens_per_layer, Embedding)
+    assert isinstance(adapted.embed_tokens, LoRAEmbedding)
 
 
 def test_per_layer_embeddings_go_with_the_embedding(golden, tmp_path):

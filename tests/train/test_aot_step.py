@@ -144,6 +144,7 @@ def test_experts_and_layers_that_differ_use_the_kernels_too():
 
 
 @pytest.mark.slow
+@pytest.mark.rotates
 def test_a_models_shapes_go_by_the_tuned_table():
     """Returns a model of shapes alone: two layers of Llama-3 8B, whose linears the table
     has."""
@@ -172,6 +173,7 @@ def test_a_models_shapes_go_by_the_tuned_table():
 
 
 @pytest.mark.slow
+@pytest.mark.rotates
 def test_the_next_layer_is_copied_by_dma_while_one_computes():
     needs_compiler()
     lora = qlora.LoRAConfig(rank=16, targets="all-linear")

@@ -79,7 +79,8 @@ class Attention(nnx.Module):
 
     @property
     def rope(self) -> Rope | None:
-        """How heads are rotated; None if they are not."""
+        """This is the rotation that the layer gives its queries and keys: its spec's own, or
+        the config's. It is None where the spec says "none"."""
         rope = self.spec.rope
         if rope == "none":
             return None

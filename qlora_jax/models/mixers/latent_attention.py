@@ -24,7 +24,8 @@ Latents = tuple[Array, Array]
 is rotated, (batch, capacity, rotary features)."""
 
 _EPS = 1e-6
-"""Of both norms, whatever the others have, as in transformers and in DeepSeek's own code."""
+"""Both norms add it to the mean square, whatever the other norms of the model add, as in
+transformers and in DeepSeek's own code."""
 
 
 class LatentAttention(nnx.Module):

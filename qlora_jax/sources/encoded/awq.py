@@ -23,7 +23,7 @@ from qlora_jax.sources.encoded.form import (
 )
 
 _FIELD = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Which field of a word each of eight rows is in."""
+"""Each of eight rows is in this field of a word."""
 
 
 def _measure(parts: Parts, settings: Settings) -> Measured:

@@ -1,4 +1,4 @@
-"""Which form the linears of a folder are stored in: what config.json says of it.
+"""Reads from config.json which form the linears of a folder are stored in.
 
 Whatever changes what weights decode to is read here, or refused by name.
 """
@@ -15,7 +15,7 @@ from qlora_jax.sources.encoded.scaled import EIGHT_BITS, FP8
 
 
 class Encoding(NamedTuple):
-    """How the linears of a folder are stored.
+    """Says how the linears of a folder are stored.
 
     Attributes:
       method: The quant_method of config.json.

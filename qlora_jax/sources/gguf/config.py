@@ -6,6 +6,7 @@ takes them for granted of an architecture, so a model that has others cannot be 
 """
 
 import dataclasses
+import logging
 import math
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -33,6 +34,8 @@ from qlora_jax.sources.gguf.architectures import (
     Architecture,
     keys,
 )
+
+logger = logging.getLogger(__name__)
 
 FREQS = "rope_freqs.weight"
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
@@ -180,6 +183,12 @@ def write(
     if known.window is not None:
         windows = [spec.mixer.window or 0 for spec in config.specs]
         values["attention.sliding_window"] = max(windows)
+        if arch == "phi3" and any(windows):
+            logger.warning(
+                "llama.cpp reads the window of %d tokens of a phi3 and attends without it: "
+                "longer texts come out otherwise there",
+                max(windows),
+            )
         every = known.pattern
         if every and [bool(w) for w in windows] != _pattern(every, len(windows)):
             values["attention.sliding_window_pattern"] = [bool(w) for w in windows]

@@ -37,6 +37,7 @@ if reason := aot.available():
     pytest.skip(f"NOT COMPILED FOR A GPU: {reason}", allow_module_level=True)
 
 pytestmark = pytest.mark.aot
+_MORE = [pytest.mark.slow, pytest.mark.rotates]
 
 CONFIGS = {
     "hopper": hopper.config.Config,
@@ -257,7 +258,7 @@ def ragged() -> list[Case]:
 def few(cases: list[Case]) -> list[Any]:
     """Marks all but every tenth slow, which .ci/run has."""
     return [
-        pytest.param(case, id=str(case), marks=[pytest.mark.slow] if i % 10 else [])
+        pytest.param(case, id=str(case), marks=_MORE if i % 10 else [])
         for i, case in enumerate(cases)
     ]
 
