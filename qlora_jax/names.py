@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 STACK, EXPERTS = "layers", "experts"
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
 PER_LAYER = "per_layer.embed_tokens_per_layer"
-"""The table of what each layer is told of a token."""
+"""The path of the table of per-layer embeddings."""
 TABLES = (EMBEDDING, HEAD, PER_LAYER)
 """Modules with a row a token."""
 

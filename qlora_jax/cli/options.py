@@ -196,8 +196,8 @@ def _open_base(
     for run in held.values():
         if run.codebook != "none":
             auto = run.config()
-            told = {quant.embedding, quant.head} != {"none"} or quant.mxfp4 != "keep"
-            tables = quant if told else run
+            asked = {quant.embedding, quant.head} != {"none"} or quant.mxfp4 != "keep"
+            tables = quant if asked else run
     chosen = held_linears(quant, source, auto=auto)
     base, tokenizer = load(source, chosen, dtype, **held_tables(tables, source))
     said = {"model": model, "base": describe_quant(source, chosen, tables.mxfp4)}

@@ -96,9 +96,10 @@ class DecoderConfig:
     layer_scale: bool = False
     """The residual stream is multiplied by a number of each layer's own behind it (Gemma 4)."""
     per_layer_size: int = 0
-    """Features that each layer is told of a token (models/per_layer.py); 0 for none."""
+    """Each layer takes so many features of a token from per-layer embeddings
+    (models/per_layer.py); 0 for none."""
     per_layer_vocab: int = 0
-    """Tokens in the table of these."""
+    """The table of per-layer embeddings has so many rows, one a token."""
     logit_scale: float = 1.0
     num_experts: int = 0
     """Feed-forwards to choose from; 0 for one that all tokens take."""

@@ -60,7 +60,7 @@ class Decoder(nnx.Module):
       config: Its shape.
       dtype: Name of the compute dtype, that of activations and matmuls.
       embed_tokens: The Embedding.
-      per_layer: PerLayerInputs, where the layers are told of tokens, else None.
+      per_layer: PerLayerInputs, where the model has per-layer embeddings, else None.
       layers: A DecoderLayer, every array with a leading axis of layers; where layers are of
         several kinds, an nnx.Dict of one such stack a slot of the config's segments, by the
         key that says which layers it holds (names.py). `stacks` has them in order.
@@ -189,33 +189,37 @@ class Decoder(nnx.Module):
         context = Context(positions, self._shared(positions))
 
         def apply(
-            layer: DecoderLayer, x: Array, given: Given, key: Array | None, told: Any
+            layer: DecoderLayer,
+            x: Array,
+            given: Given,
+            key: Array | None,
+            per_layer: Any,
         ) -> Applied:
             x = checkpoint_name(x, "layer_input")
 
-            def one(x: Array, given: Given, key: Array | None, told: Any) -> Any:
+            def one(x: Array, given: Given, key: Array | None, per_layer: Any) -> Any:
                 sees = dataclasses.replace(context, given=given)
-                return layer(x, sees, None, key, told)
+                return layer(x, sees, None, key, per_layer)
 
             def turn(_: None, xs: Any) -> tuple[None, Any]:
                 return None, one(*xs)
 
             if not micro:
-                x, remembered = one(x, given, key, told)
+                x, remembered = one(x, given, key, per_layer)
                 return Applied(x, None, remembered)
             if checkpoint != "none":
                 # Else backward would make again what all micro-batches keep, at once.
                 turn = checkpointed(turn, checkpoint)
             # From the last on, so that backward adds up gradients from the first.
-            xs = x, given, key, told
+            xs = x, given, key, per_layer
             x, remembered = jax.lax.scan(turn, None, xs, reverse=True)[1]
             return Applied(x, None, remembered)
 
         x = self._embed(tokens.reshape(-1, seq))
         x = x.reshape(*tokens.shape, -1)
-        told = self._told(tokens, x, key)
+        per_layer = self._per_layer_inputs(tokens, x, key)
         keys = self._layer_keys(key, micro)
-        x, _ = self._through(x, keys, told, apply, checkpoint)
+        x, _ = self._through(x, keys, per_layer, apply, checkpoint)
         return self.norm(x)
 
     def finite(self, tokens: Int[Array, "batch seq"]) -> dict[str, Any]:
@@ -229,17 +233,20 @@ class Decoder(nnx.Module):
         context = Context(positions, self._shared(positions))
 
         def apply(
-            layer: DecoderLayer, x: Array, given: Given, _: Any, told: Any
+            layer: DecoderLayer, x: Array, given: Given, _: Any, per_layer: Any
         ) -> Applied:
             sees = dataclasses.replace(context, given=given)
-            x, remembered = layer(x, sees, None, None, told)
+            x, remembered = layer(x, sees, None, None, per_layer)
             return Applied(x, jnp.isfinite(x).all(), remembered)
 
         found: dict[str, Any] = {}
         x = self._embed(tokens)
         found["embed_tokens"] = jnp.isfinite(x).all()
-        told, nothing = self._told(tokens, x), [None] * len(self.stacks)
-        x, found["layers"] = self._through(x, nothing, told, apply)
+        per_layer, nothing = (
+            self._per_layer_inputs(tokens, x),
+            [None] * len(self.stacks),
+        )
+        x, found["layers"] = self._through(x, nothing, per_layer, apply)
         x = self.norm(x)
         found["norm"] = jnp.isfinite(x).all()
         found["head"] = jnp.isfinite(self.logits(x[:, -1])).all()
@@ -275,14 +282,16 @@ class Decoder(nnx.Module):
         context = Context(positions, self._shared(positions), seen, cache.length)
 
         def apply(
-            layer: DecoderLayer, x: Array, given: Given, own: Any, told: Any
+            layer: DecoderLayer, x: Array, given: Given, own: Any, per_layer: Any
         ) -> Applied:
             sees = dataclasses.replace(context, given=given)
-            x, new = layer(x, sees, own, None, told)
+            x, new = layer(x, sees, own, None, per_layer)
             return Applied(x, new, new)
 
         x = self._embed(tokens)
-        x, layers = self._through(x, cache.layers, self._told(tokens, x), apply)
+        x, layers = self._through(
+            x, cache.layers, self._per_layer_inputs(tokens, x), apply
+        )
         logits = self.logits(self.norm(x[:, -1]))
         return logits, Cache(layers, seen, cache.length + tokens.shape[1])
 
@@ -303,8 +312,10 @@ class Decoder(nnx.Module):
         x = scaled(x, self.config.embedding_scale)
         return x if self.embed_norm is None else self.embed_norm(x)
 
-    def _told(self, tokens: Array, x: Array, key: Array | None = None) -> list[Any]:
-        """Returns what the layers of each slot are told of tokens; None where it is nothing.
+    def _per_layer_inputs(
+        self, tokens: Array, x: Array, key: Array | None = None
+    ) -> list[Any]:
+        """Returns the per-layer inputs of each slot's layers; None where the model has none.
 
         Args:
           tokens: (batch, seq), or (micro, batch, seq).
@@ -318,11 +329,11 @@ class Decoder(nnx.Module):
             key = jax.random.fold_in(key, self.config.num_layers)
         if tokens.ndim == 3:
             each = tokens, x, None if key is None else _micro_keys(key, len(tokens))
-            told = jax.lax.map(lambda one: self.per_layer(*one), each)
-            told = told.swapaxes(0, 1)
+            per_layer = jax.lax.map(lambda one: self.per_layer(*one), each)
+            per_layer = per_layer.swapaxes(0, 1)
         else:
-            told = self.per_layer(tokens, x, key)
-        return [told[i.start : i.stop : i.step] for i, _ in slots]
+            per_layer = self.per_layer(tokens, x, key)
+        return [per_layer[i.start : i.stop : i.step] for i, _ in slots]
 
     def _shared(self, positions: Array) -> dict[Any, Any]:
         """Returns what mixers need that depends on positions alone."""
@@ -335,12 +346,12 @@ class Decoder(nnx.Module):
         self,
         x: Array,
         extra: list[Any],
-        told: list[Any],
+        per_layer: list[Any],
         apply: Callable[..., Applied],
         checkpoint: Checkpoint | None = None,
     ) -> tuple[Array, list[Any]]:
         segments, stacks = self.config.segments, self.stacks
-        return through(segments, stacks, x, extra, told, apply, checkpoint)
+        return through(segments, stacks, x, extra, per_layer, apply, checkpoint)
 
 
 def _micro_keys(key: Array, count: int) -> Array:

@@ -1,8 +1,8 @@
 """Gemma 4 (text): layers with windows, and global ones with larger heads whose keys are values.
 
 Norms multiply by their weights alone, values are normed without any, and global layers
-rotate the first quarter of their frequencies. In E2B and E4B each layer is told of the
-tokens by a table of its own, and the later layers take keys and values of earlier ones. In
+rotate the first quarter of their frequencies. In E2B and E4B each layer takes a part of
+per-layer embeddings, and the later layers take keys and values of earlier ones. In
 26B-A4B a mixture is beside each layer's feed-forward, whose files hold the experts of a layer
 together.
 """
@@ -17,7 +17,7 @@ from qlora_jax.models.spec import AttentionSpec, BesideSpec, MLPSpec
 from qlora_jax.nn.rope import Rope
 
 MODEL_TYPE = "gemma4_text"
-_TOLD, _BESIDE = "layers.per_layer", "layers.mlp"
+_PER_LAYER, _BESIDE = "layers.per_layer", "layers.mlp"
 _EXPERT = "model.layers.{}.experts.{}"
 NAMES = (
     gemma2.NAMES
@@ -31,13 +31,13 @@ NAMES = (
         "per_layer.per_layer_projection_norm.weight": (
             "model.per_layer_projection_norm.weight"
         ),
-        f"{_TOLD}.per_layer_input_gate.kernel": (
+        f"{_PER_LAYER}.per_layer_input_gate.kernel": (
             "model.layers.{}.per_layer_input_gate.weight"
         ),
-        f"{_TOLD}.per_layer_projection.kernel": (
+        f"{_PER_LAYER}.per_layer_projection.kernel": (
             "model.layers.{}.per_layer_projection.weight"
         ),
-        f"{_TOLD}.post_per_layer_input_norm.weight": (
+        f"{_PER_LAYER}.post_per_layer_input_norm.weight": (
             "model.layers.{}.post_per_layer_input_norm.weight"
         ),
         f"{_BESIDE}.own_post_norm.weight": (
@@ -51,7 +51,7 @@ NAMES = (
         ),
         f"{_BESIDE}.router_scale.weight": "model.layers.{}.router.scale",
         f"{_BESIDE}.mixture.router.weight": "model.layers.{}.router.proj.weight",
-        f"{_BESIDE}.mixture.router.gains.weight": (
+        f"{_BESIDE}.mixture.router.expert_scales.weight": (
             "model.layers.{}.router.per_expert_scale"
         ),
         f"{_BESIDE}.mixture.experts.gate_proj.kernel": f"{_EXPERT}.gate_proj.weight",
@@ -106,7 +106,7 @@ def read_config(hf: dict[str, Any]) -> reading.Read:
     ropes = hf["rope_parameters"] = hf.get("rope_parameters") or _ROPES
     if problems := _problems(hf, ropes):
         return None, [*problems, *reading.unknown(hf, _ROPES[reading.SLIDING])]
-    told = hf["hidden_size_per_layer_input"]
+    per_layer = hf["hidden_size_per_layer_input"]
     experts: dict[str, Any] = {}
     if hf.get("enable_moe_block"):
         experts = {
@@ -123,8 +123,8 @@ def read_config(hf: dict[str, Any]) -> reading.Read:
         value_norm=True,
         attention_scale=1.0,
         layer_scale=True,
-        per_layer_size=told,
-        per_layer_vocab=hf["vocab_size_per_layer_input"] if told else 0,
+        per_layer_size=per_layer,
+        per_layer_vocab=hf["vocab_size_per_layer_input"] if per_layer else 0,
         embedding_scale=hf.get("hidden_size", 1) ** 0.5,
         logit_softcap=hf.get("final_logit_softcapping"),
         **experts,

@@ -35,17 +35,14 @@ _DENSE, _SPARSE = "dense", "sparse"
 def read_config(hf: dict[str, Any]) -> reading.Read:
     """Reads a config.json: (config, problems)."""
     hf = DEFAULTS | hf
-    count, problems = hf.get("num_hidden_layers") or 0, []
+    count = hf.get("num_hidden_layers") or 0
     first = hf.get("first_k_dense_replace", 1)
     kinds = hf.get("mlp_layer_types") or [
         _DENSE if i < first else _SPARSE for i in range(count)
     ]
-    if len(kinds) != count:
-        problems.append(f"mlp_layer_types has {len(kinds)} entries for {count} layers")
-    if unknown := sorted({*kinds} - {_DENSE, _SPARSE}):
-        problems.append(
-            f"mlp_layer_types has {', '.join(unknown)}; known: {_DENSE}, {_SPARSE}"
-        )
+    problems = reading.kind_problems(
+        kinds, count, (_DENSE, _SPARSE), name="mlp_layer_types"
+    )
     dense = [i for i, kind in enumerate(kinds) if kind == _DENSE]
     return deepseek_v3.read_latent(
         hf,

@@ -113,13 +113,9 @@ def _mamba(hf: dict[str, Any]) -> MambaSpec:
 
 
 def _problems(hf: dict[str, Any], types: list[str], mamba: MambaSpec) -> list[str]:
-    problems, count = [], hf.get("num_hidden_layers") or 0
-    if len(types) != count:
-        problems.append(f"layer_types has {len(types)} entries for {count} layers")
-    if unknown := sorted({*types} - {*_LINEAR, *_FULL}):
-        problems.append(
-            f"layer_types has {', '.join(unknown)}; known: {_FULL[0]}, {_LINEAR[0]}"
-        )
+    known, older = (_FULL[0], _LINEAR[0]), (_FULL[1], _LINEAR[1])
+    count = hf.get("num_hidden_layers") or 0
+    problems = reading.kind_problems(types, count, known, older)
     inner = hf["mamba_expand"] * (hf.get("hidden_size") or 0)
     if mamba.inner_size != inner or mamba.heads % mamba.groups:
         problems.append(

@@ -30,7 +30,7 @@ from qlora_jax.nn.vector import Vector
 
 SAVED = (
     *("q", "k", "v", "mixed", "middle", "gate", "up", "gate_up"),
-    *("qkv", "z", "rates", "told"),
+    *("qkv", "z", "rates", "per_layer"),
     *("unnormed", "lora_hidden", "lora_norms", "lora_unscaled"),
 )
 """Activations kept for backward without checkpointing: each matmul's output and the
@@ -70,7 +70,7 @@ class DecoderLayer(nnx.Module):
       attn_norm, mlp_norm: Norms before them, where the config has norms 'pre' or 'both';
         with 'parallel' attn_norm is before both.
       attn_post_norm, mlp_post_norm: Norms after them, with 'post' or 'both'.
-      per_layer: PerLayerGate, where layers are told of tokens.
+      per_layer: PerLayerGate, where layers have per-layer inputs.
       scale: Vector of one number, which the stream is multiplied by behind the layer, where
         the config has layer_scale.
     """
@@ -125,7 +125,7 @@ class DecoderLayer(nnx.Module):
         context: Context,
         cache: Any = None,
         key: Array | None = None,
-        told: Array | None = None,
+        per_layer_input: Array | None = None,
     ) -> tuple[Array, Any]:
         """Returns the stream after the layer, and what its mixer remembers then.
 
@@ -134,7 +134,8 @@ class DecoderLayer(nnx.Module):
           context: What all layers share.
           cache: What the mixer remembers; None while training.
           key: The random key for LoRA dropout; None switches it off.
-          told: What it is told of the tokens, (batch, seq, features), where layers are.
+          per_layer_input: Its part of per-layer embeddings, (batch, seq, features), where the
+            model has them (models/per_layer.py).
         """
         norms, scale = self.config.norms, self.config.residual_scale
         before, after = norms != "post", norms in ("post", "both")
@@ -150,8 +151,8 @@ class DecoderLayer(nnx.Module):
             y = self.mlp(y, key, x) if sees_stream else self.mlp(y, key)
             y = self.mlp_post_norm(checkpoint_name(y, "unnormed")) if after else y
             x = x + scaled(y, scale)
-        if told is not None:
-            x = self.per_layer(x, told, key)
+        if per_layer_input is not None:
+            x = self.per_layer(x, per_layer_input, key)
         if self.config.layer_scale:
             x = x * self.scale.weight[...].astype(x.dtype)
         return x, new
@@ -163,7 +164,7 @@ def scaled(x: Array, scale: float) -> Array:
 
 
 Apply = Callable[[DecoderLayer, Array, Given, Any, Any], Applied]
-"""(one layer, x, what is given, its part of extra, its part of told) -> what comes out."""
+"""(one layer, x, what is given, its part of extra, its per-layer input) -> what comes out."""
 
 
 def through(
@@ -171,7 +172,7 @@ def through(
     stacks: Sequence[DecoderLayer],
     x: Array,
     extra: Sequence[Any],
-    told: Sequence[Any],
+    per_layer: Sequence[Any],
     apply: Apply,
     checkpoint: Checkpoint | None = None,
 ) -> tuple[Array, list[Any]]:
@@ -185,7 +186,7 @@ def through(
       stacks: A stack of layers for each slot of the segments, in their order.
       x: The first layer's input, (batch, seq, hidden), or (micro, batch, seq, hidden).
       extra: For each slot a pytree whose leaves have a leading axis of its layers.
-      told: The same, of what is differentiated.
+      per_layer: The same, of per-layer inputs, which are differentiated.
       apply: Applies one layer.
       checkpoint: What backward recomputes; None where there is no backward, and then
         nothing is arranged for it.
@@ -197,7 +198,7 @@ def through(
     for segment in segments:
         end = first + len(segment.pattern)
         run = functools.partial(_segment, segment, apply, checkpoint)
-        slots = (each[first:end] for each in (stacks, extra, told))
+        slots = (each[first:end] for each in (stacks, extra, per_layer))
         x, made, more = run(x, given, *slots)
         outputs += made
         given, first = given | more, end
@@ -212,7 +213,7 @@ def _segment(
     given: Given,
     stacks: Sequence[DecoderLayer],
     extra: Sequence[Any],
-    told: Sequence[Any],
+    per_layer: Sequence[Any],
 ) -> tuple[Array, Sequence[Any], Given]:
     parts = [nnx.split(stack, nnx.LoRAParam, ...) for stack in stacks]
     graphdefs = [part[0] for part in parts]
@@ -226,22 +227,22 @@ def _segment(
         def turn(
             slot: int, trained: Any, base: Any, x: Array, given: Given, part: Any
         ) -> Array:
-            own, told = trained
+            own, per_layer = trained
             layer = nnx.merge(graphdefs[slot], own, base)
-            return apply(layer, x, given, part, told).x
+            return apply(layer, x, given, part, per_layer).x
 
-        on_host, trained = checkpoint == "host", list(zip(lora, told, strict=True))
+        on_host, trained = checkpoint == "host", list(zip(lora, per_layer, strict=True))
         x = scan_ahead(turn, x, given, trained, frozen, extra, inputs_on_host=on_host)
         return x, [None] * len(stacks), {}
 
     several, in_turn = len(stacks) > 1, len(stacks) >= IN_TURN
 
     def one(slot: int, x: Array, given: Given, slices: Any) -> Applied:
-        i, lora, base, part, told = slices
+        i, lora, base, part, per_layer = slices
         if base is None:
             base = at(frozen[slot], i)
         layer = nnx.merge(graphdefs[slot], lora, arrive(base))
-        made = apply(layer, x, given, part, told)
+        made = apply(layer, x, given, part, per_layer)
         return made if names[slot] else made._replace(remembered=None)
 
     def body(x: Array, slices: Any) -> tuple[Array, tuple[list[Any], Given]]:
@@ -261,7 +262,7 @@ def _segment(
     scanned = [None] * len(stacks) if several else frozen
     numbers = jnp.arange(repeats)
     x, (outputs, gives) = jax.lax.scan(
-        body, x, (numbers, lora, scanned, list(extra), list(told))
+        body, x, (numbers, lora, scanned, list(extra), list(per_layer))
     )
     return x, outputs, jax.tree.map(lambda leaf: leaf[0], gives)
 

@@ -74,15 +74,10 @@ def read_hybrid(
       **given: More of what `reading.read` takes.
     """
     types, count = hf.get("layer_types") or default, hf.get("num_hidden_layers") or 0
-    problems = []
     if types is None:
-        problems.append("layer_types is missing")
-    elif len(types) != count:
-        problems.append(f"layer_types has {len(types)} entries for {count} layers")
-    elif unknown := sorted({*types} - {_CONV, reading.FULL}):
-        problems.append(
-            f"layer_types has {', '.join(unknown)}; known: {reading.FULL}, {_CONV}"
-        )
+        problems = ["layer_types is missing"]
+    else:
+        problems = reading.kind_problems(types, count, (reading.FULL, _CONV))
     conv = ShortConvSpec(taps=hf["conv_L_cache"], bias=bool(hf["conv_bias"]))
     if (tied := hf.get("tie_embedding")) is not None:
         hf = hf | {"tie_word_embeddings": tied}

@@ -1,4 +1,4 @@
-"""Per-layer embeddings (Gemma 3n, Gemma 4 E2B and E4B): what each layer is told of a token.
+"""Per-layer embeddings (Gemma 3n, Gemma 4 E2B and E4B) give each layer an input of its own.
 
 A second table has a row a token, and a part of it for each layer. To that a projection of
 the token's embedding is added. Behind its feed-forward a layer multiplies a gate by its
@@ -95,7 +95,7 @@ class PerLayerGate(nnx.Module):
     @property
     def kept(self) -> dict[str, int]:
         """Features a token that backward keeps, by their checkpoint names."""
-        return {"told": self.size, "unnormed": self.hidden}
+        return {"per_layer": self.size, "unnormed": self.hidden}
 
     def __call__(
         self,
@@ -103,10 +103,12 @@ class PerLayerGate(nnx.Module):
         part: Float[Array, "batch seq features"],
         key: Array | None = None,
     ) -> Float[Array, "batch seq hidden"]:
-        """Returns the stream with what the layer is told."""
-        gate = checkpoint_name(project(self.per_layer_input_gate, x, key, 8), "told")
-        told = ACTIVATIONS[self.activation](gate) * part
+        """Returns the stream with the layer's part added."""
+        gate = checkpoint_name(
+            project(self.per_layer_input_gate, x, key, 8), "per_layer"
+        )
+        gated = ACTIVATIONS[self.activation](gate) * part
         y = checkpoint_name(
-            project(self.per_layer_projection, told, key, 9), "unnormed"
+            project(self.per_layer_projection, gated, key, 9), "unnormed"
         )
         return x + self.post_per_layer_input_norm(y)

@@ -68,13 +68,8 @@ def read_hybrid(
     types = hf.get("layer_types")
     if types is None:
         types = [_LINEAR[0] if (i + 1) % every else reading.FULL for i in range(layers)]
-    problems = []
-    if len(types) != layers:
-        problems.append(f"layer_types has {len(types)} entries for {layers} layers")
-    if unknown := sorted({*types} - {*_LINEAR, reading.FULL}):
-        problems.append(
-            f"layer_types has {', '.join(unknown)}; known: {reading.FULL}, {_LINEAR[0]}"
-        )
+    known = reading.FULL, _LINEAR[0]
+    problems = reading.kind_problems(types, layers, known, _LINEAR[1:])
     delta = DeltaSpec(
         key_heads=hf["linear_num_key_heads"],
         value_heads=hf["linear_num_value_heads"],

@@ -273,17 +273,35 @@ def _mixers(
     full_rope: Literal["global", "none"],
 ) -> tuple[list[AttentionSpec], list[str]]:
     """Reads which layers attend in a sliding window."""
-    types, layers = hf.get("layer_types") or default, hf["num_hidden_layers"]
-    problems = []
-    if len(types) != layers:
-        problems.append(f"layer_types has {len(types)} entries for {layers} layers")
-    if unknown := sorted(set(types) - {SLIDING, FULL}):
-        problems.append(
-            f"layer_types has {', '.join(unknown)}; known: {FULL}, {SLIDING}"
-        )
+    types = hf.get("layer_types") or default
+    problems = kind_problems(types, hf["num_hidden_layers"], (FULL, SLIDING))
     sliding = AttentionSpec(window=hf.get("sliding_window"), rope=sliding_rope)
     full = AttentionSpec(rope=full_rope)
     return [sliding if t == SLIDING else full for t in types], problems
+
+
+def kind_problems(
+    kinds: Sequence[str],
+    layers: int,
+    known: Sequence[str],
+    older: Sequence[str] = (),
+    name: str = "layer_types",
+) -> list[str]:
+    """Returns what is wrong with a list of a kind for each layer.
+
+    Args:
+      kinds: The list.
+      layers: The number of layers.
+      known: The kinds that there are.
+      older: What transformers called some of them once.
+      name: The field of config.json.
+    """
+    problems = []
+    if len(kinds) != layers:
+        problems.append(f"{name} has {len(kinds)} entries for {layers} layers")
+    if unknown := sorted({*kinds} - {*known, *older}):
+        problems.append(f"{name} has {', '.join(unknown)}; known: {', '.join(known)}")
+    return problems
 
 
 def full_each(hf: dict[str, Any], every: Any) -> tuple[list[str], list[str]]:

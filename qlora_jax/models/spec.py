@@ -182,7 +182,7 @@ class ExpertsSpec:
     shared_gate: bool = False
     """What the shared feed-forward gives is multiplied by a sigmoid of a linear (Qwen)."""
 
-    gains: bool = False
+    expert_scales: bool = False
     """At last each expert's weight is multiplied by a number of its own (Gemma 4)."""
 
 

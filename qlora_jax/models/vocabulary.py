@@ -61,9 +61,9 @@ def resize_tokens(
         return made
 
     made = replaced(model, Weighted, larger)
-    told = made.config.per_layer_vocab
+    own = made.config.per_layer_vocab
     made.config = dataclasses.replace(
-        made.config, vocab_size=rows, per_layer_vocab=told and max(rows, told)
+        made.config, vocab_size=rows, per_layer_vocab=own and max(rows, own)
     )
     return made
 

@@ -39,7 +39,7 @@ class Router(Weighted):
       bias: FrozenParam, (..., experts), or None.
       correction: Vector of what is added to each expert's weight for choosing alone, or None
         (arXiv 2408.15664).
-      gains: Vector of what the weight of each expert is multiplied by at last, or None.
+      expert_scales: Vector of what the weight of each expert is multiplied by at last, or None.
       settings: The other arguments of __init__.
     """
 
@@ -51,7 +51,7 @@ class Router(Weighted):
         bias: Array | None = None,
         *,
         correction: Vector | None = None,
-        gains: Vector | None = None,
+        expert_scales: Vector | None = None,
         top_k: int,
         normalize: bool,
         score: Score = "softmax",
@@ -62,7 +62,7 @@ class Router(Weighted):
         """Makes a router.
 
         Args:
-          weight, bias, correction, gains: See the attributes.
+          weight, bias, correction, expert_scales: See the attributes.
           top_k: Experts a token.
           normalize: Whether the chosen weights are scaled to sum to 1.
           score: What makes weights of outputs: a softmax over them, or a sigmoid each.
@@ -75,7 +75,7 @@ class Router(Weighted):
         self.weight = FrozenParam(weight)
         self.bias = nnx.data(None if bias is None else FrozenParam(bias))
         self.correction = nnx.data(correction)
-        self.gains = nnx.data(gains)
+        self.expert_scales = nnx.data(expert_scales)
         self.top_k, self.normalize = top_k, normalize
         self.score: Score = score
         self.groups, self.scale, self.sum_offset = groups, scale, sum_offset
@@ -91,7 +91,7 @@ class Router(Weighted):
             weight,
             bias,
             correction=self.correction,
-            gains=self.gains,
+            expert_scales=self.expert_scales,
             top_k=self.top_k,
             normalize=self.normalize,
             score=self.score,
@@ -115,8 +115,10 @@ class Router(Weighted):
         if self.normalize:
             total = jnp.sum(weights, axis=-1, keepdims=True) + self.sum_offset
             weights = weights / jnp.maximum(total, _LEAST_SUM)
-        if self.gains is not None:
-            weights = weights * self.gains.weight[...].astype(jnp.float32)[chosen]
+        if self.expert_scales is not None:
+            weights = (
+                weights * self.expert_scales.weight[...].astype(jnp.float32)[chosen]
+            )
         return weights * self.scale, chosen
 
     def _chosen(self, scores: Array) -> tuple[Array, Array]:

@@ -40,7 +40,7 @@ class Beside(MLP):
     ):
         super().__init__(MLPSpec(intermediate_size=spec.own_size), config, linear)
         self.hidden, eps = config.hidden_size, config.rms_norm_eps
-        mixed = ExpertsSpec(gains=True)
+        mixed = ExpertsSpec(expert_scales=True)
         self.mixture = experts(mixed, config, linear, normal)
 
         def one() -> Array:

@@ -30,7 +30,9 @@ def experts(
         normal(count, hidden),
         normal(count) if spec.router_bias else None,
         correction=correction,
-        gains=Vector(jnp.ones_like(normal(count))) if spec.gains else None,
+        expert_scales=Vector(jnp.ones_like(normal(count)))
+        if spec.expert_scales
+        else None,
         top_k=config.experts_per_token,
         normalize=config.normalize_experts,
         score=spec.score,
