@@ -11,7 +11,7 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 import qlora_jax as qlora
-from qlora_jax.models import FAMILIES
+from qlora_jax.models import FAMILIES, wrappers
 from qlora_jax.sources.source import open_source
 
 pytestmark = pytest.mark.interop
@@ -35,7 +35,7 @@ def same_logits(
     out = folder / "logits.npz"
     side("logits", base=folder, ids=ids, out=out, **job)
     ours = tiny.logits(model, np.load(ids))
-    recurrent = model.config.model_type == "qwen3_5_text"
+    recurrent = model.config.model_type.startswith("qwen3_5")
     atol = ORDER_OF_RULE if recurrent else ORDER
     np.testing.assert_allclose(ours, np.load(out)["logits"], atol=atol, rtol=0)
     assert np.abs(ours).max() > 1
@@ -273,6 +273,18 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "vision_config": QWEN_VISION | {"out_hidden_size": 64},
     },
 }
+_MIXED = WRAPPERS["qwen3_5"]
+WRAPPERS["qwen3_5_moe"] = _MIXED | {
+    "text_config": _MIXED["text_config"]
+    | {
+        **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+        "shared_expert_intermediate_size": 32,
+    },
+}
+
+
+def test_every_wrapper_that_opens_is_compared():
+    assert {*WRAPPERS} == {*wrappers.WRAPPERS}
 
 
 @pytest.mark.parametrize("kind", WRAPPERS)
