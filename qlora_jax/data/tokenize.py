@@ -4,7 +4,8 @@ A text is tokenized whole, and a token trains where it overlaps what trains. So 
 those that the text has anywhere else, and the prompt's are their beginning.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +33,10 @@ class Row(NamedTuple):
       answer: The answer's text, as a model's would be decoded.
       adapter: The name in the row's "adapter" field, where the file was read with names.
       chat: It went through the chat template.
+      other: The row that its objective sets beside it in a batch, such as the answer that was
+        not preferred; None for none.
+      extras: What else of it a batch has, by name: a scalar, or an array with a leading axis
+        of tokens.
     """
 
     tokens: np.ndarray
@@ -40,6 +45,8 @@ class Row(NamedTuple):
     answer: str
     adapter: str | None = None
     chat: bool = False
+    other: "Row | None" = None
+    extras: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
 def tokenize(

@@ -57,6 +57,8 @@ class Objective:
         front, and returns sums over all of them. Where layers come from host memory, it
         then gets all micro-batches at once, so that each layer can be copied once for
         all. Without it, micro-batches take turns, each with its own copies.
+      packs: Whether a row of a batch may be several documents, which `positions` tell
+        apart: the loss is a sum over tokens, and the model is given the positions.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Objective:
     needs: tuple[str, ...] = ()
     normalizer: Callable[[Batch], Float[Array, ""]] | None = None
     takes_micro_axis: bool = False
+    packs: bool = False
 
     def __call__(
         self,
