@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,12 @@ from flax import nnx
 from qlora_jax.adapters.attach import join, split
 from qlora_jax.adapters.attached import base_fingerprint, lora_config
 from qlora_jax.adapters.names import explicit_layers
+from qlora_jax.config.data import Packing
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.config.run import FILE
 from qlora_jax.config.train import TrainConfig
 from qlora_jax.data import Dataset
+from qlora_jax.data.batches import resolve
 from qlora_jax.errors import OutputExistsError, QLoRAError
 from qlora_jax.exchange.metadata import ADAPTER, METADATA, adapter_metadata
 from qlora_jax.exchange.ours import check_free, save_adapter
@@ -25,7 +27,9 @@ from qlora_jax.exchange.steps import CHECKPOINTS, END, EVAL_LOSS
 from qlora_jax.models.streaming import stream
 from qlora_jax.objectives import Objective, find_objective
 from qlora_jax.text.tokenizer import Tokenizer
+from qlora_jax.train.ahead import Programs
 from qlora_jax.train.checkpoints import RunCheckpoints
+from qlora_jax.train.feed import Feed
 from qlora_jax.train.figures import any_finite, figures_of, skipped_last
 from qlora_jax.train.lock import locked
 from qlora_jax.train.metrics import MetricsLog, device_memory_bytes
@@ -46,11 +50,31 @@ class DivergedError(QLoRAError, ArithmeticError):
     """The loss became NaN or Inf."""
 
 
+class _Taken(NamedTuple):
+    """A step that the device may still be at.
+
+    Attributes:
+      number: Steps taken with it.
+      metrics: What it measures, on the device.
+      tokens: Tokens of its documents.
+    """
+
+    number: int
+    metrics: dict[str, jax.Array]
+    tokens: int
+
+
 class Trainer:
     """Trains an adapter in a run folder.
 
+    The device does not wait for the host: a step's batch was made and put there during the
+    step before, and what a step has measured is read when the next is on its way. Nothing
+    is compiled after the first step of each length, of which there are three at most, and
+    those are compiled ahead.
+
     Attributes:
       steps: Optimizer steps of the whole run.
+      batches: What they take.
       objective: What is minimized.
       graphdef, base: The model's parts that stay.
       state: What the run is now: steps taken, adapter, the optimizer's state.
@@ -67,6 +91,7 @@ class Trainer:
         evaluation: Dataset | None = None,
         lora: LoRAConfig | None = None,
         objective: Objective | None = None,
+        packing: Packing = "auto",
         tokenizer: Tokenizer | None = None,
         progress: Progress | None = None,
         identity: Mapping[str, Any] | None = None,
@@ -82,22 +107,32 @@ class Trainer:
           lora: The LoRAConfig that the adapter was attached with; None reads it off the
             model.
           objective: What is minimized, in place of the one that `config` names.
+          packing: How rows make batches, see `DataConfig.packing`.
           tokenizer: Saved with the adapter, where tokens were added.
           progress: Called with each step's metrics, and with eval losses.
           identity: What else tells this run from others, such as digests of its base: JSON
             values by name, which a checkpoint keeps and a resumed run has to have too.
 
         Raises:
-          ConfigError: there is no such objective, or rows have not what it needs.
+          ConfigError: there is no such objective, rows have not what it needs, or they
+            cannot be packed as asked.
         """
         self.config, self.out = config, Path(out)
         self.train_data, self.eval_data = train, evaluation
         self.objective = objective or find_objective(config.objective)
-        self.objective.check(train.batch(0, 1, config.seed))
+        resolved = resolve(packing, train, self.objective.packs, self.objective.name)
+        self.batches = train.batches(
+            documents=config.micro_batch * config.grad_accum,
+            micro_batch=config.micro_batch,
+            seed=config.seed,
+            packing=resolved,
+        )
+        self.objective.check(self.batches.at(0))
         self.lora_config = lora or lora_config(model)
         self._tokenizer = tokenizer
-        self.steps = config.steps(train.epoch_rows)
-        self.schedule = make_schedule(config, self.steps)
+        self.steps = config.steps(self.batches.steps)
+        schedule = make_schedule(config, self.steps)(np.arange(self.steps))
+        self._learning_rates = np.broadcast_to(schedule, (self.steps,))
         tx = make_optimizer(config, self.steps)
         self.graphdef, lora_state, self.base = split(model)
         if config.stream:
@@ -117,8 +152,11 @@ class Trainer:
         self._key = jax.random.key(config.seed)
         self._dropout = self.lora_config.dropout > 0
         self._identity = identity_of(
-            config, train, evaluation, self.objective, self.lora_config
+            config, train, evaluation, self.objective, self.lora_config, resolved
         ) | dict(identity or {})
+        self._programs = Programs()
+        self._taken: _Taken | None = None
+        self._read_at = 0.0
         self._stop: Callable[[], bool] = lambda: False
         self._saved_at = time.monotonic()
         self._checkpoints = RunCheckpoints(
@@ -220,20 +258,30 @@ class Trainer:
         return self._evaluate(dataset, lambda: False)
 
     def _evaluate(self, dataset: Dataset, stop: Callable[[], bool]) -> float:
-        total, count = 0.0, 0.0
-        for batch in dataset.in_order(self.config.micro_batch):
+        total, count, before = 0.0, 0.0, None
+        for batch in self._every(dataset):
             if stop():
                 raise _Stopped
-            loss, normalizer = self._eval_step(self.lora, self.base, batch)
-            total, count = total + float(loss), count + float(normalizer)
-        return total / count
+            self._programs.wait(("eval", batch["tokens"].shape))
+            now = self._eval_step(self.lora, self.base, batch)
+            if before is not None:
+                total, count = total + float(before[0]), count + float(before[1])
+            before = now
+        assert before is not None  # a dataset has a row
+        return (total + float(before[0])) / (count + float(before[1]))
+
+    def _every(self, dataset: Dataset) -> Every:
+        """Returns the batches that an evaluation goes over."""
+        return dataset.every(self.config.micro_batch, self.batches.packing)
 
     def _run(self, log: MetricsLog) -> dict[str, Any]:
         began = time.monotonic()
         # Figures are of the whole run, also where this process took only its end.
         rows = [row for row in log.kept if "loss" in row]
         try:
-            self._take_steps(log, rows)
+            self._compile()
+            with Feed(self._fed, self.steps) as feed:
+                self._take_steps(log, rows, feed)
         except _Stopped:
             self._save(log)
         if self.finished and rows and not any_finite(rows[-1:]):
@@ -258,6 +306,7 @@ class Trainer:
         self,
         log: MetricsLog,
         rows: list[dict[str, Any]],
+        feed: Feed["_Fed"],
     ) -> None:
         """Takes what is left of the run's steps.
 
@@ -268,19 +317,49 @@ class Trainer:
         # A run may have been stopped, or killed, before it had measured this.
         if self._eval_due() and self._eval_loss(log) is None:
             self._log_eval(log)
+        self._read_at = time.monotonic()
         while not self.finished:
             if self._stop():
+                self._read(log, rows)
                 raise _Stopped
-            row = self._take_step()
-            log.write(**row)
-            self._progress(row)
-            rows.append(row)
-            self._check_finite(rows)
+            before, self._taken = self._taken, self._take_step(feed)
+            if before is not None:
+                self._log_step(before, log, rows)
+            save = self._due(config.save_every) or self._save_is_due()
+            if save or self._eval_due() or config.check_finite:
+                self._read(log, rows)
             if self._eval_due():
                 self._log_eval(log)
-            if self._due(config.save_every) or self._save_is_due():
+            if save:
                 self._save(log)
+            if self._taken is None:
+                self._read_at = time.monotonic()
             self._checkpoints.check()
+
+    def _read(self, log: MetricsLog, rows: list[dict[str, Any]]) -> None:
+        """Waits for the step that was taken last, and logs it."""
+        taken, self._taken = self._taken, None
+        if taken is not None:
+            self._log_step(taken, log, rows)
+
+    def _log_step(
+        self, taken: _Taken, log: MetricsLog, rows: list[dict[str, Any]]
+    ) -> None:
+        """Waits for a step, and logs it."""
+        measured = {name: float(value) for name, value in taken.metrics.items()}
+        now = time.monotonic()
+        seconds, self._read_at = now - self._read_at, now
+        row = {
+            "step": taken.number,
+            **measured,
+            "learning_rate": self._learning_rates[taken.number - 1].item(),
+            "tokens_per_s": round(taken.tokens / seconds, 1),
+            "device_memory_bytes": device_memory_bytes(),
+        }
+        log.write(**row)
+        self._progress(row)
+        rows.append(row)
+        self._check_finite(rows)
 
     def _save_is_due(self) -> bool:
         """Whether a checkpoint is due besides those of `save_every`."""
@@ -310,26 +389,49 @@ class Trainer:
         self._checkpoints.save(self.state, position, beside=beside)
         self._saved_at = time.monotonic()
 
-    def _take_step(self) -> dict[str, Any]:
-        """Moves the run's state on by a step; returns the step's metrics."""
-        began, step = time.monotonic(), self.state.step
-        batch = self._batch(step)
-        key = jax.random.fold_in(self._key, step) if self._dropout else None
+    def _compile(self) -> None:
+        """Begins to compile what the run needs, what it needs first before the rest."""
+        eval_due = self._eval_due()
+        step = {
+            ("step", shape): (
+                f"the step for batches of {_said(shape)} tokens",
+                self._train_step,
+                (self.lora, self.base, self.opt_state, *self._example(shape)),
+            )
+            for shape in self.batches.shapes
+        }
+        evals = {}
+        if self.eval_data is not None:
+            evals = {
+                ("eval", batch["tokens"].shape): (
+                    f"the evaluation for batches of {_said(batch['tokens'].shape)} tokens",
+                    self._eval_step,
+                    (self.lora, self.base, batch),
+                )
+                for batch in self._every(self.eval_data).examples()
+            }
+        self._programs.compile(evals | step if eval_due else step | evals)
+
+    def _take_step(self, feed: Feed["_Fed"]) -> _Taken:
+        """Moves the run's state on by a step, which the device may take later."""
+        step = self.state.step
+        fed = feed(step)
+        self._programs.wait(("step", fed.batch["tokens"].shape))
         if self.config.check_finite:
             self._before = jax.tree.map(jnp.copy, self.lora)
         lora, opt_state, metrics = self._train_step(
-            self.lora, self.base, self.opt_state, batch, key
+            self.lora, self.base, self.opt_state, fed.batch, fed.key
         )
         self.state = TrainState(step + 1, lora, opt_state)
-        row = {name: float(value) for name, value in metrics.items()}
-        seconds = time.monotonic() - began
-        return {
-            "step": step + 1,
-            **row,
-            "learning_rate": np.asarray(self.schedule(step)).item(),
-            "tokens_per_s": round(float(batch["tokens"].size) / seconds, 1),
-            "device_memory_bytes": device_memory_bytes(),
-        }
+        return _Taken(step + 1, metrics, fed.tokens)
+
+    def _fed(self, step: int) -> "_Fed":
+        """Makes what a step takes; called by another thread."""
+        batch = jax.device_put(self.batches.at(step))
+        return _Fed(batch, self._step_key(step), self.batches.tokens(step))
+
+    def _step_key(self, step: int) -> jax.Array | None:
+        return jax.random.fold_in(self._key, step) if self._dropout else None
 
     def _eval_due(self) -> bool:
         """Whether an eval loss is due now: it is before the first step, too."""
@@ -386,9 +488,8 @@ class Trainer:
 
     def _first_not_finite(self, step: int) -> str:
         assert self._before is not None
-        key = jax.random.fold_in(self._key, step - 1) if self._dropout else None
+        key, batch = self._step_key(step - 1), self.batches.at(step - 1)
         parts = (self.graphdef, self._before, self.lora, self.base)
-        batch = self._batch(step - 1)
         found = first_not_finite(*parts, batch, self.objective, key)
         return found or "not found again when the step is computed a second time"
 
@@ -405,16 +506,6 @@ class Trainer:
             self._diverged(step, what)
         if step > 0 and row["eval_loss"] < min(before, default=np.inf):
             self._save(log)
-
-    def _batch(self, step: int) -> dict[str, np.ndarray]:
-        c = self.config
-        batch = self.train_data.batch(step, c.micro_batch * c.grad_accum, c.seed)
-        if c.grad_accum == 1:
-            return batch
-        return {
-            name: x.reshape(c.grad_accum, c.micro_batch, *x.shape[1:])
-            for name, x in batch.items()
-        }
 
     def _position(self, eval_loss: float | None) -> dict[str, Any]:
         return {**self._identity, END: self.steps, EVAL_LOSS: eval_loss}
