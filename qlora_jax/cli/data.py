@@ -15,8 +15,9 @@ from qlora_jax.cli import options
 from qlora_jax.cli.progress import RowsProgress
 from qlora_jax.config.train import TrainConfig
 from qlora_jax.data import DataConfig, Dataset, check_ids
-from qlora_jax.data.dataset import Share, padded_length
 from qlora_jax.data.intake import Intake, counted, read_intakes, taken
+from qlora_jax.data.layout import padded_length
+from qlora_jax.data.order import Share
 from qlora_jax.data.tokenize import Row
 from qlora_jax.errors import ConfigError, DataError
 from qlora_jax.sources.source import open_source

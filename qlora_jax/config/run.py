@@ -70,7 +70,7 @@ def write_run(folder: Path, config: RunConfig) -> None:
 
 
 def read_run(folder: Path) -> RunConfig:
-    """Reads the settings of a run; one that an older version wrote has defaults for the rest.
+    """Reads the settings of a run; one that an older version wrote goes on as it began.
 
     Raises:
       ConfigError: there are none, or they cannot be used; all problems are named.
@@ -82,4 +82,7 @@ def read_run(folder: Path) -> RunConfig:
     for name in ("embedding", "head"):  # as runs wrote them before there was int8
         if isinstance(quant, dict) and isinstance(quant.get(name), bool):
             quant[name] = "4bit" if quant[name] else "none"
+    data = values.setdefault("data", {})
+    if isinstance(data, dict):  # rows came as they were drawn before there was packing
+        data.setdefault("packing", "drawn")
     return from_dict(RunConfig, values, str(folder / FILE))

@@ -62,7 +62,8 @@ def load_dataset(
       epochs: Passes over the data; the last batch wraps around to be full.
 
     Returns:
-      Batches for `make_train_step`: tokens and weights, (batch_size, seq).
+      Batches for `make_train_step`: tokens and weights, (batch_size, seq). They are grouped
+      by length; config.packing says otherwise.
 
     Raises:
       DataError: see `read_dataset` (at once, not at the first batch).
@@ -71,8 +72,12 @@ def load_dataset(
         raise ConfigError(f"batch_size is {batch_size}, expected at least 1")
     config = dataclasses.replace(config or DataConfig(), max_tokens=max_tokens)
     dataset = read_dataset(path, tokenizer, config)
-    steps = -(-dataset.epoch_rows * epochs // batch_size)
-    return (dataset.batch(step, batch_size, seed) for step in range(steps))
+    # Nothing says that a loop of the caller's own gives a model the documents' positions.
+    packing = "off" if config.packing == "auto" else config.packing
+    batches = dataset.batches(
+        documents=batch_size, micro_batch=batch_size, seed=seed, packing=packing
+    )
+    return map(batches.at, range(batches.steps(epochs)))
 
 
 def read_dataset(
