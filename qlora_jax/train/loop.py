@@ -1,6 +1,7 @@
 """Trainer: steps, eval losses, metrics, checkpoints, and resuming exactly."""
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -19,7 +20,6 @@ from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.config.run import FILE
 from qlora_jax.config.train import TrainConfig
 from qlora_jax.data import Dataset
-from qlora_jax.data.batches import resolve
 from qlora_jax.errors import OutputExistsError, QLoRAError
 from qlora_jax.exchange.metadata import ADAPTER, METADATA, adapter_metadata
 from qlora_jax.exchange.ours import check_free, save_adapter
@@ -27,7 +27,6 @@ from qlora_jax.exchange.steps import CHECKPOINTS, END, EVAL_LOSS
 from qlora_jax.models.streaming import stream
 from qlora_jax.objectives import Objective, find_objective
 from qlora_jax.text.tokenizer import Tokenizer
-from qlora_jax.train.ahead import Programs
 from qlora_jax.train.checkpoints import RunCheckpoints
 from qlora_jax.train.feed import Feed
 from qlora_jax.train.figures import any_finite, figures_of, skipped_last
@@ -37,7 +36,9 @@ from qlora_jax.train.not_finite import all_finite, first_not_finite
 from qlora_jax.train.optimizer import make_optimizer, make_schedule
 from qlora_jax.train.position import identity_of
 from qlora_jax.train.state import TrainState, settled
-from qlora_jax.train.step import make_eval_step, make_train_step
+from qlora_jax.train.steps import Fed, Steps, batches_of
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[dict[str, Any]], None]
 """Called with each step's metrics, and with eval losses."""
@@ -67,10 +68,8 @@ class _Taken(NamedTuple):
 class Trainer:
     """Trains an adapter in a run folder.
 
-    The device does not wait for the host: a step's batch was made and put there during the
-    step before, and what a step has measured is read when the next is on its way. Nothing
-    is compiled after the first step of each length, of which there are three at most, and
-    those are compiled ahead.
+    What a step has measured is read when the next is on its way, so that the device does not
+    wait for that; what it takes is made ahead (`Steps`).
 
     Attributes:
       steps: Optimizer steps of the whole run.
@@ -120,14 +119,7 @@ class Trainer:
         self.config, self.out = config, Path(out)
         self.train_data, self.eval_data = train, evaluation
         self.objective = objective or find_objective(config.objective)
-        resolved = resolve(packing, train, self.objective.packs, self.objective.name)
-        self.batches = train.batches(
-            documents=config.micro_batch * config.grad_accum,
-            micro_batch=config.micro_batch,
-            seed=config.seed,
-            packing=resolved,
-        )
-        self.objective.check(self.batches.at(0))
+        self.batches = batches_of(train, config, self.objective, packing)
         self.lora_config = lora or lora_config(model)
         self._tokenizer = tokenizer
         self.steps = config.steps(self.batches.steps)
@@ -140,21 +132,23 @@ class Trainer:
         # A copy, because the step donates it and the caller keeps the model.
         fresh = settled(jax.tree.map(jnp.copy, lora_state))
         self.state = TrainState(0, fresh, settled(tx.init(fresh)))
-        self._train_step = make_train_step(
+        self._steps = Steps(
             self.graphdef,
             tx,
-            checkpoint=config.checkpoint,
-            objective=self.objective,
-            sums_on_host=config.offload,
+            self.batches,
+            config,
+            self.objective,
+            dropout=self.lora_config.dropout > 0,
         )
-        self._eval_step = make_eval_step(self.graphdef, objective=self.objective)
         self._progress = progress or (lambda metrics: None)
-        self._key = jax.random.key(config.seed)
-        self._dropout = self.lora_config.dropout > 0
         self._identity = identity_of(
-            config, train, evaluation, self.objective, self.lora_config, resolved
+            config,
+            train,
+            evaluation,
+            self.objective,
+            self.lora_config,
+            self.batches.packing,
         ) | dict(identity or {})
-        self._programs = Programs()
         self._taken: _Taken | None = None
         self._read_at = 0.0
         self._stop: Callable[[], bool] = lambda: False
@@ -258,29 +252,25 @@ class Trainer:
         return self._evaluate(dataset, lambda: False)
 
     def _evaluate(self, dataset: Dataset, stop: Callable[[], bool]) -> float:
-        total, count, before = 0.0, 0.0, None
-        for batch in self._every(dataset):
+        def going() -> None:
             if stop():
                 raise _Stopped
-            self._programs.wait(("eval", batch["tokens"].shape))
-            now = self._eval_step(self.lora, self.base, batch)
-            if before is not None:
-                total, count = total + float(before[0]), count + float(before[1])
-            before = now
-        assert before is not None  # a dataset has a row
-        return (total + float(before[0])) / (count + float(before[1]))
 
-    def _every(self, dataset: Dataset) -> Every:
-        """Returns the batches that an evaluation goes over."""
-        return dataset.every(self.config.micro_batch, self.batches.packing)
+        return self._steps.evaluate(self.lora, self.base, dataset, going)
 
     def _run(self, log: MetricsLog) -> dict[str, Any]:
         began = time.monotonic()
         # Figures are of the whole run, also where this process took only its end.
         rows = [row for row in log.kept if "loss" in row]
         try:
-            self._compile()
-            with Feed(self._fed, self.steps) as feed:
+            logger.info("%s", self.batches.said())
+            self._steps.compile(
+                self.state,
+                self.base,
+                self.eval_data,
+                evaluates_first=self._eval_due(),
+            )
+            with self._steps.feed(self.steps) as feed:
                 self._take_steps(log, rows, feed)
         except _Stopped:
             self._save(log)
@@ -306,7 +296,7 @@ class Trainer:
         self,
         log: MetricsLog,
         rows: list[dict[str, Any]],
-        feed: Feed["_Fed"],
+        feed: Feed[Fed],
     ) -> None:
         """Takes what is left of the run's steps.
 
@@ -322,7 +312,11 @@ class Trainer:
             if self._stop():
                 self._read(log, rows)
                 raise _Stopped
-            before, self._taken = self._taken, self._take_step(feed)
+            before, fed = self._taken, feed(self.state.step)
+            if config.check_finite:
+                self._before = jax.tree.map(jnp.copy, self.lora)
+            self.state, metrics = self._steps.take(self.state, self.base, fed)
+            self._taken = _Taken(self.state.step, metrics, fed.tokens)
             if before is not None:
                 self._log_step(before, log, rows)
             save = self._due(config.save_every) or self._save_is_due()
@@ -389,50 +383,6 @@ class Trainer:
         self._checkpoints.save(self.state, position, beside=beside)
         self._saved_at = time.monotonic()
 
-    def _compile(self) -> None:
-        """Begins to compile what the run needs, what it needs first before the rest."""
-        eval_due = self._eval_due()
-        step = {
-            ("step", shape): (
-                f"the step for batches of {_said(shape)} tokens",
-                self._train_step,
-                (self.lora, self.base, self.opt_state, *self._example(shape)),
-            )
-            for shape in self.batches.shapes
-        }
-        evals = {}
-        if self.eval_data is not None:
-            evals = {
-                ("eval", batch["tokens"].shape): (
-                    f"the evaluation for batches of {_said(batch['tokens'].shape)} tokens",
-                    self._eval_step,
-                    (self.lora, self.base, batch),
-                )
-                for batch in self._every(self.eval_data).examples()
-            }
-        self._programs.compile(evals | step if eval_due else step | evals)
-
-    def _take_step(self, feed: Feed["_Fed"]) -> _Taken:
-        """Moves the run's state on by a step, which the device may take later."""
-        step = self.state.step
-        fed = feed(step)
-        self._programs.wait(("step", fed.batch["tokens"].shape))
-        if self.config.check_finite:
-            self._before = jax.tree.map(jnp.copy, self.lora)
-        lora, opt_state, metrics = self._train_step(
-            self.lora, self.base, self.opt_state, fed.batch, fed.key
-        )
-        self.state = TrainState(step + 1, lora, opt_state)
-        return _Taken(step + 1, metrics, fed.tokens)
-
-    def _fed(self, step: int) -> "_Fed":
-        """Makes what a step takes; called by another thread."""
-        batch = jax.device_put(self.batches.at(step))
-        return _Fed(batch, self._step_key(step), self.batches.tokens(step))
-
-    def _step_key(self, step: int) -> jax.Array | None:
-        return jax.random.fold_in(self._key, step) if self._dropout else None
-
     def _eval_due(self) -> bool:
         """Whether an eval loss is due now: it is before the first step, too."""
         if self.eval_data is None:
@@ -488,7 +438,7 @@ class Trainer:
 
     def _first_not_finite(self, step: int) -> str:
         assert self._before is not None
-        key, batch = self._step_key(step - 1), self.batches.at(step - 1)
+        key, batch = self._steps.key(step - 1), self.batches.at(step - 1)
         parts = (self.graphdef, self._before, self.lora, self.base)
         found = first_not_finite(*parts, batch, self.objective, key)
         return found or "not found again when the step is computed a second time"
