@@ -48,9 +48,7 @@ def resolve(packing: Packing, data: HasRows, packs: bool, name: str) -> Resolved
     """
     if packing in ("off", "drawn"):
         return packing
-    reason = unpackable(data.rows)
-    if not packs:
-        reason = f"objective {name} takes rows of one document"
+    reason = against_packing(data, packs, name)
     if reason and packing == "on":
         raise ConfigError(
             f"--data.packing on: {reason}; choose auto or off, which group rows by length"
@@ -58,8 +56,14 @@ def resolve(packing: Packing, data: HasRows, packs: bool, name: str) -> Resolved
     return "off" if reason else "on"
 
 
-def unpackable(rows: Sequence[Row]) -> str | None:
-    """Says why rows cannot share a row of a batch; None where they can."""
+def against_packing(data: HasRows, packs: bool, name: str) -> str | None:
+    """Says why documents cannot share a row; None where they can. Arguments as above."""
+    if not packs:
+        return f"objective {name} takes rows of one document"
+    return _unpackable(data.rows)
+
+
+def _unpackable(rows: Sequence[Row]) -> str | None:
     for row in rows:
         if row.other is not None:
             return "rows are pairs, which stand one below the other"
@@ -72,7 +76,7 @@ def unpackable(rows: Sequence[Row]) -> str | None:
 
 
 def _check_packable(rows: Sequence[Row]) -> None:
-    if reason := unpackable(rows):
+    if reason := _unpackable(rows):
         raise ConfigError(f"these rows cannot be packed: {reason}")
 
 
@@ -117,7 +121,8 @@ class Batches:
       lengths: Tokens of a row: one of these, at most three unless rows come as drawn.
       shapes: Every shape that a batch's tokens can have.
       documents: Documents of a step, on average.
-      steps_by_length: Steps of the first epoch, by length.
+      steps_by_length: Steps of the first epoch by their length, with the one that goes on in
+        the second.
       padding: The share of padding in those.
     """
 
@@ -162,23 +167,21 @@ class Batches:
             self.documents = self.rows * self._count / len(first)
         steps = len(first) // self.rows
         whole = steps * self.rows
-        longest = first.sizes(layout.sizes)[:whole].reshape(-1, self.rows)
+        sizes = first.sizes(layout.sizes)[:whole].reshape(steps, self.rows)
+        longest = sizes.max(axis=1).tolist()
         tokens = int(first.sizes(layout.tokens)[:whole].sum())
-        most = int(layout.sizes.max())
-        if steps:
-            longest = longest.max(axis=1)
-        else:  # A step takes more than an epoch.
-            units = self._units(0)
-            longest = np.array([most])
-            tokens = sum(int(layout.tokens[unit].sum()) for unit in units)
+        if whole < len(first):
+            units = self._units(steps)
+            longest.append(max(int(layout.sizes[unit].sum()) for unit in units))
+            tokens += sum(int(layout.tokens[unit].sum()) for unit in units)
         if self.packing == "drawn":
             sizes = np.unique(layout.sizes).tolist()
             padded = {padded_length(size, self._max_tokens) for size in sizes}
             self.lengths = tuple(sorted(padded))
         else:
-            most = max(most, self._capacity)
-            self.lengths = chosen_lengths(longest, most, self._max_tokens)
-        self.steps_by_length = Counter(map(self._length, longest.tolist()))
+            most = max(int(layout.sizes.max()), self._capacity)
+            self.lengths = chosen_lengths(np.array(longest), most, self._max_tokens)
+        self.steps_by_length = Counter(map(self._length, longest))
         slots = self._slots * layout.width
         lead = () if self._accum == 1 else (self._accum,)
         self.shapes = tuple((*lead, slots, length) for length in self.lengths)
