@@ -16,6 +16,8 @@ def token_loss(
 
 
 SFT = of_hidden_states(
-    "sft", lambda head, hidden, batch: (token_loss(head, hidden, batch), {})
+    "sft",
+    lambda head, hidden, batch: (token_loss(head, hidden, batch), {}),
+    packs=True,
 )
 """What `qlora train` minimizes unless it is told otherwise."""
