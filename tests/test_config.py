@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from qlora_jax.cli import train
-from qlora_jax.config.data import DataConfig
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.config.quant import QuantOptions
 from qlora_jax.config.run import RunConfig, has_run, read_run, write_run
