@@ -13,7 +13,7 @@ import numpy as np
 from qlora_jax.config.data import Packing
 from qlora_jax.data.layout import Layout, padded_length
 from qlora_jax.data.order import Share, epoch_order, epoch_rows
-from qlora_jax.data.packing import Packs, chosen_lengths, grouped, pack, rounded
+from qlora_jax.data.packing import Packs, chosen_lengths, grouped, pack, packs_of_a_step
 from qlora_jax.data.tokenize import Row
 from qlora_jax.errors import ConfigError
 
@@ -48,9 +48,7 @@ def resolve(packing: Packing, data: HasRows, packs: bool, name: str) -> Resolved
     """
     if packing in ("off", "drawn"):
         return packing
-    reason = unpackable(data.rows)
-    if not packs:
-        reason = f"objective {name} takes rows of one document"
+    reason = against_packing(data, packs, name)
     if reason and packing == "on":
         raise ConfigError(
             f"--data.packing on: {reason}; choose auto or off, which group rows by length"
@@ -58,8 +56,14 @@ def resolve(packing: Packing, data: HasRows, packs: bool, name: str) -> Resolved
     return "off" if reason else "on"
 
 
-def unpackable(rows: Sequence[Row]) -> str | None:
-    """Says why rows cannot share a row of a batch; None where they can."""
+def against_packing(data: HasRows, packs: bool, name: str) -> str | None:
+    """Says why documents cannot share a row; None where they can. Arguments as above."""
+    if not packs:
+        return f"objective {name} takes rows of one document"
+    return _unpackable(data.rows)
+
+
+def _unpackable(rows: Sequence[Row]) -> str | None:
     for row in rows:
         if row.other is not None:
             return "rows are pairs, which stand one below the other"
@@ -72,7 +76,7 @@ def unpackable(rows: Sequence[Row]) -> str | None:
 
 
 def _check_packable(rows: Sequence[Row]) -> None:
-    if reason := unpackable(rows):
+    if reason := _unpackable(rows):
         raise ConfigError(f"these rows cannot be packed: {reason}")
 
 
@@ -117,7 +121,8 @@ class Batches:
       lengths: Tokens of a row: one of these, at most three unless rows come as drawn.
       shapes: Every shape that a batch's tokens can have.
       documents: Documents of a step, on average.
-      steps_by_length: Steps of the first epoch, by length.
+      steps_by_length: Steps of the first epoch by their length, with the one that goes on in
+        the second.
       padding: The share of padding in those.
     """
 
@@ -145,11 +150,11 @@ class Batches:
         self._lock = threading.RLock()
         self._capacity, self.rows = 0, documents
         if packing == "on":
-            order = epoch_order(len(rows), shares, seed, 0)
-            mean = float(self._layout.sizes[order].mean())
-            self._capacity = capacity_for(documents * mean, max_tokens)
-            packs = len(self._packed(order).starts) - 1
-            self.rows = max(1, round(documents * packs / self._count))
+            order = epoch_order(len(rows), shares, seed, 0).astype(np.int32)
+            lengths = self._layout.sizes[order]
+            self.rows, self._capacity = packs_of_a_step(lengths, documents, max_tokens)
+            packs = self._packed(order)
+            self._plans[0] = self._arranged(0, 0, order, packs)
         self._accum = -(-self.rows // micro_batch)
         self._slots = -(-self.rows // self._accum)
         self.documents = float(documents)
@@ -162,23 +167,24 @@ class Batches:
             self.documents = self.rows * self._count / len(first)
         steps = len(first) // self.rows
         whole = steps * self.rows
-        longest = first.sizes(layout.sizes)[:whole].reshape(-1, self.rows)
+        sizes = first.sizes(layout.sizes)[:whole].reshape(steps, self.rows)
+        longest = sizes.max(axis=1)
         tokens = int(first.sizes(layout.tokens)[:whole].sum())
-        most = int(layout.sizes.max())
-        if steps:
-            longest = longest.max(axis=1)
-        else:  # A step takes more than an epoch.
-            units = self._units(0)
-            longest = np.array([most])
-            tokens = sum(int(layout.tokens[unit].sum()) for unit in units)
+        if whole < len(first):
+            units = self._units(steps)
+            size = max(int(layout.sizes[unit].sum()) for unit in units)
+            longest = np.append(longest, size)
+            tokens += sum(int(layout.tokens[unit].sum()) for unit in units)
         if self.packing == "drawn":
             sizes = np.unique(layout.sizes).tolist()
             padded = {padded_length(size, self._max_tokens) for size in sizes}
             self.lengths = tuple(sorted(padded))
         else:
-            most = max(most, self._capacity)
+            most = max(int(layout.sizes.max()), self._capacity)
             self.lengths = chosen_lengths(longest, most, self._max_tokens)
-        self.steps_by_length = Counter(map(self._length, longest.tolist()))
+        self.steps_by_length = Counter[int]()
+        for size, number in zip(*np.unique(longest, return_counts=True), strict=True):
+            self.steps_by_length[self._length(int(size))] += int(number)
         slots = self._slots * layout.width
         lead = () if self._accum == 1 else (self._accum,)
         self.shapes = tuple((*lead, slots, length) for length in self.lengths)
@@ -307,31 +313,27 @@ class Batches:
         order = order.astype(np.int32)
         if self.packing == "drawn":
             return _Plan(order)
-        rng = np.random.default_rng((self._seed, 4, epoch))
-        lead = -begin % self.rows
         if self.packing == "off":
+            rng = np.random.default_rng((self._seed, 4, epoch))
+            lead = -begin % self.rows
             by = grouped(self._layout.sizes[order], lead, self.rows, rng)
             return _Plan(order[by])
-        packs = self._packed(order)
-        plan = _Plan(
-            order[packs.documents],
-            packs.starts,
-            rng.permutation(len(packs.starts) - 1).astype(np.int32),
-        )
+        return self._arranged(epoch, begin, order, self._packed(order))
+
+    def _arranged(
+        self, epoch: int, begin: int, order: np.ndarray, packs: Packs
+    ) -> _Plan:
+        """Returns the plan of an epoch with an order and packs of it."""
+        rng = np.random.default_rng((self._seed, 4, epoch))
+        shuffled = rng.permutation(len(packs.starts) - 1).astype(np.int32)
+        plan = _Plan(order[packs.documents], packs.starts, shuffled)
         # Packs are like each other, but those of one document that is longer.
         sizes = np.maximum(plan.sizes(self._layout.sizes), self._capacity)
-        assert plan.order is not None
-        by = grouped(sizes, lead, self.rows, rng)
-        return dataclasses.replace(plan, order=plan.order[by])
+        by = grouped(sizes, -begin % self.rows, self.rows, rng)
+        return dataclasses.replace(plan, order=shuffled[by])
 
     def _packed(self, order: np.ndarray) -> Packs:
         return pack(self._layout.sizes[order], self._capacity)
-
-
-def capacity_for(tokens: float, max_tokens: int) -> int:
-    """Returns the capacity of packs, so that some full ones have the tokens of a step."""
-    rows = max(1, math.ceil(tokens / max_tokens))
-    return rounded(min(math.ceil(tokens / rows), max_tokens), max_tokens)
 
 
 class Every:
@@ -352,10 +354,8 @@ class Every:
         sizes = self._layout.sizes
         self._slots, plan, least = micro_batch, _Plan(np.arange(len(rows))), 0
         if packing == "on":
-            least = capacity_for(micro_batch * float(sizes.mean()), max_tokens)
-            packs = pack(sizes, least)
-            plan = _Plan(*packs)
-            self._slots = max(1, round(micro_batch * len(plan) / len(rows)))
+            self._slots, least = packs_of_a_step(sizes, micro_batch, max_tokens)
+            plan = _Plan(*pack(sizes, least))
         # Full packs keep their order.
         order = np.argsort(np.maximum(plan.sizes(sizes), least), kind="stable")
         self._plan = dataclasses.replace(plan, order=order)
