@@ -323,7 +323,7 @@ def test_rows_that_count_as_a_whole_are_not_split():
     ]
 
 
-@pytest.mark.parametrize("too_long", ["drop", "truncate", "split"])
+@pytest.mark.parametrize("too_long", ["drop", "truncate"])
 def test_nothing_left_to_learn_is_an_error(tmp_path, too_long):
     row = {"input": "aaaaaaaaaa", "output": "b"}
     with pytest.raises(DataError, match=r"no row has a token to learn within 6 tokens"):
