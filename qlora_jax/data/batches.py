@@ -209,10 +209,15 @@ class Batches:
         """
         units = self._units(step)
         longest = max(int(self._layout.sizes[unit].sum()) for unit in units)
+        rows = [[self._rows[i] for i in unit.tolist()] for unit in units]
+        return self._laid(rows, self._length(longest))
+
+    def _laid(self, units: list[list[Row]], length: int) -> Batch:
+        """Lays documents into a batch, a list of them for each row."""
         batch = self._layout.lay(
-            [[self._rows[i] for i in unit.tolist()] for unit in units],
+            units,
             self._accum * self._slots,
-            self._length(longest),
+            length,
             packed=self.packing == "on",
         )
         if self._accum == 1:
@@ -220,6 +225,19 @@ class Batches:
         return {
             name: x.reshape(self._accum, -1, *x.shape[1:]) for name, x in batch.items()
         }
+
+    @property
+    def pairs(self) -> bool:
+        """Whether each document has another beside it, in a row of its own."""
+        return self._layout.pairs
+
+    def examples(self) -> list[Batch]:
+        """Returns a batch without any document of each shape, to compile for."""
+        return [self._laid([], length) for length in self.lengths]
+
+    def tokens(self, step: int) -> int:
+        """Returns the tokens of a step's documents, padding left out."""
+        return sum(int(self._layout.tokens[unit].sum()) for unit in self._units(step))
 
     def numbers(self, step: int) -> list[int]:
         """Returns the numbers of the documents of a step, in the dataset."""
@@ -359,6 +377,13 @@ class Every:
         self.shapes = tuple(
             (self._slots * self._layout.width, length) for length in self.lengths
         )
+
+    def examples(self) -> list[Batch]:
+        """Returns a batch without any document of each shape, to compile for."""
+        return [
+            self._layout.lay([], self._slots, length, packed=self._packed)
+            for length in self.lengths
+        ]
 
     def __len__(self) -> int:
         """Counts the batches."""

@@ -5,7 +5,6 @@ those that the text has anywhere else, and the prompt's are their beginning.
 """
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +20,10 @@ from qlora_jax.text.turns import Span
 MAX_TEXT = 3_000_000
 """Characters of a row's text, and of those that are tokenized together: the package takes up to
 300 bytes of memory for each."""
+
+
+NO_EXTRAS: Mapping[str, np.ndarray] = {}
+"""One for all rows, which nothing writes to; a mapping proxy cannot be pickled."""
 
 
 class Row(NamedTuple):
@@ -46,7 +49,7 @@ class Row(NamedTuple):
     adapter: str | None = None
     chat: bool = False
     other: "Row | None" = None
-    extras: Mapping[str, np.ndarray] = MappingProxyType({})
+    extras: Mapping[str, np.ndarray] = NO_EXTRAS
 
 
 def tokenize(

@@ -165,8 +165,10 @@ class Decoder(nnx.Module):
         segment_ids: Int[Array, "batch seq"] | None = None,
     ) -> Float[Array, "batch seq vocab"]:
         """Returns float32 logits of every position; see `hidden_states`."""
-        documents = {"positions": positions, "segment_ids": segment_ids}
-        return self.logits(self.hidden_states(tokens, **documents))
+        hidden = self.hidden_states(
+            tokens, positions=positions, segment_ids=segment_ids
+        )
+        return self.logits(hidden)
 
     def logits(
         self, hidden: Float[Array, "*batch hidden"]

@@ -41,6 +41,7 @@ def identity_of(
     held: Dataset | None,
     objective: Objective,
     lora: LoRAConfig,
+    packing: str,
 ) -> dict[str, Any]:
     """Returns what tells a run from others, as far as a Trainer knows it.
 
@@ -59,6 +60,7 @@ def identity_of(
         "optimizer": config.optimizer,
         "objective": objective.name,
         "lora": lora.as_json(),
+        "packing": packing,
         **{
             f"train.{name}": value
             for name, value in settings.items()
@@ -70,12 +72,17 @@ def identity_of(
 
 
 def rows_digest(data: Dataset) -> str:
-    """Returns the sha256, in hex, of the ids and weights of all rows, in their order."""
+    """Returns the sha256, in hex, of the ids and weights of all rows, in their order, and of
+    what else they have."""
     found = hashlib.sha256(f"{data.max_tokens}".encode())
     for row in data.rows:
-        found.update(len(row.tokens).to_bytes(8, "little"))
-        found.update(np.ascontiguousarray(row.tokens, np.int32))
-        found.update(np.ascontiguousarray(row.weights, np.float32))
+        for one in (row,) if row.other is None else (row, row.other):
+            found.update(len(one.tokens).to_bytes(8, "little"))
+            found.update(np.ascontiguousarray(one.tokens, np.int32))
+            found.update(np.ascontiguousarray(one.weights, np.float32))
+            for name, value in sorted(one.extras.items()):
+                found.update(name.encode())
+                found.update(np.ascontiguousarray(value))
     return found.hexdigest()
 
 
@@ -119,11 +126,11 @@ def _difference(name: str, before: Any, now: Any) -> str:
 def _as_written_now(position: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a stored position as this version writes it.
 
-    Older runs had no objective, wrote names of modules as one text, and had fewer settings of
-    an adapter; what they lacked has its default. Settings that this version does not know stay
-    as they are.
+    Older runs had no objective, took rows as they are drawn, wrote names of modules as one
+    text, and had fewer settings of an adapter; what they lacked has its default. Settings that
+    this version does not know stay as they are.
     """
-    position = {"objective": "sft", **position}
+    position = {"objective": "sft", "packing": "drawn", **position}
     try:
         lora = LoRAConfig.from_json(position["lora"])
     except (KeyError, TypeError, ConfigError):

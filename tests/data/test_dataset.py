@@ -342,42 +342,6 @@ def test_a_wrong_data_config_names_the_flag(config, message):
         DataConfig(**config)
 
 
-def test_batches_follow_from_step_and_seed_alone():
-    dataset = tiny.rows(range(3, 13))
-    one, other = dataset.batch(5, 4, 0), dataset.batch(5, 4, 0)
-    assert one["tokens"].dtype == np.int32 and one["weights"].dtype == np.float32
-    for name in ("tokens", "weights"):
-        np.testing.assert_array_equal(one[name], other[name])
-    different = [dataset.batch(5, 4, 1), dataset.batch(6, 4, 0)]
-    assert all(not np.array_equal(one["tokens"], b["tokens"]) for b in different)
-
-
-@pytest.mark.parametrize("batch_size", [1, 4, 5, 17])
-def test_every_row_comes_once_an_epoch(batch_size):
-    dataset = tiny.rows(range(3, 13))  # lengths tell the rows apart
-    # Weights of each row: two thirds of its length, unlike any other's.
-    lengths = {int(row.weights.sum()): len(row.tokens) for row in dataset.rows}
-    assert len(lengths) >= 7
-    wanted = sorted(int(row.weights.sum()) for row in dataset.rows)
-    drawn = [
-        int(row.sum())
-        for step in range(-(-30 // batch_size))
-        for row in dataset.batch(step, batch_size, 7)["weights"]
-    ]
-    epochs = [drawn[i : i + 10] for i in (0, 10, 20)]
-    assert all(sorted(epoch) == wanted for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) > 1
-
-
-def test_in_order_gives_all_rows_once_and_fills_with_weight_zero():
-    dataset = tiny.rows([9, 3, 7, 5, 4])
-    batches = list(dataset.in_order(2))
-    assert [b["tokens"].shape[0] for b in batches] == [2, 2, 2]
-    total = sum(b["weights"].sum() for b in batches)
-    assert total == sum(row.weights.sum() for row in dataset.rows)
-    assert not batches[-1]["weights"][1].any()
-
-
 def test_padding_is_on_the_right_and_weighs_nothing():
     dataset = tiny.rows([9, 4])
     batch = dataset.pad(dataset.rows, 2)
