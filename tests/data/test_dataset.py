@@ -294,15 +294,18 @@ def test_a_pair_is_as_long_as_its_longer_row():
     one, long = tiny.rows([6, 12]).rows
     named = {"by_token": np.arange(6), "by_row": np.float32(1)}
     pair = beside(one, long, **named)
-    keep, drop, cut = (
-        taken([pair, one], "a", DataConfig(max_tokens=limit, too_long=way))
-        for limit, way in ((12, "drop"), (11, "drop"), (4, "truncate"))
+    configs = (
+        DataConfig(max_tokens=12, too_long="drop"),
+        DataConfig(max_tokens=11, too_long="drop"),
+        DataConfig(max_tokens=4, too_long="truncate"),
     )
+    keep, drop, cut = (taken([pair, one], "a", config) for config in configs)
     assert (len(keep.rows), keep.long) == (2, 0)
     assert drop.rows == [one] and drop.long == 1
     assert cut.cut == 2
     (first, _) = cut.rows
     assert first.tokens.tolist() == one.tokens[:4].tolist()
+    assert first.other is not None
     assert first.other.tokens.tolist() == long.tokens[:4].tolist()
     assert first.extras["by_token"].tolist() == [0, 1, 2, 3]
     assert first.extras["by_row"] == 1
