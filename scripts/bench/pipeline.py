@@ -1,6 +1,7 @@
 """Does the device wait for the host in a real run, and how much of what it computes is padding?
 
-    python -m scripts.bench.pipeline MODEL DATA --append scripts/results/pipeline.jsonl
+    python -m scripts.bench.pipeline MODEL DATA --columns input=question output=answer \
+        --append scripts/results/pipeline.jsonl
 
 A run's own steps (batches made ahead, put on the device, metrics read a step later, no
 checkpoint) are timed beside the same compiled step on one batch that is on the device
@@ -67,6 +68,9 @@ def main() -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("data", help="rows, as qlora train takes them")
+    parser.add_argument(
+        "--columns", nargs="*", default=(), help="as --data.columns has them"
+    )
     parser.add_argument("--packing", choices=("on", "off", "drawn"), default="on")
     parser.add_argument("--steps", type=int, default=8, help="of a turn")
     parser.add_argument("--rounds", type=int, default=3)
@@ -86,7 +90,7 @@ def main() -> None:
 
     model, tokenizer = qlora.load(args.model, qlora.QuantConfig(), dtype=args.dtype)
     assert tokenizer is not None
-    data = DataConfig(max_tokens=args.max_tokens)
+    data = DataConfig(max_tokens=args.max_tokens, columns=tuple(args.columns))
     rows = read_dataset((args.data,), tokenizer, data)
     rows = Dataset(rows.rows * args.repeat, args.max_tokens)
     lora = qlora.LoRAConfig(rank=16, dropout=0.05)

@@ -288,7 +288,6 @@ def test_ctrl_c_finishes_the_step_and_resuming_is_exact(
 
     def shown(self: TrainProgress, metrics: dict) -> None:
         show(self, metrics)
-        # Step 3 is under way then.
         if metrics["step"] == 2 and "loss" in metrics:
             signal.raise_signal(signal.SIGINT)
 
@@ -296,9 +295,9 @@ def test_ctrl_c_finishes_the_step_and_resuming_is_exact(
     assert main(folders.args(out)) == 130
     said, err = capsys.readouterr()
     figures = json.loads(said.splitlines()[-1])
-    assert figures["steps"] == 3 and figures["finished"] is False
+    assert figures["steps"] == 2 and figures["finished"] is False
     assert (
-        f"stopped after step 3 of 4, which is saved; to go on: qlora train --resume {out}"
+        f"stopped after step 2 of 4, which is saved; to go on: qlora train --resume {out}"
         in err
     )
     assert (out / "report.html").exists() and arrays(out)
