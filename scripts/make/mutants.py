@@ -110,7 +110,21 @@ MUTANTS = (
         "qlora_jax/data/order.py",
         "np.random.default_rng((seed, 0, epoch))",
         "np.random.default_rng((seed, 0, 0))",
-        "tests/data/test_dataset.py",
+        "tests/data/test_batches.py",
+    ),
+    Mutant(
+        "packed-first-token",
+        "qlora_jax/data/layout.py",
+        'batch["weights"][i, start] = 0',
+        "pass",
+        "tests/data/test_batches.py",
+    ),
+    Mutant(
+        "step-of-an-epoch",
+        "qlora_jax/data/batches.py",
+        "lead = -begin % self.rows",
+        "lead = 0",
+        "tests/data/test_batches.py",
     ),
     Mutant(
         "resume-figures",

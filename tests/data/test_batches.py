@@ -199,6 +199,20 @@ def test_packing_takes_padding_away_and_leaves_a_step_its_documents(documents):
         assert off.steps(epochs) == -(-int(epochs * len(data)) // documents)
 
 
+def test_rows_are_of_like_lengths_in_every_epoch():
+    # 4061 rows are no whole number of steps, so that epochs begin within one.
+    data = rows_of([4 * n for n in LENGTHS * 20] + [4], max_tokens=512)
+    batches = batches_of(data, "off")
+    per = batches.steps(1)
+
+    def laid(epoch: int) -> int:
+        steps = range(epoch * per, (epoch + 1) * per)
+        return sum(batches.at(step)["tokens"].size for step in steps)
+
+    first = laid(0)
+    assert all(laid(epoch) < 1.03 * first for epoch in (1, 2))
+
+
 def test_rows_of_a_few_long_documents_do_not_pad_the_others():
     # What a step has is 80 tokens, and one document in a hundred is longer.
     data = rows_of(([20] * 99 + [1000]) * 8, max_tokens=1024)
