@@ -6,12 +6,13 @@ whole, settings that are None too, and reads back equal.
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from qlora_jax.config.data import DataConfig
 from qlora_jax.config.lora import LoRAConfig
+from qlora_jax.config.objective import ObjectiveConfig
 from qlora_jax.config.quant import QuantOptions
 from qlora_jax.config.train import TrainConfig
 from qlora_jax.toml import from_dict, read_toml, write_toml
@@ -51,6 +52,7 @@ class RunConfig:
 
     lora: LoRAConfig = LoRAConfig()
     train: TrainConfig = TrainConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
     data: DataConfig = DataConfig()
     quant: QuantOptions = QuantOptions()
 
@@ -78,8 +80,18 @@ def read_run(folder: Path) -> RunConfig:
     values = read_toml(folder / FILE)
     for name in OF_THE_COMMAND:
         values.pop(name, None)
-    quant = values.get("quant")
+    return from_dict(RunConfig, as_written_now(values), str(folder / FILE))
+
+
+def as_written_now(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a file as this version writes them."""
+    quant, train = values.get("quant"), values.get("train")
     for name in ("embedding", "head"):  # as runs wrote them before there was int8
         if isinstance(quant, dict) and isinstance(quant.get(name), bool):
             quant[name] = "4bit" if quant[name] else "none"
-    return from_dict(RunConfig, values, str(folder / FILE))
+    # As runs wrote it before an objective had settings.
+    if isinstance(train, dict) and "objective" in train and "objective" not in values:
+        rest = {key: value for key, value in train.items() if key != "objective"}
+        named = {"name": train["objective"]}
+        return {**values, "train": rest, "objective": named}
+    return values

@@ -23,6 +23,10 @@ MAX_TEXT = 3_000_000
 300 bytes of memory for each."""
 
 
+REFERENCE = "reference_logprobs"
+"""The name among a row's extras of the log-probability that the reference gives its answer."""
+
+
 class Row(NamedTuple):
     """A tokenized row.
 

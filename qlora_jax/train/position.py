@@ -10,6 +10,7 @@ import numpy as np
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.config.train import MAY_CHANGE, TrainConfig
 from qlora_jax.data import Dataset
+from qlora_jax.data.tokenize import REFERENCE
 from qlora_jax.errors import CheckpointError, ConfigError, gathered
 from qlora_jax.exchange.steps import BEGUN, DIGESTS, EVAL_LOSS
 from qlora_jax.objectives import Objective
@@ -58,6 +59,7 @@ def identity_of(
         "compute_dtype": config.compute_dtype,
         "optimizer": config.optimizer,
         "objective": objective.name,
+        **{f"objective.{name}": x for name, x in objective.settings.items()},
         "lora": lora.as_json(),
         **{
             f"train.{name}": value
@@ -70,12 +72,20 @@ def identity_of(
 
 
 def rows_digest(data: Dataset) -> str:
-    """Returns the sha256, in hex, of the ids and weights of all rows, in their order."""
+    """Returns the sha256, in hex, of the ids and weights of all rows, in their order, and of
+    what else objectives have of them."""
     found = hashlib.sha256(f"{data.max_tokens}".encode())
     for row in data.rows:
-        found.update(len(row.tokens).to_bytes(8, "little"))
-        found.update(np.ascontiguousarray(row.tokens, np.int32))
-        found.update(np.ascontiguousarray(row.weights, np.float32))
+        for one in (row, row.other):
+            if one is None:
+                continue
+            found.update(len(one.tokens).to_bytes(8, "little"))
+            found.update(np.ascontiguousarray(one.tokens, np.int32))
+            found.update(np.ascontiguousarray(one.weights, np.float32))
+            # What a model says of rows follows from them and the base.
+            for name in sorted(one.extras.keys() - {REFERENCE}):
+                found.update(f"{name}\n".encode())
+                found.update(np.ascontiguousarray(one.extras[name]))
     return found.hexdigest()
 
 
