@@ -26,6 +26,13 @@ MAX_TEXT = 3_000_000
 REFERENCE = "reference_logprobs"
 """The name among a row's extras of the log-probability that the reference gives its answer."""
 
+TEACHER_IDS, TEACHER_LOGPROBS = "teacher_ids", "teacher_logprobs"
+"""The names among a row's extras of the tokens that a teacher has most probable in the place of
+each token, and of their log-probabilities: (tokens, k)."""
+
+LABEL = "label"
+"""The name among a row's extras of whether its answer is good: 1, or 0."""
+
 
 class Row(NamedTuple):
     """A tokenized row.

@@ -191,6 +191,8 @@ def of_hidden_states(
     *,
     needs: tuple[str, ...] = (),
     normalizer: Callable[[Batch], Float[Array, ""]] | None = None,
+    rows: Rows = "texts",
+    whole: Callable[[Batch], dict[str, Float[Array, ""]]] | None = None,
 ) -> Objective:
     """Returns the objective whose loss follows from a model's final hidden states.
 
@@ -204,6 +206,8 @@ def of_hidden_states(
         `cross_entropy` take both and never hold all logits.
       needs: See `Objective`.
       normalizer: See `Objective`.
+      rows: See `Objective`.
+      whole: See `Objective`.
     """
 
     def of_batch(
@@ -225,4 +229,6 @@ def of_hidden_states(
         needs=needs,
         normalizer=normalizer,
         takes_micro_axis=True,
+        rows=rows,
+        whole=whole,
     )

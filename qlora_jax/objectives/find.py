@@ -6,10 +6,17 @@ from collections.abc import Callable
 
 from qlora_jax.config.objective import ObjectiveConfig
 from qlora_jax.errors import ConfigError
-from qlora_jax.objectives import sft
+from qlora_jax.objectives import distill, dpo, kto, orpo, sft, simpo
 from qlora_jax.objectives.base import Objective
 
-OURS: dict[str, Callable[[ObjectiveConfig], Objective]] = {"sft": sft.make}
+OURS: dict[str, Callable[[ObjectiveConfig], Objective]] = {
+    "sft": sft.make,
+    "dpo": dpo.make,
+    "orpo": orpo.make,
+    "kto": kto.make,
+    "simpo": simpo.make,
+    "distill": distill.make,
+}
 
 
 def make_objective(config: ObjectiveConfig) -> Objective:

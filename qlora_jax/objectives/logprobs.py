@@ -79,20 +79,42 @@ def token_logprobs(
     return each.reshape(-1)[: labels.size].reshape(labels.shape)
 
 
+def top_logprobs(
+    head: Any,
+    hidden: Float[Array, "batch seq hidden"],
+    ids: Int[Array, "batch seq k"],
+    temperature: float = 1.0,
+) -> Float[Array, "batch seq k"]:
+    """Returns log p of several tokens at each position, differentiable as `cross_entropy` is.
+
+    Args:
+      head: The linear from hidden states to logits.
+      hidden: What the head takes.
+      ids: Token ids, aligned with `hidden`.
+      temperature: The logits are divided by it.
+    """
+    graphdef, lora, base = nnx.split(head, nnx.LoRAParam, ...)
+    tokens = _in_chunks(head, hidden, ids)
+    each = _top(graphdef, temperature, lora, base, *tokens)
+    each = each.reshape(-1, ids.shape[-1])
+    return each[: ids.size // ids.shape[-1]].reshape(ids.shape)
+
+
 def _in_chunks(head: Any, hidden: Array, *more: Array) -> list[Array]:
     """Splits what has an entry a token into chunks whose logits fit, (chunks, size, ...)."""
-    count = more[0].size
+    count = hidden.size // hidden.shape[-1]
     chunks = max(1, -(-count * head.out_features * 4 // limit(LOGITS_BYTES)))
     size = -(-count // chunks)
 
-    def split(x: Array, *shape: int) -> Array:
+    def split(x: Array) -> Array:
+        shape = x.shape[hidden.ndim - 1 :]
         x = jnp.pad(
             x.reshape(count, *shape),
             [(0, chunks * size - count)] + [(0, 0)] * len(shape),
         )
         return x.reshape(chunks, size, *shape)
 
-    return [split(hidden, hidden.shape[-1]), *map(split, more)]
+    return [split(hidden), *map(split, more)]
 
 
 def _gradients(graphdef, lora, base, h, label, weight, smoothing=0.0):
@@ -129,7 +151,9 @@ def _summed(
 def _summed_fwd(graphdef, smoothing, lora, base, hidden, labels, weights):
     def body(carry, chunk):
         total, d_lora = carry
-        nll, d_chunk, d_h = _gradients(graphdef, lora, base, *chunk, smoothing)
+        nll, d_chunk, d_h = _gradients(
+            graphdef, lora, base, *chunk, smoothing=smoothing
+        )
         d_lora = jax.tree.map(jnp.add, d_lora, d_chunk)
         return (total + jnp.sum(chunk[2] * nll), d_lora), d_h
 
@@ -176,6 +200,47 @@ def _each_bwd(graphdef, residuals, g):
 
 
 _each.defvjp(_each_fwd, _each_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _top(graphdef, temperature, lora, base, hidden, ids) -> Array:
+    head = nnx.merge(graphdef, lora, base)
+
+    def body(_, chunk):
+        h, some = chunk
+        logits = head(h).astype(jnp.float32) / temperature
+        picked = jnp.take_along_axis(logits, some, axis=1)
+        return None, picked - jax.nn.logsumexp(logits, axis=1, keepdims=True)
+
+    return lax.scan(body, None, (hidden, ids))[1]
+
+
+def _top_fwd(graphdef, temperature, lora, base, hidden, ids):
+    residuals = lora, base, hidden, ids
+    return _top(graphdef, temperature, *residuals), residuals
+
+
+def _top_bwd(graphdef, temperature, residuals, g):
+    lora, base, hidden, ids = residuals
+
+    def logits_of(lora, h):
+        return nnx.merge(graphdef, lora, base)(h)
+
+    def body(d_lora, chunk):
+        h, some, g = chunk
+        logits, vjp = jax.vjp(logits_of, lora, h)
+        p = jax.nn.softmax(logits.astype(jnp.float32) / temperature, axis=1)
+        wide = -p * jnp.sum(g, axis=1, keepdims=True)
+        wide = wide.at[jnp.arange(len(some))[:, None], some].add(g)
+        d_chunk, d_h = vjp((wide / temperature).astype(logits.dtype))
+        return jax.tree.map(jnp.add, d_lora, d_chunk), d_h
+
+    start = jax.tree.map(jnp.zeros_like, lora)
+    d_lora, d_hidden = lax.scan(body, start, (hidden, ids, g))
+    return d_lora, None, d_hidden, None
+
+
+_top.defvjp(_top_fwd, _top_bwd)
 
 
 def _nll(

@@ -26,7 +26,7 @@ from qlora_jax.config.train import TrainConfig
 from qlora_jax.errors import CheckpointError, ConfigError
 from qlora_jax.objectives import Objective, make_objective, of_hidden_states
 from qlora_jax.objectives.base import RESERVED
-from qlora_jax.toml import read_toml, write_toml
+from qlora_jax.toml import _nones, _without_none, read_toml, write_toml
 from qlora_jax.train.loop import Trainer
 from qlora_jax.train.metrics import read_metrics
 from qlora_jax.train.step import make_eval_step, make_train_step
@@ -295,19 +295,8 @@ def as_older_versions_wrote(path: Path, config: Any) -> None:
     write_toml(path, config)
     values = read_toml(path)
     values["train"]["objective"] = values.pop("objective")["name"]
-    unset = [
-        f"{t}.{k}"
-        for t, x in values.items()
-        if isinstance(x, dict)
-        for k, v in x.items()
-        if v is None
-    ]
-    unset += [k for k, v in values.items() if v is None]
-    kept = {k: v for k, v in values.items() if v is not None}
-    for name in kept:
-        if isinstance(kept[name], dict):
-            kept[name] = {k: v for k, v in kept[name].items() if v is not None}
-    path.write_text(tomli_w.dumps({"unset": unset, **kept}))
+    unset = list(_nones(values, ""))
+    path.write_text(tomli_w.dumps({"unset": unset, **_without_none(values)}))
 
 
 def test_a_run_that_an_older_version_began_goes_on(focal, tmp_path, monkeypatch):
