@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import sys
-from collections import Counter
 from typing import Annotated, Any
 
 import numpy as np
@@ -15,10 +14,13 @@ from qlora_jax.cli import options
 from qlora_jax.cli.progress import RowsProgress
 from qlora_jax.config.train import TrainConfig
 from qlora_jax.data import DataConfig, Dataset, check_ids
-from qlora_jax.data.dataset import Share, padded_length
-from qlora_jax.data.intake import Intake, counted, read_intakes, taken
+from qlora_jax.data.batches import Resolved, against_packing, resolve
+from qlora_jax.data.fitting import taken
+from qlora_jax.data.intake import Intake, counted, read_intakes
+from qlora_jax.data.order import Share
 from qlora_jax.data.tokenize import Row
 from qlora_jax.errors import ConfigError, DataError
+from qlora_jax.objectives import find_objective
 from qlora_jax.sources.source import open_source
 from qlora_jax.text import Tokenizer
 
@@ -47,7 +49,7 @@ class Args:
     data: DataConfig = DataConfig()
 
     train: TrainConfig = TrainConfig()
-    """The batches' size and order count here, and nothing else."""
+    """The batches' size and order and the objective count here, and nothing else."""
 
 
 def parse(args: list[str], prog: str) -> Args:
@@ -86,10 +88,12 @@ def run(args: Args) -> dict[str, Any]:
     if not kept:
         return figures
     dataset = Dataset(kept, args.data.max_tokens, shares=shares)
-    figures |= _lengths(console, kept) | _batches(console, dataset, args.train)
+    figures |= _lengths(console, kept) | _batches(console, dataset, args)
     order = np.random.default_rng(args.train.seed).permutation(np.arange(1, len(kept)))
     for i in [0, *order.tolist()][: args.examples]:
         _show(console, kept[i], tokenizer)
+        if (other := kept[i].other) is not None:
+            _show(console, other, tokenizer, "beside it, ")
     return figures
 
 
@@ -99,9 +103,10 @@ def _source(
     """Prints what a source has, and what of it a run takes; returns both."""
     formed, name = intake.formed, intake.problems.name
     console.print(f"{name}: {counted(formed)}")
-    one = taken(intake, config)
+    one = taken(formed.rows, name, config)
     limit = config.max_tokens
     lines = [(one.cut, f"over {limit} tokens are cut")]
+    lines += [(one.split, f"over {limit} tokens are split")]
     lines += [(one.long, f"over {limit} tokens are left out")]
     lines += [
         (one.refused, f"over {limit} tokens: a run refuses them (--data.too-long)")
@@ -120,6 +125,7 @@ def _source(
         "examples": len(formed.rows),
         "taken": len(one.rows),
         "cut": one.cut,
+        "split": one.split,
         "left_out_for_length": one.long,
         "refused_for_length": one.refused,
         "nothing_to_learn": one.empty,
@@ -133,8 +139,9 @@ def _source(
 
 def _lengths(console: Console, rows: list[Row]) -> dict[str, Any]:
     """Prints how long rows are; returns it."""
-    lengths = np.array([len(row.tokens) for row in rows])
-    trained = sum(int(np.count_nonzero(row.weights[1:])) for row in rows)
+    every = [one for row in rows for one in (row, row.other) if one is not None]
+    lengths = np.array([len(row.tokens) for row in every])
+    trained = sum(int(np.count_nonzero(row.weights[1:])) for row in every)
     median, most = np.percentile(lengths, (50, 95))
     figures = {
         "tokens": int(lengths.sum()),
@@ -162,31 +169,60 @@ def _lengths(console: Console, rows: list[Row]) -> dict[str, Any]:
     return figures
 
 
-def _batches(console: Console, dataset: Dataset, train: TrainConfig) -> dict[str, Any]:
-    """Prints how much of an epoch's batches is padding; returns it."""
-    size = train.micro_batch * train.grad_accum
-    steps, sizes, used = -(-dataset.epoch_rows // size), Counter[int](), 0
-    for step in range(steps):
-        lengths = [len(row.tokens) for row in dataset.picked(step, size, train.seed)]
-        sizes[padded_length(max(lengths), dataset.max_tokens)] += 1
-        used += sum(lengths)
-    whole = size * sum(length * count for length, count in sizes.items())
-    padding = 1 - used / whole
-    shapes = ", ".join(f"{length} ({count})" for length, count in sorted(sizes.items()))
-    console.print(
-        f"\nbatches of {size} rows ({train.micro_batch} x {train.grad_accum}): {steps} an "
-        f"epoch, {padding:.0%} of them padding; lengths (batches): {shapes}"
-    )
-    lengths = {str(length): count for length, count in sorted(sizes.items())}
-    return {"steps_per_epoch": steps, "padding": padding, "batch_lengths": lengths}
+def _batches(console: Console, dataset: Dataset, args: Args) -> dict[str, Any]:
+    """Prints what an epoch's batches are, packed and not; returns those of the run."""
+    train, objective = args.train, find_objective(args.train.objective)
+    against = against_packing(dataset, objective.packs, objective.name)
+    chosen = resolve(args.data.packing, dataset, objective.packs, objective.name)
+    ways: list[Resolved] = [chosen, *(() if against else ("on",)), "off"]
+    made = {
+        way: dataset.batches(
+            documents=train.micro_batch * train.grad_accum,
+            micro_batch=train.micro_batch,
+            seed=train.seed,
+            packing=way,
+        )
+        for way in ways
+    }
+    for way, batches in made.items():
+        lengths = ", ".join(
+            f"{length} ({count})"
+            for length, count in sorted(batches.steps_by_length.items())
+        )
+        run = " (this run)" if way == chosen else ""
+        console.print(
+            f"\npacking {way}{run}: {batches.said()}; {batches.steps(1)} steps an epoch; "
+            f"lengths (steps): {lengths}"
+        )
+    if against:
+        console.print(f"rows are not packed: {against}")
+    batches = made[chosen]
+    return {
+        "packing": chosen,
+        "steps_per_epoch": batches.steps(1),
+        "rows_per_step": batches.rows,
+        "documents_per_step": batches.documents,
+        "padding": batches.padding,
+        **{
+            f"padding_{name}": made[way].padding
+            for name, way in (("packed", "on"), ("unpacked", "off"))
+            if way in made
+        },
+        "batch_lengths": {
+            str(length): count
+            for length, count in sorted(batches.steps_by_length.items())
+        },
+    }
 
 
-def _show(console: Console, row: Row, tokenizer: Tokenizer) -> None:
+def _show(console: Console, row: Row, tokenizer: Tokenizer, beside: str = "") -> None:
     """Prints a row's text, what trains in green, or between marks without colours."""
     colours = console.is_terminal and not os.environ.get("NO_COLOR")
     count = int(np.count_nonzero(row.weights))
     ways = "in green" if colours else "between ⟦ and ⟧"
-    console.print(f"\n--- {len(row.tokens)} tokens; the {count} that train are {ways}")
+    console.print(
+        f"\n--- {beside}{len(row.tokens)} tokens; the {count} that train are {ways}"
+    )
     text = Text()
     ends = np.flatnonzero(np.diff(row.weights)) + 1
     shown = ""

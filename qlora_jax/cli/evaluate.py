@@ -200,6 +200,10 @@ def _check(args: Args, path: Path, kind: Kind) -> None:
         problems.append("--shots-data goes with --shots")
     if args.data.eval_rows:
         problems.append("--data.eval-rows goes with train")
+    if args.data.packing != "auto":
+        problems.append("--data.packing goes with train")
+    if args.data.too_long == "split" and (args.exact_match or args.choices):
+        problems.append("--data.too-long split leaves no whole answer to ask for")
     of_rows = {
         "--exact-match": args.exact_match,
         "--choices": args.choices,

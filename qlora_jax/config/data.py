@@ -6,7 +6,8 @@ from typing import Literal
 
 from qlora_jax.errors import ConfigError
 
-TooLong = Literal["error", "drop", "truncate"]
+TooLong = Literal["error", "drop", "truncate", "split"]
+Packing = Literal["auto", "on", "off", "drawn"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,8 +18,14 @@ class DataConfig:
     """Longest row, in tokens, prompt and answer together."""
 
     too_long: TooLong = "error"
-    """What to do with a longer row: error (count and name them), drop, or truncate (cut
-    the end of the answer)."""
+    """What to do with a longer row: error (count and name them), drop, truncate (cut the
+    end of the answer), or split (into several, of which each is a document of its own)."""
+
+    packing: Packing = "auto"
+    """How rows are laid into batches. on packs several into one, so that next to nothing
+    is padding; they do not see each other, and a step has as many as without. off groups
+    rows by length. auto is on where the objective can learn from packed rows, else off.
+    drawn pads rows as they are drawn, as runs did before there was this setting."""
 
     train_on_prompt: bool = False
     """Count the loss on the prompt too, not on the answer alone."""

@@ -72,7 +72,7 @@ def write_run(folder: Path, config: RunConfig) -> None:
 
 
 def read_run(folder: Path) -> RunConfig:
-    """Reads the settings of a run; one that an older version wrote has defaults for the rest.
+    """Reads the settings of a run; one that an older version wrote goes on as it began.
 
     Raises:
       ConfigError: there are none, or they cannot be used; all problems are named.
@@ -80,6 +80,9 @@ def read_run(folder: Path) -> RunConfig:
     values = read_toml(folder / FILE)
     for name in OF_THE_COMMAND:
         values.pop(name, None)
+    data = values.setdefault("data", {})
+    if isinstance(data, dict):  # rows came as they were drawn before there was packing
+        data.setdefault("packing", "drawn")
     return from_dict(RunConfig, as_written_now(values), str(folder / FILE))
 
 

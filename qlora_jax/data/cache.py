@@ -40,6 +40,9 @@ MAX_BYTES = 20 << 30
 MIN_SECONDS = 2.0
 """Rows that took fewer seconds to make are not kept."""
 
+_AFTER = ("max_tokens", "too_long", "packing", "eval_rows", "chat_template")
+"""Settings that count after tokenizing, or that the tokenizer has."""
+
 _MAGIC = b"qlora_jax rows 1\n"
 
 
@@ -49,8 +52,7 @@ def digest_of(identity: Path | str, tokenizer: Tokenizer, config: DataConfig) ->
     Args:
       identity: The file, or what stands for its content.
       tokenizer: The tokenizer, with the chat template that counts.
-      config: The settings of the data; those after tokenizing (length, held-out rows) do
-        not matter here.
+      config: The settings of the data; those after tokenizing (_AFTER) do not matter here.
     """
     parts: dict[str, Any] = {"tokenizer": tokenizer.identity}
     if isinstance(identity, Path):
@@ -60,7 +62,7 @@ def digest_of(identity: Path | str, tokenizer: Tokenizer, config: DataConfig) ->
     else:
         parts["data"] = identity
     settings = dataclasses.asdict(config)
-    for after in ("max_tokens", "too_long", "eval_rows", "chat_template"):
+    for after in _AFTER:
         del settings[after]
     template = config.prompt_template
     with contextlib.suppress(OSError, ValueError):

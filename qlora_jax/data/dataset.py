@@ -1,30 +1,14 @@
 """Tokenized rows, and batches whose order follows from seed and step alone."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from qlora_jax.data.batches import Batches, Every, Resolved
+from qlora_jax.data.layout import padded_length
+from qlora_jax.data.order import Share, epoch_order, epoch_rows
 from qlora_jax.data.tokenize import Row
 from qlora_jax.errors import DataError
-
-
-@dataclasses.dataclass(frozen=True)
-class Share:
-    """Rows of one source, and how often an epoch has each of them.
-
-    Attributes:
-      rows: The numbers of its rows in the dataset, int (n,).
-      weight: 0.3: other 30 % of them in each epoch. 2: each twice.
-    """
-
-    rows: np.ndarray
-    weight: float
-
-    @property
-    def count(self) -> int:
-        """Rows of an epoch."""
-        return max(1, round(len(self.rows) * self.weight))
 
 
 class Dataset:
@@ -56,9 +40,7 @@ class Dataset:
     @property
     def epoch_rows(self) -> int:
         """Rows of an epoch."""
-        if not self.shares:
-            return len(self.rows)
-        return sum(share.count for share in self.shares)
+        return epoch_rows(len(self.rows), self.shares)
 
     def split(self, count: int, seed: int) -> tuple["Dataset", "Dataset"]:
         """Returns (the rest, `count` rows drawn by the seed).
@@ -92,6 +74,41 @@ class Dataset:
         rest = Dataset(parts[0], self.max_tokens, self.dropped, shares)
         return rest, Dataset(parts[1], self.max_tokens)
 
+    def batches(
+        self, *, documents: int, micro_batch: int, seed: int, packing: Resolved
+    ) -> Batches:
+        """Returns the batches of a run.
+
+        Args:
+          documents: Documents of an optimizer step: micro_batch * grad_accum. Where they
+            are packed, a step has fewer rows, and as many documents on average.
+          micro_batch: Rows of a micro-batch, at most.
+          seed: The random seed of the rows' order; each epoch has an order of its own.
+          packing: How rows are laid, from `resolve`.
+
+        Raises:
+          ConfigError: packing is on, and the rows cannot be packed.
+          DataError: rows differ in what else they have.
+        """
+        return Batches(
+            self.rows,
+            self.max_tokens,
+            self.shares,
+            documents=documents,
+            micro_batch=micro_batch,
+            seed=seed,
+            packing=packing,
+        )
+
+    def every(self, micro_batch: int, packing: Resolved) -> Every:
+        """Returns the batches that have each row once, of like lengths, to evaluate on.
+
+        Args:
+          micro_batch: Documents of a batch; where they are packed, on average.
+          packing: How rows are laid, from `resolve`.
+        """
+        return Every(self.rows, self.max_tokens, micro_batch, packing)
+
     def batch(self, step: int, batch_size: int, seed: int) -> dict[str, np.ndarray]:
         """Returns batch number `step`; epochs follow one another without a seam.
 
@@ -115,14 +132,7 @@ class Dataset:
     def _order(self, seed: int, epoch: int) -> np.ndarray:
         """Returns the numbers of an epoch's rows, in their order; kept for some epochs."""
         if (seed, epoch) not in self._orders:
-            order = np.random.default_rng((seed, 0, epoch)).permutation(self.epoch_rows)
-            if self.shares:
-                order = np.concatenate(
-                    [
-                        _taken(share, (seed, 3, i), epoch)
-                        for i, share in enumerate(self.shares)
-                    ]
-                )[order]
+            order = epoch_order(len(self.rows), self.shares, seed, epoch)
             if len(self._orders) > 3:
                 del self._orders[next(iter(self._orders))]
             self._orders[seed, epoch] = order
@@ -165,26 +175,3 @@ class Dataset:
             tokens[i, : len(row.tokens)] = row.tokens
             weights[i, : len(row.tokens)] = row.weights
         return {"tokens": tokens, "weights": weights}
-
-
-def padded_length(longest: int, max_tokens: int) -> int:
-    """Returns the length to pad to: few different ones, since each compiles anew.
-
-    Multiples of 32 up to 128, then of an eighth to a quarter of the length.
-    """
-    step = 32
-    while step * 4 < longest:
-        step *= 2
-    return max(longest, min(-(-longest // step) * step, max_tokens))
-
-
-def _taken(share: Share, seed: tuple[int, ...], epoch: int) -> np.ndarray:
-    """Returns a source's rows of an epoch: all of them come before any comes again."""
-    count = len(share.rows)
-    positions = np.arange(epoch * share.count, (epoch + 1) * share.count)
-    taken = np.empty_like(positions)
-    for turn in np.unique(positions // count).tolist():
-        order = np.random.default_rng((*seed, turn)).permutation(count)
-        now = positions // count == turn
-        taken[now] = order[positions[now] % count]
-    return share.rows[taken]

@@ -7,14 +7,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 
-from qlora_jax.config.data import DataConfig, TooLong
+from qlora_jax.config.data import DataConfig
 from qlora_jax.data import cache
-from qlora_jax.data.dataset import Dataset, Share
+from qlora_jax.data.dataset import Dataset
+from qlora_jax.data.fitting import Taken, size_of, taken
 from qlora_jax.data.forming import Formed, Forming
+from qlora_jax.data.order import Share
 from qlora_jax.data.problems import Problems
 from qlora_jax.data.sources import Opened, Source, parse_sources
 from qlora_jax.data.tokenize import Row
@@ -62,7 +64,8 @@ def load_dataset(
       epochs: Passes over the data; the last batch wraps around to be full.
 
     Returns:
-      Batches for `make_train_step`: tokens and weights, (batch_size, seq).
+      Batches for `make_train_step`: tokens and weights, (batch_size, seq). They are grouped
+      by length; config.packing says otherwise.
 
     Raises:
       DataError: see `read_dataset` (at once, not at the first batch).
@@ -71,8 +74,12 @@ def load_dataset(
         raise ConfigError(f"batch_size is {batch_size}, expected at least 1")
     config = dataclasses.replace(config or DataConfig(), max_tokens=max_tokens)
     dataset = read_dataset(path, tokenizer, config)
-    steps = -(-dataset.epoch_rows * epochs // batch_size)
-    return (dataset.batch(step, batch_size, seed) for step in range(steps))
+    # Nothing says that a loop of the caller's own gives a model the documents' positions.
+    packing = "off" if config.packing == "auto" else config.packing
+    batches = dataset.batches(
+        documents=batch_size, micro_batch=batch_size, seed=seed, packing=packing
+    )
+    return map(batches.at, range(batches.steps(epochs)))
 
 
 def read_dataset(
@@ -291,70 +298,30 @@ def check_ids(rows: Sequence[Row], tokenizer: Tokenizer, vocab_size: int) -> Non
     )
 
 
-class Taken(NamedTuple):
-    """What of a source's rows a run takes.
-
-    Attributes:
-      rows: The rows within the length that have something to learn.
-      cut: The number of rows that were cut, those that were then left out as empty
-        included.
-      long: The number of rows that were left out for their length.
-      refused: The number of rows that are too long, where that is an error.
-      empty: The number of rows that were left out since nothing of them trains.
-    """
-
-    rows: list[Row]
-    cut: int
-    long: int
-    refused: int
-    empty: int
-
-
-def taken(intake: Intake, config: DataConfig) -> Taken:
-    """Cuts rows, or leaves them out, as the settings say."""
-    rows, limit = intake.formed.rows, config.max_tokens
-    within = [row for row in rows if len(row.tokens) <= limit]
-    long = len(rows) - len(within)
-    if config.too_long == "truncate":
-        within = [
-            row._replace(tokens=row.tokens[:limit], weights=row.weights[:limit])
-            for row in rows
-        ]
-    useful = [row for row in within if row.weights[1:].any()]
-    counts = {way: long if way == config.too_long else 0 for way in get_args(TooLong)}
-    return Taken(
-        useful,
-        counts["truncate"],
-        counts["drop"],
-        counts["error"],
-        len(within) - len(useful),
-    )
-
-
 def _fit(intake: Intake, config: DataConfig) -> Taken:
     """Returns what a run takes, and says what it does not.
 
     Raises:
       DataError: rows are too long, or none has anything to learn.
     """
-    made, limit = taken(intake, config), config.max_tokens
-    name, formed = intake.problems.name, intake.formed
+    name, formed, limit = intake.problems.name, intake.formed, config.max_tokens
+    made = taken(formed.rows, name, config)
     if made.refused:
-        sizes = [len(row.tokens) for row in formed.rows]
+        sizes = [size_of(row) for row in formed.rows]
         order = sorted(range(len(sizes)), key=lambda i: -sizes[i])[: made.refused]
         raise DataError(
             gathered(
                 f"{made.refused} of {len(sizes)} rows of {name} are longer than "
-                f"--data.max-tokens {limit}; raise it, or choose --data.too-long drop or "
-                "truncate; the longest first",
+                f"--data.max-tokens {limit}; raise it, or choose --data.too-long drop, "
+                "truncate or split; the longest first",
                 [
                     f"{intake.problems.at(formed.places[i])}: {sizes[i]} tokens"
                     for i in order
                 ],
             )
         )
-    if count := made.cut or made.long:
-        verb = "cut" if made.cut else "left out"
+    if count := made.cut or made.split or made.long:
+        verb = "cut" if made.cut else "split" if made.split else "left out"
         logger.warning("%s: %d rows over %d tokens were %s", name, count, limit, verb)
     if not made.rows:
         raise DataError(
@@ -363,6 +330,9 @@ def _fit(intake: Intake, config: DataConfig) -> Taken:
         )
     if made.empty:
         logger.warning(
-            "%s: %d rows with nothing to learn were left out", name, made.empty
+            "%s: %d %s with nothing to learn were left out",
+            name,
+            made.empty,
+            "rows, or parts of rows," if made.split else "rows",
         )
     return made

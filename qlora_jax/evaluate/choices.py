@@ -161,7 +161,8 @@ def ask(
                 empty,
             )
         )
-    if long and (config.too_long == "error" or endless or not kept):
+    refused = config.too_long in ("error", "split")  # a question is asked as a whole
+    if long and (refused or endless or not kept):
         raise DataError(
             gathered(
                 f"{len(long)} of {len(questions)} questions are longer than "
