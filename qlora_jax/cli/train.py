@@ -359,14 +359,12 @@ def read_rows(args: Args, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None
         )
     keep = options.rows_folder()
     with RowsProgress() as progress:
-        rows = read_dataset(
-            args.data_file, tokenizer, args.data, keep=keep, progress=progress
-        )
+        more: dict[str, Any] = {"keep": keep, "progress": progress}
+        more["kind"] = make_objective(args.objective).rows
+        rows = read_dataset(args.data_file, tokenizer, args.data, **more)
         if not args.eval_file:
             return rows, None
-        held = read_dataset(
-            args.eval_file, tokenizer, args.data, keep=keep, progress=progress
-        )
+        held = read_dataset(args.eval_file, tokenizer, args.data, **more)
     return rows, held
 
 

@@ -12,9 +12,10 @@ import tyro
 
 from qlora_jax.config.data import DataConfig
 from qlora_jax.config.lora import LoRAConfig
-from qlora_jax.config.objective import ObjectiveConfig
+from qlora_jax.config.objective import WITH_REFERENCE, ObjectiveConfig
 from qlora_jax.config.quant import QuantOptions
 from qlora_jax.config.train import TrainConfig
+from qlora_jax.errors import ConfigError
 from qlora_jax.toml import from_dict, read_toml, write_toml
 
 FILE = "config.toml"
@@ -55,6 +56,30 @@ class RunConfig:
     objective: ObjectiveConfig = ObjectiveConfig()
     data: DataConfig = DataConfig()
     quant: QuantOptions = QuantOptions()
+
+    def __post_init__(self):
+        name = self.objective.name
+        if self.data.train_on_prompt and name in ("dpo", "simpo", "kto"):
+            raise ConfigError(
+                f"--data.train-on-prompt has no effect with --objective {name}, which compares "
+                "answers; of objectives on answers, orpo alone learns prompts"
+            )
+        if self.lora.init == "pissa" and name in WITH_REFERENCE:
+            raise ConfigError(
+                f"--lora.init pissa makes another base, and --objective {name} compares with "
+                "the base without its adapter, which is then not the model that training "
+                "begins with; choose another --lora.init, or an objective without a reference "
+                "(orpo, simpo)"
+            )
+        in_place = {"modules-to-save": self.lora.modules_to_save}
+        in_place["bias"] = () if self.lora.bias == "none" else (self.lora.bias,)
+        named = [f"--lora.{flag} {','.join(x)}" for flag, x in in_place.items() if x]
+        if named and name in WITH_REFERENCE and not self.objective.precompute_reference:
+            raise ConfigError(
+                f"{' and '.join(named)}: with what trains in place, the base of --objective "
+                f"{name}'s reference is no longer there; --objective.precompute-reference asks "
+                "it before training"
+            )
 
 
 OF_THE_COMMAND = ("out", "overwrite", "config", "resume", "auto")

@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from qlora_jax.adapters.attach import detach
-from qlora_jax.data.tokenize import REFERENCE
+from qlora_jax.data.fields import PROMPT_WEIGHTS, REFERENCE
 from qlora_jax.objectives.base import Batch, Metrics
 from qlora_jax.objectives.logprobs import next_tokens, token_logprobs
 
@@ -94,7 +94,7 @@ def pairs_a_token(batch: Batch, *, prompts: bool = False) -> dict[str, Array]:
 
 def learnt(batch: Batch) -> Array:
     """Returns the weights of a cross-entropy: of answers, and of prompts where they train."""
-    return batch["weights"] + batch.get("prompt_weights", 0)
+    return batch["weights"] + batch.get(PROMPT_WEIGHTS, 0)
 
 
 def of_pairs(rewards: Array, answers: Answers, there: Array) -> Metrics:

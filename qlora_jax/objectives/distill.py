@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qlora_jax.config.objective import ObjectiveConfig
-from qlora_jax.data.tokenize import TEACHER_IDS, TEACHER_LOGPROBS
+from qlora_jax.data.fields import TEACHER_IDS, TEACHER_LOGPROBS
 from qlora_jax.objectives.base import Batch, Metrics, Objective, of_hidden_states
 from qlora_jax.objectives.logprobs import cross_entropy, next_tokens, top_logprobs
 

@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from qlora_jax.config.objective import ObjectiveConfig
 from qlora_jax.config.train import Checkpoint
-from qlora_jax.data.tokenize import REFERENCE
+from qlora_jax.data.fields import REFERENCE
 from qlora_jax.objectives.answers import (
     PAIRS_A_TOKEN,
     Answers,

@@ -15,7 +15,7 @@ from jaxtyping import Array
 from qlora_jax.adapters.attach import join, split
 from qlora_jax.config.objective import ObjectiveConfig
 from qlora_jax.config.train import Checkpoint
-from qlora_jax.data.tokenize import LABEL, REFERENCE
+from qlora_jax.data.fields import LABEL, REFERENCE
 from qlora_jax.objectives.answers import (
     answers_of,
     chosen,

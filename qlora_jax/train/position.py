@@ -10,7 +10,7 @@ import numpy as np
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.config.train import MAY_CHANGE, TrainConfig
 from qlora_jax.data import Dataset
-from qlora_jax.data.tokenize import REFERENCE
+from qlora_jax.data.fields import REFERENCE
 from qlora_jax.errors import CheckpointError, ConfigError, gathered
 from qlora_jax.exchange.steps import BEGUN, DIGESTS, EVAL_LOSS
 from qlora_jax.objectives import Objective

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from qlora_jax.adapters import detach, split
 from qlora_jax.adapters.names import flatten
 from qlora_jax.config.objective import ObjectiveConfig
-from qlora_jax.data.tokenize import REFERENCE
+from qlora_jax.data.fields import REFERENCE
 from qlora_jax.exchange.peft import import_peft
 from qlora_jax.objectives import make_objective
 from qlora_jax.objectives.answers import answers_of
