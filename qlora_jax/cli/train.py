@@ -14,6 +14,7 @@ import tyro
 from qlora_jax.adapters.attach import attach_zero
 from qlora_jax.budget.host import available_host_bytes
 from qlora_jax.cli import memory, options, resume, start, stopping
+from qlora_jax.cli.asked import asked_beforehand
 from qlora_jax.cli.begin import (
     beginning,
     check_run_folder,
@@ -25,6 +26,7 @@ from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.config.quant import QuantConfig
 from qlora_jax.config.run import FILE, RunConfig, as_written_now, read_run, write_run
 from qlora_jax.data import Dataset, check_ids, read_dataset
+from qlora_jax.data.fields import REFERENCE
 from qlora_jax.data.sources import parse_sources
 from qlora_jax.errors import ConfigError, DataError
 from qlora_jax.exchange.steps import BEGUN
@@ -165,9 +167,12 @@ def _train(args: Args, out: Path, resuming: bool) -> dict[str, Any]:
     if not resuming:
         check_run_folder(out, args.overwrite)
     rows, held = checked_rows(args, source)
-    objective.check(rows.batch(0, 1, args.train.seed))
+    late = dict.fromkeys((REFERENCE,) if args.objective.precompute_reference else ())
+    objective.check({**rows.batch(0, 1, args.train.seed), **late})
     args = memory.within_memory(args, source, quant, rows)
     model, lora, added, started = adapted(args, source, quant, rows, resume=resuming)
+    if args.objective.precompute_reference:
+        rows, held = asked_beforehand(args.run, source, model, rows, held)
     with (
         made(out),  # not before all input was found good
         locked(out),

@@ -114,7 +114,27 @@ def write(folder: Path, name: str, formed: Formed) -> None:
         "lines": formed.lines,
         **{key: dict(getattr(formed, key)) for key in ("forms", "unused", "unread")},
     }
-    parts = [json.dumps(head).encode() + b"\n", *(a.tobytes() for a in arrays.values())]
+    _write(
+        folder, name, [json.dumps(head).encode() + b"\n", *map(_bytes, arrays.values())]
+    )
+
+
+def write_values(folder: Path, name: str, values: np.ndarray) -> None:
+    """Keeps a float32 number a row; a folder that cannot be written to is named, no more."""
+    _write(folder, name, [_bytes(values.astype(np.float32))])
+
+
+def read_values(folder: Path, name: str) -> np.ndarray | None:
+    """Returns kept numbers; None where there are none, or they are damaged."""
+    found = _read(folder / name)
+    return None if found is None else np.frombuffer(found[0], np.float32, -1, found[1])
+
+
+def _bytes(array: np.ndarray) -> bytes:
+    return array.tobytes()
+
+
+def _write(folder: Path, name: str, parts: Sequence[bytes]) -> None:
     digest = hashlib.blake2b()
     for part in parts:
         digest.update(part)
@@ -140,17 +160,10 @@ def write(folder: Path, name: str, formed: Formed) -> None:
 
 def read(folder: Path, name: str) -> Formed | None:
     """Returns kept rows; None where there are none, or they are damaged."""
-    path = folder / name
-    try:
-        data = path.read_bytes()
-        os.utime(path)
-    except OSError:
+    found = _read(folder / name)
+    if found is None:
         return None
-    start = len(_MAGIC) + hashlib.blake2b().digest_size
-    digest = hashlib.blake2b(memoryview(data)[start:]).digest()
-    if data[:start] != _MAGIC + digest:
-        logger.warning("%s is damaged; its rows are tokenized again", path)
-        return None
+    data, start = found
     end = data.index(b"\n", start) + 1
     head, at, arrays = json.loads(data[start:end]), end, {}
     for key, (dtype, shape) in head["arrays"].items():
@@ -170,6 +183,21 @@ def read(folder: Path, name: str) -> Formed | None:
         problems=[],
         lines=head["lines"],
     )
+
+
+def _read(path: Path) -> tuple[bytes, int] | None:
+    """Returns a kept file, and where its content begins; None for none, or a damaged one."""
+    try:
+        data = path.read_bytes()
+        os.utime(path)
+    except OSError:
+        return None
+    start = len(_MAGIC) + hashlib.blake2b().digest_size
+    digest = hashlib.blake2b(memoryview(data)[start:]).digest()
+    if data[:start] != _MAGIC + digest:
+        logger.warning("%s is damaged; what it kept is made again", path)
+        return None
+    return data, start
 
 
 def _arrays(rows: Sequence[Row]) -> dict[str, np.ndarray]:
