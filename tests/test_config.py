@@ -118,6 +118,11 @@ def test_files_of_older_versions_open(tmp_path: Path):
     assert config.lora.modules_to_save == ("norm", "lm_head")
     assert config.data_file == ("a.jsonl",) and config.train.max_steps == 3
     assert (config.quant.embedding, config.quant.head) == ("4bit", "none")
+    assert config.data == DataConfig(packing="drawn")  # as their rows came
+    (tmp_path / "config.toml").write_text("[data]\nmax_tokens = 8\n")
+    assert read_run(tmp_path).data == DataConfig(max_tokens=8, packing="drawn")
+    write_run(tmp_path, RunConfig())
+    assert read_run(tmp_path).data.packing == "auto"
 
 
 @pytest.mark.parametrize(
@@ -131,6 +136,7 @@ def test_files_of_older_versions_open(tmp_path: Path):
         ('unset = ["model.a"]\nmodel = "m"', "and model is no table"),
         ('unset = ["train.micro_batch"]', "train.micro_batch is unset, expected int"),
         ('unset = ["train.nothing"]', "train.nothing is no known key"),
+        ("data = 3", "data is 3, expected a table"),
         ("[lora]\ntargets = [1]", r"lora.targets is \[1\], expected str \| tuple"),
         ("[lora]\ntargets = 'q_proj('", r"--lora.targets 'q_proj\(' is no pattern"),
         ("modle = 3", "modle is no known key; did you mean model"),

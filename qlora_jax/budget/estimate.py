@@ -219,7 +219,7 @@ def estimate(
             away = max(0, parts["optimizer"] - train.resident_bytes)
             host["optimizer state"] = away
             device["optimizer state"] -= away
-            if train.grad_accum > 1 and not train.stream:
+            if setup.micro_batches > 1 and not train.stream:
                 host["gradients"] = parts["adapter"]
         if train.checkpoint == "host":
             c = setup.config
@@ -235,7 +235,9 @@ def _resident(setup: Setup) -> dict[str, int]:
     train = TrainConfig(
         compute_dtype=setup.train.compute_dtype, optimizer=setup.train.optimizer
     )
-    return _counted(dataclasses.replace(setup, train=train, max_tokens=1))
+    return _counted(
+        dataclasses.replace(setup, train=train, max_tokens=1, packed_rows=None)
+    )
 
 
 @functools.lru_cache(maxsize=64)  # a plan asks for hundreds of one model's setups
@@ -253,13 +255,13 @@ def _counted(setup: Setup) -> dict[str, int]:
 
 def _together(setup: Setup) -> int:
     """Returns how many micro-batches go through a layer before the next does."""
-    return setup.train.grad_accum if setup.train.stream else 1
+    return setup.micro_batches if setup.train.stream else 1
 
 
 def _adds_up(setup: Setup) -> bool:
     """Whether the device holds the sum of micro-batches' gradients beside a new one."""
-    train = setup.train
-    return train.grad_accum > 1 and not train.stream and not train.offload
+    several = setup.micro_batches > 1
+    return several and not (setup.train.stream or setup.train.offload)
 
 
 def _kept(setup: Setup, platform: Platform) -> int:

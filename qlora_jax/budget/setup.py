@@ -30,6 +30,9 @@ class Setup:
       head: The format of a head of its own, in the same terms.
       mxfp4: Whether experts are held in MXFP4 ('keep'), or as other linears ('decode').
       max_tokens: Tokens of the longest row.
+      packed_rows: Where documents are packed, the rows of a step, which are fewer than its
+        documents, micro_batch * grad_accum; None where each document is a row.
+      pairs: Whether each document of a step has another beside it (preferences).
     """
 
     config: DecoderConfig
@@ -40,6 +43,8 @@ class Setup:
     head: TableFormat
     mxfp4: Mxfp4Use
     max_tokens: int
+    packed_rows: int | None
+    pairs: bool
 
     def __init__(
         self,
@@ -52,6 +57,8 @@ class Setup:
         head: TableFormat = "none",
         mxfp4: Mxfp4Use = "decode",
         max_tokens: int = 2048,
+        packed_rows: int | None = None,
+        pairs: bool = False,
         **settings: Any,
     ):
         """Takes the attributes, and in `settings` those of TrainConfig that differ from
@@ -76,6 +83,8 @@ class Setup:
             head=head,
             mxfp4=mxfp4,
             max_tokens=max_tokens,
+            packed_rows=packed_rows,
+            pairs=pairs,
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -90,6 +99,21 @@ class Setup:
         return self.train.compute_dtype
 
     @property
+    def micro_rows(self) -> int:
+        """The rows of a micro-batch, as the device has them."""
+        most = self.train.micro_batch
+        if self.packed_rows is not None:
+            return -(-self.packed_rows // self.micro_batches)
+        return 2 * most if self.pairs else most
+
+    @property
+    def micro_batches(self) -> int:
+        """The micro-batches of a step."""
+        if self.packed_rows is not None:
+            return -(-self.packed_rows // self.train.micro_batch)
+        return self.train.grad_accum
+
+    @property
     def tokens(self) -> int:
         """The tokens of a micro-batch."""
-        return self.train.micro_batch * self.max_tokens
+        return self.micro_rows * self.max_tokens

@@ -18,8 +18,7 @@ from qlora_jax.budget.setup import Setup
 from qlora_jax.cli import options
 from qlora_jax.config.quant import QuantConfig
 from qlora_jax.config.run import RunConfig
-from qlora_jax.data import Dataset
-from qlora_jax.data.dataset import padded_length
+from qlora_jax.data.batches import Batches
 from qlora_jax.errors import ConfigError, OutOfMemoryError
 from qlora_jax.sources.source import Source
 
@@ -40,7 +39,7 @@ _MARGIN = 0.9
 
 
 def within_memory(
-    args: A, source: Source, quant: QuantConfig | None, rows: Dataset
+    args: A, source: Source, quant: QuantConfig | None, batches: Batches
 ) -> A:
     """Refuses a run that its memory cannot hold; picks settings that are auto.
 
@@ -59,7 +58,7 @@ def within_memory(
                 "--memory, such as --memory 16GiB"
             )
         return args
-    setup = setup_of(args, source, quant, rows)
+    setup = setup_of(args, source, quant, batches)
     platform: Platform = "gpu" if jax.default_backend() == "gpu" else "cpu"
     if args.auto:
         chosen = plan_memory(
@@ -103,16 +102,17 @@ def within_memory(
 
 
 def setup_of(
-    args: RunConfig, source: Source, quant: QuantConfig | None, rows: Dataset
+    args: RunConfig, source: Source, quant: QuantConfig | None, batches: Batches
 ) -> Setup:
     """Returns what the memory of a run depends on."""
-    longest = max((len(row.tokens) for row in rows.rows), default=1)
     return Setup(
         config=source.config,
         train=args.train,
         lora=args.lora,
         quant=quant or source.stored,
-        max_tokens=padded_length(longest, rows.max_tokens),
+        max_tokens=batches.lengths[-1],
+        packed_rows=batches.rows if batches.packing == "on" else None,
+        pairs=batches.pairs,
         **options.held_tables(args.quant, source),
     )
 

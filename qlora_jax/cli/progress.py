@@ -62,10 +62,10 @@ class RowsProgress:
 class TrainProgress:
     """Shows metrics as they come; a context manager."""
 
-    def __init__(self, steps: int):
+    def __init__(self):
         self._console = Console(stderr=True)
         self._live = sys.stderr.isatty()
-        self._steps, self._last, self._eval = steps, 0.0, ""
+        self._steps, self._last, self._eval = 0, 0.0, ""
         self._bar = Progress(
             TextColumn("train"),
             BarColumn(bar_width=30),
@@ -75,7 +75,12 @@ class TrainProgress:
             console=self._console,
             disable=not self._live,
         )
-        self._task = self._bar.add_task("train", total=steps, text="compiling")
+        self._task = self._bar.add_task("train", total=None, text="compiling")
+
+    def expect(self, steps: int) -> None:
+        """Takes the number of steps of the run."""
+        self._steps = steps
+        self._bar.update(self._task, total=steps)
 
     def __enter__(self) -> "TrainProgress":
         """Starts the bar."""

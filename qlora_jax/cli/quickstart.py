@@ -97,10 +97,11 @@ def run(args: Args) -> dict[str, Any]:
         rows = read_dataset(assets / "train.jsonl", tokenizer, DATA)
         held = read_dataset(assets / "test.jsonl", tokenizer, DATA)
         model = attach(model, LORA, key=jax.random.key(train.seed))
-        progress = TrainProgress(train.steps(rows.epoch_rows))
+        progress = TrainProgress()
         trainer = Trainer(
             model, rows, train, out, evaluation=held, lora=LORA, progress=progress
         )
+        progress.expect(trainer.steps)
 
     with stage(f"3. Ask it the {len(held)} held-out questions"):
         # With the adapter at zero these are the base's answers, and what is compiled for

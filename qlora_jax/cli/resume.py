@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -167,14 +168,14 @@ def _text(value: Any) -> str:
 
 
 def other_end(
-    before: TrainConfig, now: TrainConfig, rows: int, start: int
+    before: TrainConfig, now: TrainConfig, of_epochs: Callable[[float], int], start: int
 ) -> str | None:
     """Says what another last step means for the steps from `start` on.
 
     Args:
       before: The settings of the run as it was.
       now: Those that it goes on with.
-      rows: The rows of an epoch.
+      of_epochs: See `TrainConfig.steps`.
       start: Steps that were taken.
 
     Returns:
@@ -183,7 +184,7 @@ def other_end(
     Raises:
       ConfigError: the run is beyond that step already.
     """
-    ends = before.steps(rows), now.steps(rows)
+    ends = before.steps(of_epochs), now.steps(of_epochs)
     if ends[0] == ends[1]:
         return None
     if ends[1] < start:

@@ -43,6 +43,7 @@ from qlora_jax.train.lock import locked
 from qlora_jax.train.loop import Trainer
 from qlora_jax.train.metrics import eval_losses, read_metrics
 from qlora_jax.train.report import write_report
+from qlora_jax.train.steps import batches_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,16 +168,16 @@ def _train(args: Args, out: Path, resuming: bool) -> dict[str, Any]:
     if not resuming:
         check_run_folder(out, args.overwrite)
     rows, held = checked_rows(args, source)
-    late = dict.fromkeys((REFERENCE,) if args.objective.precompute_reference else ())
-    objective.check({**rows.batch(0, 1, args.train.seed), **late})
-    args = memory.within_memory(args, source, quant, rows)
+    late = (REFERENCE,) if args.objective.precompute_reference else ()
+    batches = batches_of(rows, args.train, objective, args.data.packing, late)
+    args = memory.within_memory(args, source, quant, batches)
     model, lora, added, started = adapted(args, source, quant, rows, resume=resuming)
     if args.objective.precompute_reference:
         rows, held = asked_beforehand(args.run, source, model, rows, held)
     with (
         made(out),  # not before all input was found good
         locked(out),
-        TrainProgress(args.train.steps(rows.epoch_rows)) as progress,
+        TrainProgress() as progress,
         stopping.finishing() as stop,
     ):
         if not resuming:
@@ -193,14 +194,16 @@ def _train(args: Args, out: Path, resuming: bool) -> dict[str, Any]:
                 evaluation=held,
                 lora=lora,
                 objective=objective,
+                packing=args.data.packing,
                 tokenizer=added,
                 progress=progress,
                 identity=identity(args, source),
             )
             if resuming:
-                restore(trainer, args, rows)
+                restore(trainer, args)
+            progress.expect(trainer.steps)
             with memory.advised(
-                lambda: memory.setup_of(args, source, quant, rows),
+                lambda: memory.setup_of(args, source, quant, trainer.batches),
                 memory.memory_limit(args),
                 available_host_bytes(),
             ):
@@ -246,7 +249,7 @@ def _template_digest(template: str) -> str:
     return hashlib.sha256(Path(template).read_bytes() if a_file else text).hexdigest()
 
 
-def restore(trainer: Trainer, args: Args, rows: Dataset) -> None:
+def restore(trainer: Trainer, args: Args) -> None:
     """Takes a run up where its newest whole checkpoint left it, with settings that changed.
 
     Raises:
@@ -254,10 +257,10 @@ def restore(trainer: Trainer, args: Args, rows: Dataset) -> None:
       ConfigError: the run is to end before that checkpoint.
     """
     assert args.before is not None  # `parse` gives it with --resume
-    before, now = args.before.train, args.train
-    ends = {config.steps(rows.epoch_rows) for config in (before, now)}
+    before, now, steps = args.before.train, args.train, trainer.batches.steps
+    ends = {config.steps(steps) for config in (before, now)}
     trainer.restore(may_differ={"steps"} if len(ends) > 1 else ())
-    end = resume.other_end(before, now, rows.epoch_rows, trainer.start)
+    end = resume.other_end(before, now, steps, trainer.start)
     if end is not None:
         print(end, file=sys.stderr)
     if args.run != read_run(trainer.out):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Literal
 
 from qlora_jax.errors import ConfigError
@@ -170,10 +171,10 @@ class TrainConfig:
         if problems:
             raise ConfigError("; ".join(problems))
 
-    def steps(self, rows: int) -> int:
-        """Returns the optimizer steps for a dataset of `rows`."""
-        if self.max_steps is not None:
-            return self.max_steps
-        return max(
-            1, math.ceil(rows * self.epochs / (self.micro_batch * self.grad_accum))
-        )
+    def steps(self, of_epochs: Callable[[float], int]) -> int:
+        """Returns the optimizer steps of a run.
+
+        Args:
+          of_epochs: Passes over the data -> the steps of so many, `Batches.steps`.
+        """
+        return of_epochs(self.epochs) if self.max_steps is None else self.max_steps

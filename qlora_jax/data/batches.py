@@ -13,7 +13,7 @@ import numpy as np
 from qlora_jax.config.data import Packing
 from qlora_jax.data.layout import Layout, padded_length
 from qlora_jax.data.order import Share, epoch_order, epoch_rows
-from qlora_jax.data.packing import Packs, chosen_lengths, grouped, pack, rounded
+from qlora_jax.data.packing import Packs, chosen_lengths, grouped, pack, packs_of_a_step
 from qlora_jax.data.tokenize import Row
 from qlora_jax.errors import ConfigError
 
@@ -150,11 +150,11 @@ class Batches:
         self._lock = threading.RLock()
         self._capacity, self.rows = 0, documents
         if packing == "on":
-            order = epoch_order(len(rows), shares, seed, 0)
-            mean = float(self._layout.sizes[order].mean())
-            self._capacity = capacity_for(documents * mean, max_tokens)
-            packs = len(self._packed(order).starts) - 1
-            self.rows = max(1, round(documents * packs / self._count))
+            order = epoch_order(len(rows), shares, seed, 0).astype(np.int32)
+            lengths = self._layout.sizes[order]
+            self.rows, self._capacity = packs_of_a_step(lengths, documents, max_tokens)
+            packs = self._packed(order)
+            self._plans[0] = self._arranged(0, 0, order, packs)
         self._accum = -(-self.rows // micro_batch)
         self._slots = -(-self.rows // self._accum)
         self.documents = float(documents)
@@ -168,11 +168,12 @@ class Batches:
         steps = len(first) // self.rows
         whole = steps * self.rows
         sizes = first.sizes(layout.sizes)[:whole].reshape(steps, self.rows)
-        longest = sizes.max(axis=1).tolist()
+        longest = sizes.max(axis=1)
         tokens = int(first.sizes(layout.tokens)[:whole].sum())
         if whole < len(first):
             units = self._units(steps)
-            longest.append(max(int(layout.sizes[unit].sum()) for unit in units))
+            size = max(int(layout.sizes[unit].sum()) for unit in units)
+            longest = np.append(longest, size)
             tokens += sum(int(layout.tokens[unit].sum()) for unit in units)
         if self.packing == "drawn":
             sizes = np.unique(layout.sizes).tolist()
@@ -180,8 +181,10 @@ class Batches:
             self.lengths = tuple(sorted(padded))
         else:
             most = max(int(layout.sizes.max()), self._capacity)
-            self.lengths = chosen_lengths(np.array(longest), most, self._max_tokens)
-        self.steps_by_length = Counter(map(self._length, longest))
+            self.lengths = chosen_lengths(longest, most, self._max_tokens)
+        self.steps_by_length = Counter[int]()
+        for size, number in zip(*np.unique(longest, return_counts=True), strict=True):
+            self.steps_by_length[self._length(int(size))] += int(number)
         slots = self._slots * layout.width
         lead = () if self._accum == 1 else (self._accum,)
         self.shapes = tuple((*lead, slots, length) for length in self.lengths)
@@ -206,10 +209,15 @@ class Batches:
         """
         units = self._units(step)
         longest = max(int(self._layout.sizes[unit].sum()) for unit in units)
+        rows = [[self._rows[i] for i in unit.tolist()] for unit in units]
+        return self._laid(rows, self._length(longest))
+
+    def _laid(self, units: list[list[Row]], length: int) -> Batch:
+        """Lays documents into a batch, a list of them for each row."""
         batch = self._layout.lay(
-            [[self._rows[i] for i in unit.tolist()] for unit in units],
+            units,
             self._accum * self._slots,
-            self._length(longest),
+            length,
             packed=self.packing == "on",
         )
         if self._accum == 1:
@@ -217,6 +225,19 @@ class Batches:
         return {
             name: x.reshape(self._accum, -1, *x.shape[1:]) for name, x in batch.items()
         }
+
+    @property
+    def pairs(self) -> bool:
+        """Whether each document has another beside it, in a row of its own."""
+        return self._layout.pairs
+
+    def examples(self) -> list[Batch]:
+        """Returns a batch without any document of each shape, to compile for."""
+        return [self._laid([], length) for length in self.lengths]
+
+    def tokens(self, step: int) -> int:
+        """Returns the tokens of a step's documents, padding left out."""
+        return sum(int(self._layout.tokens[unit].sum()) for unit in self._units(step))
 
     def numbers(self, step: int) -> list[int]:
         """Returns the numbers of the documents of a step, in the dataset."""
@@ -292,31 +313,27 @@ class Batches:
         order = order.astype(np.int32)
         if self.packing == "drawn":
             return _Plan(order)
-        rng = np.random.default_rng((self._seed, 4, epoch))
-        lead = -begin % self.rows
         if self.packing == "off":
+            rng = np.random.default_rng((self._seed, 4, epoch))
+            lead = -begin % self.rows
             by = grouped(self._layout.sizes[order], lead, self.rows, rng)
             return _Plan(order[by])
-        packs = self._packed(order)
-        plan = _Plan(
-            order[packs.documents],
-            packs.starts,
-            rng.permutation(len(packs.starts) - 1).astype(np.int32),
-        )
+        return self._arranged(epoch, begin, order, self._packed(order))
+
+    def _arranged(
+        self, epoch: int, begin: int, order: np.ndarray, packs: Packs
+    ) -> _Plan:
+        """Returns the plan of an epoch with an order and packs of it."""
+        rng = np.random.default_rng((self._seed, 4, epoch))
+        shuffled = rng.permutation(len(packs.starts) - 1).astype(np.int32)
+        plan = _Plan(order[packs.documents], packs.starts, shuffled)
         # Packs are like each other, but those of one document that is longer.
         sizes = np.maximum(plan.sizes(self._layout.sizes), self._capacity)
-        assert plan.order is not None
-        by = grouped(sizes, lead, self.rows, rng)
-        return dataclasses.replace(plan, order=plan.order[by])
+        by = grouped(sizes, -begin % self.rows, self.rows, rng)
+        return dataclasses.replace(plan, order=shuffled[by])
 
     def _packed(self, order: np.ndarray) -> Packs:
         return pack(self._layout.sizes[order], self._capacity)
-
-
-def capacity_for(tokens: float, max_tokens: int) -> int:
-    """Returns the capacity of packs, so that some full ones have the tokens of a step."""
-    rows = max(1, math.ceil(tokens / max_tokens))
-    return rounded(min(math.ceil(tokens / rows), max_tokens), max_tokens)
 
 
 class Every:
@@ -337,10 +354,8 @@ class Every:
         sizes = self._layout.sizes
         self._slots, plan, least = micro_batch, _Plan(np.arange(len(rows))), 0
         if packing == "on":
-            least = capacity_for(micro_batch * float(sizes.mean()), max_tokens)
-            packs = pack(sizes, least)
-            plan = _Plan(*packs)
-            self._slots = max(1, round(micro_batch * len(plan) / len(rows)))
+            self._slots, least = packs_of_a_step(sizes, micro_batch, max_tokens)
+            plan = _Plan(*pack(sizes, least))
         # Full packs keep their order.
         order = np.argsort(np.maximum(plan.sizes(sizes), least), kind="stable")
         self._plan = dataclasses.replace(plan, order=order)
@@ -362,6 +377,13 @@ class Every:
         self.shapes = tuple(
             (self._slots * self._layout.width, length) for length in self.lengths
         )
+
+    def examples(self) -> list[Batch]:
+        """Returns a batch without any document of each shape, to compile for."""
+        return [
+            self._layout.lay([], self._slots, length, packed=self._packed)
+            for length in self.lengths
+        ]
 
     def __len__(self) -> int:
         """Counts the batches."""

@@ -1,6 +1,7 @@
 """Tokenized rows, and batches whose order follows from seed and step alone."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +33,7 @@ class Dataset:
         self.rows, self.max_tokens, self.dropped = rows, max_tokens, dropped
         self.shares = tuple(shares) if any(s.weight != 1 for s in shares) else ()
         self._orders: dict[tuple[int, int], np.ndarray] = {}
+        self._batches: tuple[dict[str, Any], Batches] | None = None
 
     def __len__(self) -> int:
         """Counts the rows."""
@@ -77,7 +79,7 @@ class Dataset:
     def batches(
         self, *, documents: int, micro_batch: int, seed: int, packing: Resolved
     ) -> Batches:
-        """Returns the batches of a run.
+        """Returns the batches of a run; those that were asked for last are kept.
 
         Args:
           documents: Documents of an optimizer step: micro_batch * grad_accum. Where they
@@ -90,15 +92,16 @@ class Dataset:
           ConfigError: packing is on, and the rows cannot be packed.
           DataError: rows differ in what else they have.
         """
-        return Batches(
-            self.rows,
-            self.max_tokens,
-            self.shares,
-            documents=documents,
-            micro_batch=micro_batch,
-            seed=seed,
-            packing=packing,
-        )
+        settings = {
+            "documents": documents,
+            "micro_batch": micro_batch,
+            "seed": seed,
+            "packing": packing,
+        }
+        if self._batches is None or self._batches[0] != settings:
+            made = Batches(self.rows, self.max_tokens, self.shares, **settings)
+            self._batches = settings, made
+        return self._batches[1]
 
     def every(self, micro_batch: int, packing: Resolved) -> Every:
         """Returns the batches that have each row once, of like lengths, to evaluate on.

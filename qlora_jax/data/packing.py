@@ -4,13 +4,19 @@ All of it follows from lengths alone: integers in, integers out.
 """
 
 import bisect
+import math
 from typing import NamedTuple
 
 import numpy as np
 
-WINDOW = 16_384
-"""Documents that are packed together: of so many, nearly every row is filled to the last
-token, and packing takes as long as drawing their order does."""
+WINDOW = 65_536
+"""Documents that are packed together. Their packs take as long to find as those of a tenth."""
+
+SAMPLE = 4096
+"""Documents that packs are tried on, to find their capacity."""
+
+NEARLY = 0.95
+"""A step may have so many of its documents, on average, where it then takes fewer packs."""
 
 STEPS_SORTED = 50
 """Steps whose rows are sorted by length together, before the steps are shuffled."""
@@ -35,12 +41,14 @@ class Packs(NamedTuple):
 
 
 def pack(lengths: np.ndarray, capacity: int, window: int | None = None) -> Packs:
-    """Lays documents into packs: the longest first, each into the fullest that it fits in.
+    """Lays documents into packs, so that next to nothing of them is empty.
 
-    Equal lengths keep their order, so that a shuffled order gives other packs each time.
+    A pack begins with the longest document that is left, and goes on with the longest that
+    fits until one or two fill it to the last token. Which of equal length it is, their order
+    decides, so that a shuffled order gives other packs each time.
 
     Args:
-      lengths: Tokens of each document, int (documents,).
+      lengths: Tokens of each document, int (documents,), 1 at least.
       capacity: Tokens of a pack. A longer document is a pack of its own.
       window: Neighbours that are packed together; None for WINDOW, or a quarter of a small
         epoch, since packs of all its documents would be nearly the same every time.
@@ -52,7 +60,7 @@ def pack(lengths: np.ndarray, capacity: int, window: int | None = None) -> Packs
     documents = np.empty(count, np.int32)
     sizes: list[np.ndarray] = []
     for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        order, filled = _best_fit(lengths[start:end], capacity)
+        order, filled = _packed(lengths[start:end], capacity)
         documents[start:end] = order + start
         sizes.append(filled)
     starts = np.zeros(sum(map(len, sizes)) + 1, np.int64)
@@ -60,66 +68,94 @@ def pack(lengths: np.ndarray, capacity: int, window: int | None = None) -> Packs
     return Packs(documents, starts)
 
 
-def _best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the documents of a window, pack after pack, and how many each pack has.
+def _packed(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the documents of a window, pack after pack, and how many each pack has."""
+    patterns = _patterns(lengths, capacity)
+    size = np.array([len(pattern) for pattern, _ in patterns])
+    times = np.array([number for _, number in patterns])
+    # A place of a pattern: its length, its pattern, and the documents that come there.
+    length = np.array([one for pattern, _ in patterns for one in pattern])
+    of = np.repeat(np.arange(len(patterns)), size)
+    place = np.arange(len(length)) - np.repeat(np.cumsum(size) - size, size)
+    place += (np.cumsum(size * times) - size * times)[of]
+    # Documents and places in the order of lengths stand one beside the other.
+    by_length = np.argsort(length, kind="stable")
+    of, place = of[by_length], place[by_length]
+    turns = times[of]
+    turn = np.arange(len(lengths)) - np.repeat(np.cumsum(turns) - turns, turns)
+    documents = np.empty(len(lengths), np.int64)
+    documents[np.repeat(place, turns) + turn * np.repeat(size[of], turns)] = _sorted(
+        lengths
+    )
+    return documents, np.repeat(size, times)
 
-    Documents of one length, and packs with one room left, are handled together, so that the
-    time goes with the number of different lengths.
-    """
+
+def _sorted(lengths: np.ndarray) -> np.ndarray:
+    """Returns the order by length; equal ones keep theirs."""
     # Keys of 16 bits are sorted by radix, several times as fast.
-    key = np.uint16 if lengths.max() < 1 << 16 else np.int64
-    order = np.argsort((lengths.max() - lengths).astype(key), kind="stable")
-    different, counts = np.unique(lengths, return_counts=True)
-    shortest = int(different[0])
-    rooms: list[int] = []  # tokens left in packs, sorted
-    having: dict[
-        int, list[tuple[int, int]]
-    ] = {}  # room -> first pack and count of each run
-    placed: list[tuple[int, int, int]] = []  # first pack, packs, documents in each
-    packs = 0
+    few = lengths.max() < 1 << 16
+    return np.argsort(lengths.astype(np.uint16) if few else lengths, kind="stable")
 
-    def leave(room: int, first: int, count: int) -> None:
-        if room < shortest or not count:
-            return
-        if room not in having:
-            having[room] = []
-            bisect.insort(rooms, room)
-        having[room].append((first, count))
 
-    for length, count in zip(
-        different[::-1].tolist(), counts[::-1].tolist(), strict=True
-    ):
-        while count:
-            at = bisect.bisect_left(rooms, length)
-            if at == len(rooms):
-                room = max(length, capacity)
-                most = room // length
-                first, there = packs, -(-count // most)
-                packs += there
-            else:
-                room = rooms[at]
-                most = room // length
-                first, there = having[room].pop()
-                if not having[room]:
-                    del having[room], rooms[at]
-            full = min(there, count // most)
-            if full:
-                placed.append((first, full, most))
-                leave(room - most * length, first, full)
-                count -= full * most
-            rest = min(count, most) if full < there else 0
-            if rest:
-                placed.append((first + full, 1, rest))
-                leave(room - rest * length, first + full, 1)
-                count -= rest
-                full += 1
-            leave(room, first + full, there - full)
-    first, run, each = np.array(placed, np.int64).T
-    amount = run * each
-    within = np.arange(len(lengths)) - np.repeat(np.cumsum(amount) - amount, amount)
-    pack_of = np.repeat(first, amount) + within // np.repeat(each, amount)
-    by_pack = np.argsort(pack_of, kind="stable")
-    return order[by_pack], np.bincount(pack_of, minlength=packs)
+def _patterns(lengths: np.ndarray, capacity: int) -> list[tuple[list[int], int]]:
+    """Returns the lengths of the documents of a pack, and how many packs are like it.
+
+    As many as there are documents for, after which one length is used up. So patterns are
+    about as many as different lengths, however many documents there are.
+    """
+    counted = np.bincount(lengths, minlength=capacity + 1)
+    there, left = counted > 0, counted.tolist()
+    shortest, patterns = int(there.argmax()), []
+    for longest in range(len(left) - 1, 0, -1):
+        while left[longest]:
+            pattern = _pattern(longest, capacity - longest, shortest, left, there)
+            times = min(left[one] // pattern.count(one) for one in set(pattern)) + 1
+            for one in pattern:
+                left[one] -= times - 1
+                there[one] = left[one] > 0
+            patterns.append((pattern, times))
+    return patterns
+
+
+def _pattern(
+    longest: int, room: int, shortest: int, left: list[int], there: np.ndarray
+) -> list[int]:
+    """Takes the documents of a pack; returns their lengths.
+
+    Args:
+      longest: The longest that is left, which is taken in any case.
+      room: Tokens that are left beside it.
+      shortest: No document is shorter.
+      left: How many documents of each length are left.
+      there: Whether there are any.
+    """
+    pattern = [_took(longest, left, there)]
+    while room >= shortest:
+        fitting = there[: room + 1]
+        if fitting[room]:
+            pattern.append(_took(room, left, there))
+            break
+        half = -(-room // 2)
+        pairs = fitting[half:] & fitting[room - half :: -1]
+        if room % 2 == 0 and left[half] < 2:
+            pairs[0] = False
+        first = int(pairs.argmax())
+        if pairs[first]:
+            pattern.append(_took(half + first, left, there))
+            pattern.append(_took(room - half - first, left, there))
+            break
+        longest = room - int(fitting[::-1].argmax())
+        if not fitting[longest]:
+            break
+        pattern.append(_took(longest, left, there))
+        room -= longest
+    return pattern
+
+
+def _took(length: int, left: list[int], there: np.ndarray) -> int:
+    left[length] -= 1
+    there[length] = left[length] > 0
+    return length
 
 
 def grouped(
@@ -142,13 +178,45 @@ def grouped(
     if not steps:
         return order
     whole = slice(lead, lead + steps * each)
-    together = min(STEPS_SORTED, max(1, steps // 4)) * each
+    together = min(STEPS_SORTED, max(8, steps // 4)) * each
     window = np.arange(steps * each, dtype=np.int64) // together
     by_size = np.argsort(
         window * (int(sizes.max()) + 1) + sizes[whole], kind="stable"
     ).reshape(steps, each)
     order[whole] = lead + by_size[rng.permutation(steps)].ravel()
     return order
+
+
+def packs_of_a_step(
+    lengths: np.ndarray, documents: int, max_tokens: int
+) -> tuple[int, int]:
+    """Returns how many packs a step has, and their capacity, so that it has its documents.
+
+    The packs are the least of 1, 2, 4, 6, 8, 12, 16, 24, ... that can hold them: numbers that
+    micro-batches of a power of two divide with no row left empty.
+
+    Args:
+      lengths: Tokens of each document, in a shuffled order, int (documents,).
+      documents: Documents of a step, on average.
+      max_tokens: The largest capacity.
+    """
+    some = lengths[:SAMPLE]
+    tokens, packs = documents * float(some.mean()), 1
+    while packs * max_tokens < NEARLY * tokens:
+        half = 3 if packs % 3 == 0 else 2  # 6 of 4 is 3 / 2, 8 of 6 is 4 / 3
+        packs = 2 * packs if packs < 4 else packs * (half + 1) // half
+    wanted = max(1.0, packs * len(some) / documents)
+    sizes = sorted({rounded(n, max_tokens) for n in range(32, max_tokens + 32, 32)})
+    enough = bisect.bisect_left(
+        sizes, -wanted, hi=len(sizes) - 1, key=lambda size: -_count(some, size)
+    )
+    near = sizes[max(0, enough - 1) : enough + 1]
+    return packs, min(near, key=lambda size: abs(math.log(_count(some, size) / wanted)))
+
+
+def _count(lengths: np.ndarray, capacity: int) -> int:
+    """Returns how many packs documents make."""
+    return sum(times for _, times in _patterns(lengths, capacity))
 
 
 def rounded(length: int, max_tokens: int) -> int:

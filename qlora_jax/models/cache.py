@@ -29,6 +29,8 @@ class Context:
 
     Attributes:
       positions: The position of each token, int32 (batch, seq); -1 for padding.
+      documents: Where rows hold several documents, how many tokens of its own are before
+        each token, int32 (batch, seq); None where each row is one.
       shared: What the mixers' `shared` made of them.
       seen_positions: While decoding, int32 (batch, capacity): those of the cache, these
         tokens' among them.
@@ -41,3 +43,9 @@ class Context:
     seen_positions: Int[Array, "batch capacity"] | None = None
     length: Int[Array, ""] | None = None
     given: dict[str, Any] = dataclasses.field(default_factory=dict)
+    documents: Int[Array, "batch seq"] | None = None
+
+    @property
+    def places(self) -> Int[Array, "batch seq"]:
+        """The place of each token in its own document, int32 (batch, seq); 0 is the first."""
+        return self.positions if self.documents is None else self.documents

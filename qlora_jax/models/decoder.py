@@ -25,6 +25,7 @@ from qlora_jax.models.layers import (
 from qlora_jax.models.per_layer import PerLayerInputs
 from qlora_jax.models.spec import LayerSpec
 from qlora_jax.names import stack_key
+from qlora_jax.nn.documents import places_of
 from qlora_jax.nn.embedding import Embedding
 from qlora_jax.nn.linear import Linear
 from qlora_jax.nn.norm import BareNorm, LayerNorm, Norm, RMSNorm
@@ -157,10 +158,17 @@ class Decoder(nnx.Module):
         return jnp.dtype(self.dtype)
 
     def __call__(
-        self, tokens: Int[Array, "batch seq"]
+        self,
+        tokens: Int[Array, "batch seq"],
+        *,
+        positions: Int[Array, "batch seq"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | None = None,
     ) -> Float[Array, "batch seq vocab"]:
-        """Returns float32 logits of every position."""
-        return self.logits(self.hidden_states(tokens))
+        """Returns float32 logits of every position; see `hidden_states`."""
+        hidden = self.hidden_states(
+            tokens, positions=positions, segment_ids=segment_ids
+        )
+        return self.logits(hidden)
 
     def logits(
         self, hidden: Float[Array, "*batch hidden"]
@@ -172,6 +180,8 @@ class Decoder(nnx.Module):
         self,
         tokens: Int[Array, "*micro batch seq"],
         *,
+        positions: Int[Array, "*micro batch seq"] | None = None,
+        segment_ids: Int[Array, "*micro batch seq"] | None = None,
         key: Array | None = None,
         checkpoint: Checkpoint = "none",
     ) -> Float[Array, "*micro batch seq hidden"]:
@@ -181,12 +191,21 @@ class Decoder(nnx.Module):
           tokens: Token ids. Padding belongs to the right, where causality hides it. With
             a third axis in front, each layer goes over all micro-batches before the next:
             a layer that comes from host memory comes once for all of them.
+          positions: Where rows hold several documents, 0, 1, 2, ... in each: a token sees
+            those of its own document alone, in attention and in any other mixer. None
+            where each row is one document.
+          segment_ids: Another way to say it: each document's tokens have one number. With
+            both, these tell documents apart, and positions are what heads are rotated by.
           key: The random key for LoRA dropout; None switches it off.
           checkpoint: What backward recomputes.
         """
         *micro, batch, seq = tokens.shape
-        positions = jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32), (batch, seq))
-        context = Context(positions, self._shared(positions))
+        context = self._context((batch, seq), positions, segment_ids)
+        # Micro-batches differ in it where their rows hold several documents.
+        own = None
+        if micro and context.documents is not None:
+            made = context.positions, context.documents, [*context.shared.values()]
+            own = jax.tree.map(lambda y: y.reshape(*micro, batch, *y.shape[1:]), made)
 
         def apply(
             layer: DecoderLayer,
@@ -197,8 +216,18 @@ class Decoder(nnx.Module):
         ) -> Applied:
             x = checkpoint_name(x, "layer_input")
 
-            def one(x: Array, given: Given, key: Array | None, per_layer: Any) -> Any:
+            def one(
+                x: Array,
+                given: Given,
+                key: Array | None,
+                per_layer: Any,
+                own: Any = None,
+            ) -> Any:
                 sees = dataclasses.replace(context, given=given)
+                if own is not None:
+                    positions, documents, values = own
+                    shared = dict(zip(context.shared, values, strict=True))
+                    sees = Context(positions, shared, given=given, documents=documents)
                 return layer(x, sees, None, key, per_layer)
 
             def turn(_: None, xs: Any) -> tuple[None, Any]:
@@ -211,7 +240,7 @@ class Decoder(nnx.Module):
                 # Else backward would make again what all micro-batches keep, at once.
                 turn = checkpointed(turn, checkpoint)
             # From the last on, so that backward adds up gradients from the first.
-            xs = x, given, key, per_layer
+            xs = x, given, key, per_layer, own
             x, remembered = jax.lax.scan(turn, None, xs, reverse=True)[1]
             return Applied(x, None, remembered)
 
@@ -222,15 +251,22 @@ class Decoder(nnx.Module):
         x, _ = self._through(x, keys, per_layer, apply, checkpoint)
         return self.norm(x)
 
-    def finite(self, tokens: Int[Array, "batch seq"]) -> dict[str, Any]:
+    def finite(
+        self,
+        tokens: Int[Array, "batch seq"],
+        positions: Int[Array, "batch seq"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+    ) -> dict[str, Any]:
         """Says what of a forward pass is finite, to find where a NaN or Inf begins.
+
+        Args:
+          tokens, positions, segment_ids: See `hidden_states`.
 
         Returns:
           A bool for the output of `embed_tokens`, `norm` and `head`; and under `layers` for
           each of `config.slots` an array of bools, one a layer's output.
         """
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        context = Context(positions, self._shared(positions))
+        context = self._context(tokens.shape, positions, segment_ids)
 
         def apply(
             layer: DecoderLayer, x: Array, given: Given, _: Any, per_layer: Any
@@ -334,6 +370,28 @@ class Decoder(nnx.Module):
         else:
             per_layer = self.per_layer(tokens, x, key)
         return [per_layer[i.start : i.stop : i.step] for i, _ in slots]
+
+    def _context(
+        self,
+        shape: tuple[int, ...],
+        positions: Array | None,
+        segment_ids: Array | None,
+    ) -> Context:
+        """Returns what layers share of whole rows, which may hold several documents.
+
+        Args:
+          shape: (batch, seq): that of what it returns where rows are one document each.
+          positions, segment_ids: See `hidden_states`; micro-batches follow one another.
+        """
+        documents = places_of(positions, segment_ids)
+        if documents is not None:
+            documents = documents.reshape(-1, shape[1])
+            along = documents
+            if positions is not None:
+                along = positions.reshape(documents.shape)
+        else:
+            along = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+        return Context(along, self._shared(along), documents=documents)
 
     def _shared(self, positions: Array) -> dict[Any, Any]:
         """Returns what mixers need that depends on positions alone."""

@@ -35,12 +35,15 @@ def causal_attention(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Float[Array, " heads"] | None = None,
+    documents: Int[Array, "batch seq"] | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "batch seq heads value_dim"]:
     """Softmax attention in whole sequences: token i sees the tokens up to i.
 
     Args:
       q, k, v, window, scale, softcap, sinks: See `attention`; padding belongs to the right.
+      documents: Where rows hold several documents, how many tokens of its own are before
+        each token; it sees those alone. None where each row is one.
       implementation: 'xla' is `attention`; 'cudnn' is jax.nn.dot_product_attention's, for
         16-bit heads on an NVIDIA GPU of sm_80 or later. None takes cuDNN's where it runs;
         $QLORA_JAX_ATTENTION names one for all.
@@ -60,12 +63,14 @@ def causal_attention(
         implementation,
         sinks=sinks is not None,
         value_dim=v.shape[3],
+        packed=documents is not None,
     )
     if name == "cudnn":
         return _cudnn(q, k, v, window, scale)
     positions = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), q.shape[:2])
     options: Any = {"window": window, "scale": scale, "softcap": softcap}
-    return attention(q, k, v, positions, positions, sinks=sinks, **options)
+    options |= {"sinks": sinks, "reach": documents}
+    return attention(q, k, v, positions, positions, **options)
 
 
 def choose_attention(
@@ -77,6 +82,7 @@ def choose_attention(
     implementation: str | None = None,
     sinks: bool = False,
     value_dim: int | None = None,
+    packed: bool = False,
 ) -> tuple[str, str]:
     """Returns what `causal_attention` runs for q of a shape, and why."""
     implementation = implementation or os.environ.get(VARIABLE)
@@ -94,6 +100,8 @@ def choose_attention(
         reason = "cudnn has no softcap"
     elif sinks:
         reason = "cudnn has no sinks"
+    elif packed:
+        reason = "jax's cudnn has no documents within a row"
     elif value_dim not in (None, shape[3]):
         reason = (
             f"cudnn wants values as wide as queries, here {value_dim} and {shape[3]}"
@@ -157,6 +165,7 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Float[Array, " heads"] | None = None,
+    reach: Int[Array, "batch seq"] | None = None,
 ) -> Float[Array, "batch seq heads value_dim"]:
     """Softmax attention with grouped keys; a query sees keys at or before its position.
 
@@ -172,6 +181,7 @@ def attention(
       softcap: Scores s become softcap * tanh(s / softcap) (Gemma 2); None leaves them.
       sinks: A score for each head that takes its part of the softmax and gives nothing
         (gpt-oss; arXiv 2309.17453 has it as a token); None for none.
+      reach: How many positions before its own each query sees at most; None for all.
 
     Returns:
       The heads' outputs in q's dtype; softmax and sums are float32.
@@ -185,9 +195,9 @@ def attention(
     if sinks is not None:
         sinks = sinks.astype(jnp.float32).reshape(kv_heads, group, 1, 1)
 
-    def block(q: Array, q_positions: Array) -> Array:
+    def block(q: Array, q_positions: Array, reach: Array | None) -> Array:
         rows = q.reshape(batch, -1, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
-        seen = _seen(q_positions, k_positions, window)[:, None, None]
+        seen = _seen(q_positions, k_positions, window, reach)[:, None, None]
         rows = rows.reshape(batch, kv_heads, -1, head_dim)
         y = _attend(rows, k, v, seen, sinks, scale, softcap)
         y = y.reshape(batch, kv_heads, group, -1, value_dim).transpose(0, 3, 1, 2, 4)
@@ -195,7 +205,7 @@ def attention(
 
     most = max(16, limit(SCORE_BYTES) // (4 * batch * heads * keys))
     if seq <= most:
-        return block(q, q_positions)
+        return block(q, q_positions, reach)
     blocks = -(-seq // most)
     size = -(-seq // blocks)
 
@@ -204,14 +214,19 @@ def attention(
         x = jnp.pad(x, pad).reshape(batch, blocks, size, *x.shape[2:])
         return x.swapaxes(0, 1)
 
-    y = lax.map(lambda args: block(*args), (split(q), split(q_positions)))
+    each = split(q), split(q_positions), None if reach is None else split(reach)
+    y = lax.map(lambda args: block(*args), each)
     y = y.swapaxes(0, 1).reshape(batch, blocks * size, heads, value_dim)
     return y[:, :seq]
 
 
-def _seen(q_positions: Array, k_positions: Array, window: int | None) -> Array:
+def _seen(
+    q_positions: Array, k_positions: Array, window: int | None, reach: Array | None
+) -> Array:
     q, k = q_positions[:, :, None], k_positions[:, None, :]
     seen = (k <= q) & (k >= 0)
+    if reach is not None:
+        seen &= q - k <= reach[:, :, None]
     return seen if window is None else seen & (q - k < window)
 
 

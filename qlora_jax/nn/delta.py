@@ -235,19 +235,21 @@ class Decays(NamedTuple):
     @classmethod
     def of(cls, some: Chunks) -> "Decays":
         """Returns those of each chunk of a group."""
-        decay = jnp.cumsum(some.decay, axis=-1)  # since the chunk's beginning
-        size = decay.shape[-1]
+        size = some.decay.shape[-1]
         begun = some.begun[:, :, None, None]  # for each pair of heads
         # Tokens that see the state before the chunk, and those that the one behind sees.
         whole = (begun == 0).astype(jnp.float32)
-        ends = (begun == begun[..., -1:]).astype(jnp.float32)
+        ends = begun == begun[..., -1:]
         seen = (begun[..., :, None] == begun[..., None, :]) & jnp.tri(size, dtype=bool)
+        # Since the chunk's beginning, or the document's: in no sum are another's numbers, which
+        # would reach this one's by their rounding.
+        decay = jnp.sum(jnp.where(seen, some.decay[..., None, :], 0), axis=-1)
         # Masked before exp, which could overflow.
         between = decay[..., :, None] - decay[..., None, :]
         return cls(
             jnp.exp(jnp.where(seen, between, -jnp.inf)),
             (jnp.exp(decay) * whole)[..., None],
-            (jnp.exp(decay[..., -1:] - decay) * ends)[..., None],
+            jnp.exp(jnp.where(ends, decay[..., -1:] - decay, -jnp.inf))[..., None],
             jnp.exp(decay[..., -1]) * whole[..., -1],
         )
 

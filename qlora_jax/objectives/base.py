@@ -17,11 +17,14 @@ from jaxtyping import Array, Float
 from qlora_jax.config.objective import Rows
 from qlora_jax.config.train import Checkpoint
 from qlora_jax.errors import ConfigError, gathered
+from qlora_jax.nn.documents import places_of
 
 Batch = Mapping[str, Any]
 """tokens: int32 (batch, seq), or (micro, batch, seq) of micro-batches; padding right.
 weights: float32 of the same shape: what predicting each token counts; the first of a
-row has nothing to predict it and is ignored. What else there is has the same leading axes."""
+document has nothing to predict it and is ignored. positions, segment_ids: int32 of the same
+shape, where rows hold several documents: see `Decoder.hidden_states`. What else there is has
+the same leading axes."""
 
 Metrics = Mapping[str, Any]
 """What is measured beside the loss, by name: a scalar, the sum over the rows, which the
@@ -32,6 +35,9 @@ Loss = Callable[[Any, Batch, Array | None, Checkpoint], tuple[Array, Metrics]]
 
 HeadLoss = Callable[[Any, Array, Batch], tuple[Array, Metrics]]
 """(head, hidden states, batch) -> (sum of losses over the rows, metrics)."""
+
+DOCUMENTS = ("positions", "segment_ids")
+"""Names of what tells the documents of a batch's rows apart."""
 
 RESERVED = frozenset(
     ("step", "loss", "grad_norm", "tokens", "loss_scale", "skipped", "eval_loss")
@@ -120,6 +126,12 @@ class Objective:
         missing = [
             name for name in ("tokens", "weights", *self.needs) if name not in batch
         ]
+        if not self.packs and (told := documents_of(batch)):
+            raise ConfigError(
+                f"objective {self.name} takes one document a row, and the batch has "
+                f"{' and '.join(told)}; leave them out (--data.packing off), or say packs=True "
+                "of an objective that gives them to the model"
+            )
         if missing:
             raise ConfigError(
                 f"objective {self.name} needs {', '.join(missing)} in a batch, which has "
@@ -180,9 +192,23 @@ def _said(x: Any) -> str:
     return type(x).__name__ if shape is None else f"an array of shape {shape}"
 
 
+def documents_of(batch: Batch) -> dict[str, Any]:
+    """Returns what of a batch tells the documents of its rows apart, by name."""
+    return {name: batch[name] for name in DOCUMENTS if name in batch}
+
+
+def predicted_weights(batch: Batch) -> Float[Array, "*micro batch seq"]:
+    """Returns the weights of tokens, 0 for those that nothing predicts: a document's first."""
+    weights = batch["weights"]
+    places = places_of(*map(batch.get, DOCUMENTS))
+    if places is not None:
+        weights = jnp.where(places > 0, weights, 0)
+    return weights
+
+
 def predicted(batch: Batch) -> Float[Array, ""]:
     """Returns the sum of the weights of all tokens that something predicts."""
-    return jnp.sum(batch["weights"][..., 1:])
+    return jnp.sum(predicted_weights(batch)[..., 1:])
 
 
 def of_hidden_states(
@@ -191,6 +217,7 @@ def of_hidden_states(
     *,
     needs: tuple[str, ...] = (),
     normalizer: Callable[[Batch], Float[Array, ""]] | None = None,
+    packs: bool = False,
     rows: Rows = "texts",
     whole: Callable[[Batch], dict[str, Float[Array, ""]]] | None = None,
 ) -> Objective:
@@ -206,6 +233,7 @@ def of_hidden_states(
         `cross_entropy` take both and never hold all logits.
       needs: See `Objective`.
       normalizer: See `Objective`.
+      packs: See `Objective`; the model is given the positions in any case.
       rows: See `Objective`.
       whole: See `Objective`.
     """
@@ -213,7 +241,8 @@ def of_hidden_states(
     def of_batch(
         model: Any, batch: Batch, key: Array | None, checkpoint: Checkpoint
     ) -> tuple[Array, Metrics]:
-        hidden = model.hidden_states(batch["tokens"], key=key, checkpoint=checkpoint)
+        options = {"key": key, "checkpoint": checkpoint, **documents_of(batch)}
+        hidden = model.hidden_states(batch["tokens"], **options)
         if batch["tokens"].ndim == 2:
             return loss(model.head, hidden, batch)
 
@@ -229,6 +258,7 @@ def of_hidden_states(
         needs=needs,
         normalizer=normalizer,
         takes_micro_axis=True,
+        packs=packs,
         rows=rows,
         whole=whole,
     )

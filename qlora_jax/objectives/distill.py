@@ -7,7 +7,6 @@ the Kullback-Leibler divergence KL(teacher || model) of these k + 1 probabilitie
 whole vocabulary it is that of TRL's GKDTrainer with beta 0.
 """
 
-import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -40,10 +39,13 @@ def make(config: ObjectiveConfig) -> Objective:
             total, metrics["nll"] = kl + config.sft_weight * nll, nll
         return total, metrics
 
-    made = of_hidden_states(
-        "distill", loss, needs=(TEACHER_IDS, TEACHER_LOGPROBS), rows="teacher"
+    return of_hidden_states(
+        "distill",
+        loss,
+        needs=(TEACHER_IDS, TEACHER_LOGPROBS),
+        packs=True,
+        rows="teacher",
     )
-    return dataclasses.replace(made, packs=True)
 
 
 def _divergence(

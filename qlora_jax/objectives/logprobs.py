@@ -19,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.device import LOGITS_BYTES, limit
+from qlora_jax.objectives.base import predicted_weights
 
 
 def next_tokens(
@@ -26,10 +27,11 @@ def next_tokens(
 ) -> tuple[Int[Array, "batch seq"], Float[Array, "batch seq"]]:
     """Returns the token that each position predicts, and what predicting it counts.
 
-    Rolled, not cut, so that shapes stay round; the last position has weight 0.
+    Rolled, not cut, so that shapes stay round; the last position of a row, and of each of its
+    documents, has weight 0.
     """
     labels = jnp.roll(batch["tokens"], -1, axis=1)
-    weights = jnp.roll(batch["weights"].at[:, 0].set(0), -1, axis=1)
+    weights = jnp.roll(predicted_weights(batch).at[:, 0].set(0), -1, axis=1)
     return labels, weights
 
 
@@ -130,7 +132,7 @@ def _gradients(graphdef, lora, base, h, label, weight, smoothing=0.0):
     if smoothing:
         hit = (1 - smoothing) * hit + smoothing / p.shape[1]
     # In the compute dtype: a float32 one would multiply with an upcast head.
-    d_logits = ((p - hit) * weight[:, None]).astype(logits.dtype)
+    d_logits = ((p - hit.astype(p.dtype)) * weight[:, None]).astype(logits.dtype)
     return nll, *vjp(d_logits)
 
 

@@ -1,6 +1,5 @@
 """Supervised fine-tuning: the cross-entropy of each token given those before it."""
 
-import dataclasses
 from typing import Any
 
 from jaxtyping import Array, Float
@@ -29,7 +28,7 @@ def make(config: ObjectiveConfig) -> Objective:
     def loss(head: Any, hidden: Array, batch: Batch) -> tuple[Array, dict]:
         return token_loss(head, hidden, batch, config.label_smoothing), {}
 
-    return dataclasses.replace(of_hidden_states("sft", loss), packs=True)
+    return of_hidden_states("sft", loss, packs=True)
 
 
 SFT = make(ObjectiveConfig())

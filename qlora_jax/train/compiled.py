@@ -20,6 +20,7 @@ from qlora_jax.budget.estimate import abstract_parts
 from qlora_jax.budget.setup import Setup
 from qlora_jax.errors import ConfigError
 from qlora_jax.names import is_stacked
+from qlora_jax.objectives.base import DOCUMENTS
 from qlora_jax.optim.adamw import adamw, placed
 from qlora_jax.optim.offload import paged
 from qlora_jax.train.step import make_train_step
@@ -77,13 +78,13 @@ def compile_step(
     inner, clip = adamw(train.optimizer, 1e-4), optax.clip_by_global_norm(0.3)
     tx = optax.chain(clip, placed(inner, train.offload, train.resident_bytes))
     state = jax.eval_shape(optax.chain(clip, inner).init, lora)
-    shape: tuple[int, ...] = (train.micro_batch, setup.max_tokens)
-    if train.grad_accum > 1:
-        shape = (train.grad_accum, *shape)
-    batch = {
-        "tokens": jax.ShapeDtypeStruct(shape, jnp.int32),
-        "weights": jax.ShapeDtypeStruct(shape, jnp.float32),
-    }
+    shape: tuple[int, ...] = (setup.micro_rows, setup.max_tokens)
+    if setup.micro_batches > 1:
+        shape = (setup.micro_batches, *shape)
+    whole = jax.ShapeDtypeStruct(shape, jnp.int32)
+    batch = {"tokens": whole, "weights": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    if setup.packed_rows is not None:
+        batch |= dict.fromkeys(DOCUMENTS, whole)
     step: Any = make_train_step(
         graphdef, tx, checkpoint=train.checkpoint, sums_on_host=train.offload
     )

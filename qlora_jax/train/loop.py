@@ -1,10 +1,11 @@
 """Trainer: steps, eval losses, metrics, checkpoints, and resuming exactly."""
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from flax import nnx
 from qlora_jax.adapters.attach import join, split
 from qlora_jax.adapters.attached import base_fingerprint, lora_config
 from qlora_jax.adapters.names import explicit_layers
+from qlora_jax.config.data import Packing
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.config.run import FILE
 from qlora_jax.config.train import TrainConfig
@@ -26,6 +28,7 @@ from qlora_jax.models.streaming import stream
 from qlora_jax.objectives import SFT, Objective
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train.checkpoints import RunCheckpoints
+from qlora_jax.train.feed import Feed
 from qlora_jax.train.figures import any_finite, figures_of, skipped_last
 from qlora_jax.train.lock import locked
 from qlora_jax.train.metrics import MetricsLog, device_memory_bytes
@@ -33,7 +36,9 @@ from qlora_jax.train.not_finite import all_finite, first_not_finite
 from qlora_jax.train.optimizer import make_optimizer, make_schedule
 from qlora_jax.train.position import identity_of
 from qlora_jax.train.state import TrainState, settled
-from qlora_jax.train.step import make_eval_step, make_train_step
+from qlora_jax.train.steps import Fed, Steps, batches_of
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[dict[str, Any]], None]
 """Called with each step's metrics, and with eval losses."""
@@ -46,11 +51,29 @@ class DivergedError(QLoRAError, ArithmeticError):
     """The loss became NaN or Inf."""
 
 
+class _Taken(NamedTuple):
+    """A step that the device may still be at.
+
+    Attributes:
+      number: Steps taken with it.
+      metrics: What it measures, on the device.
+      tokens: Tokens of its documents.
+    """
+
+    number: int
+    metrics: dict[str, jax.Array]
+    tokens: int
+
+
 class Trainer:
     """Trains an adapter in a run folder.
 
+    What a step has measured is read when the next is on its way, so that the device does not
+    wait for that; what it takes is made ahead (`Steps`).
+
     Attributes:
       steps: Optimizer steps of the whole run.
+      batches: What they take.
       objective: What is minimized.
       graphdef, base: The model's parts that stay.
       state: What the run is now: steps taken, adapter, the optimizer's state.
@@ -67,6 +90,7 @@ class Trainer:
         evaluation: Dataset | None = None,
         lora: LoRAConfig | None = None,
         objective: Objective | None = None,
+        packing: Packing = "auto",
         tokenizer: Tokenizer | None = None,
         progress: Progress | None = None,
         identity: Mapping[str, Any] | None = None,
@@ -82,22 +106,25 @@ class Trainer:
           lora: The LoRAConfig that the adapter was attached with; None reads it off the
             model.
           objective: What is minimized; None for SFT.
+          packing: How rows make batches, see `DataConfig.packing`.
           tokenizer: Saved with the adapter, where tokens were added.
           progress: Called with each step's metrics, and with eval losses.
           identity: What else tells this run from others, such as digests of its base: JSON
             values by name, which a checkpoint keeps and a resumed run has to have too.
 
         Raises:
-          ConfigError: rows have not what the objective needs.
+          ConfigError: rows have not what the objective needs, or they cannot be packed as
+            asked.
         """
         self.config, self.out = config, Path(out)
         self.train_data, self.eval_data = train, evaluation
         self.objective = objective or SFT
-        self.objective.check(train.batch(0, 1, config.seed))
+        self.batches = batches_of(train, config, self.objective, packing)
         self.lora_config = lora or lora_config(model)
         self._tokenizer = tokenizer
-        self.steps = config.steps(train.epoch_rows)
-        self.schedule = make_schedule(config, self.steps)
+        self.steps = config.steps(self.batches.steps)
+        schedule = make_schedule(config, self.steps)(np.arange(self.steps))
+        self._learning_rates = np.broadcast_to(schedule, (self.steps,))
         tx = make_optimizer(config, self.steps)
         self.graphdef, lora_state, self.base = split(model)
         if config.stream:
@@ -105,20 +132,25 @@ class Trainer:
         # A copy, because the step donates it and the caller keeps the model.
         fresh = settled(jax.tree.map(jnp.copy, lora_state))
         self.state = TrainState(0, fresh, settled(tx.init(fresh)))
-        self._train_step = make_train_step(
+        self._steps = Steps(
             self.graphdef,
             tx,
-            checkpoint=config.checkpoint,
-            objective=self.objective,
-            sums_on_host=config.offload,
+            self.batches,
+            config,
+            self.objective,
+            dropout=self.lora_config.dropout > 0,
         )
-        self._eval_step = make_eval_step(self.graphdef, objective=self.objective)
         self._progress = progress or (lambda metrics: None)
-        self._key = jax.random.key(config.seed)
-        self._dropout = self.lora_config.dropout > 0
         self._identity = identity_of(
-            config, train, evaluation, self.objective, self.lora_config
+            config,
+            train,
+            evaluation,
+            self.objective,
+            self.lora_config,
+            self.batches.packing,
         ) | dict(identity or {})
+        self._taken: _Taken | None = None
+        self._read_at = 0.0
         self._stop: Callable[[], bool] = lambda: False
         self._saved_at = time.monotonic()
         self._checkpoints = RunCheckpoints(
@@ -220,20 +252,26 @@ class Trainer:
         return self._evaluate(dataset, lambda: False)
 
     def _evaluate(self, dataset: Dataset, stop: Callable[[], bool]) -> float:
-        total, count = 0.0, 0.0
-        for batch in dataset.in_order(self.config.micro_batch):
+        def going() -> None:
             if stop():
                 raise _Stopped
-            loss, normalizer = self._eval_step(self.lora, self.base, batch)
-            total, count = total + float(loss), count + float(normalizer)
-        return total / count
+
+        return self._steps.evaluate(self.lora, self.base, dataset, going)
 
     def _run(self, log: MetricsLog) -> dict[str, Any]:
         began = time.monotonic()
         # Figures are of the whole run, also where this process took only its end.
         rows = [row for row in log.kept if "loss" in row]
         try:
-            self._take_steps(log, rows)
+            logger.info("%s", self.batches.said())
+            self._steps.compile(
+                self.state,
+                self.base,
+                self.eval_data,
+                evaluates_first=self._eval_due(),
+            )
+            with self._steps.feed(self.steps) as feed:
+                self._take_steps(log, rows, feed)
         except _Stopped:
             self._save(log)
         if self.finished and rows and not any_finite(rows[-1:]):
@@ -258,6 +296,7 @@ class Trainer:
         self,
         log: MetricsLog,
         rows: list[dict[str, Any]],
+        feed: Feed[Fed],
     ) -> None:
         """Takes what is left of the run's steps.
 
@@ -268,19 +307,53 @@ class Trainer:
         # A run may have been stopped, or killed, before it had measured this.
         if self._eval_due() and self._eval_loss(log) is None:
             self._log_eval(log)
+        self._read_at = time.monotonic()
         while not self.finished:
             if self._stop():
+                self._read(log, rows)
                 raise _Stopped
-            row = self._take_step()
-            log.write(**row)
-            self._progress(row)
-            rows.append(row)
-            self._check_finite(rows)
+            before, fed = self._taken, feed(self.state.step)
+            if config.check_finite:
+                self._before = jax.tree.map(jnp.copy, self.lora)
+            self.state, metrics = self._steps.take(self.state, self.base, fed)
+            self._taken = _Taken(self.state.step, metrics, fed.tokens)
+            if before is not None:
+                self._log_step(before, log, rows)
+            save = self._due(config.save_every) or self._save_is_due()
+            if save or self._eval_due() or config.check_finite:
+                self._read(log, rows)
             if self._eval_due():
                 self._log_eval(log)
-            if self._due(config.save_every) or self._save_is_due():
+            if save:
                 self._save(log)
+            if self._taken is None:
+                self._read_at = time.monotonic()
             self._checkpoints.check()
+
+    def _read(self, log: MetricsLog, rows: list[dict[str, Any]]) -> None:
+        """Waits for the step that was taken last, and logs it."""
+        taken, self._taken = self._taken, None
+        if taken is not None:
+            self._log_step(taken, log, rows)
+
+    def _log_step(
+        self, taken: _Taken, log: MetricsLog, rows: list[dict[str, Any]]
+    ) -> None:
+        """Waits for a step, and logs it."""
+        measured = {name: float(value) for name, value in taken.metrics.items()}
+        now = time.monotonic()
+        seconds, self._read_at = now - self._read_at, now
+        row = {
+            "step": taken.number,
+            **measured,
+            "learning_rate": self._learning_rates[taken.number - 1].item(),
+            "tokens_per_s": round(taken.tokens / seconds, 1),
+            "device_memory_bytes": device_memory_bytes(),
+        }
+        log.write(**row)
+        self._progress(row)
+        rows.append(row)
+        self._check_finite(rows)
 
     def _save_is_due(self) -> bool:
         """Whether a checkpoint is due besides those of `save_every`."""
@@ -309,27 +382,6 @@ class Trainer:
         position = self._position(self._eval_loss(log))
         self._checkpoints.save(self.state, position, beside=beside)
         self._saved_at = time.monotonic()
-
-    def _take_step(self) -> dict[str, Any]:
-        """Moves the run's state on by a step; returns the step's metrics."""
-        began, step = time.monotonic(), self.state.step
-        batch = self._batch(step)
-        key = jax.random.fold_in(self._key, step) if self._dropout else None
-        if self.config.check_finite:
-            self._before = jax.tree.map(jnp.copy, self.lora)
-        lora, opt_state, metrics = self._train_step(
-            self.lora, self.base, self.opt_state, batch, key
-        )
-        self.state = TrainState(step + 1, lora, opt_state)
-        row = {name: float(value) for name, value in metrics.items()}
-        seconds = time.monotonic() - began
-        return {
-            "step": step + 1,
-            **row,
-            "learning_rate": np.asarray(self.schedule(step)).item(),
-            "tokens_per_s": round(float(batch["tokens"].size) / seconds, 1),
-            "device_memory_bytes": device_memory_bytes(),
-        }
 
     def _eval_due(self) -> bool:
         """Whether an eval loss is due now: it is before the first step, too."""
@@ -386,9 +438,8 @@ class Trainer:
 
     def _first_not_finite(self, step: int) -> str:
         assert self._before is not None
-        key = jax.random.fold_in(self._key, step - 1) if self._dropout else None
+        key, batch = self._steps.key(step - 1), self.batches.at(step - 1)
         parts = (self.graphdef, self._before, self.lora, self.base)
-        batch = self._batch(step - 1)
         found = first_not_finite(*parts, batch, self.objective, key)
         return found or "not found again when the step is computed a second time"
 
@@ -405,16 +456,6 @@ class Trainer:
             self._diverged(step, what)
         if step > 0 and row["eval_loss"] < min(before, default=np.inf):
             self._save(log)
-
-    def _batch(self, step: int) -> dict[str, np.ndarray]:
-        c = self.config
-        batch = self.train_data.batch(step, c.micro_batch * c.grad_accum, c.seed)
-        if c.grad_accum == 1:
-            return batch
-        return {
-            name: x.reshape(c.grad_accum, c.micro_batch, *x.shape[1:])
-            for name, x in batch.items()
-        }
 
     def _position(self, eval_loss: float | None) -> dict[str, Any]:
         return {**self._identity, END: self.steps, EVAL_LOSS: eval_loss}

@@ -14,6 +14,7 @@ from qlora_jax.adapters.names import flatten
 from qlora_jax.models import Decoder
 from qlora_jax.names import Numbered, dotted
 from qlora_jax.objectives import Objective
+from qlora_jax.objectives.base import documents_of
 from qlora_jax.train.gradient import make_gradient
 
 
@@ -47,8 +48,9 @@ def first_not_finite(
     several = batch["tokens"].ndim == 3
     micro = batch if several else {name: x[None] for name, x in batch.items()}
     if isinstance(model, Decoder):
-        for tokens in micro["tokens"]:
-            if (place := _first_activation(model, jnp.asarray(tokens))) is not None:
+        for i, tokens in enumerate(micro["tokens"]):
+            told = {name: x[i] for name, x in documents_of(micro).items()}
+            if (place := _first_activation(model, tokens, told)) is not None:
                 return place
     gradient = make_gradient(graphdef, objective, "none", optax.trace(1.0))
     loss, _, grads = jax.jit(gradient)(before, base, micro, key, 1.0)
@@ -67,9 +69,15 @@ def all_finite(lora: nnx.State) -> bool:
     return bool(jnp.stack(leaves).all())
 
 
-def _first_activation(model: Decoder, tokens: jax.Array) -> str | None:
+def _first_activation(
+    model: Decoder, tokens: Any, documents: dict[str, Any]
+) -> str | None:
     graphdef, state = nnx.split(model)
-    found = jax.jit(lambda state: nnx.merge(graphdef, state).finite(tokens))(state)
+
+    def finite(state: nnx.State, given: dict[str, Any]) -> dict[str, Any]:
+        return nnx.merge(graphdef, state).finite(**given)
+
+    found = jax.jit(finite)(state, {"tokens": tokens, **documents})
     return next((name for name, yes in _named(model, found) if not yes), None)
 
 

@@ -42,6 +42,7 @@ def identity_of(
     held: Dataset | None,
     objective: Objective,
     lora: LoRAConfig,
+    packing: str,
 ) -> dict[str, Any]:
     """Returns what tells a run from others, as far as a Trainer knows it.
 
@@ -61,6 +62,7 @@ def identity_of(
         "objective": objective.name,
         **{f"objective.{name}": x for name, x in objective.settings.items()},
         "lora": lora.as_json(),
+        "packing": packing,
         **{
             f"train.{name}": value
             for name, value in settings.items()
@@ -73,18 +75,16 @@ def identity_of(
 
 def rows_digest(data: Dataset) -> str:
     """Returns the sha256, in hex, of the ids and weights of all rows, in their order, and of
-    what else objectives have of them."""
+    what else they have."""
     found = hashlib.sha256(f"{data.max_tokens}".encode())
     for row in data.rows:
-        for one in (row, row.other):
-            if one is None:
-                continue
+        for one in (row,) if row.other is None else (row, row.other):
             found.update(len(one.tokens).to_bytes(8, "little"))
             found.update(np.ascontiguousarray(one.tokens, np.int32))
             found.update(np.ascontiguousarray(one.weights, np.float32))
-            # What a model says of rows follows from them and the base.
+            # What a reference says of rows follows from them and the base.
             for name in sorted(one.extras.keys() - {REFERENCE}):
-                found.update(f"{name}\n".encode())
+                found.update(name.encode())
                 found.update(np.ascontiguousarray(one.extras[name]))
     return found.hexdigest()
 
@@ -129,11 +129,11 @@ def _difference(name: str, before: Any, now: Any) -> str:
 def _as_written_now(position: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a stored position as this version writes it.
 
-    Older runs had no objective, wrote names of modules as one text, and had fewer settings of
-    an adapter; what they lacked has its default. Settings that this version does not know stay
-    as they are.
+    Older runs had no objective, took rows as they are drawn, wrote names of modules as one
+    text, and had fewer settings of an adapter; what they lacked has its default. Settings that
+    this version does not know stay as they are.
     """
-    position = {"objective": "sft", **position}
+    position = {"objective": "sft", "packing": "drawn", **position}
     try:
         lora = LoRAConfig.from_json(position["lora"])
     except (KeyError, TypeError, ConfigError):

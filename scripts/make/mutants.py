@@ -107,7 +107,7 @@ MUTANTS = (
     ),
     Mutant(
         "data-order",
-        "qlora_jax/data/dataset.py",
+        "qlora_jax/data/order.py",
         "np.random.default_rng((seed, 0, epoch))",
         "np.random.default_rng((seed, 0, 0))",
         "tests/data/test_dataset.py",

@@ -11,7 +11,9 @@ import tiny
 from chat_templates import TEMPLATES
 
 from qlora_jax.data import DataConfig, Dataset, check_ids, load_dataset, read_dataset
-from qlora_jax.data.dataset import Row, padded_length
+from qlora_jax.data.fitting import taken
+from qlora_jax.data.layout import padded_length
+from qlora_jax.data.tokenize import Row
 from qlora_jax.errors import ConfigError, DataError
 from qlora_jax.text import Tokenizer
 
@@ -253,7 +255,75 @@ def test_a_row_too_long_is_truncated_when_asked(tmp_path, caplog):
     assert "1 rows over 8 tokens were cut" in caplog.text
 
 
-@pytest.mark.parametrize("too_long", ["drop", "truncate"])
+@pytest.mark.parametrize("count", [12, 13, 25, 37])
+def test_a_split_row_keeps_every_token_and_weight(tmp_path, caplog, count):
+    row = {"input": "aaaa", "output": "b" * (count - 6)}
+    whole = read(tmp_path, LONG[0], row).rows
+    parts = read(tmp_path, LONG[0], row, max_tokens=12, too_long="split").rows
+    assert len(parts) == 1 + -(-count // 12)
+    sizes = [len(part.tokens) for part in parts[1:]]
+    assert max(sizes) <= 12 and max(sizes) - min(sizes) <= 1
+    for name in ("tokens", "weights"):
+        np.testing.assert_array_equal(
+            np.concatenate([getattr(part, name) for part in parts]),
+            np.concatenate([getattr(one, name) for one in whole]),
+        )
+    assert [part.answer for part in parts[1:]] == [whole[1].answer] + [""] * (
+        len(parts) - 2
+    )
+    assert [part.prompt for part in parts[1:]] == [5] + [0] * (len(parts) - 2)
+    assert ("1 rows over 12 tokens were split" in caplog.text) == (count > 12)
+
+
+def test_parts_of_a_prompt_are_left_out_and_counted(tmp_path, caplog):
+    row = {"input": "a" * 20, "output": "b" * 8}  # 30 tokens
+    dataset = read(tmp_path, row, max_tokens=10, too_long="split")
+    assert [len(part.tokens) for part in dataset.rows] == [10]
+    assert text_of(dataset.rows[0], trained=True) == "b" * 8 + "</s>"
+    assert dataset.dropped == 2
+    assert (
+        "2 rows, or parts of rows, with nothing to learn were left out" in caplog.text
+    )
+
+
+def beside(row: Row, other: Row | None, **extras: Any) -> Row:
+    return row._replace(other=other, extras=extras)
+
+
+def test_a_pair_is_as_long_as_its_longer_row():
+    one, long = tiny.rows([6, 12]).rows
+    named = {"by_token": np.arange(6), "by_row": np.float32(1)}
+    pair = beside(one, long, **named)
+    keep, drop, cut = (
+        taken([pair, one], "a", DataConfig(max_tokens=limit, too_long=way))
+        for limit, way in ((12, "drop"), (11, "drop"), (4, "truncate"))
+    )
+    assert (len(keep.rows), keep.long) == (2, 0)
+    assert drop.rows == [one] and drop.long == 1
+    assert cut.cut == 2
+    (first, _) = cut.rows
+    assert first.tokens.tolist() == one.tokens[:4].tolist()
+    assert first.other.tokens.tolist() == long.tokens[:4].tolist()
+    assert first.extras["by_token"].tolist() == [0, 1, 2, 3]
+    assert first.extras["by_row"] == 1
+
+
+def test_rows_that_count_as_a_whole_are_not_split():
+    one, long = tiny.rows([6, 12]).rows
+    split = DataConfig(max_tokens=10, too_long="split")
+    wrong = {"pairs": beside(one, long), "rows with 'kind'": beside(long, None, kind=1)}
+    for what, row in wrong.items():
+        with pytest.raises(DataError, match=f"a: {what} count as a whole and cannot"):
+            taken([one, row], "a", split)
+    by_token = beside(long, None, kind=np.arange(12))
+    parts = taken([one, by_token], "a", split).rows[1:]
+    assert [part.extras["kind"].tolist() for part in parts] == [
+        list(range(6)),
+        list(range(6, 12)),
+    ]
+
+
+@pytest.mark.parametrize("too_long", ["drop", "truncate", "split"])
 def test_nothing_left_to_learn_is_an_error(tmp_path, too_long):
     row = {"input": "aaaaaaaaaa", "output": "b"}
     with pytest.raises(DataError, match=r"no row has a token to learn within 6 tokens"):

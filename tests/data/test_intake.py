@@ -81,7 +81,7 @@ def test_rows_are_kept_and_read_again(tmp_path, kept, caplog, monkeypatch):
     assert "39 rows, tokenized before, are read from" in caplog.text
     assert "'id' (39 rows)" in caplog.text  # warnings come again
     # What counts after tokenizing makes no other rows.
-    cut = read(path, kept, max_tokens=16, too_long="truncate")
+    cut = read(path, kept, max_tokens=16, too_long="truncate", packing="off")
     assert [len(row.tokens) for row in cut] == [min(16, len(r.tokens)) for r in first]
     assert max(len(row.tokens) for row in first) > 16
     assert [f.name for f in kept.iterdir()] == [file.name]

@@ -106,6 +106,8 @@ def test_long_questions_are_refused_left_out_or_cut_in_front():
         DataError, match=r"1 of 3 questions.*max-tokens.*--shots"
     ) as caught:
         ask(QUESTIONS, tokenizer, DataConfig(max_tokens=limit))
+    with pytest.raises(DataError, match="1 of 3 questions are longer"):
+        ask(QUESTIONS, tokenizer, DataConfig(max_tokens=limit, too_long="split"))
     assert f"question 2: {limit + 1} tokens" in str(caught.value)
     drop = DataConfig(max_tokens=limit, too_long="drop")
     asked = ask(QUESTIONS, tokenizer, drop)

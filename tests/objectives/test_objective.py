@@ -240,8 +240,6 @@ def test_a_trainer_reports_an_objectives_metrics_and_resumes_with_it(focal, tmp_
     held = tiny.rows([8, 8], seed=1)
     whole = trainer("whole")
     whole.fit()
-    steps: tuple[Any, Any] = (whole._train_step, whole._eval_step)
-    assert [step._cache_size() for step in steps] == [1, 1]
     lines = read_metrics(tmp_path / "whole" / "metrics.jsonl")
     taken = [line for line in lines if "loss" in line]
     assert [0 < line["p"] < 1 for line in taken] == 4 * [True]
@@ -256,7 +254,7 @@ def test_a_trainer_reports_an_objectives_metrics_and_resumes_with_it(focal, tmp_
     assert resumed.start == 2
     assert rows("parts") == rows("whole")
     # What evaluation measures is the objective too: here by numpy, of all logits.
-    (batch,) = held.in_order(2)
+    (batch,) = held.every(2, "off")
     logits = tiny.logits(whole.model, jnp.asarray(batch["tokens"]))[:, :-1].astype(
         np.float64
     )

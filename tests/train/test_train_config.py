@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 
 from qlora_jax.config.train import TrainConfig
 from qlora_jax.errors import ConfigError
@@ -98,7 +99,11 @@ def test_short_runs_have_a_learning_rate_in_every_step(schedule, warmup_ratio, s
     ],
 )
 def test_steps_from_max_steps_or_epochs(config, rows, steps):
-    assert TrainConfig(micro_batch=4, grad_accum=4, **config).steps(rows) == steps
+    config = TrainConfig(micro_batch=4, grad_accum=4, **config)
+    batches = tiny.rows([3] * rows).batches(
+        documents=16, micro_batch=4, seed=0, packing="drawn"
+    )
+    assert config.steps(batches.steps) == steps
 
 
 def update_norm(gradient: float, **config) -> float:

@@ -3,8 +3,8 @@
 import dataclasses
 import json
 import math
-import shutil
 import tarfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import qlora_jax as qlora
 from qlora_jax import digests
 from qlora_jax.adapters import LoRAConfig, attach, split
 from qlora_jax.adapters.names import flatten
+from qlora_jax.config.data import Packing
 from qlora_jax.config.train import TrainConfig
 from qlora_jax.errors import CheckpointError, OutputExistsError, QLoRAError
 from qlora_jax.exchange.ours import load_adapter
@@ -65,6 +66,7 @@ def trainer(
     held: Any = None,
     stop_at: int | None = None,
     progress: Callable[[dict], None] | None = None,
+    packing: Packing = "auto",
 ) -> Trainer:
     def stop(metrics: dict[str, Any]) -> None:
         if progress is not None:
@@ -73,7 +75,8 @@ def trainer(
             raise Stop
 
     model = model or model_of(config, lora)
-    return Trainer(model, rows, config, out, evaluation=held, lora=lora, progress=stop)
+    more: Any = {"evaluation": held, "lora": lora, "packing": packing}
+    return Trainer(model, rows, config, out, progress=stop, **more)
 
 
 def losses(out: Path) -> dict[int, tuple[float, float]]:
@@ -138,11 +141,40 @@ def test_what_stands_in_the_adapters_place_is_refused_before_a_step(tmp_path: Pa
     assert [x.name for x in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_step_and_evaluation_are_compiled_once(done):
-    # What the first step gets and what it returns look the same to jit.
-    run = done[1]
-    assert run._train_step._cache_size() == 1
-    assert run._eval_step._cache_size() == 1
+@pytest.mark.parametrize("packing", ["on", "off"])
+def test_nothing_is_compiled_once_a_run_is_warm(packing, tmp_path, caplog):
+    """From the second step on, whatever the lengths: each had its program ahead."""
+    compiled, said = [], []
+
+    def listen(event: str, seconds: float, **_: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            ahead = threading.current_thread().name.startswith("compile")
+            compiled.append((ahead, len([row for row in said if "loss" in row])))
+
+    rows = tiny.rows([16, 9, 12, 5, 64, 16, 7, 11, 120, 33])
+    config = dataclasses.replace(CONFIG, max_steps=9, eval_every=3)
+    model = attach(tiny.quantized(), LORA, key=jax.random.key(3))
+    run = Trainer(
+        *(model, rows, config, tmp_path / "a"),
+        **{"evaluation": HELD, "lora": LORA, "packing": packing},
+        progress=said.append,
+    )
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        with caplog.at_level("INFO", logger="qlora_jax"):
+            run.fit()
+    finally:
+        jax.monitoring.clear_event_listeners()
+    shapes = {run.batches.at(step)["tokens"].shape for step in range(9)}
+    assert shapes <= {*run.batches.shapes} and len(run.batches.shapes) <= 3
+    assert packing == "on" or len(shapes) > 1
+    # Step 2 may be on its way before step 1 is reported.
+    assert {at for ahead, at in compiled if not ahead} <= {0, 1}
+    assert sum(ahead for ahead, _ in compiled) == len(run.batches.shapes) + 1
+    lines = [one.getMessage() for one in caplog.records if "compiled" in one.msg]
+    for shape in run.batches.shapes:
+        assert any(f"the step for {shape} in" in line for line in lines)
+    assert any("the evaluation for" in line for line in lines)
 
 
 def test_metrics_have_one_object_a_step(done):
@@ -285,8 +317,10 @@ def test_resuming_another_run_is_refused(done, change, message):
 
 
 def test_a_run_that_an_older_version_left_goes_on(done, tmp_path, caplog):
-    out, run, figures, _ = done
-    old = shutil.copytree(out, tmp_path / "old")
+    """It took rows as they are drawn."""
+    config = done[1].config
+    old = tmp_path / "old"
+    figures = trainer(old, config, held=HELD, packing="drawn").fit()
     wrote = {"seed", "batch", "rows", "steps", "compute_dtype", "optimizer", "lora"}
     for path in (old / "checkpoints").glob("*/position/metadata"):
         position = json.loads(path.read_text())
@@ -298,10 +332,12 @@ def test_a_run_that_an_older_version_left_goes_on(done, tmp_path, caplog):
         for name in (digests.NAME, "adapter.json", "metrics.jsonl"):
             (path.parents[1] / name).unlink()
     other = LoRAConfig(**{**vars(LORA), "targets": ("q_proj", "down_proj")})
-    again = trainer(old, run.config, held=HELD)
-    with pytest.raises(CheckpointError, match="lora: it has"):
+    again = trainer(old, config, held=HELD)
+    with pytest.raises(
+        CheckpointError, match="(?s)lora: it has.*packing: it has 'drawn'"
+    ):
         again.fit(resume=True)
-    again = trainer(old, run.config, held=HELD)
+    again = trainer(old, config, held=HELD, packing="drawn")
     again._identity["lora"] = other.as_json()
     caplog.clear()
     # The position of an older checkpoint has no eval loss.
@@ -329,7 +365,9 @@ def test_a_run_whose_layers_were_one_stack_goes_on(golden, tmp_path):
     model = attach(base, lora, key=jax.random.key(1))
     run, was = tmp_path / "run", losses(tmp_path / "run")
     adapter = arrays_of(load_adapter(run / "adapter", base))
-    Trainer(model, rows, config, run, lora=lora).fit(resume=True)
+    with pytest.raises(CheckpointError, match="packing: it has 'drawn', .* 'on'"):
+        Trainer(model, rows, config, run, lora=lora).fit(resume=True)
+    Trainer(model, rows, config, run, lora=lora, packing="drawn").fit(resume=True)
     now = losses(run)
     assert now.keys() == was.keys() == {1, 2, 3, 4}
     for step in (3, 4):  # in another program, which rounds elsewhere

@@ -157,7 +157,8 @@ class Attention(nnx.Module):
             "sinks": None if self.sinks is None else self.sinks.weight[...],
         }
         if cache is None:
-            mixed = causal_attention(q, k, v, **options)
+            documents = context.documents
+            mixed = causal_attention(q, k, v, documents=documents, **options)
         else:
             seen = context.seen_positions
             assert seen is not None

@@ -91,10 +91,10 @@ class DeltaNet(nnx.Module):
         key: Array | None = None,
     ) -> tuple[Float[Array, "batch seq hidden"], Remembered | None]:
         """Mixes; with a cache, from its state on, and returns the one after."""
-        s, positions = self.spec, context.positions
+        s, places = self.spec, context.places
         qkv, z, b, a = self._projected(x, key)
         inputs, state = (None, None) if cache is None else cache
-        qkv, inputs = self.conv(qkv, positions, inputs)
+        qkv, inputs = self.conv(qkv, places, inputs)
         qkv = jax.nn.silu(qkv).astype(x.dtype)
         q, k, v = jnp.split(qkv, [s.key_size, 2 * s.key_size], axis=-1)
         heads = lambda y, n: y.reshape(*x.shape[:2], n, -1)  # noqa: E731
@@ -105,7 +105,7 @@ class DeltaNet(nnx.Module):
             heads(v, s.value_heads),
             self.decay(a),
             rate,
-            positions,
+            places,
             state,
         )
         mixed = checkpoint_name(mixed, "mixed")

@@ -102,7 +102,8 @@ class LatentAttention(nnx.Module):
         new = None
         if cache is None:
             k, v = self._expanded(latents, rotated, key)
-            mixed = causal_attention(q, k, v, scale=c.attention_scale)
+            documents, scale = context.documents, c.attention_scale
+            mixed = causal_attention(q, k, v, documents=documents, scale=scale)
         else:
             seen, length = context.seen_positions, context.length
             assert seen is not None and length is not None

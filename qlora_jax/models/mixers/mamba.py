@@ -80,19 +80,19 @@ class Mamba(nnx.Module):
         key: Array | None = None,
     ) -> tuple[Float[Array, "batch seq hidden"], Remembered | None]:
         """Mixes; with a cache, from its state on, and returns the one after."""
-        s, positions = self.spec, context.positions
+        s, places = self.spec, context.places
         made = checkpoint_name(project(self.in_proj, x, key, 0), "qkv")
         ends = [s.inner_size, s.inner_size + s.conv_size]
         gate, convolved, steps = jnp.split(made, ends, axis=-1)
         inputs, state = (None, None) if cache is None else cache
-        convolved, inputs = self.conv(convolved, positions, inputs)
+        convolved, inputs = self.conv(convolved, places, inputs)
         convolved = jax.nn.silu(convolved).astype(x.dtype)
         ends = [s.inner_size, s.inner_size + s.groups * s.state_dim]
         v, k, q = jnp.split(convolved, ends, axis=-1)
         heads = lambda y, n: y.reshape(*x.shape[:2], n, -1)  # noqa: E731
         v, k, q = heads(v, s.heads), heads(k, s.groups), heads(q, s.groups)
         step, decay = self.decay.step(steps), self.decay(steps)
-        mixed, state = state_space(q, k, v, decay, step, positions, state)
+        mixed, state = state_space(q, k, v, decay, step, places, state)
         skip = self.skip.weight[...].astype(jnp.float32)[:, None]
         mixed = checkpoint_name((mixed + skip * v).astype(x.dtype), "mixed")
         mixed = mixed.reshape(*x.shape[:2], -1).astype(jnp.float32)

@@ -68,7 +68,7 @@ class ShortConv(nnx.Module):
         """Mixes; with a cache, from its inputs on, and returns those after."""
         made = checkpoint_name(project(self.in_proj, x, key, 0), "qkv")
         before, after, own = jnp.split(made, 3, axis=-1)
-        mixed, inputs = self.conv(before * own, context.positions, cache)
+        mixed, inputs = self.conv(before * own, context.places, cache)
         mixed = checkpoint_name(mixed.astype(x.dtype), "mixed")
         y = project(self.out_proj, after * mixed, key, 3)
         return y, None if cache is None else inputs
