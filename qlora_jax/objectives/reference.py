@@ -110,8 +110,8 @@ def _reference(model: nnx.Module) -> Any:
         return model
 
 
-def _with(row: Row, value: float) -> Row:
-    return row._replace(extras={**row.extras, REFERENCE: np.float32(value)})
+def _with(row: Row, value: np.float32) -> Row:
+    return row._replace(extras={**row.extras, REFERENCE: value})
 
 
 def _name(identity: Mapping[str, Any], rows: Sequence[Row]) -> str:
