@@ -32,6 +32,9 @@ SMOOTHED: tuple[PairLoss, ...] = ("sigmoid", "robust")
 WITH_REFERENCE = ("dpo", "kto")
 """Objectives that compare with the base without its adapter."""
 
+COMPARING = ("dpo", "orpo", "kto", "simpo")
+"""Objectives on whole answers."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:

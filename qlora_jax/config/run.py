@@ -12,7 +12,7 @@ import tyro
 
 from qlora_jax.config.data import DataConfig
 from qlora_jax.config.lora import LoRAConfig
-from qlora_jax.config.objective import WITH_REFERENCE, ObjectiveConfig
+from qlora_jax.config.objective import COMPARING, WITH_REFERENCE, ObjectiveConfig
 from qlora_jax.config.quant import QuantOptions
 from qlora_jax.config.train import TrainConfig
 from qlora_jax.errors import ConfigError
@@ -59,6 +59,11 @@ class RunConfig:
 
     def __post_init__(self):
         name = self.objective.name
+        if self.data.train_on != DataConfig().train_on and name in COMPARING:
+            raise ConfigError(
+                f"--data.train-on {' '.join(self.data.train_on)}: --objective {name} compares "
+                "answers, which are the assistant's; the setting is for sft and distill"
+            )
         if self.data.train_on_prompt and name in ("dpo", "simpo", "kto"):
             raise ConfigError(
                 f"--data.train-on-prompt has no effect with --objective {name}, which compares "

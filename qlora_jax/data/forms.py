@@ -260,8 +260,11 @@ class Former:
         if all(isinstance(one, list) for one in turns):
             before = checked_messages(turns[0], "prompt")
             after = checked_messages(turns[1], "completion")
-            if all(message["role"] != "assistant" for message in after):
-                raise DataError("has a completion without an assistant turn")
+            roles = self.config.train_on
+            if all(message["role"] not in roles for message in after):
+                raise DataError(
+                    f"has a completion without a turn of {' or '.join(roles)}"
+                )
             before = [{**message, "weight": 0} for message in before]
             made, more, unread = self._chat([*before, *after], row)
             return made, used | more, unread
@@ -278,7 +281,7 @@ class Former:
     ) -> tuple[list[Example], set[str], set[str]]:
         template = self.tokenizer.template(tools=row.get("tools") is not None)
         variables = variables_of(row, template)
-        made = examples_of(messages, template, variables)
+        made = examples_of(messages, template, variables, self.config.train_on)
         unread = template.unread(messages)
         unread |= {
             key

@@ -12,7 +12,7 @@ import tiny
 from qlora_jax.config.objective import Rows
 from qlora_jax.data import DataConfig, cache, read_dataset
 from qlora_jax.data.tokenize import Row
-from qlora_jax.errors import DataError
+from qlora_jax.errors import ConfigError, DataError
 
 USER = {"role": "user", "content": "hi"}
 
@@ -213,3 +213,31 @@ def same(a: Row, b: Row | None) -> bool:
     pairs = [(a.tokens, b.tokens), (a.weights, b.weights)]
     pairs += [(a.extras[name], b.extras[name]) for name in a.extras]
     return all(np.array_equal(x, y) and x.dtype == y.dtype for x, y in pairs)
+
+
+def test_turns_of_other_roles_train(tmp_path: Path):
+    turns = [{"role": "system", "content": "sys"}, USER, said("yes"), USER, said("no")]
+    for roles, wanted in (
+        (("assistant",),
+         "<s><system>sys<user>hi<assistant>[yes</s>]<user>hi<assistant>[no</s>]"),
+        (("assistant", "user"),
+         "<s><system>sys<user>[hi]<assistant>[yes</s>]<user>[hi]<assistant>[no</s>]"),
+        (("system",), "<s><system>[sys]"),
+    ):  # fmt: skip
+        row, _ = read(tmp_path, 2 * [{"messages": turns}], "texts", train_on=roles).rows
+        ends = np.flatnonzero(np.diff(row.weights)) + 1
+        parts = [
+            tiny.tokenizer().text_of(x.tolist()) for x in np.split(row.tokens, ends)
+        ]
+        first = row.weights[0] > 0
+        text = "".join(
+            f"[{part}]" if (i % 2 == 0) == first else part
+            for i, part in enumerate(parts)
+        )
+        assert text == wanted
+    for config, message in (({"train_on": ("user", "bot")}, "is user bot, expected some"),
+                            ({"train_on": ()}, "is nothing, expected")):  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            DataConfig(**config)
+    with pytest.raises(DataError, match="no tool turn to learn from"):
+        read(tmp_path, 2 * [{"messages": turns}], "texts", train_on=("tool",))
