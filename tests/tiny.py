@@ -187,6 +187,11 @@ def rows(lengths: Sequence[int], seed: int = 0) -> Dataset:
     return Dataset(made, max(lengths))
 
 
+def batch(lengths: Sequence[int]) -> dict[str, np.ndarray]:
+    """Returns one batch of random rows, in the order of their lengths."""
+    return rows(lengths).pad(rows(lengths).rows, len(lengths))
+
+
 def write_jsonl(path: Path, values: Sequence[Any]) -> Path:
     """Writes one JSON value a line."""
     path.write_text("".join(json.dumps(value) + "\n" for value in values))

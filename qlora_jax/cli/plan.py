@@ -48,6 +48,13 @@ class Args:
     rows: int = 16
     """Rows of a step; micro-batch and accumulation divide them."""
 
+    packed_rows: int | None = None
+    """Where rows are packed, a step's documents (--rows of them) fill so many rows of
+    --max-tokens; `qlora data` says how many."""
+
+    pairs: bool = False
+    """Each row has another beside it, as preferences have."""
+
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Activations, and what stays dense of the base, have this dtype."""
 
@@ -74,9 +81,12 @@ def run(args: Args) -> dict[str, Any]:
     """Prints the plan; returns its figures."""
     source = open_source(args.model)
     quant = options.held_linears(args.quant, source, auto=QuantConfig())
-    for name, value in (("--max-tokens", args.max_tokens), ("--rows", args.rows)):
-        if value < 1:
-            raise ConfigError(f"{name} is {value}, expected at least 1")
+    for name in ("max_tokens", "rows", "packed_rows"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} is {value}, expected at least 1")
+    if args.pairs and args.packed_rows is not None:
+        raise ConfigError("--packed-rows: pairs are not packed; give it or --pairs")
     tables = options.held_tables(args.quant, source)
     setup = Setup(
         config=source.config,
@@ -84,6 +94,8 @@ def run(args: Args) -> dict[str, Any]:
         lora=args.lora,
         compute_dtype=args.dtype,
         max_tokens=args.max_tokens,
+        packed_rows=args.packed_rows,
+        pairs=args.pairs,
         optimizer=args.optimizer,
         **tables,
     )
@@ -126,7 +138,10 @@ def _figures(plan: Plan) -> dict[str, Any]:
 
 
 def _print(args: Args, plan: Plan) -> None:
-    print(f"{args.model}: rows of {args.max_tokens} tokens, {args.rows} a step")
+    rows = f"{args.rows} {'pairs' if args.pairs else 'rows'} a step"
+    if args.packed_rows is not None:
+        rows = f"{args.packed_rows} a step, into which {args.rows} documents are packed"
+    print(f"{args.model}: rows of {args.max_tokens} tokens, {rows}")
     print(f"  {flags_of(plan.setup)}")
     _table(plan.memory)
     memory = plan.memory

@@ -13,7 +13,14 @@ import numpy as np
 from qlora_jax.config.data import Packing
 from qlora_jax.data.layout import Layout, padded_length
 from qlora_jax.data.order import Share, epoch_order, epoch_rows
-from qlora_jax.data.packing import Packs, chosen_lengths, grouped, pack, packs_of_a_step
+from qlora_jax.data.packing import (
+    WINDOW,
+    Packs,
+    chosen_lengths,
+    grouped,
+    pack,
+    packs_of_a_step,
+)
 from qlora_jax.data.tokenize import Row
 from qlora_jax.errors import ConfigError
 
@@ -258,7 +265,7 @@ class Batches:
             pairs = "1 pair" if self.rows == 1 else f"{self.rows} pairs"
             of = pairs if self._layout.pairs else rows
             what = f"a step has {of} of {ways[self.packing]}, each one document"
-        return f"{what}, padded to {lengths} tokens; {self.padding:.1%} are padding"
+        return f"{what}, padded to {lengths} tokens; {self.padding:.1%} of those is padding"
 
     def _length(self, longest: int) -> int:
         if self.packing == "drawn":
@@ -354,8 +361,12 @@ class Every:
         sizes = self._layout.sizes
         self._slots, plan, least = micro_batch, _Plan(np.arange(len(rows))), 0
         if packing == "on":
-            self._slots, least = packs_of_a_step(sizes, micro_batch, max_tokens)
-            plan = _Plan(*pack(sizes, least))
+            # Files may be sorted, and neighbours of one length do not fill a pack.
+            shuffled = np.random.default_rng(0).permutation(len(rows))
+            mixed = sizes[shuffled]
+            self._slots, least = packs_of_a_step(mixed, micro_batch, max_tokens)
+            packs = pack(mixed, least, WINDOW)
+            plan = _Plan(shuffled[packs.documents], packs.starts)
         # Full packs keep their order.
         order = np.argsort(np.maximum(plan.sizes(sizes), least), kind="stable")
         self._plan = dataclasses.replace(plan, order=order)

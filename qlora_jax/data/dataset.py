@@ -1,13 +1,13 @@
-"""Tokenized rows, and batches whose order follows from seed and step alone."""
+"""Tokenized rows, and what makes batches of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from qlora_jax.data.batches import Batches, Every, Resolved
 from qlora_jax.data.layout import padded_length
-from qlora_jax.data.order import Share, epoch_order, epoch_rows
+from qlora_jax.data.order import Share, epoch_rows
 from qlora_jax.data.tokenize import Row
 from qlora_jax.errors import DataError
 
@@ -32,7 +32,6 @@ class Dataset:
     ):
         self.rows, self.max_tokens, self.dropped = rows, max_tokens, dropped
         self.shares = tuple(shares) if any(s.weight != 1 for s in shares) else ()
-        self._orders: dict[tuple[int, int], np.ndarray] = {}
         self._batches: tuple[dict[str, Any], Batches] | None = None
 
     def __len__(self) -> int:
@@ -112,35 +111,6 @@ class Dataset:
         """
         return Every(self.rows, self.max_tokens, micro_batch, packing)
 
-    def batch(self, step: int, batch_size: int, seed: int) -> dict[str, np.ndarray]:
-        """Returns batch number `step`; epochs follow one another without a seam.
-
-        Args:
-          step: 0, 1, 2, ...: all that the data position is.
-          batch_size: The number of rows.
-          seed: The random seed of the rows' order; each epoch has an order of its own.
-
-        Returns:
-          tokens int32 and weights float32, (batch_size, seq), padded right to the
-          length of `padded_length`.
-        """
-        return self.pad(self.picked(step, batch_size, seed), batch_size)
-
-    def picked(self, step: int, batch_size: int, seed: int) -> list[Row]:
-        """Returns the rows of batch number `step`."""
-        count = self.epoch_rows
-        positions = range(step * batch_size, (step + 1) * batch_size)
-        return [self.rows[self._order(seed, p // count)[p % count]] for p in positions]
-
-    def _order(self, seed: int, epoch: int) -> np.ndarray:
-        """Returns the numbers of an epoch's rows, in their order; kept for some epochs."""
-        if (seed, epoch) not in self._orders:
-            order = epoch_order(len(self.rows), self.shares, seed, epoch)
-            if len(self._orders) > 3:
-                del self._orders[next(iter(self._orders))]
-            self._orders[seed, epoch] = order
-        return self._orders[seed, epoch]
-
     def packed(self, count: int, length: int, seed: int) -> np.ndarray:
         """Returns rows laid end to end, with no padding, to measure a model on.
 
@@ -156,17 +126,6 @@ class Dataset:
         order = np.random.default_rng((seed, 2)).permutation(len(self.rows))
         tokens = np.concatenate([self.rows[i].tokens for i in order])
         return np.resize(tokens, (count, length))
-
-    def in_order(self, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-        """Yields all rows once, by length; short batches are filled with weight 0."""
-        for rows in self.by_length(batch_size):
-            yield self.pad(rows, batch_size)
-
-    def by_length(self, batch_size: int) -> Iterator[list[Row]]:
-        """Yields the rows of the batches of `in_order`."""
-        rows = sorted(self.rows, key=lambda row: len(row.tokens))
-        for start in range(0, len(rows), batch_size):
-            yield rows[start : start + batch_size]
 
     def pad(self, rows: list[Row], batch_size: int) -> dict[str, np.ndarray]:
         """Makes one batch of rows, padded right with token 0 and weight 0."""

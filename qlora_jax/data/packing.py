@@ -206,7 +206,8 @@ def packs_of_a_step(
         half = 3 if packs % 3 == 0 else 2  # 6 of 4 is 3 / 2, 8 of 6 is 4 / 3
         packs = 2 * packs if packs < 4 else packs * (half + 1) // half
     wanted = max(1.0, packs * len(some) / documents)
-    sizes = sorted({rounded(n, max_tokens) for n in range(32, max_tokens + 32, 32)})
+    steps = range(16, max_tokens + 16, 16)
+    sizes = sorted({rounded(min(n, max_tokens), max_tokens) for n in steps})
     enough = bisect.bisect_left(
         sizes, -wanted, hi=len(sizes) - 1, key=lambda size: -_count(some, size)
     )
@@ -220,12 +221,12 @@ def _count(lengths: np.ndarray, capacity: int) -> int:
 
 
 def rounded(length: int, max_tokens: int) -> int:
-    """Returns the length rounded up to a multiple of 32, 64 or 128, by at most a sixteenth of
-    what is over 512."""
-    step = 32
+    """Returns a length rounded up, by about a thirty-second: 32 at least, then multiples of 16
+    up to 512, and of 32, 64 and 128 beyond that, 1024 and 2048."""
+    step = 16
     while step * 32 < length and step < 128:
         step *= 2
-    return max(length, min(-(-length // step) * step, max_tokens))
+    return max(length, min(max(32, -(-length // step) * step), max_tokens))
 
 
 def chosen_lengths(

@@ -123,8 +123,7 @@ def trainer(
 
 
 def _length(run: Trainer, step: int) -> int:
-    rows = run.config.micro_batch * run.config.grad_accum
-    return run.train_data.batch(step, rows, run.config.seed)["tokens"].shape[1]
+    return run.batches.at(step)["tokens"].shape[-1]
 
 
 def figures(seen: list[dict[str, int]]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from qlora_jax.config import DataConfig
 from qlora_jax.config.run import RunConfig
 from qlora_jax.sources import source
 
+WAYS = ("auto", "off", "drawn")
+
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
@@ -42,11 +44,53 @@ def test_what_a_run_will_see(tmp_path: Path, base: Path, capsys):
         sum(length > 16 for length in lengths),
     ]
     assert figures["histogram"] == {"width": 16, "counts": counts}
-    assert figures["steps_per_epoch"] == 5 and figures["batch_lengths"] == {"24": 5}
-    assert 0 < figures["padding"] < 1
+    assert figures["packing"] == "on" and figures["batch_lengths"] == {"24": 4}
+    assert figures["steps_per_epoch"] == 4 and figures["rows_per_step"] == 4
+    assert 0 < figures["padding"] == figures["padding_packed"] < 1
     assert "1 of 21 rows over 24 tokens are cut" in table
     assert table.count("that train are between ⟦ and ⟧") == 31
     assert "<s>aaa⟦b</s>⟧\n" in table and "<s>⟦once</s>⟧\n" in table
+
+
+def test_batches_are_shown_packed_and_not(tmp_path: Path, base, capsys):
+    rows = [{"input": "a" * (i % 20), "output": "b"} for i in range(240)]
+    data = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    given = (capsys, "data", "--model", base, "--data", data, "--data.max-tokens", 64)
+    found = {way: command.call(*given, "--data.packing", way) for way in WAYS}
+    on, off = found["auto"], found["off"]
+    assert on["packing"] == "on" and off["packing"] == "off"
+    assert on["padding"] == on["padding_packed"] == off["padding_packed"] < 0.05
+    assert off["padding"] == off["padding_unpacked"] == on["padding_unpacked"] > 0.3
+    assert on["rows_per_step"] == 4 and off["rows_per_step"] == 16
+    assert on["documents_per_step"] == pytest.approx(16, rel=0.15)
+    assert off["documents_per_step"] == 16 and off["steps_per_epoch"] == 15
+    assert sum(off["batch_lengths"].values()) == 15
+    assert "packing on (this run): a step packs" in on["table"]
+    assert "packing off: a step has 16 rows of like lengths" in on["table"]
+    assert "packing off (this run)" in off["table"] and "packing on:" in off["table"]
+    drawn = found["drawn"]["table"]
+    assert "packing drawn (this run): a step has 16 rows of any length" in drawn
+    adapters = command.refused(*given, "--train.objective", "no:name")
+    assert "importing no failed" in adapters
+
+
+def test_an_objective_of_whole_rows_is_not_packed(
+    tmp_path: Path, base, capsys, monkeypatch
+):
+    (tmp_path / "whole_rows.py").write_text(
+        "import dataclasses\nfrom qlora_jax.objectives import SFT\n"
+        "OURS = dataclasses.replace(SFT, name='ours', packs=False)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    data = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.sums(20))
+    given = (capsys, "data", "--model", base, "--data", data)
+    given = (*given, "--train.objective", "whole_rows:OURS")
+    figures = command.call(*given)
+    assert figures["packing"] == "off" and "padding_packed" not in figures
+    reason = "objective ours takes rows of one document"
+    assert f"rows are not packed: {reason}" in figures["table"]
+    refused = command.refused(*given, "--data.packing", "on")
+    assert f"--data.packing on: {reason}; choose auto or off" in refused
 
 
 def test_what_a_run_would_refuse_is_shown_and_not_refused(tmp_path: Path, base, capsys):
@@ -58,6 +102,9 @@ def test_what_a_run_would_refuse_is_shown_and_not_refused(tmp_path: Path, base, 
     assert "1 of 2 rows over 9 tokens: a run refuses them" in figures["table"]
     figures = command.call(*given, 7, "--data.too-long", "truncate")
     assert figures["sources"][0]["nothing_to_learn"] == 1
+    figures = command.call(*given, 7, "--data.too-long", "split")
+    assert figures["sources"][0]["split"] == 2 and figures["longest"] == 6
+    assert "2 of 2 rows over 7 tokens are split" in figures["table"]
     figures = command.call(*given, 2)
     assert figures["sources"][0]["taken"] == 0 and "tokens" not in figures
 

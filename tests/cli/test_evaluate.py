@@ -8,6 +8,7 @@ import tiny
 from command import call, refused
 
 from qlora_jax.cli import evaluate
+from qlora_jax.data import DataConfig
 from qlora_jax.errors import ConfigError
 
 
@@ -112,6 +113,12 @@ ROWS, PROSE = '{"input": "a", "output": "b"}\n', "It was a dark night.\n"
         ),
         (ROWS, {"predictions": Path("p")}, "--predictions goes with --exact-match or"),
         (ROWS, {"shots": 2}, "--shots goes with --choices"),
+        (ROWS, {"data": DataConfig(packing="off")}, "--data.packing goes with train"),
+        (
+            ROWS,
+            {"exact_match": True, "data": DataConfig(too_long="split")},
+            "--data.too-long split leaves no whole answer to ask for",
+        ),
         (ROWS, {"choices_as": "texts"}, "--choices-as goes with --choices"),
         (
             ROWS,

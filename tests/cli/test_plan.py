@@ -16,9 +16,11 @@ from qlora_jax.cli import train as cli_train
 from qlora_jax.cli.main import main
 from qlora_jax.data import read_dataset
 from qlora_jax.errors import ConfigError
+from qlora_jax.objectives import SFT
 from qlora_jax.sources.load import load
 from qlora_jax.sources.source import open_source
 from qlora_jax.train.loop import Trainer
+from qlora_jax.train.steps import batches_of
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,7 @@ def test_the_optimizer_state_leaves_only_where_it_must(
     flags = train(base, tmp_path, "--train.offload", "auto", "--lora.rank", 32)
     args = cli_train.parse([str(flag) for flag in flags[1:]], "qlora train")
     rows = read_dataset(args.data_file, tiny.tokenizer(), args.data)
+    rows = batches_of(rows, args.train, SFT, args.data.packing)
     setup = memory.setup_of(args, open_source(base), qlora.QuantConfig(), rows)
     assert (setup.train, setup.lora) == (args.train, args.lora)
     away = dataclasses.replace(setup, offload=True)
@@ -117,6 +120,7 @@ def test_a_run_near_the_limit_is_told_that_it_may_run_out(
     flags = train(base, tmp_path, "--train.micro-batch", 1)
     args = cli_train.parse([str(flag) for flag in flags[1:]], "qlora train")
     rows = read_dataset(args.data_file, tiny.tokenizer(), args.data)
+    rows = batches_of(rows, args.train, SFT, args.data.packing)
     quant = qlora.QuantConfig()
     need = estimate(memory.setup_of(args, open_source(base), quant, rows))
 

@@ -115,21 +115,26 @@ def test_more_steps_and_another_cadence_go_on_and_say_what_that_means(
 
 
 def test_an_end_that_moves_the_schedule_is_said():
+    def of_epochs(epochs: float) -> int:
+        raise AssertionError(f"{epochs} epochs are not asked for")
+
     config = TrainConfig(max_steps=100, schedule="linear")
     later = dataclasses.replace(config, max_steps=200)
-    said = other_end(config, later, 12, start=40)
+    said = other_end(config, later, of_epochs, start=40)
     assert said is not None and "step 41 has a learning rate of 0.0001" in said
     assert "bit-equal to no run" in said
     config, later = (
         dataclasses.replace(x, schedule="constant") for x in (config, later)
     )
-    said = other_end(config, later, 12, start=40)
+    said = other_end(config, later, of_epochs, start=40)
     assert said is not None and "the learning rate of no step up to 100 changes" in said
     # The rise from 0 is a part of all steps, so it is another one.
-    assert "step 1 has a learning rate" in str(other_end(config, later, 12, start=0))
-    assert other_end(config, dataclasses.replace(config, seed=1), 12, 40) is None
+    assert "step 1 has a learning rate" in str(
+        other_end(config, later, of_epochs, start=0)
+    )
+    assert other_end(config, dataclasses.replace(config, seed=1), of_epochs, 40) is None
     with pytest.raises(ConfigError, match="would end at step 100, .* step 150"):
-        other_end(later, config, 12, start=150)
+        other_end(later, config, of_epochs, start=150)
 
 
 def test_micro_batches_of_the_same_rows_may_change(run: Path):
@@ -283,7 +288,8 @@ def test_ctrl_c_finishes_the_step_and_resuming_is_exact(
 
     def shown(self: TrainProgress, metrics: dict) -> None:
         show(self, metrics)
-        if metrics["step"] == 3 and "loss" in metrics:
+        # Step 3 is under way then.
+        if metrics["step"] == 2 and "loss" in metrics:
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(TrainProgress, "__call__", shown)

@@ -264,6 +264,12 @@ def test_evaluation_of_many_rows_has_little_padding():
     assert on < 0.1 and off < 0.35 and drawn < 0.35
 
 
+def test_a_file_sorted_by_length_is_evaluated_with_as_little_padding():
+    data = rows_of(sorted(LENGTHS * 10))
+    laid = sum(batch["tokens"].size for batch in data.every(8, "on"))
+    assert 1 - sum(LENGTHS) * 10 / laid < 0.02
+
+
 # --- pairs and extras
 
 

@@ -126,12 +126,12 @@ def test_lengths_that_save_little_are_not_taken():
     assert chosen_lengths(np.full(50, 800), 800, 1024) == (800,)
     assert chosen_lengths(np.array([760] + [800] * 99), 800, 1024) == (800,)
     assert chosen_lengths(np.array([64] * 50 + [800] * 50), 800, 1024) == (64, 800)
-    assert chosen_lengths(np.array([], int), 70, 1024) == (96,)
+    assert chosen_lengths(np.array([], int), 70, 1024) == (80,)
 
 
 @pytest.mark.parametrize(
     ("length", "max_tokens", "result"),
-    [(1, 1024, 32), (33, 1024, 64), (513, 1024, 544), (1025, 4096, 1088)]
+    [(1, 1024, 32), (33, 1024, 48), (513, 1024, 544), (1025, 4096, 1088)]
     + [(2049, 4096, 2176), (1000, 1000, 1000), (990, 1000, 992), (999, 1000, 1000)]
     + [(20, 10, 20)],
 )

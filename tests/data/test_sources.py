@@ -72,11 +72,13 @@ def test_what_no_name_means_is_said(here, texts, message):
 
 def drawn(dataset: Dataset, epochs: int, batch: int = 4) -> list[list[int]]:
     """Returns the numbers of the rows of each epoch."""
-    index = {id(row): i for i, row in enumerate(dataset.rows)}
+    batches = dataset.batches(
+        documents=batch, micro_batch=batch, seed=7, packing="drawn"
+    )
     count = epochs * dataset.epoch_rows
     flat: list[int] = []
     for step in range(-(-count // batch)):
-        flat += [index[id(row)] for row in dataset.picked(step, batch, 7)]
+        flat += batches.numbers(step)
     size = dataset.epoch_rows
     return [flat[i * size : (i + 1) * size] for i in range(epochs)]
 

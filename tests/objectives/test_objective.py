@@ -82,7 +82,7 @@ def parts() -> Any:
 
 @pytest.fixture(scope="module")
 def batch() -> dict[str, jax.Array]:
-    rows = tiny.rows(LENGTHS).batch(0, len(LENGTHS), 0)
+    rows = tiny.batch(LENGTHS)
     return {name: jnp.asarray(x) for name, x in rows.items()}
 
 

@@ -338,7 +338,7 @@ def test_a_run_trains_saves_and_resumes_exactly(tmp_path):
         )
 
     step = make_train_step(graphdef, tx, loss_fn=loss_fn)
-    rows = tiny.rows((12, 7, 9, 12)).batch(0, 4, 0)
+    rows = tiny.batch((12, 7, 9, 12))
     batch = {name: jnp.asarray(x).reshape(2, 2, -1) for name, x in rows.items()}
     fresh = jax.tree.map(jnp.copy, lora)
     state = tx.init(lora)

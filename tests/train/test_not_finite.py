@@ -12,7 +12,7 @@ from qlora_jax.objectives import SFT
 from qlora_jax.train.loop import DivergedError, Trainer
 from qlora_jax.train.not_finite import first_not_finite
 
-BATCH = tiny.rows([9, 7]).batch(0, 2, 0)
+BATCH = tiny.batch([9, 7])
 
 
 @pytest.fixture(scope="module")

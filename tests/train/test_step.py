@@ -30,7 +30,7 @@ def sgd_step(parts):
 
 @pytest.fixture(scope="module")
 def batch():
-    rows = tiny.rows(LENGTHS).batch(0, len(LENGTHS), 0)
+    rows = tiny.batch(LENGTHS)
     return {name: jnp.asarray(x) for name, x in rows.items()}
 
 
