@@ -12,6 +12,7 @@ from rich.text import Text
 
 from qlora_jax.cli import options
 from qlora_jax.cli.progress import RowsProgress
+from qlora_jax.config.objective import ObjectiveConfig
 from qlora_jax.config.train import TrainConfig
 from qlora_jax.data import DataConfig, Dataset, check_ids
 from qlora_jax.data.batches import Resolved, against_packing, resolve
@@ -20,7 +21,7 @@ from qlora_jax.data.intake import Intake, counted, read_intakes
 from qlora_jax.data.order import Share
 from qlora_jax.data.tokenize import Row
 from qlora_jax.errors import ConfigError, DataError
-from qlora_jax.objectives import find_objective
+from qlora_jax.objectives import make_objective
 from qlora_jax.sources.source import open_source
 from qlora_jax.text import Tokenizer
 
@@ -49,12 +50,15 @@ class Args:
     data: DataConfig = DataConfig()
 
     train: TrainConfig = TrainConfig()
-    """The batches' size and order and the objective count here, and nothing else."""
+    """The batches' size and order count here, and nothing else."""
+
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """What is to be minimized: rows are read for it."""
 
 
 def parse(args: list[str], prog: str) -> Args:
     """Parses the flags."""
-    return options.parse(Args, args, prog)
+    return options.parse(Args, options.with_objective(args), prog)
 
 
 def run(args: Args) -> dict[str, Any]:
@@ -71,6 +75,7 @@ def run(args: Args) -> dict[str, Any]:
             *(args.data_file, tokenizer, args.data),
             keep=options.rows_folder(),
             progress=progress,
+            kind=make_objective(args.objective).rows,
         )
     size = source.config.vocab_size
     if args.add_tokens:
@@ -171,7 +176,7 @@ def _lengths(console: Console, rows: list[Row]) -> dict[str, Any]:
 
 def _batches(console: Console, dataset: Dataset, args: Args) -> dict[str, Any]:
     """Prints what an epoch's batches are, packed and not; returns those of the run."""
-    train, objective = args.train, find_objective(args.train.objective)
+    train, objective = args.train, make_objective(args.objective)
     against = against_packing(dataset, objective.packs, objective.name)
     chosen = resolve(args.data.packing, dataset, objective.packs, objective.name)
     ways: list[Resolved] = [chosen, *(() if against else ("on",)), "off"]

@@ -18,6 +18,7 @@ COMMANDS = {
     "plan": "what a run needs of memory, and settings that fit",
     "data": "what a run will see of its rows",
     "train": "fine-tune an adapter",
+    "teach": "rows with a teacher's probabilities, for --objective distill",
     "evaluate": "perplexity of a text; loss, exact match or choices of rows",
     "generate": "continue prompts",
     "merge": "fold an adapter into a dense model folder",

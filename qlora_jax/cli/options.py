@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -266,6 +267,19 @@ def print_figures(
         values = [column.get(name, 0.0) for column in columns.values()]
         print(f"{name:<40}" + "".join(f"{value:>16.5g}" for value in values))
     print(f"{'all':<40}" + "".join(f"{totals[name]:>16.5g}" for name in columns))
+
+
+def with_objective(args: Sequence[str]) -> list[str]:
+    """Returns flags with `--objective NAME` as the setting that it is short for.
+
+    Raises:
+      ConfigError: `--train.objective`, its name in older versions, is given.
+    """
+    if old := [a for a in args if re.match(r"--train[.]objective(=|$)", a)]:
+        raise ConfigError(
+            f"{old[0]} is --objective now: --objective dpo, --objective module:name"
+        )
+    return [re.sub(r"^--objective(?==|$)", "--objective.name", arg) for arg in args]
 
 
 def parse(cls: type[T], args: list[str], prog: str, default: T | None = None) -> T:

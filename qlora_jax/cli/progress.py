@@ -23,7 +23,8 @@ LINE_SECONDS = 10.0
 class RowsProgress:
     """Counts rows as they are tokenized; a context manager. Short work shows nothing."""
 
-    def __init__(self):
+    def __init__(self, done: str = "tokenized"):
+        self._done = done
         self._console = Console(stderr=True)
         self._status = None
         self._began = self._last = time.monotonic()
@@ -44,7 +45,7 @@ class RowsProgress:
         if name != self._name:
             self._name, self._began, self._last = name, now, now
         if sys.stderr.isatty():
-            text = f"{name}: {done:,} rows tokenized"
+            text = f"{name}: {done:,} rows {self._done}"
             if self._status is None:
                 self._status = self._console.status(text)
                 self._status.start()
@@ -53,7 +54,7 @@ class RowsProgress:
             self._last = now
             rate = done / (now - self._began)
             self._console.print(
-                f"{name}: {done:,} rows tokenized, {rate:,.0f} a second",
+                f"{name}: {done:,} rows {self._done}, {rate:,.0f} a second",
                 highlight=False,
             )
 

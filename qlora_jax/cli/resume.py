@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from qlora_jax.config.run import FILE, RunConfig, has_run, read_run
-from qlora_jax.config.train import MAY_CHANGE, TrainConfig
+from qlora_jax.config.run import FILE, RunConfig, as_written_now, has_run, read_run
+from qlora_jax.config.train import MAY_CHANGE, ROUNDS, TrainConfig
 from qlora_jax.errors import CheckpointError, ConfigError, OutputExistsError, gathered
 from qlora_jax.exchange.steps import (
     BEGUN,
@@ -82,7 +82,9 @@ def settings(out: Path) -> tuple[RunConfig, RunConfig, str]:
         now = read_run(out)
     except ConfigError as error:
         raise ConfigError(f"{error}. {way_out}") from None
-    before, there = (flat(read_toml(place / FILE)) for place in (folder, out))
+    before, there = (
+        flat(as_written_now(read_toml(place / FILE))) for place in (folder, out)
+    )
     if lacking := before.keys() - there.keys():
         problems = [f"{name} (it was {before[name]!r})" for name in sorted(lacking)]
         what = f"{out / FILE} lacks settings that the run had, so it was cut or edited"
@@ -146,8 +148,12 @@ def _meaning(name: str, now: RunConfig) -> str | None:
     if name in MOVED:
         return "what is read from there has to be what it was, by digest"
     table, _, field = name.partition(".")
+    if name == "objective.precompute_reference":
+        return ROUNDS
     if table != "train" or field not in MAY_CHANGE:
         return None
+    if field in ("micro_batch", "grad_accum") and now.objective.name == "kto":
+        return None  # its KL is estimated for each micro-batch
     if field in ("micro_batch", "grad_accum") and now.lora.dropout:
         return f"{MAY_CHANGE[field]}; and dropout is drawn for each micro-batch anew"
     return MAY_CHANGE[field]

@@ -14,6 +14,7 @@ import tyro
 from qlora_jax.adapters.attach import attach_zero
 from qlora_jax.budget.host import available_host_bytes
 from qlora_jax.cli import memory, options, resume, start, stopping
+from qlora_jax.cli.asked import asked_beforehand
 from qlora_jax.cli.begin import (
     beginning,
     check_run_folder,
@@ -23,13 +24,14 @@ from qlora_jax.cli.begin import (
 from qlora_jax.cli.progress import RowsProgress, TrainProgress
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.config.quant import QuantConfig
-from qlora_jax.config.run import FILE, RunConfig, read_run, write_run
+from qlora_jax.config.run import FILE, RunConfig, as_written_now, read_run, write_run
 from qlora_jax.data import Dataset, check_ids, read_dataset
+from qlora_jax.data.fields import REFERENCE
 from qlora_jax.data.sources import parse_sources
 from qlora_jax.errors import ConfigError, DataError
 from qlora_jax.exchange.steps import BEGUN
 from qlora_jax.files import check_output
-from qlora_jax.objectives import find_objective
+from qlora_jax.objectives import make_objective
 from qlora_jax.sources.identity import identity_of
 from qlora_jax.sources.load import load
 from qlora_jax.sources.source import Source, open_source
@@ -77,7 +79,7 @@ class Args(memory.Auto):
 
 def parse(args: list[str], prog: str) -> Args:
     """Parses the flags, over the values of --config, or of the run that --resume names."""
-    default = None
+    default, args = None, options.with_objective(args)
     given = {name: _value_of(name, args) for name in ("--config", "--resume")}
     if given["--resume"] is not None:
         with_it = ("--config", "--out", "--overwrite")
@@ -90,7 +92,7 @@ def parse(args: list[str], prog: str) -> Args:
         values, path = read_toml(Path(given["--config"])), given["--config"]
         if hidden := [name for name in ("auto", "before", "begun") if name in values]:
             raise ConfigError(f"{path}: {', '.join(hidden)}: no setting of a run")
-        default = from_dict(Args, values, path)
+        default = from_dict(Args, as_written_now(values), path)
     rest, auto = _without_auto(args)
     parsed = options.parse(Args, rest, prog, default)
     return dataclasses.replace(parsed, auto=auto) if auto else parsed
@@ -161,14 +163,17 @@ def train(args: Args, out: Path, *, resuming: bool) -> dict[str, Any]:
 
 def _train(args: Args, out: Path, resuming: bool) -> dict[str, Any]:
     # What is wrong with objective, rows or memory is found before the model is loaded.
-    objective = find_objective(args.train.objective)
+    objective = make_objective(args.objective)
     source, quant = open_base(args, out, resume=resuming)
     if not resuming:
         check_run_folder(out, args.overwrite)
     rows, held = checked_rows(args, source)
-    batches = batches_of(rows, args.train, objective, args.data.packing)
+    late = (REFERENCE,) if args.objective.precompute_reference else ()
+    batches = batches_of(rows, args.train, objective, args.data.packing, late)
     args = memory.within_memory(args, source, quant, batches)
     model, lora, added, started = adapted(args, source, quant, rows, resume=resuming)
+    if args.objective.precompute_reference:
+        rows, held = asked_beforehand(args.run, source, model, rows, held)
     with (
         made(out),  # not before all input was found good
         locked(out),
@@ -362,14 +367,12 @@ def read_rows(args: Args, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None
         )
     keep = options.rows_folder()
     with RowsProgress() as progress:
-        rows = read_dataset(
-            args.data_file, tokenizer, args.data, keep=keep, progress=progress
-        )
+        more: dict[str, Any] = {"keep": keep, "progress": progress}
+        more["kind"] = make_objective(args.objective).rows
+        rows = read_dataset(args.data_file, tokenizer, args.data, **more)
         if not args.eval_file:
             return rows, None
-        held = read_dataset(
-            args.eval_file, tokenizer, args.data, keep=keep, progress=progress
-        )
+        held = read_dataset(args.eval_file, tokenizer, args.data, **more)
     return rows, held
 
 

@@ -30,6 +30,10 @@ class DataConfig:
     train_on_prompt: bool = False
     """Count the loss on the prompt too, not on the answer alone."""
 
+    train_on: tuple[str, ...] = ("assistant",)
+    """Count the loss on the turns of these roles in a conversation: assistant, user, system,
+    tool. Of others than the assistant, what a turn says counts, and its end."""
+
     columns: tuple[str, ...] = ()
     """Fields by the names that are known here, for rows that call them otherwise:
     input=question output=answer. `qlora data` lists the names of each form."""
@@ -63,6 +67,12 @@ class DataConfig:
         if self.eval_rows < 0:
             raise ConfigError(
                 f"--data.eval-rows is {self.eval_rows}, expected 0 or more"
+            )
+        roles = ("assistant", "user", "system", "tool")
+        if not self.train_on or not {*self.train_on} <= {*roles}:
+            given = " ".join(self.train_on) or "nothing"
+            raise ConfigError(
+                f"--data.train-on is {given}, expected some of {', '.join(roles)}"
             )
         names = [text.partition("=")[0] for text in self._renamings()]
         for text in self.columns:

@@ -17,19 +17,19 @@ Schedule = Literal["constant", "linear", "cosine"]
 ComputeDtype = Literal["bfloat16", "float32", "float16"]
 
 _CHANGES_NOTHING = "no loss and no weight depends on it, so the run stays bit-equal"
-_ROUNDS = (
+ROUNDS = (
     "the arithmetic is the same in another compiled program, so losses from here on may "
     "differ in rounding and are not bit-equal"
 )
 MAY_CHANGE = {
     "max_steps": "the run ends at another step",
     "epochs": "the run ends at another step",
-    "micro_batch": _ROUNDS,
-    "grad_accum": _ROUNDS,
-    "checkpoint": _ROUNDS,
-    "offload": _ROUNDS,
-    "resident_bytes": _ROUNDS,
-    "stream": _ROUNDS,
+    "micro_batch": ROUNDS,
+    "grad_accum": ROUNDS,
+    "checkpoint": ROUNDS,
+    "offload": ROUNDS,
+    "resident_bytes": ROUNDS,
+    "stream": ROUNDS,
     "eval_every": "eval losses are measured at other steps; no weight depends on them",
     "save_every": _CHANGES_NOTHING,
     "save_minutes": _CHANGES_NOTHING,
@@ -45,11 +45,6 @@ Micro-batches must make the same rows a step."""
 class TrainConfig:
     """These settings say how an adapter trains. The defaults of learning rate, betas and
     clipping are those of the QLoRA paper for 7B and 13B."""
-
-    objective: str = "sft"
-    """Training minimizes this: sft, the cross-entropy of each token given those before it,
-    or package.module:name of an objective of your own, in a module on Python's path
-    (PYTHONPATH). CONTRIBUTING.md shows one."""
 
     max_steps: int | None = None
     """Optimizer steps; None for as many as `epochs` takes."""

@@ -8,6 +8,20 @@ from qlora_jax.errors import DataError
 from qlora_jax.inputs import parse_json
 from qlora_jax.text.chat import check_text
 
+REFERENCE = "reference_logprobs"
+"""The name among a row's extras of the log-probability that the reference gives its answer."""
+
+TEACHER_IDS, TEACHER_LOGPROBS = "teacher_ids", "teacher_logprobs"
+"""The names among a row's extras of the tokens that a teacher has most probable in the place of
+each token, and of their log-probabilities: (tokens, k)."""
+
+PROMPT_WEIGHTS = "prompt_weights"
+"""The name among the extras of a pair's rows of what the tokens of the prompt count, where they
+are learnt too."""
+
+LABEL = "label"
+"""The name among a row's extras of whether its answer is good: 1, or 0."""
+
 
 def renamed(row: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
     """Returns a row whose fields have the names that are known here (--data.columns).

@@ -16,7 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from qlora_jax.config.data import DataConfig
+from qlora_jax.config.objective import Rows
 from qlora_jax.data.fields import chosen_adapter
 from qlora_jax.data.forms import Former
 from qlora_jax.data.records import Record
@@ -79,11 +82,13 @@ class Forming(NamedTuple):
       tokenizer: The tokenizer, with the chat template that counts.
       config: The settings that rows are read by.
       adapters: Names that a row's "adapter" field may have; () where it is not read.
+      rows: The kind of rows that the objective takes.
     """
 
     tokenizer: Tokenizer
     config: DataConfig
     adapters: tuple[str, ...] = ()
+    rows: Rows = "texts"
 
     def maker(self) -> Callable[[Sequence[Record]], Formed]:
         """Returns what makes rows of some records.
@@ -91,7 +96,7 @@ class Forming(NamedTuple):
         Raises:
           ConfigError: settings that no row could go with.
         """
-        former = Former(self.config, self.tokenizer)
+        former = Former(self.config, self.tokenizer, self.rows)
 
         def make(records: Sequence[Record]) -> Formed:
             made = Formed([], [], len(records), Counter(), Counter(), Counter(), [])
@@ -115,6 +120,8 @@ class Forming(NamedTuple):
                 made.unread.update(formed.unread)
             rows = tokenize([one for *_, one in flat], self.tokenizer, self.config)
             for (place, adapter, _), row in zip(flat, rows, strict=True):
+                if (problem := _unlearnable(row)) is not None:
+                    made.problems.append((place, problem))
                 made.rows.append(row._replace(adapter=adapter))
                 made.places.append(place)
             return made
@@ -167,6 +174,21 @@ class Forming(NamedTuple):
                     ]
         finally:
             workers.stop()
+
+
+def _unlearnable(row: Row) -> str | None:
+    """Says what is wrong with a pair whose answers are the same, or nothing, as tokens."""
+    if row.other is None:
+        return None
+    if np.array_equal(row.tokens, row.other.tokens):
+        return (
+            "has 'chosen' and 'rejected' answers that are the same tokens, so nothing is "
+            "preferred; leave the row out"
+        )
+    for key, one in (("chosen", row), ("rejected", row.other)):
+        if not one.weights.any():
+            return f"has a {key!r} answer without a token to learn; leave the row out"
+    return None
 
 
 def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:

@@ -14,8 +14,10 @@ A row's form is found by its keys; the first of this list that it has counts.
 | pair | input, output | BOS, input, bar, output, EOS   (qlora.py) |
 | text | text | as the tokenizer has a text, EOS; all of it trains |
 
-Rows of preferences (`chosen`, `rejected`) and nothing of these are refused: they need another
-objective. The message says how to train on what was chosen.
+An objective may take other rows: pairs (`chosen`, `rejected`; data/pairs.py), judged answers
+(any of these, with a `label`, true or false; or pairs, of which each answer is a row), or what
+a teacher says of ids (`input_ids`, `teacher_ids`, `teacher_logprobs`; data/given_ids.py). A row
+of another kind is refused, and the message says how to train on it.
 
 `context` and `response` stand for Alpaca's `input` and `output`, `conversation` for
 `conversations`. Rows of turns may have `system`, `tools`, `documents`,
@@ -23,14 +25,16 @@ objective. The message says how to train on what was chosen.
 completion, alpaca and pair rows become a user's turn and the assistant's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from qlora_jax.config.data import DataConfig
+from qlora_jax.config.objective import Rows
 from qlora_jax.data.conversations import conversation_of
 from qlora_jax.data.fields import first_of, keys_of, listed, renamed, text_of
-from qlora_jax.data.given_ids import Ids, ids_of
-from qlora_jax.data.near_miss import unknown
+from qlora_jax.data.given_ids import Ids, Taught, ids_of, taught_of
+from qlora_jax.data.near_miss import of_another_kind, unknown
+from qlora_jax.data.pairs import is_pair, judgement, sides_of
 from qlora_jax.data.prompt_template import PromptTemplate
 from qlora_jax.errors import DataError
 from qlora_jax.text import Tokenizer
@@ -55,6 +59,23 @@ class Example(NamedTuple):
     kind: Kind
 
 
+class Pair(NamedTuple):
+    """The examples of a chosen and of a rejected answer."""
+
+    chosen: Example
+    rejected: Example
+
+
+class Judged(NamedTuple):
+    """An example, and whether its answer is good: 1, or 0."""
+
+    example: Example | Ids
+    label: float
+
+
+Made = Example | Ids | Pair | Judged | Taught
+
+
 class Formed(NamedTuple):
     """What a row became.
 
@@ -66,7 +87,7 @@ class Formed(NamedTuple):
     """
 
     form: str
-    examples: "list[Example] | list[Ids]"
+    examples: Sequence[Made]
     unused: frozenset[str]
     unread: frozenset[str] = frozenset()
 
@@ -86,8 +107,9 @@ class Former:
       ConfigError: the prompt template is no Jinja, or reads no field.
     """
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer):
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, rows: Rows = "texts"):
         self.config, self.tokenizer = config, tokenizer
+        self.rows: Rows = rows
         self._prompt = None
         if config.prompt_template is not None:
             self._prompt = PromptTemplate(config.prompt_template)
@@ -100,12 +122,58 @@ class Former:
         """
         given = {key for key, value in row.items() if value not in (None, "", [])}
         row = renamed(row, self.config)
-        form, made, used, unread = self._formed(row)
-        for example in made:
-            if isinstance(example, Example):
-                check_text("the text that the row makes", example.text)
+        form, made, used, unread = self._of_kind(row)
+        for one in made:
+            for example in one if isinstance(one, Pair | Judged) else (one,):
+                if isinstance(example, Example):
+                    check_text("the text that the row makes", example.text)
         used = {self.config.renamed.get(key, key) for key in used}
         return Formed(form, made, frozenset(given - used), frozenset(unread))
+
+    def _of_kind(
+        self, row: dict[str, Any]
+    ) -> tuple[str, Sequence[Made], set[str], set[str]]:
+        """Returns what `_formed` does, of a row of the kind that the objective takes."""
+        if (problem := of_another_kind(row, self.rows)) is not None:
+            raise DataError(problem)
+        if self.rows == "texts":
+            return self._formed(row)
+        if self.rows == "teacher":
+            made, used = taught_of(row)
+            return "ids with a teacher's", [made], used, set()
+        if is_pair(row):
+            form, pair, used, unread = self._pair(row)
+            if self.rows == "pairs":
+                return f"{form}, chosen and rejected", [pair], used, unread
+            judged = [Judged(pair.chosen, 1.0), Judged(pair.rejected, 0.0)]
+            return f"{form}, chosen and rejected", judged, used, unread
+        label = judgement(row)
+        rest = {key: value for key, value in row.items() if key != "label"}
+        form, examples, used, unread = self._formed(rest)
+        return (
+            f"{form}, judged",
+            [Judged(self._only(examples), label)],
+            used | {"label"},
+            unread,
+        )
+
+    def _pair(self, row: dict[str, Any]) -> tuple[str, Pair, set[str], set[str]]:
+        """Returns (form, the pair, the keys that it read, keys the template has none for)."""
+        sides = sides_of(row, template=self._prompt is not None)
+        made = [self._formed(side) for side in sides.rows]
+        chosen, rejected = (self._only(examples) for _, examples, *_ in made)
+        assert isinstance(chosen, Example) and isinstance(rejected, Example)
+        used = set().union(*(used for _, _, used, _ in made)) - sides.made
+        unread = set().union(*(unread for *_, unread in made))
+        return made[0][0], Pair(chosen, rejected), used | sides.read, unread
+
+    def _only(self, examples: Sequence[Example | Ids]) -> Example | Ids:
+        if len(examples) != 1:
+            raise DataError(
+                "has several assistant turns in an answer, which the chat template renders "
+                "otherwise than the last; give earlier turns with the prompt"
+            )
+        return examples[0]
 
     def _formed(
         self, row: dict[str, Any]
@@ -192,8 +260,11 @@ class Former:
         if all(isinstance(one, list) for one in turns):
             before = checked_messages(turns[0], "prompt")
             after = checked_messages(turns[1], "completion")
-            if all(message["role"] != "assistant" for message in after):
-                raise DataError("has a completion without an assistant turn")
+            roles = self.config.train_on
+            if all(message["role"] not in roles for message in after):
+                raise DataError(
+                    f"has a completion without a turn of {' or '.join(roles)}"
+                )
             before = [{**message, "weight": 0} for message in before]
             made, more, unread = self._chat([*before, *after], row)
             return made, used | more, unread
@@ -210,7 +281,7 @@ class Former:
     ) -> tuple[list[Example], set[str], set[str]]:
         template = self.tokenizer.template(tools=row.get("tools") is not None)
         variables = variables_of(row, template)
-        made = examples_of(messages, template, variables)
+        made = examples_of(messages, template, variables, self.config.train_on)
         unread = template.unread(messages)
         unread |= {
             key

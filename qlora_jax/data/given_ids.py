@@ -1,7 +1,15 @@
-"""Rows that were tokenized elsewhere: Hugging Face's labels, TRL's masks."""
+"""Rows that were tokenized elsewhere: Hugging Face's labels, TRL's masks, a teacher's
+probabilities.
+
+What a teacher says of a row stands beside its ids: `teacher_ids` and `teacher_logprobs`, both
+(tokens, k), are for each token the k tokens that the teacher has most probable in its place,
+given the tokens before it, and their log-probabilities. The first token's say nothing.
+"""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from qlora_jax.data.fields import listed
 from qlora_jax.errors import DataError
@@ -13,6 +21,55 @@ class Ids(NamedTuple):
 
     ids: list[int]
     weights: list[float]
+
+
+class Taught(NamedTuple):
+    """A row with what a teacher says of its tokens: int32 and float32 (tokens, k)."""
+
+    ids: Ids
+    teacher_ids: np.ndarray
+    teacher_logprobs: np.ndarray
+
+
+_ROUNDED = 1e-2
+"""What rounding may make the probabilities of a token exceed 1 by."""
+
+
+def taught_of(row: Mapping[str, Any]) -> tuple[Taught, set[str]]:
+    """Returns the ids of a row, what a teacher says of them, and the keys that it read.
+
+    Raises:
+      DataError: they are no ids, or what the teacher says does not go with them.
+    """
+    made, used = ids_of(row)
+    (ids,) = made
+    found = []
+    for key, dtype in (("teacher_ids", np.int32), ("teacher_logprobs", np.float32)):
+        try:
+            value = np.array([list(one) for one in listed(row[key])])
+        except (TypeError, ValueError):
+            value = np.array(())
+        kind = "iu" if key == "teacher_ids" else "iuf"
+        if value.ndim != 2 or not value.size or value.dtype.kind not in kind:
+            raise DataError(
+                f"{key!r} is no table of numbers, the same number of them for each token"
+            )
+        if len(value) != len(ids.ids):
+            raise DataError(f"{key!r} has another number of tokens than 'input_ids'")
+        found.append(value.astype(dtype))
+    top, logps = found
+    if top.shape != logps.shape:
+        raise DataError("'teacher_ids' and 'teacher_logprobs' are of different sizes")
+    if (top < 0).any() or (np.diff(np.sort(top, axis=1), axis=1) == 0).any():
+        raise DataError(
+            "'teacher_ids' has a token twice in one place, or what is no id"
+        )
+    total = np.exp(logps.astype(np.float64)).sum(axis=1)
+    if not (total <= 1 + _ROUNDED).all():
+        raise DataError(
+            "'teacher_logprobs' are no log-probabilities: those of a token exceed 1"
+        )
+    return Taught(ids, top, logps), used | {"teacher_ids", "teacher_logprobs"}
 
 
 def ids_of(row: Mapping[str, Any]) -> tuple[list[Ids], set[str]]:

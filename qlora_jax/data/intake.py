@@ -12,10 +12,13 @@ from typing import NamedTuple
 import numpy as np
 
 from qlora_jax.config.data import DataConfig
+from qlora_jax.config.objective import Rows
 from qlora_jax.data import cache
 from qlora_jax.data.dataset import Dataset
+from qlora_jax.data.fields import LABEL
 from qlora_jax.data.fitting import Taken, size_of, taken
 from qlora_jax.data.forming import Formed, Forming
+from qlora_jax.data.mismatch import mismatched
 from qlora_jax.data.order import Share
 from qlora_jax.data.problems import Problems
 from qlora_jax.data.sources import Opened, Source, parse_sources
@@ -90,6 +93,7 @@ def read_dataset(
     adapters: Collection[str] = (),
     keep: Path | None = None,
     progress: Callable[[str, int], None] | None = None,
+    kind: Rows = "texts",
 ) -> Dataset:
     """Reads and tokenizes rows.
 
@@ -102,13 +106,18 @@ def read_dataset(
         like any other that nobody asked for.
       keep: A folder for tokenized rows, which are read there the next time.
       progress: Called with the source's name, and the number of its rows that are done.
+      kind: The kind of rows, `Objective.rows` of what is to be minimized.
 
     Raises:
       DataError: no file, no rows, rows that cannot be used (by kind), rows longer than
         max_tokens with too_long='error', or adapters of other names.
     """
     intakes = read_intakes(
-        path, tokenizer, config, adapters=adapters, keep=keep, progress=progress
+        *(path, tokenizer, config),
+        adapters=adapters,
+        keep=keep,
+        progress=progress,
+        kind=kind,
     )
     fitted, problems = [], []
     for intake in intakes:
@@ -124,6 +133,8 @@ def read_dataset(
         numbers = np.arange(len(rows), len(rows) + len(some.rows))
         shares.append(Share(numbers, intake.source.weight))
         rows += some.rows
+    if kind == "judged":
+        rows = mismatched(rows, config.max_tokens)
     dropped = sum(some.long + some.empty for some in fitted)
     return Dataset(rows, config.max_tokens, dropped, shares)
 
@@ -136,6 +147,7 @@ def read_intakes(
     adapters: Collection[str] = (),
     keep: Path | None = None,
     progress: Callable[[str, int], None] | None = None,
+    kind: Rows = "texts",
 ) -> list[Intake]:
     """Reads and tokenizes rows, source by source; arguments as `read_dataset` has them.
 
@@ -146,7 +158,7 @@ def read_intakes(
     sources = parse_sources([os.fspath(one) for one in several])
     if config.chat_template is not None:
         tokenizer = tokenizer.with_chat_template(config.chat_template)
-    forming = Forming(tokenizer, config, tuple(adapters))
+    forming = Forming(tokenizer, config, tuple(adapters), kind)
     intakes, problems = [], []
     for source in sources:
         told = None
@@ -185,7 +197,9 @@ def _formed(
     if forming.adapters:
         keep = None
     if keep is not None and (not isinstance(identity, Path) or identity.is_file()):
-        name = cache.digest_of(identity, forming.tokenizer, forming.config)
+        name = cache.digest_of(
+            *(identity, forming.tokenizer, forming.config, forming.rows)
+        )
         if (kept := cache.read(keep, name)) is not None:
             opened.problems.lines = kept.lines
             logger.info(
@@ -232,11 +246,14 @@ def _say(intake: Intake, tokenizer: Tokenizer) -> None:
         )
     if len(rows) > formed.read:
         logger.info(
-            "%s: %d rows became %d examples, one for each assistant turn, since the chat "
-            "template renders earlier turns otherwise than the last",
+            "%s: %d rows became %d examples, one for each %s",
             name,
             formed.read,
             len(rows),
+            "answer"
+            if LABEL in rows[0].extras
+            else "assistant turn, since the chat template renders earlier turns otherwise "
+            "than the last",
         )
     ends = set(tokenizer.stop_ids)
     tails = (row.tokens[-16:][row.weights[-16:] > 0].tolist() for row in rows)
@@ -276,6 +293,7 @@ def check_ids(rows: Sequence[Row], tokenizer: Tokenizer, vocab_size: int) -> Non
     Raises:
       DataError: ids are not in it; they are named with their number.
     """
+    rows = [one for row in rows for one in (row, row.other) if one is not None]
     largest = [(int(row.tokens.max()), i) for i, row in enumerate(rows)]
     beyond = [i for token, i in largest if token >= vocab_size]
     if not beyond:

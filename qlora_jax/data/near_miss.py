@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from qlora_jax.config.objective import Rows
 from qlora_jax.data.fields import keys_of
 
 _ASKING = ("question", "query", "problem", "instruction", "prompt", "source", "inputs")
@@ -33,7 +34,48 @@ def _preference(row: Mapping[str, Any]) -> str:
         way = "text=chosen" if isinstance(row["chosen"], str) else "messages=chosen"
     return (
         "is a preference row ('chosen' and 'rejected'), which needs another objective than "
-        f"to learn texts; to train on what was chosen alone: --data.columns {way}"
+        "to learn texts: --objective dpo, orpo, simpo or kto; to train on what was chosen "
+        f"alone: --data.columns {way}"
+    )
+
+
+def of_another_kind(row: Mapping[str, Any], rows: Rows) -> str | None:
+    """Says what is wrong with a row for an objective that takes rows of a kind; None if
+    nothing is."""
+    pair = "chosen" in row and "rejected" in row
+    if rows == "texts":
+        judged = {"prompt", "completion"} <= row.keys() and isinstance(
+            row.get("label"), bool
+        )
+        if judged:
+            return (
+                "is a judged row (a 'label' of true or false), whose bad answers are not to "
+                "be learnt: --objective kto; to learn texts, leave out the bad ones and the "
+                "field"
+            )
+        return None
+    if rows == "teacher":
+        if all(key in row for key in ("input_ids", "teacher_ids", "teacher_logprobs")):
+            return None
+        return (
+            f"has {keys_of(row)}; --objective distill takes 'input_ids', 'teacher_ids' and "
+            "'teacher_logprobs', which `qlora teach` writes"
+        )
+    if pair or (rows == "judged" and "label" in row):
+        return None
+    if rows == "judged":
+        return (
+            f"has {keys_of(row)}, and no 'label'; --objective kto takes an answer with a "
+            "'label' of true or false (--data.columns label=...), or 'chosen' and 'rejected'"
+        )
+    if "label" in row:
+        return (
+            "is a judged row (with a 'label'), and the objective takes pairs ('chosen' and "
+            "'rejected'): --objective kto"
+        )
+    return (
+        f"has {keys_of(row)}, and the objective takes pairs: a prompt, 'chosen' and "
+        "'rejected' (--data.columns chosen=... rejected=...); texts are for --objective sft"
     )
 
 

@@ -4,14 +4,16 @@ A text is tokenized whole, and a token trains where it overlaps what trains. So 
 those that the text has anywhere else, and the prompt's are their beginning.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from qlora_jax.config.data import DataConfig
-from qlora_jax.data.forms import Example
-from qlora_jax.data.given_ids import Ids
+from qlora_jax.data.fields import LABEL, PROMPT_WEIGHTS, TEACHER_IDS, TEACHER_LOGPROBS
+from qlora_jax.data.forms import Example, Judged, Made, Pair
+from qlora_jax.data.given_ids import Ids, Taught
 from qlora_jax.errors import DataError
 from qlora_jax.text import Tokenizer
 from qlora_jax.text.tokenizer import Encoded
@@ -53,6 +55,63 @@ class Row(NamedTuple):
 
 
 def tokenize(
+    made: Sequence[Made], tokenizer: Tokenizer, config: DataConfig
+) -> list[Row]:
+    """Makes a row of each thing that a record became."""
+    flat = [part for one in made for part in parts_of(one)]
+    asked = config
+    if any(isinstance(one, Pair | Judged) for one in made):
+        # A preference is one of answers; what else trains stands in `prompt_weights`.
+        config = dataclasses.replace(config, train_on_prompt=False)
+    rows = iter(_tokenize(flat, tokenizer, config))
+    found = []
+    for one in made:
+        row = next(rows)
+        if isinstance(one, Pair):
+            row = _pair(one, row, next(rows), tokenizer, asked)
+        elif isinstance(one, Judged):
+            row = row._replace(extras={LABEL: np.float32(one.label)})
+        elif isinstance(one, Taught):
+            said = {
+                TEACHER_IDS: one.teacher_ids,
+                TEACHER_LOGPROBS: one.teacher_logprobs,
+            }
+            row = row._replace(extras=said)
+        found.append(row)
+    return found
+
+
+def parts_of(made: Made) -> tuple[Example | Ids, ...]:
+    """Returns the examples of what a record became."""
+    if isinstance(made, Pair):
+        return made
+    if isinstance(made, Judged):
+        return (made.example,)
+    return (made.ids,) if isinstance(made, Taught) else (made,)
+
+
+def _pair(
+    pair: Pair, chosen: Row, rejected: Row, tokenizer: Tokenizer, config: DataConfig
+) -> Row:
+    """Puts the rows of a pair together; the tokens of their prompts are the same."""
+    plain = dataclasses.replace(config, train_on_prompt=False)
+    ends = [int(np.argmax(row.weights > 0)) for row in (chosen, rejected)]
+    same = np.array_equal(chosen.tokens[: ends[0]], rejected.tokens[: ends[1]])
+    if not same:
+        encoded = tokenizer.encode_offsets([example.text for example in pair])
+        chosen, rejected = (
+            _row(example, one, tokenizer, plain, apart=True)
+            for example, one in zip(pair, encoded, strict=True)
+        )
+    if config.train_on_prompt:
+        chosen, rejected = (
+            row._replace(extras={PROMPT_WEIGHTS: np.float32(row.weights == 0)})
+            for row in (chosen, rejected)
+        )
+    return chosen._replace(other=rejected)
+
+
+def _tokenize(
     examples: Sequence[Example | Ids], tokenizer: Tokenizer, config: DataConfig
 ) -> list[Row]:
     """Makes a row of each example, of about so much text at a time as one may have."""
@@ -81,17 +140,18 @@ def _rows(
     ]
 
 
-def check_length(example: Example | Ids) -> None:
+def check_length(made: Made) -> None:
     """Refuses a text that would take gigabytes to tokenize.
 
     Raises:
       DataError: it is longer than MAX_TEXT.
     """
-    if isinstance(example, Example) and len(example.text) > MAX_TEXT:
-        raise DataError(
-            f"has a text of {len(example.text)} characters, expected at most {MAX_TEXT}; "
-            "split it into rows"
-        )
+    for example in parts_of(made):
+        if isinstance(example, Example) and len(example.text) > MAX_TEXT:
+            raise DataError(
+                f"has a text of {len(example.text)} characters, expected at most "
+                f"{MAX_TEXT}; split it into rows"
+            )
 
 
 def _given(example: Ids, tokenizer: Tokenizer, config: DataConfig) -> Row:
@@ -108,9 +168,16 @@ def _given(example: Ids, tokenizer: Tokenizer, config: DataConfig) -> Row:
 
 
 def _row(
-    example: Example, encoded: Encoded, tokenizer: Tokenizer, config: DataConfig
+    example: Example,
+    encoded: Encoded,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    *,
+    apart: bool = False,
 ) -> Row:
-    if example.kind != "chat" and example.spans[0].start:
+    if apart:
+        encoded = _apart(example, tokenizer)
+    elif example.kind != "chat" and example.spans[0].start:
         encoded = _cut_between(example, encoded, tokenizer)
     ids = encoded.ids
     outside = float(config.train_on_prompt)
@@ -183,8 +250,15 @@ def _cut_between(example: Example, encoded: Encoded, tokenizer: Tokenizer) -> En
         if start >= cut:
             break
         if end > cut and text[start:cut].strip():
-            prompt = tokenizer.encode_offsets([text[:cut]])[0]
-            ids = tokenizer.encode_after(text[cut:])
-            places = [(cut, len(text))] * len(ids)
-            return Encoded([*prompt.ids, *ids], [*prompt.offsets, *places])
+            return _apart(example, tokenizer)
     return encoded
+
+
+def _apart(example: Example, tokenizer: Tokenizer) -> Encoded:
+    """Encodes the prompt, and what comes after it, each alone."""
+    text = example.text
+    cut = next(span.start for span in example.spans if span.weight)
+    prompt = tokenizer.encode_offsets([text[:cut]])[0]
+    ids = tokenizer.encode_after(text[cut:])
+    places = [(cut, len(text))] * len(ids)
+    return Encoded([*prompt.ids, *ids], [*prompt.offsets, *places])

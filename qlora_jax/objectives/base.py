@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from qlora_jax.config.objective import Rows
 from qlora_jax.config.train import Checkpoint
 from qlora_jax.errors import ConfigError, gathered
 from qlora_jax.nn.documents import places_of
@@ -65,6 +66,14 @@ class Objective:
         all. Without it, micro-batches take turns, each with its own copies.
       packs: Whether a row of a batch may be several documents, which `positions` tell
         apart: the loss is a sum over tokens, and the model is given the positions.
+      rows: The rows that it takes, as files are read for it. Of all but texts, a batch has
+        more than tokens and weights: of pairs, rows 2i and 2i + 1 are the chosen and the
+        rejected answer to a prompt; what judged rows and a teacher's have is in `kto` and
+        `distill`.
+      settings: What its arithmetic follows from beside its name, by name: values of JSON,
+        which a run that goes on has to have as it was begun.
+      whole: What of a whole batch, 2-D or 3-D, the loss of a micro-batch has to know: a
+        function that returns scalars by name. `prepared` puts them into the batch.
     """
 
     name: str
@@ -73,6 +82,11 @@ class Objective:
     normalizer: Callable[[Batch], Float[Array, ""]] | None = None
     takes_micro_axis: bool = False
     packs: bool = False
+    rows: Rows = "texts"
+    settings: Mapping[str, float | str] = dataclasses.field(
+        default_factory=dict, hash=False
+    )
+    whole: Callable[[Batch], dict[str, Float[Array, ""]]] | None = None
 
     def __call__(
         self,
@@ -123,6 +137,14 @@ class Objective:
                 f"objective {self.name} needs {', '.join(missing)} in a batch, which has "
                 f"{', '.join(batch)} only"
             )
+
+    def prepared(self, batch: Batch) -> dict[str, Any]:
+        """Returns a whole batch with what the loss of each micro-batch has to know of it."""
+        if self.whole is None:
+            return dict(batch)
+        micro = jnp.shape(batch["tokens"])[:-2]
+        found = self.whole(batch)
+        return {**batch, **{k: jnp.broadcast_to(x, micro) for k, x in found.items()}}
 
     def normalizer_of(self, batch: Batch) -> Float[Array, ""]:
         """Returns what the sum of losses over a batch, 2-D or 3-D, is divided by."""
@@ -196,6 +218,8 @@ def of_hidden_states(
     needs: tuple[str, ...] = (),
     normalizer: Callable[[Batch], Float[Array, ""]] | None = None,
     packs: bool = False,
+    rows: Rows = "texts",
+    whole: Callable[[Batch], dict[str, Float[Array, ""]]] | None = None,
 ) -> Objective:
     """Returns the objective whose loss follows from a model's final hidden states.
 
@@ -210,6 +234,8 @@ def of_hidden_states(
       needs: See `Objective`.
       normalizer: See `Objective`.
       packs: See `Objective`; the model is given the positions in any case.
+      rows: See `Objective`.
+      whole: See `Objective`.
     """
 
     def of_batch(
@@ -233,4 +259,6 @@ def of_hidden_states(
         normalizer=normalizer,
         takes_micro_axis=True,
         packs=packs,
+        rows=rows,
+        whole=whole,
     )

@@ -1,34 +1,45 @@
-"""An objective by its name: one of ours, or one of the user's own."""
+"""An objective by its settings: one of ours, or one of the user's own."""
 
+import dataclasses
 import importlib
+from collections.abc import Callable
 
+from qlora_jax.config.objective import ObjectiveConfig
 from qlora_jax.errors import ConfigError
+from qlora_jax.objectives import distill, dpo, kto, orpo, sft, simpo
 from qlora_jax.objectives.base import Objective
-from qlora_jax.objectives.sft import SFT
 
-OURS = {objective.name: objective for objective in (SFT,)}
+OURS: dict[str, Callable[[ObjectiveConfig], Objective]] = {
+    "sft": sft.make,
+    "dpo": dpo.make,
+    "orpo": orpo.make,
+    "kto": kto.make,
+    "simpo": simpo.make,
+    "distill": distill.make,
+}
 
 
-def find_objective(name: str) -> Objective:
-    """Returns the objective of that name.
-
-    Args:
-      name: One of ours ('sft'), or 'package.module:name' of an `Objective` in a module
-        that Python can import.
+def make_objective(config: ObjectiveConfig) -> Objective:
+    """Returns the objective that settings name.
 
     Raises:
       ConfigError: there is none of that name, its module cannot be imported, or what the
         name stands for is no Objective.
     """
-    if name in OURS:
-        return OURS[name]
+    if config.name in OURS:
+        made = OURS[config.name](config)
+        return dataclasses.replace(made, settings=config.settings)
+    return _imported(config.name)
+
+
+def _imported(name: str) -> Objective:
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         raise ConfigError(
-            f"--train.objective is {name!r}, expected {' or '.join(OURS)}, or "
+            f"--objective is {name!r}, expected {', '.join(OURS)}, or "
             "package.module:name of an Objective of your own"
         )
-    where = f"--train.objective {name}"
+    where = f"--objective {name}"
     try:
         found = importlib.import_module(module)
     except Exception as error:  # whatever the user's module raises

@@ -1,4 +1,4 @@
-"""Which part of a conversation's text trains: the turns of the assistant.
+"""Which part of a conversation's text trains: the turns of the assistant, or of other roles.
 
 The whole text is tokenized at once, so a part is (start, end) in its characters. Found,
 in this order:
@@ -24,6 +24,11 @@ from qlora_jax.errors import DataError
 from qlora_jax.text.chat import ChatTemplate, fitted, text_of_parts
 
 _OPEN, _CLOSE = "<think>", "</think>"
+_PROBE = "a probe of what a turn says"
+
+
+ASSISTANT = ("assistant",)
+"""Whose turns train, unless it is said otherwise."""
 
 
 class Span(NamedTuple):
@@ -45,6 +50,7 @@ def examples_of(
     messages: Sequence[dict[str, Any]],
     template: ChatTemplate,
     variables: Mapping[str, Any] | None = None,
+    roles: Sequence[str] = ASSISTANT,
 ) -> list[Example]:
     """Renders a conversation; one example, or one for each assistant turn.
 
@@ -52,21 +58,28 @@ def examples_of(
       messages: The conversation, as `checked_messages` returns it.
       template: The template to render it with.
       variables: `tools`, `documents`, and what else the template takes.
+      roles: Whose turns train.
 
     Raises:
-      DataError: no turn is the assistant's, or the template refuses the messages.
+      DataError: no turn is theirs, or the template refuses the messages.
     """
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = [i for i, message in enumerate(messages) if message["role"] in roles]
     if not turns:
-        raise DataError("'messages' has no assistant turn to learn from")
+        raise DataError(f"'messages' has no {' or '.join(roles)} turn to learn from")
     shown = fitted(messages[: turns[-1] + 1], template)
     weights = [float(messages[i].get("weight", 1) or 0) for i in turns]
     for i, turn in enumerate(turns):
         if messages[turn].get("weight", 1) is None:
             weights[i] = 1.0
     conversation = _Conversation(shown, turns, weights, template, dict(variables or {}))
-    whole = conversation.by_marks() if template.marks else None
+    alone = tuple(roles) == ASSISTANT  # whose turns are all that templates mark
+    whole = conversation.by_marks() if template.marks and alone else None
     whole = whole or conversation.by_prefixes()
+    if whole is None and not alone:
+        raise DataError(
+            "the chat template renders earlier turns differently later on, so turns of "
+            "others than the assistant cannot be told apart; --data.train-on assistant"
+        )
     return [whole] if whole else conversation.one_each()
 
 
@@ -116,15 +129,26 @@ class _Conversation(NamedTuple):
         """Takes what each turn adds; None where the texts do not begin one another."""
         text, spans = "", []
         for turn, weight in zip(self.turns, self.weights, strict=True):
-            before = self.render(turn, prompt=True) if turn else None
+            asked = self.messages[turn]["role"] == "assistant"
+            before = self.render(turn, prompt=asked) if turn else None
             after = self.render(turn + 1)
             if before is None:
                 before = after[: self._opening(after)]
             if not (before.startswith(text) and after.startswith(before)):
                 return None
+            if not asked:  # no prompt ends in what such a turn begins with
+                before = after[: max(self._begin(turn), len(text))]
             spans.append(Span(len(before), len(after), weight))
             text = after
         return Example(text, tuple(spans))
+
+    def _begin(self, turn: int) -> int:
+        """Returns where the content of a turn begins: where another one would stand."""
+        message = self.messages[turn]
+        parts = [{"type": "text", "text": _PROBE}]
+        said = parts if isinstance(message.get("content"), list) else _PROBE
+        messages = [*self.messages[:turn], {**message, "content": said}]
+        return self.template.render(messages, **self.variables).find(_PROBE)
 
     def _opening(self, text: str) -> int:
         """Returns where the content of a first turn begins, which has no prompt."""

@@ -25,7 +25,7 @@ from qlora_jax.exchange.metadata import ADAPTER, METADATA, adapter_metadata
 from qlora_jax.exchange.ours import check_free, save_adapter
 from qlora_jax.exchange.steps import CHECKPOINTS, END, EVAL_LOSS
 from qlora_jax.models.streaming import stream
-from qlora_jax.objectives import Objective, find_objective
+from qlora_jax.objectives import SFT, Objective
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train.checkpoints import RunCheckpoints
 from qlora_jax.train.feed import Feed
@@ -105,7 +105,7 @@ class Trainer:
           evaluation: Held-out rows.
           lora: The LoRAConfig that the adapter was attached with; None reads it off the
             model.
-          objective: What is minimized, in place of the one that `config` names.
+          objective: What is minimized; None for SFT.
           packing: How rows make batches, see `DataConfig.packing`.
           tokenizer: Saved with the adapter, where tokens were added.
           progress: Called with each step's metrics, and with eval losses.
@@ -113,12 +113,12 @@ class Trainer:
             values by name, which a checkpoint keeps and a resumed run has to have too.
 
         Raises:
-          ConfigError: there is no such objective, rows have not what it needs, or they
-            cannot be packed as asked.
+          ConfigError: rows have not what the objective needs, or they cannot be packed as
+            asked.
         """
         self.config, self.out = config, Path(out)
         self.train_data, self.eval_data = train, evaluation
-        self.objective = objective or find_objective(config.objective)
+        self.objective = objective or SFT
         self.batches = batches_of(train, config, self.objective, packing)
         self.lora_config = lora or lora_config(model)
         self._tokenizer = tokenizer

@@ -10,6 +10,7 @@ import numpy as np
 from qlora_jax.config.lora import LoRAConfig
 from qlora_jax.config.train import MAY_CHANGE, TrainConfig
 from qlora_jax.data import Dataset
+from qlora_jax.data.fields import REFERENCE
 from qlora_jax.errors import CheckpointError, ConfigError, gathered
 from qlora_jax.exchange.steps import BEGUN, DIGESTS, EVAL_LOSS
 from qlora_jax.objectives import Objective
@@ -59,6 +60,7 @@ def identity_of(
         "compute_dtype": config.compute_dtype,
         "optimizer": config.optimizer,
         "objective": objective.name,
+        **{f"objective.{name}": x for name, x in objective.settings.items()},
         "lora": lora.as_json(),
         "packing": packing,
         **{
@@ -80,9 +82,10 @@ def rows_digest(data: Dataset) -> str:
             found.update(len(one.tokens).to_bytes(8, "little"))
             found.update(np.ascontiguousarray(one.tokens, np.int32))
             found.update(np.ascontiguousarray(one.weights, np.float32))
-            for name, value in sorted(one.extras.items()):
+            # What a reference says of rows follows from them and the base.
+            for name in sorted(one.extras.keys() - {REFERENCE}):
                 found.update(name.encode())
-                found.update(np.ascontiguousarray(value))
+                found.update(np.ascontiguousarray(one.extras[name]))
     return found.hexdigest()
 
 

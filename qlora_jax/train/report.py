@@ -44,7 +44,7 @@ def plot_loss(run: Path, objective: Objective = SFT) -> Path:
             *zip(*held, strict=True), "o-", color="#c2571a", lw=1.2, label="held-out"
         )
     axes.set_xlabel("step")
-    unit = "nats a token" if objective is SFT else objective.name
+    unit = "nats a token" if objective.name == SFT.name else objective.name
     axes.set_ylabel(f"loss ({unit})")
     # A loss of other objectives may be less than 0.
     axes.set_ylim(bottom=min([0.0, *(loss for _, loss in train + held)]))

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -26,9 +26,20 @@ Program = tuple[str, Any]
 
 
 def batches_of(
-    data: Dataset, config: TrainConfig, objective: Objective, packing: Packing
+    data: Dataset,
+    config: TrainConfig,
+    objective: Objective,
+    packing: Packing,
+    late: Collection[str] = (),
 ) -> Batches:
     """Returns the batches of a run.
+
+    Args:
+      data: The rows.
+      config: The settings of training.
+      objective: What is minimized.
+      packing: How rows make batches, see `DataConfig.packing`.
+      late: What rows will have of what the objective needs, and have not yet.
 
     Raises:
       ConfigError: they cannot be packed as asked, or have not what the objective needs.
@@ -39,7 +50,7 @@ def batches_of(
         seed=config.seed,
         packing=resolve(packing, data, objective.packs, objective.name),
     )
-    objective.check(batches.at(0))
+    objective.check({**dict.fromkeys(late), **batches.at(0)})
     return batches
 
 

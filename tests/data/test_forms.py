@@ -252,7 +252,7 @@ def test_fields_that_nothing_reads_are_named(row, config, unused):
          "--data.columns messages=chosen"),
         ({"prompt": "a", "completion": messages(*TURNS)}, {}, "of which one is messages"),
         ({"prompt": messages(TURNS[0]), "completion": messages(TURNS[0])}, {},
-         "a completion without an assistant turn"),
+         "a completion without a turn of assistant"),
         ({"conversations": share_gpt(("elf", "b"))}, {}, "turn from 'elf', expected one of"),
         ({"conversations": [{"from": "human"}]}, {}, "'from' and without 'value'"),
         ({"conversations": [{"from": [], "value": "a"}]}, {}, "'from' is list, expected"),

@@ -135,7 +135,7 @@ def test_damaged_rows_are_made_again(tmp_path, kept, caplog):
         file.write_bytes(damaged)
         caplog.clear()
         assert same(first, read(path, kept))
-        assert "is damaged; its rows are tokenized again" in caplog.text
+        assert "is damaged; what it kept is made again" in caplog.text
         assert file.read_bytes() == whole
 
 

@@ -14,14 +14,19 @@ import numpy as np
 import optax
 import pytest
 import tiny
+import tomli_w
 
 import qlora_jax as qlora
 from qlora_jax.adapters import join, split
+from qlora_jax.cli import begin
 from qlora_jax.cli.main import main
+from qlora_jax.config.objective import ObjectiveConfig
+from qlora_jax.config.run import FILE, read_run
 from qlora_jax.config.train import TrainConfig
 from qlora_jax.errors import CheckpointError, ConfigError
-from qlora_jax.objectives import SFT, Objective, find_objective, of_hidden_states
+from qlora_jax.objectives import Objective, make_objective, of_hidden_states
 from qlora_jax.objectives.base import RESERVED
+from qlora_jax.toml import _nones, _without_none, read_toml, write_toml
 from qlora_jax.train.loop import Trainer
 from qlora_jax.train.metrics import read_metrics
 from qlora_jax.train.step import make_eval_step, make_train_step
@@ -38,7 +43,7 @@ def focal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[types.ModuleType
     """The module that CONTRIBUTING.md shows, on Python's path."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     section = text.partition("## Adding an objective")[2].partition("\n## ")[0]
-    assert "--train.objective focal:FOCAL" in section
+    assert "--objective focal:FOCAL" in section
     folder = tmp_path_factory.mktemp("path")
     found = re.search(r"```python\n(.*?)```", section, re.DOTALL)
     assert found is not None
@@ -194,10 +199,13 @@ def test_a_step_minimizes_one_thing(parts, by_rows, caplog):
 
 
 def test_objectives_are_found_by_name(focal):
-    assert find_objective("sft") is SFT
+    def find_objective(name: str) -> Objective:
+        return make_objective(ObjectiveConfig(name=name))
+
+    assert find_objective("sft").name == "sft"
     assert find_objective("focal:FOCAL") is focal.FOCAL
     for name, message in (
-        ("dpo", "'dpo', expected sft, or package.module:name"),
+        ("dop", "--objective is 'dop', expected sft.*or package.module:name"),
         ("focal:", "'focal:', expected"),
         ("nowhere_at_all:A", "ModuleNotFoundError: No module.*PYTHONPATH"),
         ("broken:A", "importing broken failed.*nowhere_to_be_found"),
@@ -263,18 +271,44 @@ def test_the_command_takes_an_objective_by_its_name(focal, tmp_path, capsys):
     out = tmp_path / "run"
     args = ["--model", base, "--data", data, "--out", out, "--lora.targets", "q_proj"]
     args += ["--train.micro-batch", 2, "--train.grad-accum", 1, "--train.max-steps", 2]
-    args += ["--train.objective", "focal:FOCAL", "--train.compute-dtype", "float32"]
+    args += ["--objective", "focal:FOCAL", "--train.compute-dtype", "float32"]
     assert main(["train", *map(str, args)]) == 0
     assert re.search(r"step 2/2: loss \d.*  p 0\.\d", capsys.readouterr().err)
     assert [0 < row["p"] < 1 for row in read_metrics(out / "metrics.jsonl")] == 2 * [1]
     config = out / "config.toml"
     text = config.read_text()
-    assert 'objective = "focal:FOCAL"' in text
+    assert 'name = "focal:FOCAL"' in text
     # A run goes on with what it was begun with, or not at all.
     for other, message in (
-        ("sft", "--train.objective is sft, it was focal:FOCAL"),
-        ("focal:BLURRY", "--train.objective is focal:BLURRY, it was focal:FOCAL"),
+        ("sft", "--objective.name is sft, it was focal:FOCAL"),
+        ("focal:BLURRY", "--objective.name is focal:BLURRY, it was focal:FOCAL"),
     ):
         config.write_text(text.replace("focal:FOCAL", other))
         assert main(["train", "--resume", str(out)]) == 2
         assert message in capsys.readouterr().err
+
+
+def as_older_versions_wrote(path: Path, config: Any) -> None:
+    """Writes a run's settings with its objective among those of training."""
+    write_toml(path, config)
+    values = read_toml(path)
+    values["train"]["objective"] = values.pop("objective")["name"]
+    unset = list(_nones(values, ""))
+    path.write_text(tomli_w.dumps({"unset": unset, **_without_none(values)}))
+
+
+def test_a_run_that_an_older_version_began_goes_on(focal, tmp_path, monkeypatch):
+    base = tiny.write_folder(tmp_path / "base")
+    data = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.sums(6))
+    out = tmp_path / "run"
+    args = ["--model", base, "--data", data, "--out", out, "--lora.targets", "q_proj"]
+    args += ["--train.micro-batch", 2, "--train.grad-accum", 1, "--train.max-steps", 2]
+    args += ["--objective=focal:FOCAL", "--train.compute-dtype", "float32"]
+    with monkeypatch.context() as patch:
+        patch.setattr(begin, "write_toml", as_older_versions_wrote)
+        assert main(["train", *map(str, args)]) == 0
+    for file in (out / FILE, out / "checkpoints" / "2" / FILE):
+        assert "[objective]" not in file.read_text()
+    assert main(["train", "--resume", str(out), "--train.max-steps", "3"]) == 0
+    assert read_run(out).objective == ObjectiveConfig(name="focal:FOCAL")
+    assert main(["train", "--resume", str(out), "--train.max-steps", "4"]) == 0
