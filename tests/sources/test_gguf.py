@@ -78,6 +78,19 @@ WRITTEN: dict[str, dict[str, Any]] = {
         },
     },
     "seed_oss": {"attention_out_bias": False},
+    "granite": {},
+    "mixtral": {"sliding_window": None},
+    "qwen2_moe": {"use_sliding_window": False, "mlp_only_layers": []},
+    "qwen3_moe": {},
+    "olmoe": {"num_key_value_heads": 4},
+    "gpt_oss": {
+        "swiglu_limit": 7.0,
+        "rope_scaling": cases.YARN
+        | {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+    },
+    "ernie4_5_moe": {},
+    "glm4_moe": {},
+    "minimax_m2": {},
 }
 """Cases that a GGUF file can hold -> what must be otherwise for it."""
 TEXT = "the quick brown fox, then the other one: 12 of 345, isn't it? " * 3
@@ -654,7 +667,16 @@ def test_a_big_endian_file_is_refused(tmp_path):
     ("meta", "message"),
     [
         ({"general.architecture": "bert"}, "'bert'; known: llama, qwen2, qwen3, gemma"),
-        ({"llama.expert_count": 8}, "mixture of experts"),
+        ({"llama.expert_count": 8}, "llama.expert_used_count is missing"),
+        (renamed("gemma", expert_count=8), "it is a mixture of experts"),
+        (
+            renamed("qwen3moe", expert_count=8, expert_gating_func=2),
+            "expert_gating_func is 2; expected a softmax",
+        ),
+        (
+            renamed("olmoe", expert_count=8, expert_group_count=4),
+            "expert_group_count is 4, and no olmoe has any",
+        ),
         ({"split.count": 3}, "1 of 3 parts.*llama-gguf-split"),
         (
             {"llama.block_count": None, "llama.embedding_length": None},

@@ -33,6 +33,7 @@ from qlora_jax.sources.gguf.architectures import (
     LAYER_NORM_KEYS,
     Architecture,
     keys,
+    model_type,
 )
 
 logger = logging.getLogger(__name__)
@@ -66,15 +67,23 @@ _KINDS: dict[str, Kind] = {
 """Metadata of all architectures -> their kinds."""
 
 _COUNT = whole(0, 2**31 - 1)
+_KIND_OF = {int: _COUNT, float: FINITE, bool: _FLAG}
+_SIGMOID = 2
+"""expert_gating_func of experts that are chosen by sigmoids; other values are a softmax."""
 _OF_ARCHITECTURE: dict[str, Kind] = {
     **{
         key.gguf: either(kind, listed(kind, MAX_LAYERS))
-        for key in {*KEYS, *LAYER_NORM_KEYS}
-        for kind in (_COUNT if key.kind is int else FINITE,)
+        for key in {
+            *KEYS,
+            *LAYER_NORM_KEYS,
+            *(key for a in ARCHITECTURES.values() for key in (*a.more, *a.experts)),
+        }
+        for kind in (_KIND_OF[key.kind],)
     },
+    "expert_gating_func": whole(0, 15),
+    "nextn_predict_layers": _COUNT,
     "attention.sliding_window": _COUNT,
     "attention.sliding_window_pattern": either(_COUNT, listed(_FLAG, MAX_LAYERS)),
-    "expert_count": _COUNT,
     "rope.freq_base_swa": number(1, 1e12),
     "rope.dimension_count": whole(2, 2**13),
     "rope.scaling.type": TEXT,
@@ -119,16 +128,18 @@ def read(
       vocab_size: Rows of the embedding.
     """
     arch, problems = meta["general.architecture"], []
-    known = ARCHITECTURES[arch]
-    config: dict[str, Any] = {"model_type": known.model_type} | known.settings
-    for key in keys(arch):
+    known, experts = ARCHITECTURES[arch], bool(meta.get(f"{arch}.expert_count"))
+    config: dict[str, Any] = {"model_type": model_type(arch, experts)} | known.settings
+    problems += _expert_problems(meta, known) if experts else []
+    for key in keys(arch, experts):
         value = meta.get(f"{arch}.{key.gguf}")
         if isinstance(value, list) and value:  # one a layer
             if len(set(value)) > 1:
                 problems.append(f"{arch}.{key.gguf} differs between layers: {value}")
             value = value[0]
         if value is not None and value != []:
-            config[key.hf] = key.kind(_decimal(value))
+            if key.hf:
+                config[key.hf] = key.kind(_decimal(value))
         elif key.required:
             problems.append(f"{arch}.{key.gguf} is missing")
     if problems:
@@ -145,8 +156,12 @@ def read(
     } | config
     if known.biases:
         config["attention_bias"] = "blk.0.attn_q.bias" in tensors
-    if arch == "command-r":
-        config["use_qk_norm"] = "blk.0.attn_q_norm.weight" in tensors
+    if known.optional_norms is not None:
+        config[known.optional_norms] = "blk.0.attn_q_norm.weight" in tensors
+    # What predicts several tokens is counted as layers, behind the others.
+    config["num_hidden_layers"] -= meta.get(f"{arch}.nextn_predict_layers", 0)
+    if arch == "ernie4_5-moe":
+        config["moe_num_shared_experts"] //= max(config["moe_intermediate_size"], 1)
     if known.largest is not None:
         largest = config["num_hidden_layers"] == known.largest
         scale = hidden // heads if largest else config["head_dim"]
@@ -163,6 +178,9 @@ def read(
     problems = _read_rope(config, meta, factors)
     if arch == "olmo2" and config["sliding_window"]:
         config = _olmo3(config)
+    if arch == "gpt-oss":  # without one it would be that of the released models
+        plain = {"rope_type": "default", "rope_theta": config["rope_theta"]}
+        config["rope_scaling"] = config.get("rope_scaling", plain) | {"truncate": False}
     return config, problems or read_config(config)[1]
 
 
@@ -173,9 +191,11 @@ def write(
     known = ARCHITECTURES[arch]
     values: dict[str, Any] = {
         key.gguf: key.kind(value)
-        for key in keys(arch)
-        if (value := getattr(config, key.field)) is not None
+        for key in keys(arch, bool(config.num_experts))
+        if (value := key.value(config)) is not None
     }
+    if config.num_experts and known.sigmoid:
+        values["expert_gating_func"] = _SIGMOID
     dim = config.rotary_dim or config.head_dim
     values["vocab_size"] = config.vocab_size
     values["attention.value_length"] = config.head_dim
@@ -238,6 +258,11 @@ def lost(
         problems.append(
             f"tie_word_embeddings is {tied}; no {arch} of llama.cpp has it so"
         )
+    if arch == "olmoe" and config.num_kv_heads != config.num_heads:
+        problems.append(
+            f"num_key_value_heads is {config.num_kv_heads}; an olmoe of llama.cpp has as many "
+            f"as heads, {config.num_heads}"
+        )
     pairs = [
         (field.name, getattr(config, field.name), getattr(have, field.name))
         for field in dataclasses.fields(config)
@@ -248,6 +273,24 @@ def lost(
         for name, ours, theirs in pairs
         if _rounded(ours) != _rounded(theirs)
     ]
+
+
+def _expert_problems(meta: dict[str, Any], known: Architecture) -> list[str]:
+    """Returns what llama.cpp would do with experts that models of an architecture do not."""
+    arch, problems = meta["general.architecture"], []
+    if not known.experts:
+        return ["it is a mixture of experts; without experts alone is it read"]
+    read_here = {key.gguf for key in known.experts}
+    plain = {"expert_weights_scale": (0, 1), "expert_group_count": (0, 1)}
+    for name, values in plain.items():
+        value = meta.get(f"{arch}.{name}", 0)
+        if name not in read_here and value not in values:
+            problems.append(f"{arch}.{name} is {value}, and no {arch} has any")
+    gating = meta.get(f"{arch}.expert_gating_func", 0)
+    if gating and (gating == _SIGMOID) != known.sigmoid:
+        wanted = "a sigmoid" if known.sigmoid else "a softmax"
+        problems.append(f"{arch}.expert_gating_func is {gating}; expected {wanted}")
+    return problems
 
 
 def _olmo3(config: dict[str, Any]) -> dict[str, Any]:

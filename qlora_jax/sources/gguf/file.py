@@ -4,19 +4,21 @@ A GGUF file has named metadata, a tokenizer among them, and tensors that may be 
 in blocks. What differs from a Hugging Face folder, and is undone on reading:
 
 - Tensors have other names, and their shapes are written in reverse.
-- Rows of q and k are interleaved in architectures llama and arcee: their files rotate
+- Rows of q and k are interleaved in architectures llama, arcee and granite: their files rotate
   neighbouring features, Hugging Face the two halves of a head.
 - Gemma's norms have the 1 in them that Hugging Face adds when it runs.
 - There is no output.weight where the head is the embedding.
+- The experts of a layer are together in one tensor a linear, and cut apart.
 
 Needs the package gguf, which is imported on use.
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -27,7 +29,7 @@ from qlora_jax.names import Table
 from qlora_jax.sources.gguf import config as gguf_config
 from qlora_jax.sources.gguf import scan
 from qlora_jax.sources.gguf import tokenizer as gguf_tokenizer
-from qlora_jax.sources.gguf.architectures import ARCHITECTURES
+from qlora_jax.sources.gguf.architectures import ARCHITECTURES, model_type
 from qlora_jax.sources.safetensors import TensorInfo
 from qlora_jax.text.tokenizer import Tokenizer
 
@@ -63,14 +65,12 @@ class GGUF(Mapping[str, np.ndarray]):
         if problems := gguf_config.misfitting(self._meta):
             raise CheckpointError(gathered(f"{path} cannot be used", problems))
         arch = self._arch = self._meta.get("general.architecture", "")
-        dense = ", ".join(ARCHITECTURES)
+        known = ", ".join(ARCHITECTURES)
         if arch not in ARCHITECTURES:
             raise CheckpointError(
-                f"{path}: general.architecture is {arch!r}; known: {dense}"
+                f"{path}: general.architecture is {arch!r}; known: {known}"
             )
         problems = []
-        if self._meta.get(f"{arch}.expert_count"):
-            problems.append("it is a mixture of experts; only dense models are read")
         if (parts := self._meta.get("split.count", 1)) > 1:
             problems.append(
                 f"it is 1 of {parts} parts; join them: llama-gguf-split --merge"
@@ -89,20 +89,34 @@ class GGUF(Mapping[str, np.ndarray]):
             )
         if problems:
             raise CheckpointError(gathered(f"{path} cannot be used", problems))
-        names = names_of(arch, self.config["num_hidden_layers"])
+        layers = self.config["num_hidden_layers"]
+        experts = self._meta.get(f"{arch}.expert_count", 0)
         self._heads = interleaved(
             arch, self.config["num_attention_heads"], self.config["num_key_value_heads"]
         )
-        self._tensors = {names.get(name, name): t for name, t in tensors.items()}
+        self._parts = _parts(arch, layers, experts, tensors)
+        count = self._meta.get(f"{arch}.nextn_predict_layers", 0)
+        self._leave_out(range(layers, layers + count))
         self.infos = {
             name: TensorInfo(
                 path,
-                np.dtype(_STORED.get(t.tensor_type.name, np.float32)),
-                _shape(t),
-                t.data_offset,
+                np.dtype(_STORED.get(part.tensor.tensor_type.name, np.float32)),
+                part.shape,
+                part.offset,
             )
-            for name, t in self._tensors.items()
+            for name, part in self._parts.items()
         }
+
+    def _leave_out(self, layers: range) -> None:
+        """Leaves out layers behind the model's own."""
+        left = [name for name in self._parts if _layer(name) in layers]
+        for name in left:
+            del self._parts[name]
+        if left:
+            self.notes.append(
+                f"layers {layers.start} to {layers.stop - 1} ({len(left)} tensors), which "
+                "predict further tokens, are left out"
+            )
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Reads one tensor.
@@ -110,28 +124,30 @@ class GGUF(Mapping[str, np.ndarray]):
         Raises:
           CheckpointError: it has a quantization that the package gguf does not know.
         """
-        tensor, info = self._tensors[name], self.infos[name]
-        rows = permuted(tensor.data, name, self._heads, undo=True)
+        part, info = self._parts[name], self.infos[name]
+        tensor = part.tensor
+        rows = permuted(part.data, name, self._heads, undo=True)
         if tensor.tensor_type.name in _STORED:
             w = rows.view(info.dtype).reshape(info.shape)
         else:
             try:
                 w = package().quants.dequantize(rows, tensor.tensor_type)
+                w = w.reshape(info.shape)
             except NotImplementedError as error:
                 raise CheckpointError(f"{name} in {self.path}: {error}") from None
         return w - w.dtype.type(1) if has_one(name, self._arch) else w
 
     def __contains__(self, name: object) -> bool:
         """Whether there is such a tensor, without reading it."""
-        return name in self._tensors
+        return name in self._parts
 
     def __iter__(self) -> Iterator[str]:
         """Yields the names."""
-        return iter(self._tensors)
+        return iter(self._parts)
 
     def __len__(self) -> int:
         """Counts the tensors."""
-        return len(self._tensors)
+        return len(self._parts)
 
     def damage(self) -> list[str]:
         """Returns nothing: a GGUF file has no digests to compare with."""
@@ -139,8 +155,8 @@ class GGUF(Mapping[str, np.ndarray]):
 
     def stored(self, name: str) -> tuple[str, int]:
         """Returns how a tensor is stored: the name of its kind (q4_k), and its bytes."""
-        tensor = self._tensors[name]
-        return tensor.tensor_type.name.lower(), int(tensor.n_bytes)
+        part = self._parts[name]
+        return part.tensor.tensor_type.name.lower(), part.n_bytes
 
     def tokenizer(self) -> Tokenizer | None:
         """Returns the file's tokenizer, or one that lies beside it; None without any.
@@ -198,18 +214,110 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return meta, {tensor.name: tensor for tensor in reader.tensors}
 
 
-def names_of(arch: str, layers: int) -> dict[str, str]:
-    """Returns {name in the file: Hugging Face name} of every tensor of a model."""
+class Part(NamedTuple):
+    """A tensor of a file, or one expert's part of it.
+
+    Attributes:
+      tensor: The whole, as the package gguf has it.
+      expert: Which of its parts; None for all of it.
+      row: Whether it has an axis of size 1 in front that the file leaves out.
+    """
+
+    tensor: Any
+    expert: int | None
+    row: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape, as Hugging Face has it."""
+        shape = _shape(self.tensor)
+        return (1, *shape) if self.row else shape[self.expert is not None :]
+
+    @property
+    def data(self) -> np.ndarray:
+        """Its values, or quantized rows."""
+        data = self.tensor.data
+        return data if self.expert is None else data[self.expert]
+
+    @property
+    def n_bytes(self) -> int:
+        """The bytes that it takes in the file."""
+        count = 1 if self.expert is None else _shape(self.tensor)[0]
+        return int(self.tensor.n_bytes) // count
+
+    @property
+    def offset(self) -> int:
+        """Where it begins in the file."""
+        return self.tensor.data_offset + (self.expert or 0) * self.n_bytes
+
+
+def _parts(
+    arch: str, layers: int, experts: int, tensors: dict[str, Any]
+) -> dict[str, Part]:
+    """Returns the tensors of a file by their Hugging Face names.
+
+    Raises:
+      CheckpointError: a tensor does not hold as many experts as the settings say.
+    """
+    held: dict[str, list[tuple[str, int | None]]] = {}
+    for name, (stored, expert) in names_of(arch, layers, experts).items():
+        held.setdefault(stored, []).append((name, expert))
+    parts, problems, rows = {}, [], ARCHITECTURES[arch].rows
+    for stored, tensor in tensors.items():
+        for name, expert in held.get(stored, [(stored, None)]):
+            if expert is not None and _shape(tensor)[:1] != (experts,):
+                shape = _shape(tensor)
+                problems.append(
+                    f"{stored} has shape {shape}, expected {experts} experts"
+                )
+                break
+            parts[name] = Part(tensor, expert, name.endswith(rows) and rows != ())
+    if problems:
+        raise CheckpointError(gathered("its tensors do not fit its settings", problems))
+    return parts
+
+
+def _layer(name: str) -> int:
+    """Returns the layer that a name of a file's tensor says; -1 where it says none."""
+    found = re.match(r"blk\.(\d+)\.", name)
+    return -1 if found is None else int(found[1])
+
+
+_OWN = {
+    "attn.sinks.weight": "attn_sinks.weight",
+    "mlp.router.correction.weight": "exp_probs_b.bias",
+    **{
+        f"mlp.experts.{linear}_proj.{ours}": f"ffn_{linear}_exps.{theirs}"
+        for linear in ("gate", "up", "down")
+        for ours, theirs in (("kernel", "weight"), ("bias", "bias"))
+    },
+}
+"""Paths of a layer whose names in a file are not those that the package gguf makes of Hugging
+Face's."""
+
+
+def names_of(
+    arch: str, layers: int, experts: int = 0
+) -> dict[str, tuple[str, int | None]]:
+    """Returns {Hugging Face name: (name in the file, expert)} of every tensor of a model.
+
+    The expert is None of what a tensor of the file holds alone.
+    """
     gguf = package()
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     table = gguf.get_tensor_name_map(kinds[arch], layers)
-    family = FAMILIES[ARCHITECTURES[arch].model_type]
-    names = {}
-    for _, name in Table(family.NAMES, layers).all():
+    family = FAMILIES[model_type(arch, bool(experts))]
+    names: dict[tuple[str, int | None], str] = {}
+    for numbered, name in Table(family.NAMES, layers, experts).all():
+        own = _OWN.get(numbered.path.removeprefix("layers."))
         stem, _, end = name.rpartition(".")
-        if (stored := table.get_name(stem)) is not None:
-            names[f"{stored}.{end}"] = name
-    return names
+        if own is not None:
+            layer, *expert = numbered.numbers
+            names[f"blk.{layer}.{own}", expert[0] if expert else None] = name
+        elif (stored := table.get_name(stem)) is not None:
+            # Of two names that are one in the file the later one is the family's (Phi-3).
+            names[f"{stored}.{end}", None] = name
+    return {name: place for place, name in names.items()}
 
 
 def _shape(tensor: Any) -> tuple[int, ...]:
@@ -224,7 +332,7 @@ def has_one(name: str, arch: str) -> bool:
 def interleaved(arch: str, heads: int, kv_heads: int) -> dict[str, int]:
     """Returns {linear: its heads} of those whose rows an architecture interleaves."""
     rotated = {"q_proj": heads, "k_proj": kv_heads}
-    return rotated if arch in ("llama", "arcee") else {}
+    return rotated if arch in ("llama", "arcee", "granite") else {}
 
 
 def permuted(
