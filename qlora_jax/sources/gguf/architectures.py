@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from qlora_jax.models import DecoderConfig
-from qlora_jax.models.spec import ExpertsSpec, MLPSpec
+from qlora_jax.models.spec import DeltaSpec, ExpertsSpec, MLPSpec, ShortConvSpec
 
 
 class Key(NamedTuple):
@@ -54,6 +54,16 @@ def routed(config: DecoderConfig) -> ExpertsSpec:
 def _dense_first(config: DecoderConfig) -> int:
     """Returns how many layers are before the first with experts."""
     return [s.feed_forward for s in config.specs].index(routed(config))
+
+
+def _mixer(kind: type, field: str) -> Callable[[DecoderConfig], Any]:
+    """Returns what reads a field of a decoder's first mixer of a kind."""
+
+    def value(config: DecoderConfig) -> Any:
+        mixers = (spec.mixer for spec in config.specs)
+        return getattr(next(one for one in mixers if isinstance(one, kind)), field)
+
+    return value
 
 
 def _shared_size(config: DecoderConfig) -> int:
@@ -109,7 +119,9 @@ class Architecture(NamedTuple):
       sigmoid: Whether experts are chosen by sigmoids, and not by a softmax.
       optional_norms: The setting that says whether q and k have norms, where tensors alone do.
       more: Further settings.
-      rows: Ends of the names of tensors with an axis of size 1 that the file leaves out.
+      rows: Ends of the names of tensors with an axis of size 1 that the file leaves out, and
+        the axis.
+      hybrid: Whether some layers have no attention.
     """
 
     model_type: str
@@ -128,7 +140,8 @@ class Architecture(NamedTuple):
     sigmoid: bool = False
     optional_norms: str | None = None
     more: tuple[Key, ...] = ()
-    rows: tuple[str, ...] = ()
+    rows: dict[str, int] = {}
+    hybrid: bool = False
 
 
 _GRANITE = (
@@ -170,6 +183,28 @@ _CORRECTED = _experts(
 )
 """Those of experts whose choice is corrected, in DeepSeek's names."""
 
+_DELTA = tuple(
+    Key(f"ssm.{gguf}", f"linear_{hf}", _mixer(DeltaSpec, field))
+    for gguf, hf, field in (
+        ("conv_kernel", "conv_kernel_dim", "taps"),
+        ("state_size", "key_head_dim", "key_dim"),
+        ("group_count", "num_key_heads", "key_heads"),
+        ("time_step_rank", "num_value_heads", "value_heads"),
+        ("inner_size", "value_head_dim", "value_size"),  # of all heads
+    )
+)
+_DELTA_MIXTURE = _experts(
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    Key(
+        "expert_shared_feed_forward_length",
+        "shared_expert_intermediate_size",
+        _shared_size,
+    ),
+)
+_DELTA_ROWS = {"linear_attn.conv1d.weight": 1, "shared_expert_gate.weight": 0}
+_TAPS = Key("shortconv.l_cache", "conv_L_cache", _mixer(ShortConvSpec, "taps"))
 _FACTORED = ("linear", "yarn", "llama3")
 ARCHITECTURES = {
     "llama": Architecture(
@@ -214,7 +249,7 @@ ARCHITECTURES = {
                 _shared_size,
             ),
         ),
-        rows=("shared_expert_gate.weight",),
+        rows={"shared_expert_gate.weight": 0},
     ),
     "qwen3moe": Architecture(
         "qwen3_moe",
@@ -250,7 +285,7 @@ ARCHITECTURES = {
             Key("leading_dense_block_count", "moe_layer_start_index", _dense_first),
             Key("interleave_moe_layer_step", "moe_layer_interval", lambda _: 1),
         ),
-        rows=("e_score_correction_bias",),
+        rows={"e_score_correction_bias": 0},
     ),
     "glm4moe": Architecture(
         "glm4_moe",
@@ -259,6 +294,45 @@ ARCHITECTURES = {
         experts=_CORRECTED,
         sigmoid=True,
         optional_norms="use_qk_norm",
+    ),
+    "qwen35": Architecture(
+        "qwen3_5_text", partial=True, more=_DELTA, rows=_DELTA_ROWS, hybrid=True
+    ),
+    "qwen35moe": Architecture(
+        "qwen3_5_moe_text",
+        partial=True,
+        more=_DELTA,
+        experts=_DELTA_MIXTURE,
+        rows=_DELTA_ROWS,
+        hybrid=True,
+    ),
+    "qwen3next": Architecture(
+        "qwen3_next",
+        {"norm_topk_prob": True},
+        partial=True,
+        more=_DELTA,
+        experts=_DELTA_MIXTURE,
+        rows=_DELTA_ROWS,
+        hybrid=True,
+    ),
+    "lfm2": Architecture(
+        "lfm2",
+        {"conv_bias": False, "block_auto_adjust_ff_dim": False},
+        more=(_TAPS,),
+        rows={"conv.conv.weight": 1},
+        hybrid=True,
+    ),
+    "lfm2moe": Architecture(
+        "lfm2_moe",
+        {"conv_bias": False, "norm_topk_prob": True, "routed_scaling_factor": 1.0},
+        more=(_TAPS,),
+        rows={"conv.conv.weight": 1},
+        hybrid=True,
+        experts=(
+            *_experts(),
+            Key("leading_dense_block_count", "num_dense_layers", _dense_first),
+        ),
+        sigmoid=True,
     ),
     "minimax-m2": Architecture(
         "minimax_m2",
@@ -271,6 +345,7 @@ ARCHITECTURES = {
         sigmoid=True,
     ),
 }
+QWEN35 = ("qwen35", "qwen35moe")
 WRITTEN_AS = {a.model_type: name for name, a in ARCHITECTURES.items()}
 WRITTEN_AS |= {"mistral": "llama", "mixtral": "llama", "olmo3": "olmo2"}
 """model_type -> the architecture that a model of it is written as."""
@@ -279,7 +354,7 @@ WRITTEN_AS |= {"mistral": "llama", "mixtral": "llama", "olmo3": "olmo2"}
 KEYS = (
     Key("embedding_length", "hidden_size", "hidden_size"),
     Key("block_count", "num_hidden_layers", "num_layers"),
-    Key("feed_forward_length", "intermediate_size", _width),
+    Key("feed_forward_length", "intermediate_size", _width, int, False),
     Key("attention.head_count", "num_attention_heads", "num_heads"),
     Key("attention.layer_norm_rms_epsilon", "rms_norm_eps", "rms_norm_eps", float),
     Key(

@@ -31,9 +31,17 @@ from qlora_jax.sources.gguf.architectures import (
     ARCHITECTURES,
     KEYS,
     LAYER_NORM_KEYS,
-    Architecture,
     keys,
     model_type,
+)
+from qlora_jax.sources.gguf.layers import (
+    FULL,
+    SIGMOID,
+    expert_problems,
+    hybrid,
+    pattern_of,
+    read_hybrid,
+    windows_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -68,8 +76,6 @@ _KINDS: dict[str, Kind] = {
 
 _COUNT = whole(0, 2**31 - 1)
 _KIND_OF = {int: _COUNT, float: FINITE, bool: _FLAG}
-_SIGMOID = 2
-"""expert_gating_func of experts that are chosen by sigmoids; other values are a softmax."""
 _OF_ARCHITECTURE: dict[str, Kind] = {
     **{
         key.gguf: either(kind, listed(kind, MAX_LAYERS))
@@ -84,6 +90,9 @@ _OF_ARCHITECTURE: dict[str, Kind] = {
     "nextn_predict_layers": _COUNT,
     "attention.sliding_window": _COUNT,
     "attention.sliding_window_pattern": either(_COUNT, listed(_FLAG, MAX_LAYERS)),
+    "attention.recurrent_layers": listed(_FLAG, MAX_LAYERS),
+    "full_attention_interval": whole(1, MAX_LAYERS),
+    "rope.dimension_sections": listed(_COUNT, 4),
     "rope.freq_base_swa": number(1, 1e12),
     "rope.dimension_count": whole(2, 2**13),
     "rope.scaling.type": TEXT,
@@ -130,18 +139,8 @@ def read(
     arch, problems = meta["general.architecture"], []
     known, experts = ARCHITECTURES[arch], bool(meta.get(f"{arch}.expert_count"))
     config: dict[str, Any] = {"model_type": model_type(arch, experts)} | known.settings
-    problems += _expert_problems(meta, known) if experts else []
-    for key in keys(arch, experts):
-        value = meta.get(f"{arch}.{key.gguf}")
-        if isinstance(value, list) and value:  # one a layer
-            if len(set(value)) > 1:
-                problems.append(f"{arch}.{key.gguf} differs between layers: {value}")
-            value = value[0]
-        if value is not None and value != []:
-            if key.hf:
-                config[key.hf] = key.kind(_decimal(value))
-        elif key.required:
-            problems.append(f"{arch}.{key.gguf} is missing")
+    problems += expert_problems(meta, known) if experts else []
+    problems += _read_keys(config, meta, experts)
     if problems:
         return config, problems
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
@@ -160,6 +159,8 @@ def read(
         config[known.optional_norms] = "blk.0.attn_q_norm.weight" in tensors
     # What predicts several tokens is counted as layers, behind the others.
     config["num_hidden_layers"] -= meta.get(f"{arch}.nextn_predict_layers", 0)
+    if known.hybrid:
+        read_hybrid(config, meta)
     if arch == "ernie4_5-moe":
         config["moe_num_shared_experts"] //= max(config["moe_intermediate_size"], 1)
     if known.largest is not None:
@@ -167,7 +168,7 @@ def read(
         scale = hidden // heads if largest else config["head_dim"]
         config["query_pre_attn_scalar"] = scale
     if known.window is not None:
-        config |= _windows(meta, known, config["num_hidden_layers"])
+        config |= windows_of(meta, known, config["num_hidden_layers"])
     if arch == "gemma3":
         config["sliding_window_pattern"] = 6 if config["sliding_window"] else 1
         local = meta.get("gemma3.rope.freq_base_swa", 10000.0)
@@ -184,6 +185,34 @@ def read(
     return config, problems or read_config(config)[1]
 
 
+def _read_keys(
+    config: dict[str, Any], meta: dict[str, Any], experts: bool
+) -> list[str]:
+    """Adds the settings that have a key of their own; returns problems."""
+    arch, problems = meta["general.architecture"], []
+    known = ARCHITECTURES[arch]
+    for key in keys(arch, experts):
+        value = meta.get(f"{arch}.{key.gguf}")
+        if isinstance(value, list) and value:  # one a layer
+            if known.hybrid and key.hf == "num_key_value_heads":
+                config["layer_types"] = [FULL if heads else "conv" for heads in value]
+                value = [heads for heads in value if heads] or [0]
+            if len(set(value)) > 1:
+                problems.append(f"{arch}.{key.gguf} differs between layers: {value}")
+            value = value[0]
+        if value is not None and value != []:
+            if key.hf:
+                config[key.hf] = key.kind(_decimal(value))
+        elif key.required:
+            problems.append(f"{arch}.{key.gguf} is missing")
+    if "intermediate_size" not in config:
+        if "moe_intermediate_size" in config:
+            config["intermediate_size"] = config["moe_intermediate_size"]
+        else:
+            problems.append(f"{arch}.feed_forward_length is missing")
+    return problems
+
+
 def write(
     config: DecoderConfig, arch: str
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -194,8 +223,10 @@ def write(
         for key in keys(arch, bool(config.num_experts))
         if (value := key.value(config)) is not None
     }
+    if known.hybrid:
+        values |= hybrid(config, arch)
     if config.num_experts and known.sigmoid:
-        values["expert_gating_func"] = _SIGMOID
+        values["expert_gating_func"] = SIGMOID
     dim = config.rotary_dim or config.head_dim
     values["vocab_size"] = config.vocab_size
     values["attention.value_length"] = config.head_dim
@@ -210,7 +241,7 @@ def write(
                 max(windows),
             )
         every = known.pattern
-        if every and [bool(w) for w in windows] != _pattern(every, len(windows)):
+        if every and [bool(w) for w in windows] != pattern_of(every, len(windows)):
             values["attention.sliding_window_pattern"] = [bool(w) for w in windows]
     if arch == "gemma3":
         ropes = [spec.mixer.rope for spec in config.specs]
@@ -275,24 +306,6 @@ def lost(
     ]
 
 
-def _expert_problems(meta: dict[str, Any], known: Architecture) -> list[str]:
-    """Returns what llama.cpp would do with experts that models of an architecture do not."""
-    arch, problems = meta["general.architecture"], []
-    if not known.experts:
-        return ["it is a mixture of experts; without experts alone is it read"]
-    read_here = {key.gguf for key in known.experts}
-    plain = {"expert_weights_scale": (0, 1), "expert_group_count": (0, 1)}
-    for name, values in plain.items():
-        value = meta.get(f"{arch}.{name}", 0)
-        if name not in read_here and value not in values:
-            problems.append(f"{arch}.{name} is {value}, and no {arch} has any")
-    gating = meta.get(f"{arch}.expert_gating_func", 0)
-    if gating and (gating == _SIGMOID) != known.sigmoid:
-        wanted = "a sigmoid" if known.sigmoid else "a softmax"
-        problems.append(f"{arch}.expert_gating_func is {gating}; expected {wanted}")
-    return problems
-
-
 def _olmo3(config: dict[str, Any]) -> dict[str, Any]:
     """Returns the config.json of an OLMo 2 that has windows: only full layers are scaled."""
     theta = {"rope_theta": config["rope_theta"]}
@@ -300,27 +313,6 @@ def _olmo3(config: dict[str, Any]) -> dict[str, Any]:
     ropes = {"full_attention": full, "sliding_attention": theta}
     plain = {key: value for key, value in config.items() if key != "rope_scaling"}
     return plain | {"model_type": "olmo3", "rope_parameters": ropes}
-
-
-def _windows(meta: dict[str, Any], known: Architecture, layers: int) -> dict[str, Any]:
-    """Returns the settings of config.json that say which layers have windows."""
-    prefix = f"{meta['general.architecture']}.attention.sliding_window"
-    window = meta.get(prefix, known.window)
-    if known.windowed is not None:
-        window = (window or known.window) if layers == known.windowed else 0
-    settings: dict[str, Any] = {"sliding_window": window or None}
-    if window and known.pattern is not None:
-        pattern = meta.get(f"{prefix}_pattern", known.pattern)
-        if isinstance(pattern, int):
-            pattern = _pattern(pattern, layers)
-        kinds = ("full_attention", "sliding_attention")
-        settings["layer_types"] = [kinds[bool(here)] for here in pattern]
-    return settings
-
-
-def _pattern(every: int, layers: int) -> list[bool]:
-    """Returns which layers have windows if each so many-th has none; 0 for all."""
-    return [not every or (i + 1) % every != 0 for i in range(layers)]
 
 
 def _decimal(value: Any) -> Any:

@@ -4,9 +4,7 @@ A GGUF file has named metadata, a tokenizer among them, and tensors that may be 
 in blocks. What differs from a Hugging Face folder, and is undone on reading:
 
 - Tensors have other names, and their shapes are written in reverse.
-- Rows of q and k are interleaved in architectures llama, arcee and granite: their files rotate
-  neighbouring features, Hugging Face the two halves of a head.
-- Gemma's norms have the 1 in them that Hugging Face adds when it runs.
+- Rows, axes and values of some are otherwise (forms.py).
 - There is no output.weight where the head is the embedding.
 - The experts of a layer are together in one tensor a linear, and cut apart.
 
@@ -24,12 +22,20 @@ import ml_dtypes
 import numpy as np
 
 from qlora_jax.errors import CheckpointError, gathered
-from qlora_jax.models import FAMILIES
+from qlora_jax.models import FAMILIES, DecoderConfig, read_config
 from qlora_jax.names import Table
 from qlora_jax.sources.gguf import config as gguf_config
 from qlora_jax.sources.gguf import scan
 from qlora_jax.sources.gguf import tokenizer as gguf_tokenizer
 from qlora_jax.sources.gguf.architectures import ARCHITECTURES, model_type
+from qlora_jax.sources.gguf.forms import (
+    JOINTS,
+    Joint,
+    axis_left_out,
+    from_file,
+    interleaved,
+    permuted,
+)
 from qlora_jax.sources.safetensors import TensorInfo
 from qlora_jax.text.tokenizer import Tokenizer
 
@@ -45,6 +51,54 @@ def open_gguf(path: str | os.PathLike[str]) -> "GGUF":
         settings; all problems in one message.
     """
     return GGUF(Path(path))
+
+
+class Part(NamedTuple):
+    """A tensor of a file, or one expert's part of it.
+
+    Attributes:
+      tensor: The whole, as the package gguf has it.
+      expert: Which of its parts; None for all of it.
+      axis: An axis of size 1 that the file leaves out, or None.
+      joint: Where it is the first of two tensors that are one linear, what these are, the
+        second, and the linear's shape.
+    """
+
+    tensor: Any
+    expert: int | None = None
+    axis: int | None = None
+    joint: "tuple[Joint, Part, tuple[int, ...]] | None" = None
+
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """Its shape with the axes that Hugging Face has."""
+        shape = _shape(self.tensor)
+        if self.axis is not None:
+            return (*shape[: self.axis], 1, *shape[self.axis :])
+        return shape[self.expert is not None :]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of what is read."""
+        return self.own_shape if self.joint is None else self.joint[2]
+
+    @property
+    def data(self) -> np.ndarray:
+        """Its values, or quantized rows."""
+        data = self.tensor.data
+        return data if self.expert is None else data[self.expert]
+
+    @property
+    def n_bytes(self) -> int:
+        """The bytes that it takes in the file."""
+        count = 1 if self.expert is None else _shape(self.tensor)[0]
+        more = 0 if self.joint is None else self.joint[1].n_bytes
+        return int(self.tensor.n_bytes) // count + more
+
+    @property
+    def offset(self) -> int:
+        """Where it begins in the file."""
+        return self.tensor.data_offset + (self.expert or 0) * self.n_bytes
 
 
 class GGUF(Mapping[str, np.ndarray]):
@@ -90,11 +144,13 @@ class GGUF(Mapping[str, np.ndarray]):
         if problems:
             raise CheckpointError(gathered(f"{path} cannot be used", problems))
         layers = self.config["num_hidden_layers"]
-        experts = self._meta.get(f"{arch}.expert_count", 0)
         self._heads = interleaved(
             arch, self.config["num_attention_heads"], self.config["num_key_value_heads"]
         )
-        self._parts = _parts(arch, layers, experts, tensors)
+        decoder, _ = read_config(self.config)
+        assert decoder is not None
+        self._decoder = decoder
+        self._parts = _parts(arch, decoder, tensors)
         count = self._meta.get(f"{arch}.nextn_predict_layers", 0)
         self._leave_out(range(layers, layers + count))
         self.infos = {
@@ -114,7 +170,7 @@ class GGUF(Mapping[str, np.ndarray]):
             del self._parts[name]
         if left:
             self.notes.append(
-                f"layers {layers.start} to {layers.stop - 1} ({len(left)} tensors), which "
+                f"tensors of layers from {layers.start} on ({len(left)} in all), which "
                 "predict further tokens, are left out"
             )
 
@@ -124,18 +180,26 @@ class GGUF(Mapping[str, np.ndarray]):
         Raises:
           CheckpointError: it has a quantization that the package gguf does not know.
         """
-        part, info = self._parts[name], self.infos[name]
+        part = self._parts[name]
+        if part.joint is None:
+            return self._decoded(name, part)
+        parts = [self._decoded(name, part), self._decoded(name, part.joint[1])]
+        return part.joint[0].join(parts, self._decoder)
+
+    def _decoded(self, name: str, part: Part) -> np.ndarray:
+        """Reads a tensor, or an expert's part of one."""
         tensor = part.tensor
         rows = permuted(part.data, name, self._heads, undo=True)
-        if tensor.tensor_type.name in _STORED:
-            w = rows.view(info.dtype).reshape(info.shape)
+        stored = _STORED.get(tensor.tensor_type.name)
+        if stored is not None:
+            w = rows.view(stored).reshape(part.own_shape)
         else:
             try:
                 w = package().quants.dequantize(rows, tensor.tensor_type)
-                w = w.reshape(info.shape)
             except NotImplementedError as error:
                 raise CheckpointError(f"{name} in {self.path}: {error}") from None
-        return w - w.dtype.type(1) if has_one(name, self._arch) else w
+            w = w.reshape(part.own_shape)
+        return from_file(w, name, self._arch, self._decoder)
 
     def __contains__(self, name: object) -> bool:
         """Whether there is such a tensor, without reading it."""
@@ -214,55 +278,19 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return meta, {tensor.name: tensor for tensor in reader.tensors}
 
 
-class Part(NamedTuple):
-    """A tensor of a file, or one expert's part of it.
-
-    Attributes:
-      tensor: The whole, as the package gguf has it.
-      expert: Which of its parts; None for all of it.
-      row: Whether it has an axis of size 1 in front that the file leaves out.
-    """
-
-    tensor: Any
-    expert: int | None
-    row: bool
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape, as Hugging Face has it."""
-        shape = _shape(self.tensor)
-        return (1, *shape) if self.row else shape[self.expert is not None :]
-
-    @property
-    def data(self) -> np.ndarray:
-        """Its values, or quantized rows."""
-        data = self.tensor.data
-        return data if self.expert is None else data[self.expert]
-
-    @property
-    def n_bytes(self) -> int:
-        """The bytes that it takes in the file."""
-        count = 1 if self.expert is None else _shape(self.tensor)[0]
-        return int(self.tensor.n_bytes) // count
-
-    @property
-    def offset(self) -> int:
-        """Where it begins in the file."""
-        return self.tensor.data_offset + (self.expert or 0) * self.n_bytes
-
-
 def _parts(
-    arch: str, layers: int, experts: int, tensors: dict[str, Any]
+    arch: str, config: DecoderConfig, tensors: dict[str, Any]
 ) -> dict[str, Part]:
     """Returns the tensors of a file by their Hugging Face names.
 
     Raises:
       CheckpointError: a tensor does not hold as many experts as the settings say.
     """
+    layers, experts = config.num_layers, config.num_experts
     held: dict[str, list[tuple[str, int | None]]] = {}
     for name, (stored, expert) in names_of(arch, layers, experts).items():
         held.setdefault(stored, []).append((name, expert))
-    parts, problems, rows = {}, [], ARCHITECTURES[arch].rows
+    parts, problems = {}, []
     for stored, tensor in tensors.items():
         for name, expert in held.get(stored, [(stored, None)]):
             if expert is not None and _shape(tensor)[:1] != (experts,):
@@ -271,10 +299,27 @@ def _parts(
                     f"{stored} has shape {shape}, expected {experts} experts"
                 )
                 break
-            parts[name] = Part(tensor, expert, name.endswith(rows) and rows != ())
+            parts[name] = Part(tensor, expert, axis_left_out(name, arch))
     if problems:
         raise CheckpointError(gathered("its tensors do not fit its settings", problems))
+    for name, stored in joined_in(arch, layers).items():
+        if all(one in parts for one in stored):
+            first, second = (parts.pop(one) for one in stored)
+            joint = JOINTS[arch]
+            shape = joint.shape((first.own_shape, second.own_shape), config)
+            parts[name] = first._replace(joint=(joint, second, shape))
     return parts
+
+
+def joined_in(arch: str, layers: int) -> dict[str, list[str]]:
+    """Returns {Hugging Face name: names in the file} of what a file has as two tensors."""
+    if (joint := JOINTS.get(arch)) is None:
+        return {}
+    name = FAMILIES[ARCHITECTURES[arch].model_type].NAMES[f"layers.{joint.path}"]
+    return {
+        name.format(i): [f"blk.{i}.{one}" for one in joint.stored]
+        for i in range(layers)
+    }
 
 
 def _layer(name: str) -> int:
@@ -285,6 +330,8 @@ def _layer(name: str) -> int:
 
 _OWN = {
     "attn.sinks.weight": "attn_sinks.weight",
+    "attn.decay.weight": "ssm_a",
+    "attn.decay.bias": "ssm_dt.bias",
     "mlp.router.correction.weight": "exp_probs_b.bias",
     **{
         f"mlp.experts.{linear}_proj.{ours}": f"ffn_{linear}_exps.{theirs}"
@@ -322,29 +369,3 @@ def names_of(
 
 def _shape(tensor: Any) -> tuple[int, ...]:
     return tuple(int(size) for size in reversed(tensor.shape))
-
-
-def has_one(name: str, arch: str) -> bool:
-    """Whether a tensor has the 1 in it that Hugging Face adds when it runs."""
-    return arch.startswith("gemma") and name.endswith("norm.weight")
-
-
-def interleaved(arch: str, heads: int, kv_heads: int) -> dict[str, int]:
-    """Returns {linear: its heads} of those whose rows an architecture interleaves."""
-    rotated = {"q_proj": heads, "k_proj": kv_heads}
-    return rotated if arch in ("llama", "arcee", "granite") else {}
-
-
-def permuted(
-    rows: np.ndarray, name: str, interleaved: dict[str, int], *, undo: bool
-) -> np.ndarray:
-    """Puts the rows of q and k from Hugging Face's order into llama's, or back.
-
-    They may be quantized: blocks lie within a row.
-    """
-    heads = interleaved.get(name.split(".")[-2] if "." in name else name)
-    if heads is None:
-        return rows
-    halves = (-1, 2) if undo else (2, -1)
-    apart = rows.reshape(heads, *halves, *rows.shape[1:])
-    return np.ascontiguousarray(apart.swapaxes(1, 2)).reshape(rows.shape)

@@ -11,17 +11,16 @@ from qlora_jax.errors import CheckpointError, OutputExistsError, ShapeError, gat
 from qlora_jax.files import new_file
 from qlora_jax.sources.gguf import config as gguf_config
 from qlora_jax.sources.gguf import tokenizer as gguf_tokenizer
-from qlora_jax.sources.gguf.architectures import ARCHITECTURES, WRITTEN_AS
-from qlora_jax.sources.gguf.file import (
-    GGUF,
-    has_one,
+from qlora_jax.sources.gguf.architectures import WRITTEN_AS
+from qlora_jax.sources.gguf.file import joined_in, names_of, package
+from qlora_jax.sources.gguf.forms import (
+    JOINTS,
+    axis_left_out,
     interleaved,
-    names_of,
-    package,
     permuted,
+    to_file,
 )
 from qlora_jax.sources.load import outline
-from qlora_jax.sources.safetensors import Checkpoint
 from qlora_jax.sources.source import Source, open_source, say
 
 DTYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
@@ -80,9 +79,11 @@ def write_gguf(
     if config.tie_word_embeddings:
         names.pop("lm_head.weight", None)
     stored: dict[str, list[str]] = {}
+    joined = joined_in(arch, config.num_layers)
     for name in names:  # in the order of the experts
         if name in checkpoint:
-            stored.setdefault(names[name][0], []).append(name)
+            for one in joined.get(name, names[name][:1]):
+                stored.setdefault(one, []).append(name)
     meta, factors = gguf_config.write(config, arch)
     if problems := gguf_config.lost(config, meta, stored, factors):
         raise CheckpointError(gathered(f"{source} does not fit a GGUF file", problems))
@@ -95,7 +96,7 @@ def write_gguf(
     meta |= gguf_tokenizer.write(source.path, source.hf, config.vocab_size)
     out.parent.mkdir(parents=True, exist_ok=True)
     with new_file(out, overwrite=overwrite) as beside:
-        problems = _write(beside, meta, factors, checkpoint, stored, dtype)
+        problems = _write(beside, meta, factors, source, stored, dtype)
         if damage := source.damage():
             raise CheckpointError(gathered(f"{source} has unusable weights", damage))
         if problems:
@@ -107,7 +108,7 @@ def _write(
     path: Path,
     meta: dict[str, Any],
     factors: dict[str, np.ndarray],
-    checkpoint: Checkpoint | GGUF,
+    source: Source,
     stored: dict[str, list[str]],
     dtype: str,
 ) -> list[str]:
@@ -116,11 +117,11 @@ def _write(
     Args:
       path: The file.
       meta, factors: From `gguf.config.write`.
-      checkpoint: The folder's tensors.
+      source: The folder.
       stored: {name in the file: names of the tensors that it holds}.
       dtype: See `write_gguf`.
     """
-    gguf, problems = package(), []
+    gguf, problems, config = package(), [], source.config
     arch = meta["general.architecture"]
     heads = interleaved(
         arch,
@@ -131,11 +132,28 @@ def _write(
     for key, value in meta.items():
         if key != "general.architecture":  # the writer's own
             getattr(writer, _ADD.get(type(value), "add_array"))(key, value)
-    rows = ARCHITECTURES[arch].rows
+    checkpoint, joint = source.tensors, JOINTS.get(arch)
+
+    def tensor(name: str, one: str) -> np.ndarray:
+        """Returns what a tensor of the file has of one of the folder's."""
+        w = np.asarray(factors[one] if one in factors else checkpoint[one], np.float32)
+        w = to_file(permuted(w, one, heads, undo=False), one, arch, config)
+        if joint is not None and one in joined:
+            w = joint.cut(w, config)[joined[one].index(name)]
+        axis = axis_left_out(one, arch)
+        return w if axis is None else w.squeeze(axis)
+
+    joined = joined_in(arch, config.num_layers)
     shapes = {name: w.shape for name, w in factors.items()}
     for name, held in stored.items():
-        one = checkpoint.infos[held[0]].shape[held[0].endswith(rows) and rows != () :]
-        shapes[name] = one if "_exps." not in name else (len(held), *one)
+        one = held[0]
+        if one in joined:
+            shapes[name] = tensor(name, one).shape
+            continue
+        shape, axis = list(checkpoint.infos[one].shape), axis_left_out(one, arch)
+        if axis is not None:
+            del shape[axis]
+        shapes[name] = (len(held), *shape) if "_exps." in name else tuple(shape)
     kinds = {}
     for name, shape in shapes.items():
         kinds[name] = kind = gguf.GGMLQuantizationType[_kind(name, shape, dtype)]
@@ -150,19 +168,12 @@ def _write(
             largest = np.finfo(np.float16 if kind.name == "F16" else np.float32).max
             made = []
             for one in stored.get(name, [name]):
-                w = np.asarray(factors[one] if one in factors else checkpoint[one])
-                w = permuted(w.astype(np.float32), one, heads, undo=False)
-                w = w + np.float32(has_one(one, arch))
+                w = tensor(name, one)
                 if not (np.abs(w) <= largest).all():
                     problems.append(f"{one}: NaN or Inf values (or too large for it)")
                     w = np.zeros_like(w)
-                w = w.reshape(
-                    shapes[name] if "_exps." not in name else shapes[name][1:]
-                )
                 made.append(gguf.quants.quantize(w, kind))
-            writer.write_tensor_data(
-                made[0] if "_exps." not in name else np.stack(made)
-            )
+            writer.write_tensor_data(np.stack(made) if "_exps." in name else made[0])
     finally:
         writer.close()
     return problems
@@ -171,5 +182,7 @@ def _write(
 def _kind(name: str, shape: tuple[int, ...], dtype: str) -> str:
     """Returns the type that a tensor is written as."""
     if len(shape) == 1 or name.endswith(".bias") or "ffn_gate_inp" in name:
+        return "F32"
+    if "ssm_conv1d" in name or "shortconv.conv" in name:  # llama.cpp takes no others
         return "F32"
     return "F16" if dtype == "q8_0" and shape[-1] % 32 else dtype.upper()
