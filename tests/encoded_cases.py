@@ -58,6 +58,15 @@ def _fp8(w: np.ndarray) -> tuple[Entries, np.ndarray]:
     ) * each
 
 
+def _fp8_stacked(w: np.ndarray) -> tuple[Entries, np.ndarray]:
+    grid = w.shape[0], w.shape[1] // 4, w.shape[2] // 8
+    scale = np.random.default_rng(w.size).uniform(1e-2, 2e-2, grid).astype(np.float32)
+    each = scale.repeat(4, 1).repeat(8, 2)
+    codes = (w / each).astype(F8)
+    entries = {"": codes, "_scale_inv": scale}
+    return entries, codes.astype(np.float32) * each
+
+
 def _packed(w: np.ndarray) -> tuple[Entries, np.ndarray]:
     groups = w.reshape(len(w), -1, 32)
     scale = (np.abs(groups).max(-1) / 7).astype(BF16)
@@ -139,6 +148,10 @@ FORMS: dict[
         {"quant_method": "fp8", "weight_block_size": [24, 40], "ignored_layers": None},
         _fp8,
     ),
+    "fp8_stacked": (
+        {"quant_method": "fp8", "weight_block_size": [4, 8]},
+        _fp8_stacked,
+    ),
     "packed": (
         _compressed(
             "pack-quantized", num_bits=4, type="int", strategy="group", group_size=32
@@ -191,7 +204,8 @@ def folders(
         dense[name], mine = w, named(name)
         if name.endswith(ends):
             entries, dense[name] = encode(w.astype(np.float32))
-            module = mine.removesuffix("weight")
+            stacked = form == "fp8_stacked"
+            module = mine if stacked else mine.removesuffix("weight")
             stored |= {module + end: x for end, x in entries.items()}
         else:
             stored[mine] = w

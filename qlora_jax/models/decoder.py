@@ -12,8 +12,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from qlora_jax.config.train import Checkpoint
+from qlora_jax.errors import ConfigError
 from qlora_jax.models.cache import Cache, Context
 from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.head import Head
 from qlora_jax.models.layers import (
     Applied,
     DecoderLayer,
@@ -29,29 +31,6 @@ from qlora_jax.nn.documents import places_of
 from qlora_jax.nn.embedding import Embedding
 from qlora_jax.nn.linear import Linear
 from qlora_jax.nn.norm import BareNorm, LayerNorm, Norm, RMSNorm
-
-
-class Head(nnx.Module):
-    """A linear whose logits are scaled (Granite) or capped (Gemma 2)."""
-
-    def __init__(self, linear: Any, scale: float, softcap: float | None):
-        self.linear = linear
-        self.scale = scale
-        self.softcap = softcap
-
-    @property
-    def out_features(self) -> int:
-        """Size of the vocabulary."""
-        return self.linear.out_features
-
-    def __call__(
-        self, x: Float[Array, "*batch hidden"]
-    ) -> Float[Array, "*batch vocab"]:
-        """Returns logits in x's dtype."""
-        logits = scaled(self.linear(x), self.scale)
-        if self.softcap is not None:
-            logits = jnp.tanh(logits / self.softcap) * self.softcap
-        return logits
 
 
 class Decoder(nnx.Module):
@@ -199,6 +178,51 @@ class Decoder(nnx.Module):
           key: The random key for LoRA dropout; None switches it off.
           checkpoint: What backward recomputes.
         """
+        options = {"positions": positions, "segment_ids": segment_ids}
+        return self._states(tokens, None, key, checkpoint, **options)[0]
+
+    def routed(
+        self,
+        tokens: Int[Array, "*micro batch seq"],
+        counted: Float[Array, "*micro batch seq"],
+        *,
+        positions: Int[Array, "*micro batch seq"] | None = None,
+        segment_ids: Int[Array, "*micro batch seq"] | None = None,
+        key: Array | None = None,
+        checkpoint: Checkpoint = "none",
+    ) -> tuple[
+        Float[Array, "*micro batch seq hidden"], Float[Array, "*micro 2 experts"]
+    ]:
+        """Returns what `hidden_states` does, and the mean load of the routers of all layers.
+
+        Args:
+          tokens: See `hidden_states`.
+          counted: 1 for a token that counts in the load, 0 for padding.
+          positions, segment_ids, key, checkpoint: See `hidden_states`.
+
+        Raises:
+          ConfigError: no layer has a router.
+        """
+        options = {"positions": positions, "segment_ids": segment_ids}
+        x, outputs = self._states(tokens, counted, key, checkpoint, **options)
+        loads = [load for load in outputs if load is not None]
+        if not loads:
+            raise ConfigError(
+                f"this {self.config.model_type} has no experts that tokens are routed to, and "
+                "the load of its routers is asked for; set router_aux_loss to 0"
+            )
+        return x, jnp.mean(jnp.concatenate(loads), axis=0)
+
+    def _states(
+        self,
+        tokens: Array,
+        counted: Array | None,
+        key: Array | None,
+        checkpoint: Checkpoint,
+        positions: Array | None,
+        segment_ids: Array | None,
+    ) -> tuple[Array, list[Any]]:
+        """Returns the final hidden states, and the loads of each slot's layers."""
         *micro, batch, seq = tokens.shape
         context = self._context((batch, seq), positions, segment_ids)
         # Micro-batches differ in it where their rows hold several documents.
@@ -219,8 +243,9 @@ class Decoder(nnx.Module):
             def one(
                 x: Array,
                 given: Given,
-                key: Array | None,
+                key: Any,
                 per_layer: Any,
+                counted: Any,
                 own: Any = None,
             ) -> Any:
                 sees = dataclasses.replace(context, given=given)
@@ -228,28 +253,29 @@ class Decoder(nnx.Module):
                     positions, documents, values = own
                     shared = dict(zip(context.shared, values, strict=True))
                     sees = Context(positions, shared, given=given, documents=documents)
-                return layer(x, sees, None, key, per_layer)
+                return layer(x, sees, None, key, per_layer, counted)
 
             def turn(_: None, xs: Any) -> tuple[None, Any]:
                 return None, one(*xs)
 
             if not micro:
-                x, remembered = one(x, given, key, per_layer)
-                return Applied(x, None, remembered)
+                x, remembered, load = one(x, given, key, per_layer, counted)
+                return Applied(x, load, remembered)
             if checkpoint != "none":
                 # Else backward would make again what all micro-batches keep, at once.
                 turn = checkpointed(turn, checkpoint)
             # From the last on, so that backward adds up gradients from the first.
-            xs = x, given, key, per_layer, own
-            x, remembered = jax.lax.scan(turn, None, xs, reverse=True)[1]
-            return Applied(x, None, remembered)
+            xs = x, given, key, per_layer, counted, own
+            x, remembered, load = jax.lax.scan(turn, None, xs, reverse=True)[1]
+            return Applied(x, load, remembered)
 
         x = self._embed(tokens.reshape(-1, seq))
         x = x.reshape(*tokens.shape, -1)
         per_layer = self._per_layer_inputs(tokens, x, key)
         keys = self._layer_keys(key, micro)
-        x, _ = self._through(x, keys, per_layer, apply, checkpoint)
-        return self.norm(x)
+        loads = counted is not None
+        x, outputs = self._through(x, keys, per_layer, apply, checkpoint, loads)
+        return self.norm(x), outputs
 
     def finite(
         self,
@@ -272,7 +298,7 @@ class Decoder(nnx.Module):
             layer: DecoderLayer, x: Array, given: Given, _: Any, per_layer: Any
         ) -> Applied:
             sees = dataclasses.replace(context, given=given)
-            x, remembered = layer(x, sees, None, None, per_layer)
+            x, remembered, _ = layer(x, sees, None, None, per_layer)
             return Applied(x, jnp.isfinite(x).all(), remembered)
 
         found: dict[str, Any] = {}
@@ -321,7 +347,7 @@ class Decoder(nnx.Module):
             layer: DecoderLayer, x: Array, given: Given, own: Any, per_layer: Any
         ) -> Applied:
             sees = dataclasses.replace(context, given=given)
-            x, new = layer(x, sees, own, None, per_layer)
+            x, new, _ = layer(x, sees, own, None, per_layer)
             return Applied(x, new, new)
 
         x = self._embed(tokens)
@@ -407,9 +433,11 @@ class Decoder(nnx.Module):
         per_layer: list[Any],
         apply: Callable[..., Applied],
         checkpoint: Checkpoint | None = None,
+        keeps_outputs: bool = False,
     ) -> tuple[Array, list[Any]]:
-        segments, stacks = self.config.segments, self.stacks
-        return through(segments, stacks, x, extra, per_layer, apply, checkpoint)
+        where = self.config.segments, self.stacks
+        how = apply, checkpoint, keeps_outputs
+        return through(*where, x, extra, per_layer, *how)
 
 
 def _micro_keys(key: Array, count: int) -> Array:

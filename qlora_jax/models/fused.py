@@ -6,7 +6,7 @@ is a parameter of its own, under the name that NAMES gives it.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -43,8 +43,8 @@ class Fused(NamedTuple):
             return (0,) * max(1, len(one))
         return (one[0] // len(self.parts), *one[1:])
 
-    def cut(self, whole: np.ndarray, place: Place) -> np.ndarray:
-        """Returns one part as a view of the whole."""
+    def cut(self, whole: Any, place: Place) -> np.ndarray:
+        """Returns one part as a view of the whole: an array, or what has each expert's."""
         expert, part = place
         one = whole[expert].T if self.transposed else whole[expert]
         return one[self.rows(part, one.shape[0])]

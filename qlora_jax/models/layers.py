@@ -126,8 +126,9 @@ class DecoderLayer(nnx.Module):
         cache: Any = None,
         key: Array | None = None,
         per_layer_input: Array | None = None,
-    ) -> tuple[Array, Any]:
-        """Returns the stream after the layer, and what its mixer remembers then.
+        counted: Array | None = None,
+    ) -> tuple[Array, Any, Array | None]:
+        """Returns the stream after the layer, what its mixer remembers then, and its load.
 
         Args:
           x: (batch, seq, hidden).
@@ -136,17 +137,21 @@ class DecoderLayer(nnx.Module):
           key: The random key for LoRA dropout; None switches it off.
           per_layer_input: Its part of per-layer embeddings, (batch, seq, features), where the
             model has them (models/per_layer.py).
+          counted: 1 for each token, (batch, seq), that counts in the load of a router, 0 for
+            padding. None asks for no load, and there is none of a layer without a router.
         """
         norms, scale = self.config.norms, self.config.residual_scale
         before, after = norms != "post", norms in ("post", "both")
         first = self.attn_norm(x) if before else x
         y, new = self.attn(first, context, cache, key)
         if norms == "parallel":
+            load = self._load(first, x, counted)
             x = x + scaled(y, scale) + scaled(self.mlp(first, key), scale)
         else:
             y = self.attn_post_norm(checkpoint_name(y, "unnormed")) if after else y
             x = checkpoint_name(x + scaled(y, scale), "middle")
             y = self.mlp_norm(x) if before else x
+            load = self._load(y, x, counted)
             sees_stream = getattr(self.mlp, "STREAM", False)
             y = self.mlp(y, key, x) if sees_stream else self.mlp(y, key)
             y = self.mlp_post_norm(checkpoint_name(y, "unnormed")) if after else y
@@ -155,7 +160,13 @@ class DecoderLayer(nnx.Module):
             x = self.per_layer(x, per_layer_input, key)
         if self.config.layer_scale:
             x = x * self.scale.weight[...].astype(x.dtype)
-        return x, new
+        return x, new, load
+
+    def _load(self, x: Array, stream: Array, counted: Array | None) -> Array | None:
+        """Returns how a router shares out tokens; None where none does, or nobody asks."""
+        if counted is None or not hasattr(self.mlp, "load"):
+            return None
+        return self.mlp.load(x, stream, counted)
 
 
 def scaled(x: Array, scale: float) -> Array:
@@ -175,6 +186,7 @@ def through(
     per_layer: Sequence[Any],
     apply: Apply,
     checkpoint: Checkpoint | None = None,
+    keeps_outputs: bool = False,
 ) -> tuple[Array, list[Any]]:
     """Applies all layers in order.
 
@@ -190,6 +202,8 @@ def through(
       apply: Applies one layer.
       checkpoint: What backward recomputes; None where there is no backward, and then
         nothing is arranged for it.
+      keeps_outputs: Whether the outputs are wanted where there is a backward. Layers from host
+        memory then come when they are due, and none is copied ahead.
 
     Returns:
       The last layer's output, and for each slot the outputs of its layers, stacked.
@@ -197,7 +211,7 @@ def through(
     outputs, first, given = [], 0, {}
     for segment in segments:
         end = first + len(segment.pattern)
-        run = functools.partial(_segment, segment, apply, checkpoint)
+        run = functools.partial(_segment, segment, apply, checkpoint, keeps_outputs)
         slots = (each[first:end] for each in (stacks, extra, per_layer))
         x, made, more = run(x, given, *slots)
         outputs += made
@@ -209,6 +223,7 @@ def _segment(
     segment: Segment,
     apply: Apply,
     checkpoint: Checkpoint | None,
+    keeps_outputs: bool,
     x: Array,
     given: Given,
     stacks: Sequence[DecoderLayer],
@@ -222,7 +237,7 @@ def _segment(
     micro = x.shape[0] if x.ndim == 4 else 1
     ahead = copies_ahead(repeats * len(stacks), micro, checkpoint)
     # Layers that give come without copying ahead: they are few, and only x leaves that.
-    if rests_on_host(frozen) and ahead and not any(names):
+    if rests_on_host(frozen) and ahead and not any(names) and not keeps_outputs:
 
         def turn(
             slot: int, trained: Any, base: Any, x: Array, given: Given, part: Any

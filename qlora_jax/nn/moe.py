@@ -104,9 +104,7 @@ class Router(Weighted):
         self, x: Float[Array, "tokens hidden"]
     ) -> tuple[Float[Array, "tokens k"], Int[Array, "tokens k"]]:
         """Returns float32 weights and the experts' indices."""
-        logits = frozen_matmul(x, self.weight[...]).astype(jnp.float32)
-        if self.bias is not None:
-            logits = logits + self.bias[...].astype(jnp.float32)
+        logits = self._logits(x)
         if self.score == "softmax":
             scores = jax.nn.softmax(logits, axis=-1)
         else:
@@ -120,6 +118,32 @@ class Router(Weighted):
                 weights * self.expert_scales.weight[...].astype(jnp.float32)[chosen]
             )
         return weights * self.scale, chosen
+
+    def load(
+        self, x: Float[Array, "tokens hidden"], counted: Float[Array, " tokens"]
+    ) -> Float[Array, "2 experts"]:
+        """Returns how tokens are shared out, see `load_balance_loss`: for each expert the
+        number of tokens that chose it, and the sum of its parts of their softmax.
+
+        As in transformers, the choice is that of the softmax alone, without correction and
+        groups, and a softmax where scores are sigmoids too.
+
+        Args:
+          x: Tokens.
+          counted: 1 for a token that counts, 0 for padding.
+        """
+        shares = jax.nn.softmax(self._logits(x), axis=-1)
+        chosen = lax.top_k(lax.stop_gradient(shares), self.top_k)[1]
+        counted = counted.astype(jnp.float32)
+        taken = jnp.zeros(shares.shape[-1], jnp.float32)
+        taken = taken.at[chosen].add(counted[:, None])
+        return jnp.stack([taken, counted @ shares])
+
+    def _logits(self, x: Array) -> Array:
+        logits = frozen_matmul(x, self.weight[...]).astype(jnp.float32)
+        if self.bias is None:
+            return logits
+        return logits + self.bias[...].astype(jnp.float32)
 
     def _chosen(self, scores: Array) -> tuple[Array, Array]:
         by = lax.stop_gradient(scores)
@@ -217,6 +241,26 @@ class Experts(nnx.Module):
         if self.shared is not None:
             y = y + self.shared(flat, key)
         return y.reshape(x.shape)
+
+    def load(self, x: Array, stream: Array, counted: Array) -> Array:
+        """Returns how the router shares out tokens, see `FEED_FORWARDS`."""
+        del stream
+        return self.router.load(x.reshape(-1, x.shape[-1]), counted.reshape(-1))
+
+
+def load_balance_loss(
+    load: Float[Array, "*batch 2 experts"], tokens: Float[Array, "*batch"]
+) -> Float[Array, "*batch"]:
+    """Returns the load-balance loss of Switch Transformers (arXiv 2101.03961, equations 4 to
+    6), of all layers together: experts * sum of (part of tokens that chose an expert) *
+    (its mean part of their softmax), over the experts. It is top_k where all are chosen alike.
+
+    Args:
+      load: What `Router.load` returns, mean of the layers.
+      tokens: The number of tokens that were counted; 0 gives 0.
+    """
+    parts = load / jnp.maximum(tokens, 1.0)[..., None, None]
+    return load.shape[-1] * jnp.sum(parts[..., 0, :] * parts[..., 1, :], axis=-1)
 
 
 def grouped(

@@ -62,13 +62,14 @@ class Encoded(NamedTuple):
     Attributes:
       called: What tables call the form it is stored in.
       nbytes: Bytes of all its entries.
-      decode: Reads them, and returns the weight or raises CheckpointError.
+      decode: Reads them, and returns the weight or raises CheckpointError. Of a stack it
+        may be what decodes one matrix at a time (sources/encoded/stacked.py).
       problem: Why they are no weight; there is nothing to decode then.
     """
 
     called: str
     nbytes: int
-    decode: Callable[[], np.ndarray] | None
+    decode: Callable[[], Any] | None
     problem: str | None = None
 
 
@@ -227,7 +228,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
         if info.encoded.decode is None:
             raise CheckpointError(f"{info.encoded.problem}")
         array = info.encoded.decode()
-        return array if info.cut is None else info.cut.of(array)
+        return np.asarray(array) if info.cut is None else info.cut.of(array)
 
     def map(self, name: str, info: TensorInfo) -> np.ndarray:
         """Maps what lies at a place, read-only.

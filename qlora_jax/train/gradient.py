@@ -16,6 +16,7 @@ from qlora_jax.names import in_words
 from qlora_jax.nn.variables import rests_on_host
 from qlora_jax.objectives import Objective
 from qlora_jax.objectives.base import Batch
+from qlora_jax.train.router_loss import balanced
 
 
 def make_gradient(
@@ -23,6 +24,7 @@ def make_gradient(
     objective: Objective,
     checkpoint: Checkpoint,
     sums: Any,
+    router_aux_loss: float = 0.0,
 ) -> Callable[..., tuple[Array, dict[str, Any], nnx.State]]:
     """Makes what a step descends along.
 
@@ -34,11 +36,14 @@ def make_gradient(
       objective: What is minimized.
       checkpoint: What backward recomputes.
       sums: An optax.trace that adds up what is handed to it, maybe in host memory.
+      router_aux_loss: See `make_train_step`.
 
     Returns:
       (lora, base, batch, key, factor) -> (loss, metrics, gradients), all sums over the
       micro-batches of a 3-D batch; loss and gradients are multiplied by `factor`.
     """
+    if router_aux_loss:
+        objective = balanced(objective, router_aux_loss)
     apply = applied(graphdef, objective, checkpoint)
 
     def gradient(lora, base, batch, key, factor):

@@ -33,6 +33,7 @@ def make_train_step(
     loss_fn: LossFn | None = None,
     objective: Objective | None = None,
     sums_on_host: bool = False,
+    router_aux_loss: float = 0.0,
 ) -> Callable[..., tuple[nnx.State, Any, dict[str, Array]]]:
     """Makes the train step of a model that was taken apart by `split`.
 
@@ -53,19 +54,22 @@ def make_train_step(
       objective: Replaces it too (`qlora_jax.objectives`); give one or the other.
       sums_on_host: Keep in host memory what micro-batches' gradients add up to, until the
         last of them. Streamed micro-batches add theirs up as they are made.
+      router_aux_loss: The load-balance loss of a mixture's routers is added to the loss,
+        multiplied by it; 0 for none (train/router_loss.py).
 
     Returns:
       train_step(lora, base, opt_state, batch, key=None) -> (lora, opt_state, metrics).
       `lora` and `opt_state` are donated. `key` switches LoRA dropout on. Metrics are
       float32 scalars: loss (mean a token), grad_norm (before clipping), tokens (sum of
-      weights), those of the objective, and with loss scaling loss_scale and skipped. Its
-      first call raises ConfigError of a model whose own variables change as it runs
-      (dropout, statistics of batches), and of an objective that cannot be used.
+      weights), those of the objective, router_aux_loss where that is asked for, and with loss
+      scaling loss_scale and skipped. Its first call raises ConfigError of a model whose own
+      variables change as it runs (dropout, statistics of batches), of an objective that cannot
+      be used, and of a model without the routers that router_aux_loss is for.
     """
     chosen = _objective(objective, loss_fn, checkpoint)
     plain = optax.trace(1.0)  # a running sum
     adder: Any = offload(plain) if sums_on_host else plain
-    gradient = make_gradient(graphdef, chosen, checkpoint, adder)
+    gradient = make_gradient(graphdef, chosen, checkpoint, adder, router_aux_loss)
 
     def train_step(lora, base, opt_state, batch, key=None):
         chosen.check(batch)

@@ -6,8 +6,9 @@ compressed-tensors 0.20 and gptqmodel 7.7 were added:
     python -m scripts.make.golden_encoded
     python -m scripts.make.golden_encoded compressed_order  # compressed-tensors 0.11
 
-Each file has a weight's entries as a module `m`, `decoded`, which its library made of them, and
-as metadata the quantization_config of a folder that has such weights.
+Each file has a weight's entries as a module `m`, or those of experts in one tensor as
+`m.weight` and `m.weight_scale_inv` with three axes, `decoded`, which its library made of them,
+and as metadata the quantization_config of a folder that has such weights.
 """
 
 import json
@@ -51,6 +52,16 @@ def fp8() -> Iterator[Case]:
             config | {"activation_scheme": "static", "weight_block_size": None},
             w.to(e4m3),
             torch.tensor(0.37),
+        ),
+        "experts": (
+            blocks,
+            torch.randn(3, 48, 64, generator=random).to(e4m3),
+            torch.rand(3, 3, 2, generator=random) + 0.01,
+        ),
+        "experts_halves": (
+            config,
+            torch.randn(2, 48, 64, generator=random).to(e4m3),
+            torch.rand(2, 2, 1, generator=random) + 0.01,
         ),
     }
     for name, (said, codes, scale) in cases.items():

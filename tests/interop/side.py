@@ -125,6 +125,9 @@ def decoded(job: dict[str, Any]) -> None:
 def logits(job: dict[str, Any]) -> dict[str, Any]:
     """Saves the logits of `ids` to `out`, and with `grads` loss and gradients.
 
+    With `router_aux_loss`, a coefficient, the loss has that of the routers besides, and
+    the second row is padding from `padded` on.
+
     Returns:
       {"tied": whether head and embedding are one tensor}.
     """
@@ -132,8 +135,19 @@ def logits(job: dict[str, Any]) -> dict[str, Any]:
     if job.get("adapter") is not None:
         model = adapted(job, model)
     ids = torch.tensor(np.load(job["ids"]), dtype=torch.long)
-    result = model(input_ids=ids, labels=ids)
+    labels, options = ids, {}
+    if coefficient := job.get("router_aux_loss"):
+        mask = torch.ones_like(ids)
+        mask[1, job["padded"] :] = 0
+        labels = torch.where(mask == 1, ids, -100)
+        options = {"attention_mask": mask, "output_router_logits": True}
+        for module in model.modules():
+            if hasattr(module, "router_aux_loss_coef"):
+                module.router_aux_loss_coef = coefficient
+    result = model(input_ids=ids, labels=labels, **options)
     arrays = {"logits": result.logits.detach().numpy()}
+    if options:
+        arrays["router_aux_loss"] = result.aux_loss.detach().numpy()
     if job.get("grads"):
         result.loss.backward()
         arrays["loss"] = result.loss.detach().numpy()

@@ -8,7 +8,10 @@ wrong of them, and how export_peft writes around it, io/peft/write.py says.
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 from models import family_folders
@@ -143,6 +146,30 @@ def test_a_steps_loss_and_gradients_are_those_of_peft(side, bases, ids, tmp_path
     graphdef, lora, rest = qlora.split(model)
     loss, grads = tiny.adapter_step(graphdef, lora, rest, IDS)
     np.testing.assert_allclose(loss, theirs["loss"], rtol=1e-5)
+    out = qlora.export_peft(tmp_path / "grads", qlora.join(graphdef, grads, rest))
+    for key, got in load_file(out / "adapter_model.safetensors").items():
+        want = theirs[f"grad:{key}"]
+        atol = GRADIENTS * np.abs(want).max()
+        np.testing.assert_allclose(got, want, atol=atol, rtol=0, err_msg=key)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_loss_of_routers_is_that_of_transformers(side, bases, ids, tmp_path, name):
+    base, _ = qlora.load(bases[name], dtype="float32")
+    graphdef, lora, rest = qlora.split(tiny.adapted(base, rank=2, targets="q_proj"))
+    model = qlora.join(graphdef, lora, rest)
+    job = {"base": bases[name], "ids": ids, "out": tmp_path / "theirs.npz"}
+    job["adapter"] = qlora.export_peft(tmp_path / "a", model)
+    side("logits", **job, grads=True, router_aux_loss=0.5, padded=6)
+    theirs = dict(np.load(tmp_path / "theirs.npz"))
+    weights = jnp.ones(IDS.shape, jnp.float32).at[1, 6:].set(0)
+    step = qlora.make_train_step(graphdef, optax.sgd(1.0), router_aux_loss=0.5)
+    batch = {"tokens": IDS, "weights": weights}
+    copy, state = jax.tree.map(jnp.copy, lora), optax.sgd(1.0).init(lora)
+    after, _, metrics = step(copy, rest, state, batch)
+    for figure in ("loss", "router_aux_loss"):
+        np.testing.assert_allclose(metrics[figure], theirs[figure], rtol=1e-5)
+    grads = jax.tree.map(jnp.subtract, lora, after)
     out = qlora.export_peft(tmp_path / "grads", qlora.join(graphdef, grads, rest))
     for key, got in load_file(out / "adapter_model.safetensors").items():
         want = theirs[f"grad:{key}"]

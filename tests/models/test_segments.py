@@ -80,7 +80,7 @@ def test_layers_apply_in_their_order():
             stack, i = where[number]
             graphdef, state = nnx.split(stack)
             one = nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], state))
-            x, _ = one(x, context)
+            x, _, _ = one(x, context)
         return model.logits(model.norm(x))
 
     close(nnx.jit(lambda m, ids: m(ids))(model, ids), by_hand(model, ids))

@@ -46,7 +46,8 @@ gguf = pytest.importorskip("gguf")
 
 VOCAB = 320
 NORM_ATOL = 2e-7
-"""A norm near 0 loses what float32 cannot keep of it beside the 1 that Gemma adds."""
+"""A norm near 0 loses what float32 cannot keep of it beside the 1 that Gemma adds, and a decay
+what its exponential rounds."""
 WRITTEN: dict[str, dict[str, Any]] = {
     "llama_llama3": {},
     "llama_linear": {},
@@ -78,6 +79,24 @@ WRITTEN: dict[str, dict[str, Any]] = {
         },
     },
     "seed_oss": {"attention_out_bias": False},
+    "granite": {},
+    "mixtral": {"sliding_window": None},
+    "qwen2_moe": {"use_sliding_window": False, "mlp_only_layers": []},
+    "qwen3_moe": {},
+    "olmoe": {"num_key_value_heads": 4},
+    "gpt_oss": {
+        "swiglu_limit": 7.0,
+        "rope_scaling": cases.YARN
+        | {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+    },
+    "ernie4_5_moe": {},
+    "glm4_moe": {},
+    "minimax_m2": {},
+    "qwen3_5_text": {"linear_value_head_dim": 16},
+    "qwen3_5_moe_text": {"linear_value_head_dim": 16, "linear_num_value_heads": 4},
+    "qwen3_next": {"linear_value_head_dim": 16},
+    "lfm2": {"conv_bias": False},
+    "lfm2_moe": {"routed_scaling_factor": 1.0, "tie_embedding": True},
 }
 """Cases that a GGUF file can hold -> what must be otherwise for it."""
 TEXT = "the quick brown fox, then the other one: 12 of 345, isn't it? " * 3
@@ -275,11 +294,12 @@ def test_a_written_folder_is_read_as_it_was(tmp_path, case):
     folder = write_case(tmp_path, case)
     made, stored = written(folder), Checkpoint(folder)
     assert set(made) == set(stored) and len(made) == len(stored)
-    gemma = case.startswith("gemma")
+    rounds = case.startswith(("gemma", "qwen3_5", "qwen3_next"))
     for name in stored:
         assert made.infos[name].shape == stored[name].shape == made[name].shape
         assert made.infos[name].dtype == made[name].dtype == np.float32
-        atol = NORM_ATOL if gemma and name.endswith("norm.weight") else 0
+        ends = ("norm.weight", "A_log")
+        atol = NORM_ATOL if rounds and name.endswith(ends) else 0
         np.testing.assert_allclose(made[name], stored[name], rtol=0, atol=atol)
     source = json.loads((folder / "config.json").read_text())
     assert made.config["model_type"] in (source["model_type"], "llama")
@@ -370,6 +390,41 @@ def test_rows_of_llamas_q_and_k_are_interleaved(tmp_path):
         order = [8 + i for i in (0, 4, 1, 5, 2, 6, 3, 7)]
         np.testing.assert_array_equal(theirs[8:16], ours[order])
     assert "output.weight" not in tensors  # tied
+
+
+def test_experts_are_one_tensor_a_linear(tmp_path):
+    folder = write_case(tmp_path, "qwen2_moe")
+    made = written(folder, "f16")
+    _, tensors = raw(folder / "model.gguf")
+    whole, checkpoint = tensors["blk.2.ffn_down_exps.weight"].data, Checkpoint(folder)
+    names = [f"model.layers.2.mlp.experts.{i}.down_proj.weight" for i in range(4)]
+    each = [checkpoint[name].astype(np.float16) for name in names]
+    np.testing.assert_array_equal(whole, np.stack(each))
+    assert made.stored(names[3]) == ("f16", each[3].nbytes)
+    for router in ("ffn_gate_inp", "ffn_gate_inp_shexp"):
+        assert tensors[f"blk.2.{router}.weight"].tensor_type.name == "F32"
+    assert tensors["blk.2.ffn_gate_inp_shexp.weight"].data.shape == (32,)
+
+
+def test_value_heads_that_share_a_key_head_are_apart(tmp_path):
+    folder = write_case(tmp_path, "qwen3_5_text")
+    written(folder)
+    _, tensors = raw(folder / "model.gguf")
+    ours = Checkpoint(folder)["model.layers.0.linear_attn.dt_bias"]
+    np.testing.assert_array_equal(tensors["blk.0.ssm_dt.bias"].data, ours[[0, 2, 1, 3]])
+
+
+def test_layers_behind_the_models_own_are_left_out(tmp_path):
+    folder = write_case(tmp_path, "glm4_moe")
+    before = written(folder)
+    meta, tensors = raw(folder / "model.gguf")
+    meta = {k: v for k, v in meta.items() if not k.startswith("GGUF.")}
+    arrays = {name: tensor.data for name, tensor in tensors.items()}
+    meta |= {"glm4moe.block_count": 4, "glm4moe.nextn_predict_layers": 1}
+    arrays["blk.3.nextn.eh_proj.weight"] = np.ones((32, 64), np.float32)
+    made = open_gguf(write_raw(tmp_path / "more.gguf", meta, arrays))
+    assert set(made) == set(before) and made.config == before.config
+    assert "layers from 3 on (1 in all), which predict further tokens" in made.notes[0]
 
 
 def test_gemmas_norms_have_their_1(tmp_path):
@@ -654,7 +709,16 @@ def test_a_big_endian_file_is_refused(tmp_path):
     ("meta", "message"),
     [
         ({"general.architecture": "bert"}, "'bert'; known: llama, qwen2, qwen3, gemma"),
-        ({"llama.expert_count": 8}, "mixture of experts"),
+        ({"llama.expert_count": 8}, "llama.expert_used_count is missing"),
+        (renamed("gemma", expert_count=8), "it is a mixture of experts"),
+        (
+            renamed("qwen3moe", expert_count=8, expert_gating_func=2),
+            "expert_gating_func is 2; expected a softmax",
+        ),
+        (
+            renamed("olmoe", expert_count=8, expert_group_count=4),
+            "expert_group_count is 4, and no olmoe has any",
+        ),
         ({"split.count": 3}, "1 of 3 parts.*llama-gguf-split"),
         (
             {"llama.block_count": None, "llama.embedding_length": None},

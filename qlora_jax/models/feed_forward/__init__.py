@@ -26,4 +26,11 @@ and the module has
     __call__(x, key) -> y
         x and y are (batch, seq, hidden); `key` is for LoRA dropout, or None. One that has
         STREAM = True is called with the residual stream too, as x is before its norm.
+
+and if it has a router
+
+    load(x, stream, counted) -> (2, experts)
+        How the router shares out those tokens of x that `counted`, (batch, seq), has a 1 for,
+        see `Router.load`; `stream` is the residual stream. It is not computed unless it is
+        asked for.
 """

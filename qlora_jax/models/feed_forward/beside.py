@@ -69,9 +69,16 @@ class Beside(MLP):
         assert stream is not None
         own_key = None if key is None else jax.random.fold_in(key, SHARED_KEY)
         own = checkpoint_name(super().__call__(x, own_key), "unnormed")
-        scale = self.router_scale.weight[...].astype(x.dtype)
-        seen = self.router_norm(stream) * scale
-        seen = seen * jnp.asarray(self.hidden**-0.5, x.dtype)
-        mixed = self.mixture(self.experts_norm(stream), key, seen)
+        mixed = self.mixture(self.experts_norm(stream), key, self._seen(stream))
         mixed = checkpoint_name(mixed, "unnormed")
         return self.own_post_norm(own) + self.experts_post_norm(mixed)
+
+    def load(self, x: Array, stream: Array, counted: Array) -> Array:
+        """Returns how the router shares out tokens, see `FEED_FORWARDS`."""
+        return self.mixture.load(self._seen(stream), x, counted)
+
+    def _seen(self, stream: Array) -> Array:
+        """Returns what the router sees of the stream."""
+        scale = self.router_scale.weight[...].astype(stream.dtype)
+        seen = self.router_norm(stream) * scale
+        return seen * jnp.asarray(self.hidden**-0.5, stream.dtype)

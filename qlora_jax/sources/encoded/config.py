@@ -21,11 +21,13 @@ class Encoding(NamedTuple):
       method: The quant_method of config.json.
       forms: Forms that a weight may have.
       settings: What forms have to know.
+      stacked: The form of the experts of a layer that are one tensor; None for none.
     """
 
     method: str
     forms: tuple[Form, ...]
     settings: Settings
+    stacked: Form | None = None
 
 
 def read_encoding(hf: Mapping[str, Any]) -> tuple[Encoding | None, list[str]]:
@@ -66,7 +68,7 @@ def _fp8(stored: Mapping[str, Any]) -> tuple[Encoding, list[str]]:
     if size is not None and len(size) != 2:
         problems.append(f"weight_block_size is {size}, expected rows and columns")
     blocks = ((size[0], size[1]),) if size and not problems else ()
-    return Encoding("fp8", (FP8,), Settings(blocks)), problems
+    return Encoding("fp8", (FP8,), Settings(blocks), FP8), problems
 
 
 _FORMATS = (

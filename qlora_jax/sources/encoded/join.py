@@ -7,6 +7,7 @@ from collections import Counter
 from qlora_jax.errors import CheckpointError
 from qlora_jax.sources.encoded.config import Encoding
 from qlora_jax.sources.encoded.form import Form, Part, Parts, Settings
+from qlora_jax.sources.encoded.stacked import STACKED, stacks
 from qlora_jax.sources.safetensors import Checkpoint, Encoded, TensorInfo
 
 _ACTIVATIONS = (
@@ -31,14 +32,18 @@ def join(checkpoint: Checkpoint, encoding: Encoding) -> None:
     known = {end for form in encoding.forms for end in (*form.needed, *form.more)}
     modules: dict[str, dict[str, TensorInfo]] = {}
     scales: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()
+    if encoding.stacked is not None:
+        for name, end, info in stacks(checkpoint, encoding.stacked, encoding.settings):
+            kinds[f"{encoding.stacked.called}, experts together"] += 1
+            checkpoint.join(name, [name, name + end], info)
     for name in list(checkpoint.infos):
         module, _, end = name.rpartition(".")
-        if end in _ACTIVATIONS:
+        if end in _ACTIVATIONS or end.endswith(STACKED[1]):
             scales[end] += 1
             del checkpoint.infos[name]
         elif end in known:
             modules.setdefault(module, {})[end] = checkpoint.infos[name]
-    kinds: Counter[str] = Counter()
     for module, infos in modules.items():
         form = next((form for form in encoding.forms if form.belongs(infos)), None)
         if form is None:

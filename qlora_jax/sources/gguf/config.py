@@ -31,8 +31,17 @@ from qlora_jax.sources.gguf.architectures import (
     ARCHITECTURES,
     KEYS,
     LAYER_NORM_KEYS,
-    Architecture,
     keys,
+    model_type,
+)
+from qlora_jax.sources.gguf.layers import (
+    FULL,
+    SIGMOID,
+    expert_problems,
+    hybrid,
+    pattern_of,
+    read_hybrid,
+    windows_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -66,15 +75,24 @@ _KINDS: dict[str, Kind] = {
 """Metadata of all architectures -> their kinds."""
 
 _COUNT = whole(0, 2**31 - 1)
+_KIND_OF = {int: _COUNT, float: FINITE, bool: _FLAG}
 _OF_ARCHITECTURE: dict[str, Kind] = {
     **{
         key.gguf: either(kind, listed(kind, MAX_LAYERS))
-        for key in {*KEYS, *LAYER_NORM_KEYS}
-        for kind in (_COUNT if key.kind is int else FINITE,)
+        for key in {
+            *KEYS,
+            *LAYER_NORM_KEYS,
+            *(key for a in ARCHITECTURES.values() for key in (*a.more, *a.experts)),
+        }
+        for kind in (_KIND_OF[key.kind],)
     },
+    "expert_gating_func": whole(0, 15),
+    "nextn_predict_layers": _COUNT,
     "attention.sliding_window": _COUNT,
     "attention.sliding_window_pattern": either(_COUNT, listed(_FLAG, MAX_LAYERS)),
-    "expert_count": _COUNT,
+    "attention.recurrent_layers": listed(_FLAG, MAX_LAYERS),
+    "full_attention_interval": whole(1, MAX_LAYERS),
+    "rope.dimension_sections": listed(_COUNT, 4),
     "rope.freq_base_swa": number(1, 1e12),
     "rope.dimension_count": whole(2, 2**13),
     "rope.scaling.type": TEXT,
@@ -119,18 +137,10 @@ def read(
       vocab_size: Rows of the embedding.
     """
     arch, problems = meta["general.architecture"], []
-    known = ARCHITECTURES[arch]
-    config: dict[str, Any] = {"model_type": known.model_type} | known.settings
-    for key in keys(arch):
-        value = meta.get(f"{arch}.{key.gguf}")
-        if isinstance(value, list) and value:  # one a layer
-            if len(set(value)) > 1:
-                problems.append(f"{arch}.{key.gguf} differs between layers: {value}")
-            value = value[0]
-        if value is not None and value != []:
-            config[key.hf] = key.kind(_decimal(value))
-        elif key.required:
-            problems.append(f"{arch}.{key.gguf} is missing")
+    known, experts = ARCHITECTURES[arch], bool(meta.get(f"{arch}.expert_count"))
+    config: dict[str, Any] = {"model_type": model_type(arch, experts)} | known.settings
+    problems += expert_problems(meta, known) if experts else []
+    problems += _read_keys(config, meta, experts)
     if problems:
         return config, problems
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
@@ -145,14 +155,20 @@ def read(
     } | config
     if known.biases:
         config["attention_bias"] = "blk.0.attn_q.bias" in tensors
-    if arch == "command-r":
-        config["use_qk_norm"] = "blk.0.attn_q_norm.weight" in tensors
+    if known.optional_norms is not None:
+        config[known.optional_norms] = "blk.0.attn_q_norm.weight" in tensors
+    # What predicts several tokens is counted as layers, behind the others.
+    config["num_hidden_layers"] -= meta.get(f"{arch}.nextn_predict_layers", 0)
+    if known.hybrid:
+        read_hybrid(config, meta)
+    if arch == "ernie4_5-moe":
+        config["moe_num_shared_experts"] //= max(config["moe_intermediate_size"], 1)
     if known.largest is not None:
         largest = config["num_hidden_layers"] == known.largest
         scale = hidden // heads if largest else config["head_dim"]
         config["query_pre_attn_scalar"] = scale
     if known.window is not None:
-        config |= _windows(meta, known, config["num_hidden_layers"])
+        config |= windows_of(meta, known, config["num_hidden_layers"])
     if arch == "gemma3":
         config["sliding_window_pattern"] = 6 if config["sliding_window"] else 1
         local = meta.get("gemma3.rope.freq_base_swa", 10000.0)
@@ -163,7 +179,38 @@ def read(
     problems = _read_rope(config, meta, factors)
     if arch == "olmo2" and config["sliding_window"]:
         config = _olmo3(config)
+    if arch == "gpt-oss":  # without one it would be that of the released models
+        plain = {"rope_type": "default", "rope_theta": config["rope_theta"]}
+        config["rope_scaling"] = config.get("rope_scaling", plain) | {"truncate": False}
     return config, problems or read_config(config)[1]
+
+
+def _read_keys(
+    config: dict[str, Any], meta: dict[str, Any], experts: bool
+) -> list[str]:
+    """Adds the settings that have a key of their own; returns problems."""
+    arch, problems = meta["general.architecture"], []
+    known = ARCHITECTURES[arch]
+    for key in keys(arch, experts):
+        value = meta.get(f"{arch}.{key.gguf}")
+        if isinstance(value, list) and value:  # one a layer
+            if known.hybrid and key.hf == "num_key_value_heads":
+                config["layer_types"] = [FULL if heads else "conv" for heads in value]
+                value = [heads for heads in value if heads] or [0]
+            if len(set(value)) > 1:
+                problems.append(f"{arch}.{key.gguf} differs between layers: {value}")
+            value = value[0]
+        if value is not None and value != []:
+            if key.hf:
+                config[key.hf] = key.kind(_decimal(value))
+        elif key.required:
+            problems.append(f"{arch}.{key.gguf} is missing")
+    if "intermediate_size" not in config:
+        if "moe_intermediate_size" in config:
+            config["intermediate_size"] = config["moe_intermediate_size"]
+        else:
+            problems.append(f"{arch}.feed_forward_length is missing")
+    return problems
 
 
 def write(
@@ -173,9 +220,13 @@ def write(
     known = ARCHITECTURES[arch]
     values: dict[str, Any] = {
         key.gguf: key.kind(value)
-        for key in keys(arch)
-        if (value := getattr(config, key.field)) is not None
+        for key in keys(arch, bool(config.num_experts))
+        if (value := key.value(config)) is not None
     }
+    if known.hybrid:
+        values |= hybrid(config, arch)
+    if config.num_experts and known.sigmoid:
+        values["expert_gating_func"] = SIGMOID
     dim = config.rotary_dim or config.head_dim
     values["vocab_size"] = config.vocab_size
     values["attention.value_length"] = config.head_dim
@@ -190,7 +241,7 @@ def write(
                 max(windows),
             )
         every = known.pattern
-        if every and [bool(w) for w in windows] != _pattern(every, len(windows)):
+        if every and [bool(w) for w in windows] != pattern_of(every, len(windows)):
             values["attention.sliding_window_pattern"] = [bool(w) for w in windows]
     if arch == "gemma3":
         ropes = [spec.mixer.rope for spec in config.specs]
@@ -238,6 +289,11 @@ def lost(
         problems.append(
             f"tie_word_embeddings is {tied}; no {arch} of llama.cpp has it so"
         )
+    if arch == "olmoe" and config.num_kv_heads != config.num_heads:
+        problems.append(
+            f"num_key_value_heads is {config.num_kv_heads}; an olmoe of llama.cpp has as many "
+            f"as heads, {config.num_heads}"
+        )
     pairs = [
         (field.name, getattr(config, field.name), getattr(have, field.name))
         for field in dataclasses.fields(config)
@@ -257,27 +313,6 @@ def _olmo3(config: dict[str, Any]) -> dict[str, Any]:
     ropes = {"full_attention": full, "sliding_attention": theta}
     plain = {key: value for key, value in config.items() if key != "rope_scaling"}
     return plain | {"model_type": "olmo3", "rope_parameters": ropes}
-
-
-def _windows(meta: dict[str, Any], known: Architecture, layers: int) -> dict[str, Any]:
-    """Returns the settings of config.json that say which layers have windows."""
-    prefix = f"{meta['general.architecture']}.attention.sliding_window"
-    window = meta.get(prefix, known.window)
-    if known.windowed is not None:
-        window = (window or known.window) if layers == known.windowed else 0
-    settings: dict[str, Any] = {"sliding_window": window or None}
-    if window and known.pattern is not None:
-        pattern = meta.get(f"{prefix}_pattern", known.pattern)
-        if isinstance(pattern, int):
-            pattern = _pattern(pattern, layers)
-        kinds = ("full_attention", "sliding_attention")
-        settings["layer_types"] = [kinds[bool(here)] for here in pattern]
-    return settings
-
-
-def _pattern(every: int, layers: int) -> list[bool]:
-    """Returns which layers have windows if each so many-th has none; 0 for all."""
-    return [not every or (i + 1) % every != 0 for i in range(layers)]
 
 
 def _decimal(value: Any) -> Any:

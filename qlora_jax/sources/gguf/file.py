@@ -4,30 +4,38 @@ A GGUF file has named metadata, a tokenizer among them, and tensors that may be 
 in blocks. What differs from a Hugging Face folder, and is undone on reading:
 
 - Tensors have other names, and their shapes are written in reverse.
-- Rows of q and k are interleaved in architectures llama and arcee: their files rotate
-  neighbouring features, Hugging Face the two halves of a head.
-- Gemma's norms have the 1 in them that Hugging Face adds when it runs.
+- Rows, axes and values of some are otherwise (forms.py).
 - There is no output.weight where the head is the embedding.
+- The experts of a layer are together in one tensor a linear, and cut apart.
 
 Needs the package gguf, which is imported on use.
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from qlora_jax.errors import CheckpointError, gathered
-from qlora_jax.models import FAMILIES
+from qlora_jax.models import FAMILIES, DecoderConfig, read_config
 from qlora_jax.names import Table
 from qlora_jax.sources.gguf import config as gguf_config
 from qlora_jax.sources.gguf import scan
 from qlora_jax.sources.gguf import tokenizer as gguf_tokenizer
-from qlora_jax.sources.gguf.architectures import ARCHITECTURES
+from qlora_jax.sources.gguf.architectures import ARCHITECTURES, model_type
+from qlora_jax.sources.gguf.forms import (
+    JOINTS,
+    Joint,
+    axis_left_out,
+    from_file,
+    interleaved,
+    permuted,
+)
 from qlora_jax.sources.safetensors import TensorInfo
 from qlora_jax.text.tokenizer import Tokenizer
 
@@ -43,6 +51,54 @@ def open_gguf(path: str | os.PathLike[str]) -> "GGUF":
         settings; all problems in one message.
     """
     return GGUF(Path(path))
+
+
+class Part(NamedTuple):
+    """A tensor of a file, or one expert's part of it.
+
+    Attributes:
+      tensor: The whole, as the package gguf has it.
+      expert: Which of its parts; None for all of it.
+      axis: An axis of size 1 that the file leaves out, or None.
+      joint: Where it is the first of two tensors that are one linear, what these are, the
+        second, and the linear's shape.
+    """
+
+    tensor: Any
+    expert: int | None = None
+    axis: int | None = None
+    joint: "tuple[Joint, Part, tuple[int, ...]] | None" = None
+
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """Its shape with the axes that Hugging Face has."""
+        shape = _shape(self.tensor)
+        if self.axis is not None:
+            return (*shape[: self.axis], 1, *shape[self.axis :])
+        return shape[self.expert is not None :]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of what is read."""
+        return self.own_shape if self.joint is None else self.joint[2]
+
+    @property
+    def data(self) -> np.ndarray:
+        """Its values, or quantized rows."""
+        data = self.tensor.data
+        return data if self.expert is None else data[self.expert]
+
+    @property
+    def n_bytes(self) -> int:
+        """The bytes that it takes in the file."""
+        count = 1 if self.expert is None else _shape(self.tensor)[0]
+        more = 0 if self.joint is None else self.joint[1].n_bytes
+        return int(self.tensor.n_bytes) // count + more
+
+    @property
+    def offset(self) -> int:
+        """Where it begins in the file."""
+        return self.tensor.data_offset + (self.expert or 0) * self.n_bytes
 
 
 class GGUF(Mapping[str, np.ndarray]):
@@ -63,14 +119,12 @@ class GGUF(Mapping[str, np.ndarray]):
         if problems := gguf_config.misfitting(self._meta):
             raise CheckpointError(gathered(f"{path} cannot be used", problems))
         arch = self._arch = self._meta.get("general.architecture", "")
-        dense = ", ".join(ARCHITECTURES)
+        known = ", ".join(ARCHITECTURES)
         if arch not in ARCHITECTURES:
             raise CheckpointError(
-                f"{path}: general.architecture is {arch!r}; known: {dense}"
+                f"{path}: general.architecture is {arch!r}; known: {known}"
             )
         problems = []
-        if self._meta.get(f"{arch}.expert_count"):
-            problems.append("it is a mixture of experts; only dense models are read")
         if (parts := self._meta.get("split.count", 1)) > 1:
             problems.append(
                 f"it is 1 of {parts} parts; join them: llama-gguf-split --merge"
@@ -89,20 +143,36 @@ class GGUF(Mapping[str, np.ndarray]):
             )
         if problems:
             raise CheckpointError(gathered(f"{path} cannot be used", problems))
-        names = names_of(arch, self.config["num_hidden_layers"])
+        layers = self.config["num_hidden_layers"]
         self._heads = interleaved(
             arch, self.config["num_attention_heads"], self.config["num_key_value_heads"]
         )
-        self._tensors = {names.get(name, name): t for name, t in tensors.items()}
+        decoder, _ = read_config(self.config)
+        assert decoder is not None
+        self._decoder = decoder
+        self._parts = _parts(arch, decoder, tensors)
+        count = self._meta.get(f"{arch}.nextn_predict_layers", 0)
+        self._leave_out(range(layers, layers + count))
         self.infos = {
             name: TensorInfo(
                 path,
-                np.dtype(_STORED.get(t.tensor_type.name, np.float32)),
-                _shape(t),
-                t.data_offset,
+                np.dtype(_STORED.get(part.tensor.tensor_type.name, np.float32)),
+                part.shape,
+                part.offset,
             )
-            for name, t in self._tensors.items()
+            for name, part in self._parts.items()
         }
+
+    def _leave_out(self, layers: range) -> None:
+        """Leaves out layers behind the model's own."""
+        left = [name for name in self._parts if _layer(name) in layers]
+        for name in left:
+            del self._parts[name]
+        if left:
+            self.notes.append(
+                f"tensors of layers from {layers.start} on ({len(left)} in all), which "
+                "predict further tokens, are left out"
+            )
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Reads one tensor.
@@ -110,28 +180,38 @@ class GGUF(Mapping[str, np.ndarray]):
         Raises:
           CheckpointError: it has a quantization that the package gguf does not know.
         """
-        tensor, info = self._tensors[name], self.infos[name]
-        rows = permuted(tensor.data, name, self._heads, undo=True)
-        if tensor.tensor_type.name in _STORED:
-            w = rows.view(info.dtype).reshape(info.shape)
+        part = self._parts[name]
+        if part.joint is None:
+            return self._decoded(name, part)
+        parts = [self._decoded(name, part), self._decoded(name, part.joint[1])]
+        return part.joint[0].join(parts, self._decoder)
+
+    def _decoded(self, name: str, part: Part) -> np.ndarray:
+        """Reads a tensor, or an expert's part of one."""
+        tensor = part.tensor
+        rows = permuted(part.data, name, self._heads, undo=True)
+        stored = _STORED.get(tensor.tensor_type.name)
+        if stored is not None:
+            w = rows.view(stored).reshape(part.own_shape)
         else:
             try:
                 w = package().quants.dequantize(rows, tensor.tensor_type)
             except NotImplementedError as error:
                 raise CheckpointError(f"{name} in {self.path}: {error}") from None
-        return w - w.dtype.type(1) if has_one(name, self._arch) else w
+            w = w.reshape(part.own_shape)
+        return from_file(w, name, self._arch, self._decoder)
 
     def __contains__(self, name: object) -> bool:
         """Whether there is such a tensor, without reading it."""
-        return name in self._tensors
+        return name in self._parts
 
     def __iter__(self) -> Iterator[str]:
         """Yields the names."""
-        return iter(self._tensors)
+        return iter(self._parts)
 
     def __len__(self) -> int:
         """Counts the tensors."""
-        return len(self._tensors)
+        return len(self._parts)
 
     def damage(self) -> list[str]:
         """Returns nothing: a GGUF file has no digests to compare with."""
@@ -139,8 +219,8 @@ class GGUF(Mapping[str, np.ndarray]):
 
     def stored(self, name: str) -> tuple[str, int]:
         """Returns how a tensor is stored: the name of its kind (q4_k), and its bytes."""
-        tensor = self._tensors[name]
-        return tensor.tensor_type.name.lower(), int(tensor.n_bytes)
+        part = self._parts[name]
+        return part.tensor.tensor_type.name.lower(), part.n_bytes
 
     def tokenizer(self) -> Tokenizer | None:
         """Returns the file's tokenizer, or one that lies beside it; None without any.
@@ -198,45 +278,94 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return meta, {tensor.name: tensor for tensor in reader.tensors}
 
 
-def names_of(arch: str, layers: int) -> dict[str, str]:
-    """Returns {name in the file: Hugging Face name} of every tensor of a model."""
+def _parts(
+    arch: str, config: DecoderConfig, tensors: dict[str, Any]
+) -> dict[str, Part]:
+    """Returns the tensors of a file by their Hugging Face names.
+
+    Raises:
+      CheckpointError: a tensor does not hold as many experts as the settings say.
+    """
+    layers, experts = config.num_layers, config.num_experts
+    held: dict[str, list[tuple[str, int | None]]] = {}
+    for name, (stored, expert) in names_of(arch, layers, experts).items():
+        held.setdefault(stored, []).append((name, expert))
+    parts, problems = {}, []
+    for stored, tensor in tensors.items():
+        for name, expert in held.get(stored, [(stored, None)]):
+            if expert is not None and _shape(tensor)[:1] != (experts,):
+                shape = _shape(tensor)
+                problems.append(
+                    f"{stored} has shape {shape}, expected {experts} experts"
+                )
+                break
+            parts[name] = Part(tensor, expert, axis_left_out(name, arch))
+    if problems:
+        raise CheckpointError(gathered("its tensors do not fit its settings", problems))
+    for name, stored in joined_in(arch, layers).items():
+        if all(one in parts for one in stored):
+            first, second = (parts.pop(one) for one in stored)
+            joint = JOINTS[arch]
+            shape = joint.shape((first.own_shape, second.own_shape), config)
+            parts[name] = first._replace(joint=(joint, second, shape))
+    return parts
+
+
+def joined_in(arch: str, layers: int) -> dict[str, list[str]]:
+    """Returns {Hugging Face name: names in the file} of what a file has as two tensors."""
+    if (joint := JOINTS.get(arch)) is None:
+        return {}
+    name = FAMILIES[ARCHITECTURES[arch].model_type].NAMES[f"layers.{joint.path}"]
+    return {
+        name.format(i): [f"blk.{i}.{one}" for one in joint.stored]
+        for i in range(layers)
+    }
+
+
+def _layer(name: str) -> int:
+    """Returns the layer that a name of a file's tensor says; -1 where it says none."""
+    found = re.match(r"blk\.(\d+)\.", name)
+    return -1 if found is None else int(found[1])
+
+
+_OWN = {
+    "attn.sinks.weight": "attn_sinks.weight",
+    "attn.decay.weight": "ssm_a",
+    "attn.decay.bias": "ssm_dt.bias",
+    "mlp.router.correction.weight": "exp_probs_b.bias",
+    **{
+        f"mlp.experts.{linear}_proj.{ours}": f"ffn_{linear}_exps.{theirs}"
+        for linear in ("gate", "up", "down")
+        for ours, theirs in (("kernel", "weight"), ("bias", "bias"))
+    },
+}
+"""Paths of a layer whose names in a file are not those that the package gguf makes of Hugging
+Face's."""
+
+
+def names_of(
+    arch: str, layers: int, experts: int = 0
+) -> dict[str, tuple[str, int | None]]:
+    """Returns {Hugging Face name: (name in the file, expert)} of every tensor of a model.
+
+    The expert is None of what a tensor of the file holds alone.
+    """
     gguf = package()
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     table = gguf.get_tensor_name_map(kinds[arch], layers)
-    family = FAMILIES[ARCHITECTURES[arch].model_type]
-    names = {}
-    for _, name in Table(family.NAMES, layers).all():
+    family = FAMILIES[model_type(arch, bool(experts))]
+    names: dict[tuple[str, int | None], str] = {}
+    for numbered, name in Table(family.NAMES, layers, experts).all():
+        own = _OWN.get(numbered.path.removeprefix("layers."))
         stem, _, end = name.rpartition(".")
-        if (stored := table.get_name(stem)) is not None:
-            names[f"{stored}.{end}"] = name
-    return names
+        if own is not None:
+            layer, *expert = numbered.numbers
+            names[f"blk.{layer}.{own}", expert[0] if expert else None] = name
+        elif (stored := table.get_name(stem)) is not None:
+            # Of two names that are one in the file the later one is the family's (Phi-3).
+            names[f"{stored}.{end}", None] = name
+    return {name: place for place, name in names.items()}
 
 
 def _shape(tensor: Any) -> tuple[int, ...]:
     return tuple(int(size) for size in reversed(tensor.shape))
-
-
-def has_one(name: str, arch: str) -> bool:
-    """Whether a tensor has the 1 in it that Hugging Face adds when it runs."""
-    return arch.startswith("gemma") and name.endswith("norm.weight")
-
-
-def interleaved(arch: str, heads: int, kv_heads: int) -> dict[str, int]:
-    """Returns {linear: its heads} of those whose rows an architecture interleaves."""
-    rotated = {"q_proj": heads, "k_proj": kv_heads}
-    return rotated if arch in ("llama", "arcee") else {}
-
-
-def permuted(
-    rows: np.ndarray, name: str, interleaved: dict[str, int], *, undo: bool
-) -> np.ndarray:
-    """Puts the rows of q and k from Hugging Face's order into llama's, or back.
-
-    They may be quantized: blocks lie within a row.
-    """
-    heads = interleaved.get(name.split(".")[-2] if "." in name else name)
-    if heads is None:
-        return rows
-    halves = (-1, 2) if undo else (2, -1)
-    apart = rows.reshape(heads, *halves, *rows.shape[1:])
-    return np.ascontiguousarray(apart.swapaxes(1, 2)).reshape(rows.shape)

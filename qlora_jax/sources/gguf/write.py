@@ -12,16 +12,15 @@ from qlora_jax.files import new_file
 from qlora_jax.sources.gguf import config as gguf_config
 from qlora_jax.sources.gguf import tokenizer as gguf_tokenizer
 from qlora_jax.sources.gguf.architectures import WRITTEN_AS
-from qlora_jax.sources.gguf.file import (
-    GGUF,
-    has_one,
+from qlora_jax.sources.gguf.file import joined_in, names_of, package
+from qlora_jax.sources.gguf.forms import (
+    JOINTS,
+    axis_left_out,
     interleaved,
-    names_of,
-    package,
     permuted,
+    to_file,
 )
 from qlora_jax.sources.load import outline
-from qlora_jax.sources.safetensors import Checkpoint
 from qlora_jax.sources.source import Source, open_source, say
 
 DTYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
@@ -42,8 +41,8 @@ def write_gguf(
     Args:
       folder: A dense folder with config.json, safetensors and tokenizer.json.
       out: The file.
-      dtype: The dtype of matrices: 'f16', 'q8_0', 'bf16' or 'f32'. Vectors are float32, and
-        rows that q8_0's blocks of 32 do not divide are float16.
+      dtype: The dtype of matrices: 'f16', 'q8_0', 'bf16' or 'f32'. Vectors and routers are
+        float32, and rows that q8_0's blocks of 32 do not divide are float16.
       overwrite: Replace a file that exists.
 
     Returns:
@@ -76,10 +75,15 @@ def write_gguf(
         )
     say(source.path, outline(source).notes)
     checkpoint = source.tensors
-    names = {theirs: name for name, theirs in names_of(arch, config.num_layers).items()}
+    names = names_of(arch, config.num_layers, config.num_experts)
     if config.tie_word_embeddings:
         names.pop("lm_head.weight", None)
-    stored = [names[name] for name in checkpoint if name in names]
+    stored: dict[str, list[str]] = {}
+    joined = joined_in(arch, config.num_layers)
+    for name in names:  # in the order of the experts
+        if name in checkpoint:
+            for one in joined.get(name, names[name][:1]):
+                stored.setdefault(one, []).append(name)
     meta, factors = gguf_config.write(config, arch)
     if problems := gguf_config.lost(config, meta, stored, factors):
         raise CheckpointError(gathered(f"{source} does not fit a GGUF file", problems))
@@ -92,7 +96,7 @@ def write_gguf(
     meta |= gguf_tokenizer.write(source.path, source.hf, config.vocab_size)
     out.parent.mkdir(parents=True, exist_ok=True)
     with new_file(out, overwrite=overwrite) as beside:
-        problems = _write(beside, meta, factors, checkpoint, names, dtype)
+        problems = _write(beside, meta, factors, source, stored, dtype)
         if damage := source.damage():
             raise CheckpointError(gathered(f"{source} has unusable weights", damage))
         if problems:
@@ -104,12 +108,20 @@ def _write(
     path: Path,
     meta: dict[str, Any],
     factors: dict[str, np.ndarray],
-    checkpoint: Checkpoint | GGUF,
-    names: dict[str, str],
+    source: Source,
+    stored: dict[str, list[str]],
     dtype: str,
 ) -> list[str]:
-    """Writes a file; returns the tensors that its dtype cannot hold."""
-    gguf, problems = package(), []
+    """Writes a file; returns the tensors that its dtype cannot hold.
+
+    Args:
+      path: The file.
+      meta, factors: From `gguf.config.write`.
+      source: The folder.
+      stored: {name in the file: names of the tensors that it holds}.
+      dtype: See `write_gguf`.
+    """
+    gguf, problems, config = package(), [], source.config
     arch = meta["general.architecture"]
     heads = interleaved(
         arch,
@@ -120,33 +132,57 @@ def _write(
     for key, value in meta.items():
         if key != "general.architecture":  # the writer's own
             getattr(writer, _ADD.get(type(value), "add_array"))(key, value)
-    kept = {name: checkpoint.infos[name].shape for name in checkpoint if name in names}
+    checkpoint, joint = source.tensors, JOINTS.get(arch)
+
+    def tensor(name: str, one: str) -> np.ndarray:
+        """Returns what a tensor of the file has of one of the folder's."""
+        w = np.asarray(factors[one] if one in factors else checkpoint[one], np.float32)
+        w = to_file(permuted(w, one, heads, undo=False), one, arch, config)
+        if joint is not None and one in joined:
+            w = joint.cut(w, config)[joined[one].index(name)]
+        axis = axis_left_out(one, arch)
+        return w if axis is None else w.squeeze(axis)
+
+    joined = joined_in(arch, config.num_layers)
+    shapes = {name: w.shape for name, w in factors.items()}
+    for name, held in stored.items():
+        one = held[0]
+        if one in joined:
+            shapes[name] = tensor(name, one).shape
+            continue
+        shape, axis = list(checkpoint.infos[one].shape), axis_left_out(one, arch)
+        if axis is not None:
+            del shape[axis]
+        shapes[name] = (len(held), *shape) if "_exps." in name else tuple(shape)
     kinds = {}
-    for name, shape in ({n: w.shape for n, w in factors.items()} | kept).items():
-        kinds[name] = kind = gguf.GGMLQuantizationType[_kind(shape, dtype)]
+    for name, shape in shapes.items():
+        kinds[name] = kind = gguf.GGMLQuantizationType[_kind(name, shape, dtype)]
         block, size = gguf.GGML_QUANT_SIZES[kind]
         size_bytes, float32 = math.prod(shape) // block * size, np.dtype(np.float32)
-        writer.add_tensor_info(names.get(name, name), shape, float32, size_bytes, kind)
+        writer.add_tensor_info(name, shape, float32, size_bytes, kind)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for name, kind in kinds.items():
-            w = np.asarray(factors[name] if name in factors else checkpoint[name])
-            w = permuted(w.astype(np.float32), name, heads, undo=False)
-            w = w + np.float32(has_one(name, arch))
             largest = np.finfo(np.float16 if kind.name == "F16" else np.float32).max
-            if not (np.abs(w) <= largest).all():
-                problems.append(f"{name}: NaN or Inf values (or too large for it)")
-                w = np.zeros_like(w)
-            writer.write_tensor_data(gguf.quants.quantize(w, kind))
+            made = []
+            for one in stored.get(name, [name]):
+                w = tensor(name, one)
+                if not (np.abs(w) <= largest).all():
+                    problems.append(f"{one}: NaN or Inf values (or too large for it)")
+                    w = np.zeros_like(w)
+                made.append(gguf.quants.quantize(w, kind))
+            writer.write_tensor_data(np.stack(made) if "_exps." in name else made[0])
     finally:
         writer.close()
     return problems
 
 
-def _kind(shape: tuple[int, ...], dtype: str) -> str:
+def _kind(name: str, shape: tuple[int, ...], dtype: str) -> str:
     """Returns the type that a tensor is written as."""
-    if len(shape) == 1:
+    if len(shape) == 1 or name.endswith(".bias") or "ffn_gate_inp" in name:
+        return "F32"
+    if "ssm_conv1d" in name or "shortconv.conv" in name:  # llama.cpp takes no others
         return "F32"
     return "F16" if dtype == "q8_0" and shape[-1] % 32 else dtype.upper()

@@ -1,0 +1,87 @@
+"""What the metadata of a GGUF file say of layers that differ: windows, mixers, experts."""
+
+from typing import Any
+
+from qlora_jax.models import DecoderConfig
+from qlora_jax.models.spec import AttentionSpec
+from qlora_jax.sources.gguf.architectures import QWEN35, Architecture
+
+FULL = "full_attention"
+SIGMOID = 2
+"""expert_gating_func of experts that are chosen by sigmoids; other values are a softmax."""
+
+
+def windows_of(
+    meta: dict[str, Any], known: Architecture, layers: int
+) -> dict[str, Any]:
+    """Returns the settings of config.json that say which layers have windows."""
+    prefix = f"{meta['general.architecture']}.attention.sliding_window"
+    window = meta.get(prefix, known.window)
+    if known.windowed is not None:
+        window = (window or known.window) if layers == known.windowed else 0
+    settings: dict[str, Any] = {"sliding_window": window or None}
+    if window and known.pattern is not None:
+        pattern = meta.get(f"{prefix}_pattern", known.pattern)
+        if isinstance(pattern, int):
+            pattern = pattern_of(pattern, layers)
+        kinds = (FULL, "sliding_attention")
+        settings["layer_types"] = [kinds[bool(here)] for here in pattern]
+    return settings
+
+
+def pattern_of(every: int, layers: int) -> list[bool]:
+    """Returns which layers have windows if each so many-th has none; 0 for all."""
+    return [not every or (i + 1) % every != 0 for i in range(layers)]
+
+
+def read_hybrid(config: dict[str, Any], meta: dict[str, Any]) -> None:
+    """Adds which layers have attention, and what the others are."""
+    arch, count = meta["general.architecture"], config["num_hidden_layers"]
+    if arch.startswith("lfm2"):  # its key-value heads say it
+        config["norm_eps"] = config["rms_norm_eps"]
+        return
+    heads = max(config["linear_num_value_heads"], 1)
+    config["linear_value_head_dim"] //= heads
+    every = meta.get(f"{arch}.full_attention_interval", 4)
+    turns = [bool((i + 1) % every) for i in range(count)]
+    recurrent = meta.get(f"{arch}.attention.recurrent_layers") or turns
+    kinds = (FULL, "linear_attention")
+    config["layer_types"] = [kinds[bool(one)] for one in recurrent[:count]]
+
+
+def hybrid(config: DecoderConfig, arch: str) -> dict[str, Any]:
+    """Returns the settings that say which layers have attention."""
+    attends = [isinstance(spec.mixer, AttentionSpec) for spec in config.specs]
+    if arch.startswith("lfm2"):
+        heads = [config.num_kv_heads * here for here in attends]
+        return {"attention.head_count_kv": heads}
+    values: dict[str, Any] = {
+        "attention.recurrent_layers": [not here for here in attends]
+    }
+    if True in attends:
+        every = attends.index(True) + 1
+        if attends == [(i + 1) % every == 0 for i in range(len(attends))]:
+            values["full_attention_interval"] = every
+    if arch in QWEN35:  # positions in pictures, which in a text are all the same
+        pairs = (config.rotary_dim or config.head_dim) // 2
+        thirds = [(pairs + 2) // 3, (pairs + 1) // 3, pairs // 3]
+        values["rope.dimension_sections"] = [*thirds, 0]
+    return values
+
+
+def expert_problems(meta: dict[str, Any], known: Architecture) -> list[str]:
+    """Returns what llama.cpp would do with experts that models of an architecture do not."""
+    arch, problems = meta["general.architecture"], []
+    if not known.experts:
+        return ["it is a mixture of experts; without experts alone is it read"]
+    read_here = {key.gguf for key in known.experts}
+    plain = {"expert_weights_scale": (0, 1), "expert_group_count": (0, 1)}
+    for name, values in plain.items():
+        value = meta.get(f"{arch}.{name}", 0)
+        if name not in read_here and value not in values:
+            problems.append(f"{arch}.{name} is {value}, and no {arch} has any")
+    gating = meta.get(f"{arch}.expert_gating_func", 0)
+    if gating and (gating == SIGMOID) != known.sigmoid:
+        wanted = "a sigmoid" if known.sigmoid else "a softmax"
+        problems.append(f"{arch}.expert_gating_func is {gating}; expected {wanted}")
+    return problems
