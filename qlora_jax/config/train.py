@@ -76,6 +76,11 @@ class TrainConfig:
     max_grad_norm: float | None = 0.3
     """Gradients are scaled down to this global norm; None switches it off."""
 
+    router_aux_loss: float = 0.0
+    """The load-balance loss of a mixture's routers is added to the loss, multiplied by this
+    number (transformers' router_aux_loss_coef, which config.json may suggest and is not read).
+    Routers are frozen, so it reaches the adapters through what routers see."""
+
     weight_decay: float = 0.0
     """Decoupled, as in AdamW."""
 
@@ -160,10 +165,12 @@ class TrainConfig:
                 problems.append(
                     f"--train.{flag} is {getattr(self, name)}, expected 0 <= x < 1"
                 )
-        if not 0 <= self.weight_decay < math.inf:
-            problems.append(
-                f"--train.weight-decay is {self.weight_decay}, expected 0 or more"
-            )
+        for name in ("weight_decay", "router_aux_loss"):
+            if not 0 <= getattr(self, name) < math.inf:
+                flag = name.replace("_", "-")
+                problems.append(
+                    f"--train.{flag} is {getattr(self, name)}, expected 0 or more"
+                )
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             problems.append(
                 f"--train.max-grad-norm is {self.max_grad_norm}, expected > 0"

@@ -4,11 +4,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
 from qlora_jax.adapters.attach import detach
 from qlora_jax.data.fields import PROMPT_WEIGHTS, REFERENCE
+from qlora_jax.errors import ConfigError
 from qlora_jax.objectives.base import Batch, Metrics
 from qlora_jax.objectives.logprobs import next_tokens, token_logprobs
 
@@ -47,9 +49,16 @@ def reference_logps(model: Any, batch: Batch) -> Float[Array, " rows"]:
 
     Raises:
       AdapterMismatchError: something of the base trains in place.
+      ConfigError: what runs the model sees to it that its tokens go through once.
     """
     if REFERENCE in batch:
         return batch[REFERENCE]
+    if not isinstance(model, nnx.Module):
+        raise ConfigError(
+            "the reference needs a pass of its own in each step, and a step whose routers are "
+            "balanced (--train.router-aux-loss) has one; compute it beforehand with "
+            "--objective.precompute-reference"
+        )
     base = detach(model)
     hidden = base.hidden_states(batch["tokens"])
     return lax.stop_gradient(answers_of(base.head, hidden, batch).logps)

@@ -29,7 +29,7 @@ from qlora_jax.objectives import SFT, Objective
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train.checkpoints import RunCheckpoints
 from qlora_jax.train.feed import Feed
-from qlora_jax.train.figures import any_finite, figures_of, skipped_last
+from qlora_jax.train.figures import any_finite, figures_of, problem_of
 from qlora_jax.train.lock import locked
 from qlora_jax.train.metrics import MetricsLog, device_memory_bytes
 from qlora_jax.train.not_finite import all_finite, first_not_finite
@@ -42,9 +42,6 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[dict[str, Any]], None]
 """Called with each step's metrics, and with eval losses."""
-
-OVERFLOWS = 5
-"""Losses in a row that are not finite, at which a float16 run ends."""
 
 
 class DivergedError(QLoRAError, ArithmeticError):
@@ -399,26 +396,12 @@ class Trainer:
         return step == self.steps or (every is not None and step % every == 0)
 
     def _check_finite(self, rows: list[dict[str, Any]]) -> None:
-        """Ends a run that diverged.
-
-        In float16 a step whose gradients overflow is skipped and the loss scale lowered. A
-        loss is of the forward pass, which no scale mends: one batch may do that, not many.
-        """
-        row, half = rows[-1], self.config.compute_dtype == "float16"
+        """Ends a run that diverged."""
+        what = problem_of(rows, self.config)
         if self.config.check_finite and not all_finite(self.lora):
             what = "the adapter has values that are not finite"
-            self._diverged(row["step"], what)
-        loss, norm = row["loss"], row["grad_norm"]
-        many = len(rows) >= OVERFLOWS and not any_finite(rows[-OVERFLOWS:])
-        if not np.isfinite(loss) and (many or not half):
-            self._diverged(row["step"], f"the loss is {loss}")
-        if not half and not np.isfinite(norm):
-            what = f"the gradient's norm is {norm}"
-            self._diverged(row["step"], what)
-        if half and skipped_last(rows) >= self.config.max_skipped:
-            what = f"{self.config.max_skipped} steps in a row were skipped, as their "
-            what += "gradients overflowed (--train.max-skipped)"
-            self._diverged(row["step"], what)
+        if what is not None:
+            self._diverged(rows[-1]["step"], what)
 
     def _diverged(self, step: int, what: str) -> None:
         latest = self._checkpoints.latest

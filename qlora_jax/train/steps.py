@@ -106,6 +106,7 @@ class Steps:
             checkpoint=config.checkpoint,
             objective=objective,
             sums_on_host=config.offload,
+            router_aux_loss=config.router_aux_loss,
         )
         self._eval_step: Any = make_eval_step(graphdef, objective=objective)
         self._key = jax.random.key(config.seed) if dropout else None
