@@ -59,7 +59,7 @@ def reference_logps(model: Any, batch: Batch) -> Float[Array, " rows"]:
             "balanced (--train.router-aux-loss) has one; compute it beforehand with "
             "--objective.precompute-reference"
         )
-    base = detach(model)
+    base: Any = detach(model)
     hidden = base.hidden_states(batch["tokens"])
     return lax.stop_gradient(answers_of(base.head, hidden, batch).logps)
 
