@@ -101,7 +101,7 @@ def choose_attention(
     elif sinks:
         reason = "cudnn has no sinks"
     elif packed:
-        reason = "jax's cudnn has no documents within a row"
+        reason = "jax.nn's cudnn attention does not tell documents of a row apart"
     elif value_dim not in (None, shape[3]):
         reason = (
             f"cudnn wants values as wide as queries, here {value_dim} and {shape[3]}"
