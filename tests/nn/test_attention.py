@@ -178,3 +178,23 @@ def test_on_a_gpu_it_is_cudnn_where_that_can_run(dtype, head_dim, window, fused)
     program = aot.compile_for("h200", jax.grad(total, argnums=(0, 1, 2)), q, k, k)
     calls = re.findall(r"__cudnn\$(\w+)", program.as_text())
     assert set(calls) == ({"fmhaSoftmax", "fmhaSoftmaxBackward"} if fused else set())
+
+
+@pytest.mark.aot
+def test_on_a_gpu_documents_of_long_rows_have_no_array_of_length_by_length():
+    if reason := aot.available():
+        pytest.skip(f"NOT COMPILED FOR A GPU: {reason}")
+    length, heads = 8192, 8
+
+    def total(q, k, v, documents):
+        y = causal_attention(q, k, v, documents=documents)
+        return jnp.sum(y.astype(jnp.float32))
+
+    q = jax.ShapeDtypeStruct((1, length, heads, 128), "bfloat16")
+    k = jax.ShapeDtypeStruct((1, length, 2, 128), "bfloat16")
+    documents = jax.ShapeDtypeStruct((1, length), "int32")
+    gradient = jax.grad(total, argnums=(0, 1, 2))
+    program = aot.compile_for("h200", gradient, q, k, k, documents)
+    assert not re.findall(rf"\[[\d,]*{length},{length}\]", program.as_text())
+    whole = 4 * heads * length * length
+    assert program.memory_analysis().temp_size_in_bytes < whole / 5
