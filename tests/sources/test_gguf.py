@@ -472,7 +472,7 @@ def test_gemmas_norms_have_their_1(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q6_K"]
+    "kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q6_K", "MXFP4"]
 )
 def test_quantized_tensors_are_dequantized_as_gguf_does(tmp_path, kind):
     kind, rng = gguf.GGMLQuantizationType[kind], np.random.default_rng(0)
