@@ -132,6 +132,24 @@ UNSEEN |= {  # by a config.json
         **{"num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704},
     },
 }
+_SMALL_GEMMA4 = {
+    **{"model_type": "gemma4_text", "vocab_size": 262144, "sliding_window": 512},
+    **{"num_attention_heads": 8, "final_logit_softcapping": 30.0},
+}
+UNSEEN |= {
+    "gemma4-e2b": _SMALL_GEMMA4
+    | {
+        **{"hidden_size": 1536, "num_hidden_layers": 35, "intermediate_size": 6144},
+        **{"num_key_value_heads": 1, "num_kv_shared_layers": 20},
+        "use_double_wide_mlp": True,
+        "layer_types": [*["sliding_attention"] * 4, "full_attention"] * 7,
+    },
+    "gemma4-e4b": _SMALL_GEMMA4
+    | {
+        **{"hidden_size": 2560, "num_hidden_layers": 42, "intermediate_size": 10240},
+        **{"num_key_value_heads": 2, "num_kv_shared_layers": 18},
+    },
+}
 TABLES = {"embedding": "4bit", "head": "4bit"}
 INT8 = {"embedding": "int8", "head": "int8"}
 ALL = {**TABLES, "checkpoint": "host", "offload": True}
@@ -264,6 +282,8 @@ UNSEEN_GRID: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("qwen3.5-27b", {"max_tokens": 8192}),
         ("gemma4-31b", {}),
         ("gemma4-26b-a4b", {}),
+        ("gemma4-e2b", {}),
+        ("gemma4-e4b", {}),
         ("gpt-oss-20b", {"mxfp4": "keep"}),
         ("gpt-oss-120b", {"mxfp4": "keep"}),
     ],

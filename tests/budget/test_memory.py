@@ -168,6 +168,7 @@ UNSEEN = {
     ("gpu", "qwen3.5-27b"): 0.16,
     ("gpu", "gemma4-31b"): 0.04,
     ("gpu", "gemma4-26b-a4b"): 0.11,
+    ("gpu", "gemma4-e2b"): 0.19,
     ("gpu", "gpt-oss-20b"): 0.16,
     ("gpu", "gpt-oss-120b"): 0.1,
     ("cpu", "smollm2-360m"): 0.04,

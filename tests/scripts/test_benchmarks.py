@@ -186,6 +186,7 @@ def test_what_fits_by_the_readme_is_as_recorded():
         ("qwen3.5-27b", {"max_tokens": 8192}),
         ("gemma4-31b", {}),
         ("gemma4-26b-a4b", {}),
+        ("gemma4-e2b", {}),
         ("qwen3-30b-a3b", {}),
         ("gpt-oss-20b", {"mxfp4": "keep"}),
         ("gpt-oss-120b", {"mxfp4": "keep"}),

@@ -92,6 +92,18 @@ WRITTEN: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": {},
     "glm4_moe": {},
     "minimax_m2": {},
+    "deepseek_v2": {
+        **{"q_lora_rank": 24, "topk_method": "greedy", "n_group": 1},
+        **{"topk_group": 1, "rms_norm_eps": 1e-6},
+    },
+    "deepseek_v3": {
+        **{"attention_bias": False, "rms_norm_eps": 1e-6},
+        "rope_scaling": cases.YARN
+        | {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.8, "mscale_all_dim": 0.8},
+    },
+    "glm4_moe_lite": {
+        **{"mlp_layer_types": ["dense", "sparse", "sparse"], "rms_norm_eps": 1e-6}
+    },
     "qwen3_5_text": {"linear_value_head_dim": 16},
     "qwen3_5_moe_text": {"linear_value_head_dim": 16, "linear_num_value_heads": 4},
     "qwen3_next": {"linear_value_head_dim": 16},
@@ -289,6 +301,21 @@ def test_a_window_that_llama_cpp_leaves_out_is_said(tmp_path, caplog):
     assert "the window of 10 tokens of a phi3" in caplog.text
 
 
+def test_what_llama_cpp_would_compute_otherwise_of_latent_attention_is_said(
+    tmp_path, caplog
+):
+    folder = write_case(tmp_path / "a", "deepseek_v3", rms_norm_eps=1e-5)
+    written(folder)
+    assert "takes rms_norm_eps, which is 1e-05, for the norms" in caplog.text
+    folder = write_case(tmp_path / "b", "deepseek_v2", q_lora_rank=None)
+    with pytest.raises(CheckpointError, match="q_lora_rank is None, of 3 layers"):
+        written(folder)
+    groups = {"n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy"}
+    folder = write_case(tmp_path / "c", "deepseek_v2", **groups)
+    with pytest.raises(CheckpointError, match="n_group is 4; llama.cpp ranks groups"):
+        written(folder)
+
+
 @pytest.mark.parametrize("case", WRITTEN)
 def test_a_written_folder_is_read_as_it_was(tmp_path, case):
     folder = write_case(tmp_path, case)
@@ -302,7 +329,8 @@ def test_a_written_folder_is_read_as_it_was(tmp_path, case):
         atol = NORM_ATOL if rounds and name.endswith(ends) else 0
         np.testing.assert_allclose(made[name], stored[name], rtol=0, atol=atol)
     source = json.loads((folder / "config.json").read_text())
-    assert made.config["model_type"] in (source["model_type"], "llama")
+    same = (source["model_type"], "llama", "deepseek_v3")
+    assert made.config["model_type"] in same
     same_settings(decoder_of(made.config), decoder_of(source))
     assert made.config["bos_token_id"] == byte_level().token_to_id("<s>")
 
@@ -444,7 +472,7 @@ def test_gemmas_norms_have_their_1(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q6_K"]
+    "kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q6_K", "MXFP4"]
 )
 def test_quantized_tensors_are_dequantized_as_gguf_does(tmp_path, kind):
     kind, rng = gguf.GGMLQuantizationType[kind], np.random.default_rng(0)

@@ -7,7 +7,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from qlora_jax.models import DecoderConfig
-from qlora_jax.models.spec import DeltaSpec, ExpertsSpec, MLPSpec, ShortConvSpec
+from qlora_jax.models.spec import (
+    DeltaSpec,
+    ExpertsSpec,
+    LatentSpec,
+    MLPSpec,
+    ShortConvSpec,
+)
 
 
 class Key(NamedTuple):
@@ -116,12 +122,14 @@ class Architecture(NamedTuple):
       tied: Whether the head is the embedding; None if it may be either.
       mixture: The model type of a file with experts, where that is another one.
       experts: The settings of experts.
-      sigmoid: Whether experts are chosen by sigmoids, and not by a softmax.
+      sigmoid: Whether experts are chosen by sigmoids, and not by a softmax; None if it may
+        be either.
       optional_norms: The setting that says whether q and k have norms, where tensors alone do.
       more: Further settings.
       rows: Ends of the names of tensors with an axis of size 1 that the file leaves out, and
         the axis.
       hybrid: Whether some layers have no attention.
+      latent: Whether attention is latent.
     """
 
     model_type: str
@@ -137,11 +145,12 @@ class Architecture(NamedTuple):
     tied: bool | None = None
     mixture: str | None = None
     experts: tuple[Key, ...] = ()
-    sigmoid: bool = False
+    sigmoid: bool | None = False
     optional_norms: str | None = None
     more: tuple[Key, ...] = ()
     rows: dict[str, int] = {}
     hybrid: bool = False
+    latent: bool = False
 
 
 _GRANITE = (
@@ -183,6 +192,27 @@ _CORRECTED = _experts(
 )
 """Those of experts whose choice is corrected, in DeepSeek's names."""
 
+
+def _latent_head(config: DecoderConfig) -> int:
+    """Returns the size of a head before keys are made of the small vectors."""
+    return _mixer(LatentSpec, "latent_rank")(config) + (config.rotary_dim or 0)
+
+
+_LATENT = (
+    Key("attention.head_count_kv", "", lambda _: 1, int, False),
+    Key("attention.key_length", "", _latent_head, int, False),
+    Key("attention.value_length", "", _mixer(LatentSpec, "latent_rank"), int, False),
+    Key("attention.key_length_mla", "head_dim", "head_dim"),
+    Key("attention.value_length_mla", "v_head_dim", _mixer(LatentSpec, "value_dim")),
+    Key("attention.kv_lora_rank", "kv_lora_rank", _mixer(LatentSpec, "latent_rank")),
+    Key(
+        "attention.q_lora_rank",
+        "q_lora_rank",
+        _mixer(LatentSpec, "query_rank"),
+        int,
+        False,
+    ),
+)
 _DELTA = tuple(
     Key(f"ssm.{gguf}", f"linear_{hf}", _mixer(DeltaSpec, field))
     for gguf, hf, field in (
@@ -334,6 +364,16 @@ ARCHITECTURES = {
         ),
         sigmoid=True,
     ),
+    "deepseek2": Architecture(
+        "deepseek_v3",
+        {"q_lora_rank": None, "rope_interleave": True, "n_group": 1, "topk_group": 1}
+        | {"norm_topk_prob": False, "routed_scaling_factor": 1.0},
+        scalings=("yarn",),
+        more=_LATENT,
+        experts=_CORRECTED,
+        sigmoid=None,
+        latent=True,
+    ),
     "minimax-m2": Architecture(
         "minimax_m2",
         partial=True,
@@ -348,6 +388,7 @@ ARCHITECTURES = {
 QWEN35 = ("qwen35", "qwen35moe")
 WRITTEN_AS = {a.model_type: name for name, a in ARCHITECTURES.items()}
 WRITTEN_AS |= {"mistral": "llama", "mixtral": "llama", "olmo3": "olmo2"}
+WRITTEN_AS |= dict.fromkeys(("deepseek_v2", "kimi_k2", "glm4_moe_lite"), "deepseek2")
 """model_type -> the architecture that a model of it is written as."""
 
 
@@ -387,7 +428,9 @@ LAYER_NORM_KEYS = (
 def keys(arch: str, experts: bool) -> tuple[Key, ...]:
     """Returns the settings that files of an architecture hold, with experts or without."""
     known = ARCHITECTURES[arch]
-    plain = (*(LAYER_NORM_KEYS if known.layer_norm else KEYS), *known.more)
+    own = {key.gguf for key in known.more}
+    plain = LAYER_NORM_KEYS if known.layer_norm else KEYS
+    plain = (*(key for key in plain if key.gguf not in own), *known.more)
     return (*plain, *known.experts) if experts else plain
 
 

@@ -33,15 +33,21 @@ from qlora_jax.sources.gguf.architectures import (
     LAYER_NORM_KEYS,
     keys,
     model_type,
+    routed,
 )
 from qlora_jax.sources.gguf.layers import (
     FULL,
     SIGMOID,
     expert_problems,
     hybrid,
+    latent_problems,
+    olmo3,
     pattern_of,
     read_hybrid,
+    read_latent,
+    warn_of_latent,
     windows_of,
+    yarn_multiplier,
 )
 
 logger = logging.getLogger(__name__)
@@ -101,7 +107,7 @@ _OF_ARCHITECTURE: dict[str, Kind] = {
         f"rope.scaling.{name}": FINITE
         for name in (
             *("factor", "attn_factor", "yarn_attn_factor", "yarn_ext_factor"),
-            *("yarn_beta_fast", "yarn_beta_slow"),
+            *("yarn_beta_fast", "yarn_beta_slow", "yarn_log_multiplier"),
         )
     },
 }
@@ -161,6 +167,8 @@ def read(
     config["num_hidden_layers"] -= meta.get(f"{arch}.nextn_predict_layers", 0)
     if known.hybrid:
         read_hybrid(config, meta)
+    if known.latent:
+        read_latent(config, meta)
     if arch == "ernie4_5-moe":
         config["moe_num_shared_experts"] //= max(config["moe_intermediate_size"], 1)
     if known.largest is not None:
@@ -178,7 +186,7 @@ def read(
             config[f"{key}_token_id"] = token
     problems = _read_rope(config, meta, factors)
     if arch == "olmo2" and config["sliding_window"]:
-        config = _olmo3(config)
+        config = olmo3(config)
     if arch == "gpt-oss":  # without one it would be that of the released models
         plain = {"rope_type": "default", "rope_theta": config["rope_theta"]}
         config["rope_scaling"] = config.get("rope_scaling", plain) | {"truncate": False}
@@ -218,18 +226,20 @@ def write(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Returns a decoder's metadata, and the tensors that hold rotary settings."""
     known = ARCHITECTURES[arch]
-    values: dict[str, Any] = {
+    values: dict[str, Any] = {"attention.value_length": config.head_dim}
+    values |= {
         key.gguf: key.kind(value)
         for key in keys(arch, bool(config.num_experts))
         if (value := key.value(config)) is not None
     }
     if known.hybrid:
         values |= hybrid(config, arch)
-    if config.num_experts and known.sigmoid:
+    if config.num_experts and routed(config).score == "sigmoid":
         values["expert_gating_func"] = SIGMOID
     dim = config.rotary_dim or config.head_dim
+    if known.latent:
+        warn_of_latent(config)
     values["vocab_size"] = config.vocab_size
-    values["attention.value_length"] = config.head_dim
     values["rope.dimension_count"] = dim
     if known.window is not None:
         windows = [spec.mixer.window or 0 for spec in config.specs]
@@ -258,6 +268,8 @@ def write(
         more: dict[str, Any] = {"type": kind, "factor": float(scaling.factor)}
         if kind == "yarn":  # its betas are read of none of these architectures
             more["original_context_length"] = length
+            if known.latent and (all_dims := yarn_multiplier(config)) is not None:
+                more["yarn_log_multiplier"] = 0.1 * all_dims
         if kind == "longrope":
             attention = float(scaling.attention_factor)
             more = {
@@ -289,6 +301,8 @@ def lost(
         problems.append(
             f"tie_word_embeddings is {tied}; no {arch} of llama.cpp has it so"
         )
+    if ARCHITECTURES[arch].latent:
+        problems += latent_problems(config)
     if arch == "olmoe" and config.num_kv_heads != config.num_heads:
         problems.append(
             f"num_key_value_heads is {config.num_kv_heads}; an olmoe of llama.cpp has as many "
@@ -304,15 +318,6 @@ def lost(
         for name, ours, theirs in pairs
         if _rounded(ours) != _rounded(theirs)
     ]
-
-
-def _olmo3(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the config.json of an OLMo 2 that has windows: only full layers are scaled."""
-    theta = {"rope_theta": config["rope_theta"]}
-    full = theta | config.get("rope_scaling", {})
-    ropes = {"full_attention": full, "sliding_attention": theta}
-    plain = {key: value for key, value in config.items() if key != "rope_scaling"}
-    return plain | {"model_type": "olmo3", "rope_parameters": ropes}
 
 
 def _decimal(value: Any) -> Any:
@@ -343,7 +348,8 @@ def _read_rope(
         rope.get("dimension_count", config["head_dim"]),
         rope.get("type", "none"),
     )
-    if ARCHITECTURES[meta["general.architecture"]].partial:
+    known = ARCHITECTURES[meta["general.architecture"]]
+    if known.partial:
         config["partial_rotary_factor"] = dim / config["head_dim"]
     elif dim != config["head_dim"]:
         return [f"{prefix}dimension_count is {dim}, a part of a head; not supported"]
@@ -379,6 +385,11 @@ def _read_rope(
             if rope.get(key, 1.0) != 1.0:
                 return [f"{prefix}scaling.{key} is {rope[key]}; not supported"]
         config["rope_scaling"] = {"rope_type": kind, "factor": rope["factor"]}
+        if known.latent:
+            dims = _decimal(10 * rope.get("yarn_log_multiplier", 0.0))
+            if not dims:
+                return [f"{prefix}scaling.yarn_log_multiplier is missing"]
+            config["rope_scaling"] |= {"mscale": dims, "mscale_all_dim": dims}
         if kind == "yarn":
             config["rope_scaling"] |= {
                 "original_max_position_embeddings": original,

@@ -64,14 +64,40 @@ def _cut_qkvz(w: np.ndarray, config: DecoderConfig) -> list[np.ndarray]:
     return [np.concatenate([q, k, v]), z]
 
 
+def _join_kv(parts: Sequence[np.ndarray], config: DecoderConfig) -> np.ndarray:
+    """Puts what makes keys and what makes values of each head together."""
+    del config
+    keys, values = parts
+    each = np.concatenate([keys.swapaxes(1, 2), values], axis=1)
+    return each.reshape(-1, each.shape[-1])
+
+
+def _cut_kv(w: np.ndarray, config: DecoderConfig) -> list[np.ndarray]:
+    """Takes what makes keys and what makes values of each head apart."""
+    plain = config.head_dim - (config.rotary_dim or 0)
+    each = w.reshape(config.num_heads, -1, w.shape[-1])
+    keys = np.ascontiguousarray(each[:, :plain].swapaxes(1, 2))
+    return [keys, each[:, plain:]]
+
+
 JOINTS = {
+    "deepseek2": Joint(
+        "attn.kv_b_proj.kernel",
+        ("attn_k_b.weight", "attn_v_b.weight"),
+        lambda shapes, _: (
+            shapes[0][0] * (shapes[0][-1] + shapes[1][1]),
+            shapes[1][-1],
+        ),
+        _join_kv,
+        _cut_kv,
+    ),
     "qwen3next": Joint(
         "attn.in_proj_qkvz.kernel",
         ("attn_qkv.weight", "attn_gate.weight"),
         lambda shapes, _: (shapes[0][0] + shapes[1][0], shapes[0][-1]),
         _join_qkvz,
         _cut_qkvz,
-    )
+    ),
 }
 """Architecture -> the linear that its files have as two tensors."""
 

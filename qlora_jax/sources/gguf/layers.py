@@ -1,12 +1,18 @@
 """What the metadata of a GGUF file say of layers that differ: windows, mixers, experts."""
 
+import logging
+import math
 from typing import Any
 
 from qlora_jax.models import DecoderConfig
 from qlora_jax.models.spec import AttentionSpec
-from qlora_jax.sources.gguf.architectures import QWEN35, Architecture
+from qlora_jax.sources.gguf.architectures import QWEN35, Architecture, routed
+
+logger = logging.getLogger(__name__)
 
 FULL = "full_attention"
+LATENT_EPS = 1e-6
+"""What transformers adds to the variance of small vectors of latent attention in any case."""
 SIGMOID = 2
 """expert_gating_func of experts that are chosen by sigmoids; other values are a softmax."""
 
@@ -81,7 +87,66 @@ def expert_problems(meta: dict[str, Any], known: Architecture) -> list[str]:
         if name not in read_here and value not in values:
             problems.append(f"{arch}.{name} is {value}, and no {arch} has any")
     gating = meta.get(f"{arch}.expert_gating_func", 0)
-    if gating and (gating == SIGMOID) != known.sigmoid:
+    if known.sigmoid is not None and gating and (gating == SIGMOID) != known.sigmoid:
         wanted = "a sigmoid" if known.sigmoid else "a softmax"
         problems.append(f"{arch}.expert_gating_func is {gating}; expected {wanted}")
     return problems
+
+
+def read_latent(config: dict[str, Any], meta: dict[str, Any]) -> None:
+    """Adds the sizes of latent attention, and how experts are chosen beside it."""
+    arch = meta["general.architecture"]
+    rotated = meta.get(f"{arch}.rope.dimension_count", 0)
+    config["num_key_value_heads"] = config["num_attention_heads"]
+    config["qk_rope_head_dim"] = rotated
+    config["qk_nope_head_dim"] = config["head_dim"] - rotated
+    config["head_dim"] = rotated  # of which rotary settings speak
+    if meta.get(f"{arch}.expert_gating_func", 0) != SIGMOID:
+        config["model_type"] = "deepseek_v2"
+        groups = config["n_group"] > 1
+        config["topk_method"] = "group_limited_greedy" if groups else "greedy"
+
+
+def latent_problems(config: DecoderConfig) -> list[str]:
+    """Returns what llama.cpp would compute otherwise of a decoder with latent attention."""
+    problems, experts = [], routed(config)
+    spec = config.specs[0].mixer
+    if (config.num_layers in (26, 27)) != (spec.query_rank is None):
+        problems.append(
+            f"q_lora_rank is {spec.query_rank}, of {config.num_layers} layers; llama.cpp takes "
+            "models of 26 and 27 layers for those without one, and all others for those with"
+        )
+    if experts.groups > 1 and experts.best_of_group != 2:
+        problems.append(
+            f"n_group is {experts.groups}; llama.cpp ranks groups by their two best experts, "
+            "this by the best"
+        )
+    return problems
+
+
+def yarn_multiplier(config: DecoderConfig) -> float | None:
+    """Returns mscale_all_dim of yarn, of a decoder's scale of scores; None without one."""
+    if config.attention_scale is None or config.rope_scaling is None:
+        return None
+    grown = math.sqrt(config.attention_scale * math.sqrt(config.head_dim))
+    return (grown - 1) / (0.1 * math.log(config.rope_scaling.factor))
+
+
+def warn_of_latent(config: DecoderConfig) -> None:
+    """Says where llama.cpp has another eps in norms of latent attention."""
+    if config.rms_norm_eps != LATENT_EPS:
+        logger.warning(
+            "llama.cpp takes rms_norm_eps, which is %g, for the norms of small vectors of "
+            "latent attention too; transformers takes %g",
+            config.rms_norm_eps,
+            LATENT_EPS,
+        )
+
+
+def olmo3(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the config.json of an OLMo 2 that has windows: only full layers are scaled."""
+    theta = {"rope_theta": config["rope_theta"]}
+    full = theta | config.get("rope_scaling", {})
+    ropes = {"full_attention": full, "sliding_attention": theta}
+    plain = {key: value for key, value in config.items() if key != "rope_scaling"}
+    return plain | {"model_type": "olmo3", "rope_parameters": ropes}
