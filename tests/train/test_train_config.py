@@ -34,6 +34,7 @@ NAN = float("nan")
         ("max_grad_norm", 0.0, "--train.max-grad-norm is 0.0, expected > 0"),
         ("weight_decay", -0.1, "--train.weight-decay is -0.1"),
         ("weight_decay", NAN, "--train.weight-decay is nan"),
+        ("router_aux_loss", -1.0, "--train.router-aux-loss is -1.0"),
         ("seed", -1, "--train.seed is -1"),
         ("seed", 2**63, "--train.seed is 9223372036854775808, expected less than"),
         ("save_minutes", 0.0, "--train.save-minutes is 0.0, expected > 0"),
