@@ -25,6 +25,7 @@ from qlora_jax.budget.plan import plan_memory as plan_memory
 from qlora_jax.budget.setup import Setup as Setup
 from qlora_jax.config.data import DataConfig as DataConfig
 from qlora_jax.config.lora import LoRAConfig as LoRAConfig
+from qlora_jax.config.objective import ObjectiveConfig as ObjectiveConfig
 from qlora_jax.config.quant import QuantConfig as QuantConfig
 from qlora_jax.config.train import TrainConfig as TrainConfig
 from qlora_jax.data.intake import load_dataset as load_dataset
@@ -42,6 +43,8 @@ from qlora_jax.models.streaming import stream as stream
 from qlora_jax.nn.packing import dequantize as dequantize
 from qlora_jax.nn.packing import quantize_tensor as quantize_tensor
 from qlora_jax.nn.quantizing import quantize as quantize
+from qlora_jax.objectives.base import Objective as Objective
+from qlora_jax.objectives.find import make_objective as make_objective
 from qlora_jax.optim.eight_bit import adamw_8bit as adamw_8bit
 from qlora_jax.optim.loss_scale import dynamic_loss_scale as dynamic_loss_scale
 from qlora_jax.optim.offload import offload as offload
