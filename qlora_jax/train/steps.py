@@ -127,13 +127,16 @@ class Steps:
     ) -> None:
         """Begins to compile, each program in a thread; a line says when one is ready.
 
-        Functions are traced here, in the caller's contexts.
+        Functions are traced here, in the caller's contexts. Rows as they are drawn have many
+        lengths, of which a run may meet few: those are compiled when they come.
 
         Args:
           state, base: The run's state and its base, to compile for.
           evaluation: Rows that will be evaluated; None for none.
           evaluates_first: Whether that is before the first step.
         """
+        if self.batches.packing == "drawn":
+            return
         trains: Program = "the step", self._train_step
         evaluates: Program = "the evaluation", self._eval_step
         held = [] if evaluation is None else self._every(evaluation).examples()
