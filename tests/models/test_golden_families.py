@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -34,6 +35,22 @@ CACHED = [
 ]
 
 
+ALWAYS = (
+    *("llama_llama3", "qwen2_window", "gemma2", "gpt_oss", "phi3_longrope", "mixtral"),
+    *(FAMILY[name] for name in ("qwen3_5_text", "lfm2", "granitemoehybrid", "cohere")),
+    *(FAMILY[name] for name in ("deepseek_v3", "gemma4_text", "qwen3")),
+)
+"""A case of each mixer, of each kind of norm and of a mixture: what `scripts/test` tries."""
+
+
+def sometimes(some: Iterable[str]) -> list[Any]:
+    """Returns cases, of which those that are not in ALWAYS are slow, and rotate."""
+    marks = [pytest.mark.slow, pytest.mark.rotates]
+    return [
+        case if case in ALWAYS else pytest.param(case, marks=marks) for case in some
+    ]
+
+
 def check(got: Any, want: np.ndarray) -> None:
     atol = LOGITS_RTOL * np.abs(want).max()
     np.testing.assert_allclose(np.asarray(got), want, rtol=0, atol=atol)
@@ -46,7 +63,7 @@ def decode(
     return nnx.merge(graphdef, state).decode(ids, at, c)
 
 
-@pytest.mark.parametrize("case", cases.CASES)
+@pytest.mark.parametrize("case", sometimes(cases.CASES))
 def test_logits_are_those_of_transformers(case, golden, tmp_path):
     made = read(case, golden)
     model = load(case, made, tmp_path)
