@@ -103,6 +103,7 @@ def test_decoding_equals_the_full_forward_whatever_mixers_remember():
             logits, cache = decode(model, padded[:, one], positions[:, one], cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [(), (0, 1, 2, 3, 6)])
 def test_adapters_by_layer_travel_and_come_back(layers, tmp_path):
     config = {"layers": layers, "targets": "in_proj,q_proj,up_proj"}
@@ -135,6 +136,7 @@ def test_adapters_by_layer_travel_and_come_back(layers, tmp_path):
     close(nnx.jit(lambda m, ids: m(ids))(half.on(quantized()), ids), said)
 
 
+@pytest.mark.slow
 def test_rows_take_their_own_adapters():
     targets = "in_proj,out_proj,q_proj,down_proj"
     config = {"targets": targets, "layers": (0, 1, 2, 4, 5)}
@@ -149,6 +151,7 @@ def test_rows_take_their_own_adapters():
     close(got, jnp.stack([run(first, ids)[0], run(quantized(), ids)[1]]))
 
 
+@pytest.mark.slow
 def test_merges_give_the_same_and_say_what_they_lost():
     model, ids = tiny.moved(quantized()), tiny.tokens(1, 6)
     run = nnx.jit(lambda m, ids: m(ids))

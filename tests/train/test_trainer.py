@@ -141,6 +141,7 @@ def test_what_stands_in_the_adapters_place_is_refused_before_a_step(tmp_path: Pa
     assert [x.name for x in tmp_path.iterdir()] == ["adapter"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", ["on", "off"])
 def test_nothing_is_compiled_once_a_run_is_warm(packing, tmp_path, caplog):
     """From the second step on, whatever the lengths: each had its program ahead."""
