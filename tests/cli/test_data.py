@@ -70,7 +70,7 @@ def test_batches_are_shown_packed_and_not(tmp_path: Path, base, capsys):
     assert "packing off (this run)" in off["table"] and "packing on:" in off["table"]
     drawn = found["drawn"]["table"]
     assert "packing drawn (this run): a step has 16 rows of any length" in drawn
-    adapters = command.refused(*given, "--train.objective", "no:name")
+    adapters = command.refused(*given, "--objective", "no:name")
     assert "importing no failed" in adapters
 
 
@@ -84,7 +84,7 @@ def test_an_objective_of_whole_rows_is_not_packed(
     monkeypatch.syspath_prepend(tmp_path)
     data = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.sums(20))
     given = (capsys, "data", "--model", base, "--data", data)
-    given = (*given, "--train.objective", "whole_rows:OURS")
+    given = (*given, "--objective", "whole_rows:OURS")
     figures = command.call(*given)
     assert figures["packing"] == "off" and "padding_packed" not in figures
     reason = "objective ours takes rows of one document"

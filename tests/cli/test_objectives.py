@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -89,7 +90,7 @@ def test_what_a_teacher_says_is_learnt(base: Path, tmp_path: Path, capsys: Any):
     assert main(["teach", *map(str, args)]) == 2  # it is there already
     # By numpy, of all logits.
     rows = [json.loads(line) for line in taught.read_text().splitlines()]
-    tokens = np.array([rows[0]["input_ids"]])
+    tokens = jnp.array([rows[0]["input_ids"]])
     logits = tiny.logits(tiny.decoder(), tokens)[0].astype(np.float64) / 2
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     for place in (1, len(tokens[0]) - 1):
@@ -154,7 +155,8 @@ def test_a_reference_is_the_base_where_something_of_it_trains_in_place():
     rows = tiny.rows((5, 9)).rows
     data = Dataset([rows[0]._replace(other=rows[1])], 9)
     wanted = reference_values(tiny.decoder(), rows, 2)
-    for more in ({}, {"modules_to_save": "norm"}):
+    kinds: tuple[dict[str, Any], ...] = ({}, {"modules_to_save": "norm"})
+    for more in kinds:
         model = tiny.adapted(tiny.decoder(), zero=True, **more)
         (row,) = with_reference(data, model, 1).rows
         found = [one.extras[REFERENCE] for one in (row, row.other) if one is not None]

@@ -187,12 +187,12 @@ def test_rows_of_every_kind_are_kept_and_read_again(tmp_path: Path, monkeypatch:
     judged = [
         {"prompt": p, "completion": "x", "label": i == 0} for i, p in enumerate("ab")
     ]
+    keep, made = tmp_path / "kept", []
     kinds: tuple[tuple[Rows, list], ...]
     kinds = ("pairs", [PAIR]), ("judged", judged), ("teacher", [taught])
     for kind, rows in kinds:
         path = tmp_path / f"{kind}.jsonl"
         path.write_text("\n".join(map(json.dumps, rows)))
-        keep = tmp_path / "kept"
         made, again = (
             read_dataset(
                 *(path, tiny.tokenizer(), DataConfig(train_on_prompt=True)),
@@ -235,9 +235,13 @@ def test_turns_of_other_roles_train(tmp_path: Path):
             for i, part in enumerate(parts)
         )
         assert text == wanted
-    for config, message in (({"train_on": ("user", "bot")}, "is user bot, expected some"),
-                            ({"train_on": ()}, "is nothing, expected")):  # fmt: skip
+    refused: tuple[tuple[tuple[str, ...], str], ...]
+    refused = (
+        (("user", "bot"), "is user bot, expected some"),
+        ((), "is nothing, expected"),
+    )
+    for roles, message in refused:
         with pytest.raises(ConfigError, match=message):
-            DataConfig(**config)
+            DataConfig(train_on=roles)
     with pytest.raises(DataError, match="no tool turn to learn from"):
         read(tmp_path, 2 * [{"messages": turns}], "texts", train_on=("tool",))
