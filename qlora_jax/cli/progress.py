@@ -101,7 +101,11 @@ class TrainProgress:
         """Takes a step's metrics or an eval loss."""
         if "eval_loss" in metrics:
             self._eval = f"  eval {metrics['eval_loss']:.4f}"
-            self._say(f"step {metrics['step']}: eval loss {metrics['eval_loss']:.4f}")
+            text = f"step {metrics['step']}: eval loss {metrics['eval_loss']:.4f}"
+            for name, value in metrics.items():
+                if name not in RESERVED:  # the objective's own
+                    text += f"  {name.removeprefix('eval_')} {value:.4f}"
+            self._say(text)
             return
         text = f"loss {metrics['loss']:.4f}{self._eval}"
         for name, value in metrics.items():

@@ -246,14 +246,8 @@ class Trainer:
 
     def evaluate(self, dataset: Dataset) -> float:
         """Returns the objective's mean loss, a token unless it has another normalizer."""
-        return self._evaluate(dataset, lambda: False)
-
-    def _evaluate(self, dataset: Dataset, stop: Callable[[], bool]) -> float:
-        def going() -> None:
-            if stop():
-                raise _Stopped
-
-        return self._steps.evaluate(self.lora, self.base, dataset, going)
+        measured = self._steps.evaluate(self.lora, self.base, dataset, lambda: None)
+        return measured["eval_loss"]
 
     def _run(self, log: MetricsLog) -> dict[str, Any]:
         began = time.monotonic()
@@ -430,7 +424,13 @@ class Trainer:
         """Measures and logs the eval loss; saves a checkpoint where it is the least yet."""
         assert self.eval_data is not None
         step = self.state.step
-        row = {"step": step, "eval_loss": self._evaluate(self.eval_data, self._stop)}
+
+        def going() -> None:
+            if self._stop():
+                raise _Stopped
+
+        parts = self.lora, self.base, self.eval_data
+        row = {"step": step, **self._steps.evaluate(*parts, going)}
         before = [loss for at, loss in log.eval_losses if at > 0]
         log.write(**row)
         self._progress(row)

@@ -73,7 +73,7 @@ def make_train_step(
 
     def train_step(lora, base, opt_state, batch, key=None):
         chosen.check(batch)
-        batch = _with_micro_axis(batch)
+        batch = chosen.prepared(_with_micro_axis(batch))
         scale = opt_state.scale if isinstance(opt_state, LossScaleState) else 1.0
         tokens = predicted(batch)
         normalizer = jnp.maximum(chosen.normalizer_of(batch), 1.0)
@@ -97,8 +97,11 @@ def make_eval_step(
     loss_fn: LossFn | None = None,
     *,
     objective: Objective | None = None,
-) -> Callable[..., tuple[Array, Array]]:
-    """Makes eval_step(lora, base, batch) -> (sum of losses, its normalizer), of a 2-D batch.
+) -> Callable[..., tuple[Array, Array, dict[str, tuple[Array, Array]]]]:
+    """Makes eval_step(lora, base, batch) -> (sum of losses, its normalizer, metrics).
+
+    The batch is 2-D. Metrics are the objective's, each a sum and its own normalizer, so that
+    both add up over batches.
 
     Args:
       graphdef: The graphdef of the model, from `split`.
@@ -110,8 +113,14 @@ def make_eval_step(
     apply = applied(graphdef, chosen, "none")
 
     def eval_step(lora, base, batch):
-        loss, _ = apply(lora, base, batch, None)
-        return loss, chosen.normalizer_of(batch)
+        batch = chosen.prepared(batch)
+        loss, sums = apply(lora, base, batch, None)
+        normalizer = chosen.normalizer_of(batch)
+        each = {
+            name: x if isinstance(x, tuple) else (x, normalizer)
+            for name, x in sums.items()
+        }
+        return loss, normalizer, each
 
     return jax.jit(eval_step)
 

@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
 
@@ -179,26 +180,36 @@ class Steps:
         base: nnx.State,
         dataset: Dataset,
         going: Callable[[], None],
-    ) -> float:
-        """Returns the objective's mean loss, a token unless it has another normalizer.
+    ) -> dict[str, float]:
+        """Measures the objective on rows.
+
+        Returns:
+          eval_loss, the mean loss, a token unless the objective has another normalizer; and
+          the objective's own metrics under their names with eval_ before them.
 
         Args:
           lora, base: The adapter and its base.
           dataset: The rows; each counts once.
           going: Called before each batch; it may raise.
         """
-        sums: list[tuple[jax.Array, jax.Array]] = []
-        total, count = 0.0, 0.0
+        waiting, totals = [], dict[str, np.ndarray]()
+
+        def add(loss: Any, normalizer: Any, metrics: dict[str, Any]) -> None:
+            for name, pair in {"loss": (loss, normalizer), **metrics}.items():
+                sums = np.array(pair, np.float64)
+                totals[name] = totals.get(name, np.zeros(2)) + sums
+
         for batch in self._every(dataset):
             going()
             self._wait(self._eval_step, batch)
-            sums.append(self._eval_step(lora, base, batch))
-            if len(sums) > 1:  # the device is at the last one meanwhile
-                loss, normalizer = sums.pop(0)
-                total, count = total + float(loss), count + float(normalizer)
-        for loss, normalizer in sums:
-            total, count = total + float(loss), count + float(normalizer)
-        return total / count
+            waiting.append(self._eval_step(lora, base, batch))
+            if len(waiting) > 1:  # the device is at the last one meanwhile
+                add(*waiting.pop(0))
+        add(*waiting.pop(0))
+        return {
+            f"eval_{name}": float(total / count) if count else 0.0
+            for name, (total, count) in totals.items()
+        }
 
     def _fed(self, step: int) -> Fed:
         batch = jax.device_put(self.batches.at(step))

@@ -154,7 +154,7 @@ def test_streamed_micro_batches_share_each_layers_copy(parts, batch, by_rows):
 
 def test_the_evaluation_of_an_objective_sums_and_counts(parts, batch, by_rows, wanted):
     graphdef, lora, base = parts
-    loss, rows = make_eval_step(graphdef, objective=by_rows)(lora, base, batch)
+    loss, rows, _ = make_eval_step(graphdef, objective=by_rows)(lora, base, batch)
     assert rows == len(LENGTHS)
     assert float(loss / rows) == pytest.approx(wanted[0]["loss"], rel=SUM_ORDER)
 
@@ -243,7 +243,7 @@ def test_a_trainer_reports_an_objectives_metrics_and_resumes_with_it(focal, tmp_
     lines = read_metrics(tmp_path / "whole" / "metrics.jsonl")
     taken = [line for line in lines if "loss" in line]
     assert [0 < line["p"] < 1 for line in taken] == 4 * [True]
-    assert set().union(*lines) - {"p"} <= RESERVED
+    assert set().union(*lines) - {"p", "eval_p"} <= RESERVED
 
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     shutil.rmtree(tmp_path / "parts" / "checkpoints" / "4")
@@ -263,6 +263,8 @@ def test_a_trainer_reports_an_objectives_metrics_and_resumes_with_it(focal, tmp_
     weights = batch["weights"][:, 1:]
     wanted = -(weights * (1 - p) * np.log(p)).sum() / weights.sum()
     assert lines[-1]["eval_loss"] == pytest.approx(wanted, rel=SUM_ORDER)
+    mean = (weights * p).sum() / weights.sum()
+    assert lines[-1]["eval_p"] == pytest.approx(mean, rel=SUM_ORDER)
 
 
 def test_the_command_takes_an_objective_by_its_name(focal, tmp_path, capsys):
