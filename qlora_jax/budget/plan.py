@@ -114,7 +114,8 @@ def plan_memory(
 
 
 def _candidates(setup: Setup, rows: int, fixed: set[str]) -> Iterator[Setup]:
-    batches = [n for n in range(1, rows + 1) if rows % n == 0]
+    # Where packing makes several sizes the same program, the largest evaluates fastest.
+    batches = [n for n in range(rows, 0, -1) if rows % n == 0]
     tied = setup.config.tie_word_embeddings
     options: dict[str, list[Any]] = {
         "micro_batch": batches,

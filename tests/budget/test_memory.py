@@ -311,6 +311,7 @@ def test_a_setting_of_training_that_does_not_matter_changes_nothing():
         **{"weight_decay": 0.1, "beta1": 0.5, "beta2": 0.5, "eval_every": 1},
         **{"save_every": None, "keep_checkpoints": 1, "resident_bytes": 1},
         **{"save_minutes": 1.0, "check_finite": True, "max_skipped": 1},
+        **{"router_aux_loss": 0.1},
     }
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     assert names == others.keys() | MATTERING.keys()
