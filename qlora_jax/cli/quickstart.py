@@ -99,7 +99,9 @@ def run(args: Args) -> dict[str, Any]:
         model = attach(model, LORA, key=jax.random.key(train.seed))
         progress = TrainProgress()
         trainer = Trainer(
-            model, rows, train, out, evaluation=held, lora=LORA, progress=progress
+            *(model, rows, train, out),
+            **{"evaluation": held, "lora": LORA, "progress": progress},
+            packing="drawn",  # a row is as long as its documents: there is nothing to pack
         )
         progress.expect(trainer.steps)
 
