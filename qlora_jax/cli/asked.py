@@ -1,4 +1,4 @@
-"""What a run asks its reference before it trains (--objective.precompute-reference)."""
+"""The reference is asked once before a run trains (--objective.precompute-reference)."""
 
 import dataclasses
 import functools

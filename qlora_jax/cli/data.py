@@ -53,7 +53,7 @@ class Args:
     """The batches' size and order count here, and nothing else."""
 
     objective: ObjectiveConfig = ObjectiveConfig()
-    """What is to be minimized: rows are read for it."""
+    """Rows are read as this objective takes them; its settings are those of `qlora train`."""
 
 
 def parse(args: list[str], prog: str) -> Args:

@@ -21,7 +21,7 @@ from qlora_jax.data.tokenize import Row
 from qlora_jax.errors import ConfigError, DataError
 
 _DIGITS = 5
-"""Of a log-probability in the file, after the point."""
+"""A log-probability has so many digits after the point in the file, which rounds it to 5e-6."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

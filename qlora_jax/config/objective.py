@@ -7,9 +7,9 @@ from typing import Literal
 from qlora_jax.errors import ConfigError, gathered
 
 Rows = Literal["texts", "pairs", "judged", "teacher"]
-"""Which rows an objective takes: texts to learn; pairs of a chosen and a rejected answer to a
-prompt; answers that are judged, each as good or bad; texts with what a teacher says of their
-tokens."""
+"""An objective takes one kind of rows: texts to learn; pairs of a chosen and a rejected answer
+to a prompt; answers that are judged, each as good or bad; or texts with what a teacher says of
+their tokens."""
 
 PairLoss = Literal["sigmoid", "ipo", "hinge", "robust", "sigmoid_norm"]
 
@@ -24,7 +24,7 @@ READS: dict[str, tuple[str, ...]] = {
 """The objectives of this package, and the settings that each reads."""
 
 BETA = {"dpo": 0.1, "orpo": 0.1, "kto": 0.1, "simpo": 2.0}
-"""What beta is where it is not given."""
+"""An objective that reads beta takes this value where none is given."""
 
 SMOOTHED: tuple[PairLoss, ...] = ("sigmoid", "robust")
 """Losses of DPO that read label_smoothing."""
@@ -133,7 +133,8 @@ class ObjectiveConfig:
 
     @property
     def settings(self) -> dict[str, float | str]:
-        """What of these settings the objective's arithmetic follows from, by name."""
+        """These settings, by name, are what the objective's arithmetic follows from, so that a
+        run that goes on has to have them as it began."""
         found = {
             name: getattr(self, name)
             for name in READS.get(self.name, ())

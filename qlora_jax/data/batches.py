@@ -25,8 +25,8 @@ from qlora_jax.data.tokenize import Row
 from qlora_jax.errors import ConfigError
 
 Resolved = Literal["on", "off", "drawn"]
-"""How batches are made: documents packed into rows, rows grouped by length, or rows as they
-are drawn."""
+"""Batches are made in one of these ways: "on" packs documents into rows, "off" groups rows by
+length, and "drawn" takes rows in the order in which they are drawn."""
 
 Batch = dict[str, np.ndarray]
 
@@ -36,7 +36,7 @@ _KEPT = 4
 
 @runtime_checkable
 class HasRows(Protocol):
-    """What `resolve` asks of a dataset."""
+    """A dataset has these attributes that `resolve` looks at."""
 
     rows: list[Row]
 

@@ -11,7 +11,7 @@ from qlora_jax.errors import DataError
 
 
 class Taken(NamedTuple):
-    """What of a source's rows a run takes.
+    """A run takes these of a source's rows, and says what became of the others.
 
     Attributes:
       rows: The rows within the length that have something to learn.

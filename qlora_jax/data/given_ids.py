@@ -32,7 +32,7 @@ class Taught(NamedTuple):
 
 
 _ROUNDED = 1e-2
-"""What rounding may make the probabilities of a token exceed 1 by."""
+"""Rounding in a teacher's file may make the probabilities of a token exceed 1 by so much."""
 
 
 def taught_of(row: Mapping[str, Any]) -> tuple[Taught, set[str]]:

@@ -12,7 +12,7 @@ _NARROW = {np.dtype(np.float64): np.float32, np.dtype(np.int64): np.int32}
 
 
 class Extra(NamedTuple):
-    """What else of a row a batch has.
+    """A batch has an array beside tokens and weights for each of these.
 
     Attributes:
       by_token: Whether each token has one, and not the row.
@@ -26,7 +26,7 @@ class Extra(NamedTuple):
 
 
 class Layout:
-    """How rows are laid into batches: what all batches of one dataset have in common.
+    """Lays rows into batches, and knows what all batches of one dataset have in common.
 
     Attributes:
       pairs: Whether each row has another beside it, which is laid directly after it.

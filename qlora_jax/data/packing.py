@@ -1,4 +1,4 @@
-"""Which documents share a row, which rows share a step, and what lengths batches have.
+"""Lengths decide which documents share a row, which rows share a step, and how long rows are.
 
 All of it follows from lengths alone: integers in, integers out.
 """

@@ -25,7 +25,8 @@ MAX_TEXT = 3_000_000
 
 
 NO_EXTRAS: Mapping[str, np.ndarray] = {}
-"""One for all rows, which nothing writes to; a mapping proxy cannot be pickled."""
+"""All rows without extras share this dict, which nothing writes to; it is no mapping proxy, as
+that cannot be pickled for the worker processes."""
 
 
 class Row(NamedTuple):

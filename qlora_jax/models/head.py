@@ -1,4 +1,4 @@
-"""What makes logits of hidden states."""
+"""The head makes logits of hidden states."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What objectives on whole answers share: their log-probabilities, pairs, and the reference."""
+"""Objectives on whole answers share these: log-probabilities, pairs, and the reference."""
 
 from typing import Any, NamedTuple
 
@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from qlora_jax.adapters.attach import detach
+from qlora_jax.config.objective import ObjectiveConfig
 from qlora_jax.data.fields import PROMPT_WEIGHTS, REFERENCE
 from qlora_jax.errors import ConfigError
 from qlora_jax.objectives.base import Batch, Metrics
@@ -62,6 +63,24 @@ def reference_logps(model: Any, batch: Batch) -> Float[Array, " rows"]:
     base: Any = detach(model)
     hidden = base.hidden_states(batch["tokens"])
     return lax.stop_gradient(answers_of(base.head, hidden, batch).logps)
+
+
+def with_sft(
+    config: ObjectiveConfig, answers: Answers, batch: Batch, metrics: dict[str, Any]
+) -> Array | float:
+    """Returns what sft_weight adds to a sum of losses over pairs, and puts `nll` into metrics.
+
+    Args:
+      config: With sft_weight; 0 adds nothing.
+      answers: Those of the batch's rows.
+      batch: A 2-D batch of pairs, which knows of the whole batch what `pairs_a_token` says.
+      metrics: The objective's, in which nll is the cross-entropy of a chosen answer's token.
+    """
+    if not config.sft_weight:
+        return 0.0
+    nll = -jnp.sum(chosen(answers.logps))
+    metrics["nll"] = nll, jnp.sum(chosen(answers.tokens))
+    return config.sft_weight * pairs_a_token(batch)[PAIRS_A_TOKEN] * nll
 
 
 def present(weights: Float[Array, "*axes rows seq"]) -> Float[Array, "*axes rows"]:

@@ -18,7 +18,7 @@ from qlora_jax.objectives.base import Batch, Metrics, Objective, of_hidden_state
 from qlora_jax.objectives.logprobs import cross_entropy, next_tokens, top_logprobs
 
 _NOTHING = 1e-6
-"""What is left to 1 of float32 probabilities, and may be rounding alone."""
+"""A part of 1 that float32 probabilities leave, and that is no more, may be rounding alone."""
 
 
 def make(config: ObjectiveConfig) -> Objective:

@@ -14,7 +14,6 @@ from qlora_jax.config.objective import ObjectiveConfig
 from qlora_jax.config.train import Checkpoint
 from qlora_jax.data.fields import REFERENCE
 from qlora_jax.objectives.answers import (
-    PAIRS_A_TOKEN,
     Answers,
     answers_of,
     chosen,
@@ -25,6 +24,7 @@ from qlora_jax.objectives.answers import (
     reference_logps,
     rejected,
     smoothed,
+    with_sft,
 )
 from qlora_jax.objectives.base import Batch, Metrics, Objective
 
@@ -41,10 +41,7 @@ def make(config: ObjectiveConfig) -> Objective:
         there = present(chosen(batch["weights"]))
         total = jnp.sum(there * _of_pair(config, ratios, answers))
         metrics = dict(of_pairs(config.strength * ratios, answers, there))
-        if config.sft_weight:
-            learnt = -jnp.sum(chosen(answers.logps))
-            total += config.sft_weight * pairs_a_token(batch)[PAIRS_A_TOKEN] * learnt
-            metrics["nll"] = learnt, jnp.sum(chosen(answers.tokens))
+        total += with_sft(config, answers, batch, metrics)
         return total, metrics
 
     return Objective(

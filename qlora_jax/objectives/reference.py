@@ -1,4 +1,4 @@
-"""What the reference says of rows, asked once and kept with them.
+"""The reference is asked once about rows, which keep what it says.
 
 The reference is the base without its adapter, which training does not change, so that a step
 need not run it again.

@@ -10,7 +10,6 @@ from jaxtyping import Array
 
 from qlora_jax.config.objective import ObjectiveConfig
 from qlora_jax.objectives.answers import (
-    PAIRS_A_TOKEN,
     answers_of,
     chosen,
     count_pairs,
@@ -19,6 +18,7 @@ from qlora_jax.objectives.answers import (
     present,
     rejected,
     smoothed,
+    with_sft,
 )
 from qlora_jax.objectives.base import Batch, Metrics, Objective, of_hidden_states
 
@@ -36,10 +36,7 @@ def make(config: ObjectiveConfig) -> Objective:
         # As TRL's, log-probabilities are those of a token.
         means = answers._replace(logps=answers.means)
         metrics = dict(of_pairs(rewards, means, there))
-        if config.sft_weight:
-            learnt = -jnp.sum(chosen(answers.logps))
-            total += config.sft_weight * pairs_a_token(batch)[PAIRS_A_TOKEN] * learnt
-            metrics["nll"] = learnt, jnp.sum(chosen(answers.tokens))
+        total += with_sft(config, answers, batch, metrics)
         return total, metrics
 
     return of_hidden_states(

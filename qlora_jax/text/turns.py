@@ -1,4 +1,4 @@
-"""Which part of a conversation's text trains: the turns of the assistant, or of other roles.
+"""A part of a conversation's text trains: the turns of the assistant, or of other roles.
 
 The whole text is tokenized at once, so a part is (start, end) in its characters. Found,
 in this order:
@@ -28,7 +28,7 @@ _PROBE = "a probe of what a turn says"
 
 
 ASSISTANT = ("assistant",)
-"""Whose turns train, unless it is said otherwise."""
+"""Turns of these roles train, unless --data.train-on names others."""
 
 
 class Span(NamedTuple):

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -13,7 +12,7 @@ is for those that are not, such as an epoch's first, which has to be planned."""
 
 
 class Feed(Generic[T]):
-    """Makes what steps take by a thread, before they ask for it; a context manager."""
+    """Makes what steps take by a thread, before they ask for it."""
 
     def __init__(self, make: Callable[[int], T], end: int):
         """Starts the thread.
@@ -26,16 +25,7 @@ class Feed(Generic[T]):
         self._thread = ThreadPoolExecutor(1, "batches")
         self._waiting: dict[int, Future[T]] = {}
 
-    def __enter__(self) -> "Feed[T]":
-        """Returns itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """Ends the thread; what it has begun to make is finished first."""
         self._thread.shutdown(cancel_futures=True)
 

@@ -1,4 +1,4 @@
-"""What the steps of a run add up to, and whether it can go on."""
+"""The steps of a run add up to figures, and say whether it can go on."""
 
 from typing import Any
 

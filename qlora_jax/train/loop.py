@@ -261,7 +261,7 @@ class Trainer:
                 self.eval_data,
                 evaluates_first=self._eval_due(),
             )
-            with self._steps.feed(self.steps) as feed:
+            with contextlib.closing(self._steps.feed(self.steps)) as feed:
                 self._take_steps(log, rows, feed)
         except _Stopped:
             self._save(log)

@@ -1,4 +1,4 @@
-"""What a run computes: its steps and evaluations, compiled and fed before they are due."""
+"""A run's steps and evaluations are compiled, and fed with batches, before they are due."""
 
 import logging
 import time
@@ -23,7 +23,7 @@ from qlora_jax.train.step import make_eval_step, make_train_step
 logger = logging.getLogger(__name__)
 
 Program = tuple[str, Any]
-"""What to call a program, and its jitted function."""
+"""A program is what lines call it, and its jitted function."""
 
 
 def batches_of(
@@ -56,7 +56,7 @@ def batches_of(
 
 
 class Fed(NamedTuple):
-    """What a step takes beside a run's state.
+    """A step takes this beside a run's state.
 
     Attributes:
       batch: Its arrays, on the device.

@@ -9,6 +9,7 @@ already, in turns of --steps steps; the ratio is the median over the rounds. `--
 says how rows make batches; a figure of useful tokens leaves padding out.
 """
 
+import contextlib
 import tempfile
 import threading
 import time
@@ -28,7 +29,7 @@ from scripts.bench import harness
 def timed_run(trainer: Trainer, steps: range) -> tuple[float, int]:
     """Returns the seconds of some of a run's own steps, and the tokens of their documents."""
     state, tokens, before = trainer.state, 0, None
-    with trainer._steps.feed(steps.stop) as feed:
+    with contextlib.closing(trainer._steps.feed(steps.stop)) as feed:
         fed = feed(steps.start)
         began = time.perf_counter()
         for step in steps:

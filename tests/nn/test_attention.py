@@ -167,6 +167,7 @@ def test_values_of_another_size_are_none_for_cudnn(monkeypatch):
     ],
 )
 def test_on_a_gpu_it_is_cudnn_where_that_can_run(dtype, head_dim, window, fused):
+    # CUDA's compiler and cuDNN are there where .ci/run installed them (two stacks run this).
     if reason := aot.available() or aot.without_cudnn():
         pytest.skip(f"NOT COMPILED FOR A GPU: {reason}")
 
@@ -182,6 +183,7 @@ def test_on_a_gpu_it_is_cudnn_where_that_can_run(dtype, head_dim, window, fused)
 
 @pytest.mark.aot
 def test_on_a_gpu_documents_of_long_rows_have_no_array_of_length_by_length():
+    # CUDA's compiler is there where .ci/run installed it (two of its stacks run this).
     if reason := aot.available():
         pytest.skip(f"NOT COMPILED FOR A GPU: {reason}")
     length, heads = 8192, 8

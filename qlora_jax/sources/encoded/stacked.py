@@ -19,7 +19,7 @@ from qlora_jax.sources.encoded.form import FLOAT8, Form, Part, Settings
 from qlora_jax.sources.safetensors import Checkpoint, Encoded, TensorInfo
 
 STACKED = ("_scale_inv", "_activation_scale")
-"""What follows the name of a stack in those of its scales, and of its activations'."""
+"""The names of a stack's scales, and of its activations', are its own with these behind it."""
 
 
 class Stack:

@@ -223,15 +223,16 @@ _DELTA = tuple(
         ("inner_size", "value_head_dim", "value_size"),  # of all heads
     )
 )
+_SHARED_SIZE = Key(
+    "expert_shared_feed_forward_length",
+    "shared_expert_intermediate_size",
+    _shared_size,
+)
 _DELTA_MIXTURE = _experts(
     "num_experts",
     "num_experts_per_tok",
     "moe_intermediate_size",
-    Key(
-        "expert_shared_feed_forward_length",
-        "shared_expert_intermediate_size",
-        _shared_size,
-    ),
+    _SHARED_SIZE,
 )
 _DELTA_ROWS = {"linear_attn.conv1d.weight": 1, "shared_expert_gate.weight": 0}
 _TAPS = Key("shortconv.l_cache", "conv_L_cache", _mixer(ShortConvSpec, "taps"))
@@ -273,11 +274,7 @@ ARCHITECTURES = {
             "num_experts",
             "num_experts_per_tok",
             "moe_intermediate_size",
-            Key(
-                "expert_shared_feed_forward_length",
-                "shared_expert_intermediate_size",
-                _shared_size,
-            ),
+            _SHARED_SIZE,
         ),
         rows={"shared_expert_gate.weight": 0},
     ),

@@ -97,7 +97,7 @@ class Part(NamedTuple):
 
     @property
     def offset(self) -> int:
-        """Where it begins in the file."""
+        """It begins at this byte of the file."""
         return self.tensor.data_offset + (self.expert or 0) * self.n_bytes
 
 

@@ -1,4 +1,4 @@
-"""What of a tensor is otherwise in a GGUF file than in a folder, beside its name.
+"""Tensors differ in more than their names between a GGUF file and a folder.
 
 - Rows of q and k are interleaved in architectures llama, arcee and granite: their files rotate
   neighbouring features, Hugging Face the two halves of a head.

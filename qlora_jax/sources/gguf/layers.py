@@ -1,4 +1,4 @@
-"""What the metadata of a GGUF file say of layers that differ: windows, mixers, experts."""
+"""The metadata of a GGUF file say how layers differ: in windows, mixers and experts."""
 
 import logging
 import math
@@ -12,7 +12,8 @@ logger = logging.getLogger(__name__)
 
 FULL = "full_attention"
 LATENT_EPS = 1e-6
-"""What transformers adds to the variance of small vectors of latent attention in any case."""
+"""transformers adds this number to the variance of small vectors of latent attention, whatever
+the config's rms_norm_eps is."""
 SIGMOID = 2
 """expert_gating_func of experts that are chosen by sigmoids; other values are a softmax."""
 
