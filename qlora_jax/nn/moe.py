@@ -1,12 +1,5 @@
-"""Mixture of experts: each token through the experts that its router chose.
+"""Mixture of experts: each token through the experts that its router chose (grouped.py)."""
 
-Tokens are sorted by expert and laid out in blocks that belong to one expert each, so that
-a quantized expert is one `nf4_matmul` a block and nothing is dropped (as MegaBlocks does,
-arXiv 2211.15841). How many blocks there can be is known from shapes alone; those that stay
-empty are skipped.
-"""
-
-from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -16,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from qlora_jax.nn.frozen import Weighted
+from qlora_jax.nn.grouped import combine, dispatch, group, over_blocks
 from qlora_jax.nn.lora import project
 from qlora_jax.nn.matmul import frozen_matmul
 from qlora_jax.nn.variables import FrozenParam
@@ -23,7 +17,6 @@ from qlora_jax.nn.vector import Vector
 
 Score = Literal["softmax", "sigmoid"]
 
-_SMALLEST_BLOCK, _LARGEST_BLOCK = 8, 256
 _LEAST_SUM = 1e-20
 """A sum of weights is taken for at least so much before they are divided by it."""
 
@@ -221,23 +214,13 @@ class Experts(nnx.Module):
         weights, chosen = self.router(
             flat if seen is None else seen.reshape(flat.shape)
         )
-        graphdef, lora, frozen = nnx.split(self.experts, nnx.LoRAParam, ...)
+        groups = group(chosen, self.count)
 
-        def prepare(experts: Int[Array, " blocks"]) -> Any:
-            # The adapters' factors, small, are gathered at once, so that their gradient is
-            # one sum and not one a block.
-            return jax.tree.map(lambda leaf: leaf[experts], lora), experts
+        def of_a_block(mlp: Any, index: Array, rows: Array) -> Array:
+            return mlp(rows, None if key is None else jax.random.fold_in(key, index))
 
-        def apply(prepared: Any, index: Array, rows: Array) -> Array:
-            factors, expert = prepared
-            one = jax.tree.map(
-                lambda leaf: lax.dynamic_index_in_dim(leaf, expert, keepdims=False),
-                frozen,
-            )
-            block_key = None if key is None else jax.random.fold_in(key, index)
-            return nnx.merge(graphdef, factors, one)(rows, block_key)
-
-        y = grouped(flat, weights, chosen, self.count, prepare, apply)
+        apply = over_blocks(self.experts, groups, of_a_block)
+        y = combine(apply(dispatch(flat, groups)), weights, groups)
         if self.shared is not None:
             y = y + self.shared(flat, key)
         return y.reshape(x.shape)
@@ -261,63 +244,3 @@ def load_balance_loss(
     """
     parts = load / jnp.maximum(tokens, 1.0)[..., None, None]
     return load.shape[-1] * jnp.sum(parts[..., 0, :] * parts[..., 1, :], axis=-1)
-
-
-def grouped(
-    x: Float[Array, "tokens hidden"],
-    weights: Float[Array, "tokens k"],
-    chosen: Int[Array, "tokens k"],
-    count: int,
-    prepare: Callable[[Int[Array, " blocks"]], Any],
-    apply: Callable[[Any, Array, Array], Array],
-) -> Float[Array, "tokens hidden"]:
-    """Applies to each token the experts chosen for it.
-
-    Args:
-      x: Tokens.
-      weights: The weight of each of a token's experts.
-      chosen: Their indices, below count.
-      count: The number of experts.
-      prepare: (expert of each block) -> pytree with a leading axis of blocks.
-      apply: (one of these, block index, rows (block, hidden)) -> rows.
-
-    Returns:
-      Sum of weight * output over a token's experts, in x's dtype.
-    """
-    tokens, k = chosen.shape
-    pairs = tokens * k
-    block = _block_size(pairs, count)
-    blocks = (pairs + count * (block - 1)) // block
-    expert = chosen.reshape(-1)
-    order = jnp.argsort(expert, stable=True)
-    sizes = jnp.bincount(expert, length=count)
-    ends = jnp.cumsum(-(-sizes // block))  # blocks up to and with each expert
-    # Where a pair lies: its expert's first block, and its rank among that expert's pairs.
-    starts = (ends - -(-sizes // block)) * block
-    rank = jnp.arange(pairs) - (jnp.cumsum(sizes) - sizes)[expert[order]]
-    slot = jnp.zeros(pairs, jnp.int32).at[order].set(starts[expert[order]] + rank)
-    # Slots without a pair read a row of zeros behind the last token.
-    source = jnp.full(blocks * block, tokens, jnp.int32)
-    source = source.at[slot].set(jnp.arange(pairs, dtype=jnp.int32) // k)
-    rows = jnp.pad(x, ((0, 1), (0, 0)))[source].reshape(blocks, block, -1)
-    index = jnp.arange(blocks)
-    owner = jnp.minimum(jnp.searchsorted(ends, index, side="right"), count - 1)
-
-    def body(_: None, block_xs: tuple) -> tuple[None, Array]:
-        i, prepared, some = block_xs
-        y = lax.cond(
-            i < ends[-1], lambda: apply(prepared, i, some), lambda: jnp.zeros_like(some)
-        )
-        return None, y
-
-    _, y = lax.scan(body, None, (index, prepare(owner), rows))
-    y = y.reshape(blocks * block, -1)[slot].reshape(tokens, k, -1)
-    return jnp.sum(y.astype(jnp.float32) * weights[..., None], axis=1).astype(x.dtype)
-
-
-def _block_size(pairs: int, count: int) -> int:
-    """Half of an expert's mean share, as a power of two: padding wastes about a fourth."""
-    size = _SMALLEST_BLOCK
-    while size < min(_LARGEST_BLOCK, pairs // (2 * count)):
-        size *= 2
-    return size

@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
+from format_cases import Float8Rows
 
+from pallas_kernels.formats import QuantizedTensor
 from qlora_jax.adapters import LoRAConfig, attach, join, merge, split
 from qlora_jax.adapters.compensate import compensate
 from qlora_jax.adapters.names import flatten, unflatten
 from qlora_jax.models import Decoder, DecoderConfig
-from qlora_jax.nn import quantize
-from qlora_jax.nn.moe import grouped
+from qlora_jax.nn import grouped, quantize
+from qlora_jax.nn.grouped import combine, dispatch, group, over_blocks
+from qlora_jax.nn.linear import Linear, QuantizedLinear
+from qlora_jax.nn.lora import LoRA, project
 
 SUM_ORDER = 1e-5
 HIDDEN = 16
@@ -32,38 +36,114 @@ def routed(tokens: int, k: int, count: int, seed: int = 0, skew: bool = False):
     return map(jnp.asarray, (x, weights, chosen.astype(np.int32), matrices))
 
 
+class Wide(nnx.Module):
+    """Experts of one linear, with a bias."""
+
+    def __init__(self, linear):
+        self.up_proj = linear
+
+    def __call__(self, rows, key=None):
+        return project(self.up_proj, rows, key, 0)
+
+
+def experts_of(matrices, kind):
+    """Returns the experts, and what each multiplies by."""
+    bias = jnp.linspace(-1, 1, matrices.shape[0] * HIDDEN).reshape(-1, HIDDEN)
+    if kind == "dense":
+        linear, dense = Linear(matrices, bias), matrices
+    else:
+        packed = jax.vmap(functools.partial(pack, kind=kind))(matrices)
+        linear, dense = QuantizedLinear(packed, bias), packed.decode("float32")
+    lora = LoRA(linear, rank=2, alpha=4, dropout=0.0, key=jax.random.key(0))
+    lora.lora_b[...] = jax.random.normal(jax.random.key(1), lora.lora_b.shape)
+    return Wide(lora), dense, bias
+
+
+def pack(matrix, kind):
+    if kind == "nf4":
+        return QuantizedTensor.quantize(matrix)
+    return Float8Rows.quantize(matrix)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("skew", [False, True])
 @pytest.mark.parametrize(("tokens", "k", "count"), [(1, 2, 8), (37, 2, 4), (300, 3, 5)])
-def test_nothing_is_dropped_and_each_token_meets_its_experts(tokens, k, count, skew):
+@pytest.mark.parametrize("kind", ["dense", "nf4", "float8"])
+def test_nothing_is_dropped_and_each_token_meets_its_experts(
+    tokens, k, count, skew, kind
+):
     x, weights, chosen, matrices = routed(tokens, k, count, skew=skew)
+    experts, dense, bias = experts_of(matrices, kind)
+    graphdef, lora, frozen = nnx.split(experts, nnx.LoRAParam, ...)
 
-    def ours(x, weights, matrices):
-        return grouped(
-            x,
-            weights,
-            chosen,
-            count,
-            lambda experts: matrices[experts],
-            lambda matrix, i, rows: rows @ matrix,
-        )
+    def ours(x, weights, lora):
+        groups = group(chosen, count)
+        module = nnx.merge(graphdef, lora, frozen)
+        apply = over_blocks(module, groups, lambda one, i, rows: one(rows))
+        return combine(apply(dispatch(x, groups)), weights, groups)
 
-    def plain(x, weights, matrices):
-        every = jnp.einsum("th,ehk->tek", x, matrices)
+    def plain(x, weights, lora):
+        a, b = (lora["up_proj"][name][...] for name in ("lora_a", "lora_b"))
+        whole = dense + 2 * jnp.einsum("ehr,erk->ekh", a, b)
+        every = jnp.einsum("th,ekh->tek", x, whole) + bias
         picked = jnp.take_along_axis(every, chosen[..., None], axis=1)
         return jnp.sum(picked * weights[..., None], axis=1)
 
-    args = (x, weights, matrices)
+    args = (x, weights, lora)
     want = plain(*args)
     scale = float(jnp.abs(want).max())
     np.testing.assert_allclose(jax.jit(ours)(*args), want, atol=SUM_ORDER * scale)
 
     def gradients(f):
-        return jax.jit(jax.grad(lambda *a: jnp.sum(jnp.sin(f(*a))), (0, 1, 2)))(*args)
+        grads = jax.grad(lambda *a: jnp.sum(jnp.sin(f(*a))), (0, 1, 2))
+        return jax.tree.leaves(jax.jit(grads)(*args))
 
     for got, want in zip(gradients(ours), gradients(plain), strict=True):
         scale = float(jnp.abs(want).max())
         np.testing.assert_allclose(got, want, atol=SUM_ORDER * scale)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "float8"])
+def test_one_expert_is_decoded_at_a_time_forward_and_backward(kind):
+    count, wide = 16, 1024
+    x, weights, chosen, _ = routed(64, 2, count)
+    matrices = jax.random.normal(jax.random.key(0), (count, HIDDEN, wide))
+    experts, _, _ = experts_of(matrices, kind)
+    graphdef, lora, frozen = nnx.split(experts, nnx.LoRAParam, ...)
+    rows = jnp.tile(x, (1, wide // HIDDEN))
+
+    def loss(lora, frozen):
+        groups = group(chosen, count)
+        module = nnx.merge(graphdef, lora, frozen)
+        apply = over_blocks(module, groups, lambda one, i, rows: one(rows))
+        return jnp.sum(combine(apply(dispatch(rows, groups)), weights, groups) ** 2)
+
+    text = jax.jit(jax.grad(loss)).lower(lora, frozen).compile().as_text()
+    assert text is not None and f"f32[{HIDDEN},{wide}]" in text
+    assert f"f32[{count},{HIDDEN},{wide}]" not in text
+
+
+def test_experts_without_tokens_are_passed_over(monkeypatch):
+    """A token's experts alone are decoded: the loop's count is a number of the data."""
+    decoded = []
+    ready = grouped._ready
+
+    def counted(w, dtype, name):
+        jax.debug.callback(lambda: decoded.append(1))
+        return ready(w, dtype, name)
+
+    monkeypatch.setattr(grouped, "_ready", counted)
+    x, _, _, matrices = routed(1, 2, 8)
+    experts, _, _ = experts_of(matrices, "nf4")
+
+    def run(x, experts, chosen):
+        groups = group(chosen, 8)
+        apply = over_blocks(experts, groups, lambda one, i, rows: one(rows))
+        return apply(dispatch(x, groups))
+
+    jax.block_until_ready(jax.jit(run)(x, experts, jnp.asarray([[5, 2]])))
+    jax.effects_barrier()
+    assert len(decoded) == 2
 
 
 @functools.cache
