@@ -54,6 +54,7 @@ def load_dataset(
     config: DataConfig | None = None,
     seed: int = 0,
     epochs: int = 1,
+    kind: Rows = "texts",
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields shuffled batches of rows; see data/forms.py for their forms.
 
@@ -65,10 +66,12 @@ def load_dataset(
       config: More choices; its max_tokens is replaced.
       seed: The random seed of the rows' order.
       epochs: Passes over the data; the last batch wraps around to be full.
+      kind: The kind of rows, `Objective.rows` of what is to be minimized.
 
     Returns:
-      Batches for `make_train_step`: tokens and weights, (batch_size, seq). They are grouped
-      by length; config.packing says otherwise.
+      Batches for `make_train_step`: tokens and weights, (batch_size, seq), and what else the
+      kind has. Of pairs, batch_size counts pairs. They are grouped by length;
+      config.packing says otherwise.
 
     Raises:
       DataError: see `read_dataset` (at once, not at the first batch).
@@ -76,7 +79,7 @@ def load_dataset(
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}, expected at least 1")
     config = dataclasses.replace(config or DataConfig(), max_tokens=max_tokens)
-    dataset = read_dataset(path, tokenizer, config)
+    dataset = read_dataset(path, tokenizer, config, kind=kind)
     # Nothing says that a loop of the caller's own gives a model the documents' positions.
     packing = "off" if config.packing == "auto" else config.packing
     batches = dataset.batches(

@@ -406,6 +406,17 @@ def test_load_dataset_yields_whole_epochs_and_fails_at_once(tmp_path):
         load_dataset(path, tiny.tokenizer(), batch_size=4, max_tokens=5)
 
 
+def test_load_dataset_reads_the_rows_of_an_objective(tmp_path):
+    rows = [{"prompt": f"{i}:", "chosen": " yes", "rejected": " no"} for i in range(6)]
+    path = tiny.write_jsonl(tmp_path / "a.jsonl", rows)
+    batches = list(load_dataset(path, tiny.tokenizer(), 2, 32, kind="pairs"))
+    assert [batch["tokens"].shape[0] for batch in batches] == [4, 4, 4]
+    said = [tiny.tokenizer().decode(row.tolist()) for row in batches[0]["tokens"]]
+    assert ["yes" in text for text in said] == [True, False, True, False]
+    with pytest.raises(DataError):
+        load_dataset(path, tiny.tokenizer(), 2, 32)
+
+
 def test_batch_sizes_below_one_are_refused(tmp_path):
     path = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.sums(7))
     with pytest.raises(ConfigError, match="batch_size is 0"):

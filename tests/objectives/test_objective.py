@@ -38,6 +38,24 @@ LENGTHS = (12, 5, 9, 7)
 """Unequal, so that a mean of means would not be the mean."""
 
 
+def test_the_loop_that_the_docs_show_learns_a_preference(tmp_path, monkeypatch, capsys):
+    text = (ROOT / "docs/objectives.md").read_text(encoding="utf-8")
+    code = text.split("```python\n")[1].split("```")[0]
+    rows = [{"prompt": f"{i}:", "chosen": " yes", "rejected": " no"} for i in range(80)]
+    tiny.write_jsonl(tmp_path / "pairs.jsonl", rows)
+    monkeypatch.chdir(tmp_path)
+    names = {
+        "model": tiny.adapted(tiny.decoder(), zero=True),
+        "tokenizer": tiny.tokenizer(),
+    }
+    exec(
+        compile(code, "objectives.md", "exec"),
+        {"qlora": qlora, "optax": optax, **names},
+    )
+    losses = [float(line.split()[0]) for line in capsys.readouterr().out.splitlines()]
+    assert losses[0] == pytest.approx(np.log(2), abs=1e-3) and losses[-1] < losses[0]
+
+
 @pytest.fixture(scope="module")
 def focal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[types.ModuleType]:
     """The module that CONTRIBUTING.md shows, on Python's path."""
