@@ -17,6 +17,7 @@ from qlora_jax.adapters.names import flatten
 from qlora_jax.config.objective import ObjectiveConfig
 from qlora_jax.data.fields import REFERENCE
 from qlora_jax.exchange.peft import import_peft
+from qlora_jax.models.streaming import stream
 from qlora_jax.objectives import make_objective
 from qlora_jax.objectives.answers import answers_of
 from qlora_jax.sources.load import load
@@ -78,10 +79,13 @@ def batch_for(case: str) -> dict[str, np.ndarray]:
     return batch_of([(p.prompt, a) for p in pairs for a in (p.chosen, p.rejected)])
 
 
-def stepped(model: Any, case: str, batch: Any) -> tuple[float, dict, dict]:
+def stepped(
+    model: Any, case: str, batch: Any, *, streamed: bool = False
+) -> tuple[float, dict, dict]:
     """Returns mean loss, metrics and gradients, as a step has them."""
     objective = make_objective(ObjectiveConfig(**cases.CASES[case]))
     graphdef, lora, base = split(model)
+    base = stream(base) if streamed else base
     batch = {k: jnp.asarray(x) for k, x in batch.items()}
     if batch["tokens"].ndim == 2:
         batch = {k: x[None] for k, x in batch.items()}
@@ -145,6 +149,11 @@ def test_micro_batches_are_one_batch(model: Any, case: str):
     batch = filled(batch_for(case), 2)
     micro = {k: x.reshape(2, 4, *x.shape[1:]) for k, x in batch.items()}
     compare(stepped(model, case, micro), case)
+
+
+@pytest.mark.parametrize("case", ["dpo_with_sft", "kto", "orpo"])
+def test_a_streamed_base_is_its_own_reference_too(model: Any, case: str):
+    compare(stepped(model, case, batch_for(case), streamed=True), case)
 
 
 @pytest.mark.parametrize("case", ["dpo_ipo", "kto"])
