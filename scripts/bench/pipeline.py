@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 import qlora_jax as qlora
 from qlora_jax.config.data import DataConfig
@@ -113,15 +112,19 @@ def main() -> None:
         trainer._steps.compile(trainer.state, trainer.base, None, evaluates_first=False)
         timed_run(trainer, range(1))
         first = time.perf_counter() - began
-        for shape in trainer.batches.shapes:
-            trainer._steps._wait(
-                trainer._steps._train_step, {"tokens": np.empty(shape, np.int8)}
-            )
         timed_run(trainer, range(1, 3))
+        last, seen = 3 + args.rounds * args.steps, set()
+        for step in range(
+            3, last
+        ):  # as they are drawn, lengths are compiled when they come
+            shape = trainer.batches.at(step)["tokens"].shape
+            if shape not in seen:
+                seen.add(shape)
+                timed_constant(trainer, range(step, step + 1))
         warm = len(compiles)
         runs, constants, useful = [], [], 0
         for turn in range(args.rounds):
-            steps = range(3 + turn * args.steps, 3 + (turn + 1) * args.steps)
+            steps = range(3, last)[turn * args.steps :][: args.steps]
             seconds, tokens = timed_run(trainer, steps)
             runs.append(seconds)
             useful += tokens
