@@ -46,9 +46,9 @@ class Entry(NamedTuple):
 
 def _codes(blocks: np.ndarray) -> np.ndarray:
     """Puts neighbours into one byte, the first in its low half."""
-    halves = blocks[..., 1:]
-    each = np.concatenate([halves & 15, halves >> 4], axis=-1)
-    return each[..., ::2] | (each[..., 1::2] << 4)
+    first, second = blocks[..., 1::2], blocks[..., 2::2]
+    low = (first & 15) | (second << 4)
+    return np.concatenate([low, (first >> 4) | (second & 240)], axis=-1)
 
 
 def _scales(blocks: np.ndarray) -> np.ndarray:
