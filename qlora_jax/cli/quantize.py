@@ -1,6 +1,6 @@
 """`qlora quantize`: a 4-bit copy of a model folder, which other tools open too.
 
-With --quant.embedding or --quant.head int8 it opens in qlora_jax alone.
+With --quant.embedding or --quant.head int8, or experts in MXFP4, it opens in qlora_jax alone.
 """
 
 import dataclasses
@@ -55,6 +55,12 @@ def run(args: Args) -> dict[str, Any]:
         print("note: int4 folders open in qlora_jax alone", file=sys.stderr)
     if "int8" in tables.values():
         print("note: int8 tables open in qlora_jax alone", file=sys.stderr)
+    if tables["mxfp4"] == "keep":
+        print(
+            "note: MXFP4 experts beside 4-bit linears open in qlora_jax alone; "
+            "--quant.mxfp4 decode makes 4-bit linears of them too",
+            file=sys.stderr,
+        )
     saved = quantize_folder(
         source, args.out, quant, args.dtype, overwrite=args.overwrite, **tables
     )

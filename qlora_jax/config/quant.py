@@ -12,8 +12,9 @@ says of linears; 'int8' stores one byte a value and one absmax a row."""
 
 
 Mxfp4Use = Literal["keep", "decode"]
-"""Linears that a folder has in MXFP4 are held as they are ('keep'), or decoded as they are
-read, and then held as QuantConfig says of dense ones ('decode')."""
+"""Linears that a folder has in MXFP4, or a GGUF file of all its experts, are held as they are
+('keep'), or decoded as they are read, and then held as QuantConfig says of dense ones
+('decode')."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,9 +66,9 @@ class QuantOptions:
     """This is how a head that is not tied to the embedding is held, in the same terms."""
 
     mxfp4: Mxfp4Use = "keep"
-    """This is how the experts of a folder that has them in MXFP4 (gpt-oss) are held: keep
-    trains on the very weights that are served, decode makes of them what codebook says of
-    dense ones, which fused GPU kernels read faster."""
+    """This is how the experts of a folder or GGUF file that has them in MXFP4 (gpt-oss) are
+    held: keep trains on the very weights that are served, decode makes of them what codebook
+    says of dense ones, which fused GPU kernels read faster."""
 
     def config(self) -> QuantConfig:
         """Returns the QuantConfig, of NF4 for 'auto'."""

@@ -110,6 +110,10 @@ class Joining:
         self._experts = experts
         self._waiting: dict[str, dict[Place, np.ndarray]] = {}
 
+    def takes(self, name: str) -> bool:
+        """Whether a tensor of this name is a part of a whole."""
+        return template_of(name) in self._fused
+
     def add(self, name: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         """Takes a tensor; yields it, or the whole that it was the last part of."""
         one = self._fused.get(template_of(name))

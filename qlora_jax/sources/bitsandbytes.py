@@ -5,7 +5,8 @@ int8 has the keys of bitsandbytes' Linear8bitLt (pallas_kernels/formats/int8_row
 tool looks for them beside 4-bit linears, and transformers would take the codes for values.
 So config.json names a quant_method of our own, which has bitsandbytes' settings inside:
 others then find packed linears where they expect dense ones, and stop. The same holds of a
-folder with linears in two formats, such as MXFP4 experts beside 4-bit attention.
+folder with linears in two formats, such as MXFP4 experts beside 4-bit attention, and of one
+with such experts of another family than gpt-oss.
 """
 
 from collections.abc import Collection, Mapping
@@ -33,7 +34,8 @@ WITH_INT8 = "qlora_jax_int8_tables"
 
 
 OF_TWO = "qlora_jax_two_formats"
-"""quant_method of a folder with linears in MXFP4 and in bitsandbytes' 4 bits."""
+"""quant_method of a folder with linears in MXFP4, and others in bitsandbytes' 4 bits or
+dense, that no other tool opens."""
 
 MXFP4 = "mxfp4"
 """quant_method of a folder with experts in MXFP4, and the key of it in a folder of ours."""
@@ -124,15 +126,18 @@ def int8_tables(hf: dict[str, Any]) -> list[str]:
 
 
 def folder_config(
-    linears: Mapping[str, dict[str, Any]], tables: Mapping[str, list[str]]
+    linears: Mapping[str, dict[str, Any]],
+    tables: Mapping[str, list[str]],
+    own: bool = False,
 ) -> dict[str, Any] | None:
     """Returns the quantization_config of a folder; None where all is dense.
 
     Args:
       linears: What it says of linears, by the quant_method that their format is KNOWN_AS.
       tables: Modules under the key that their format is LISTED_AS.
+      own: Whether linears are stored under names that no other tool looks for.
     """
-    if not tables and len(linears) < 2:
+    if not tables and len(linears) < 2 and not own:
         return next(iter(linears.values()), None)
     mxfp4 = {MXFP4: linears[MXFP4]} if MXFP4 in linears else {}
     method = WITH_INT8 if tables else OF_TWO

@@ -43,7 +43,8 @@ def load(
 
     Args:
       path_or_repo: A folder with config.json and safetensors, a hub id, or a GGUF file,
-        whose tensors are dequantized as they are read. Of a multimodal model (gemma3,
+        whose tensors are dequantized as they are read, but for experts that are all in
+        MXFP4. Of a multimodal model (gemma3,
         llava, qwen2_5_vl, ...) the text model alone is opened. What a folder has beyond
         the model is left out, which one warning says.
       quant: Quantize the linears as they stream in (all but the head); None keeps a
@@ -54,8 +55,8 @@ def load(
         table of per-layer embeddings. A folder that has it in int8 is read as it is.
       head: Make a head that is not tied to the embedding '4bit' or 'int8' too. A folder
         that has it in int8 is read as it is.
-      mxfp4: Hold experts that a folder has in MXFP4 as they are ('keep'), or decode them as
-        they are read, and quantize them with the other linears ('decode').
+      mxfp4: Hold experts that a folder or file has in MXFP4 as they are ('keep'), or decode
+        them as they are read, and quantize them with the other linears ('decode').
       stream: Put the layers' weights in pinned host memory as they load (`stream` does it
         to a base that is on the device); the device then never holds them all.
       implementation: The implementation of nf4_matmul in every quantized linear, such as

@@ -268,7 +268,7 @@ def _write(
 
     linears: dict[str, dict[str, Any]] = {}
     tables: dict[str, list[str]] = {}
-    packed, dense = [], []
+    packed, dense, own = [], [], False
     for name, value in parameters:
         if not isinstance(value, PackedWeight):
             write(name, np.asarray(value))
@@ -281,6 +281,9 @@ def _write(
         if value.KNOWN_AS is not None:
             said = bitsandbytes.quantization_config(value, dtype, skip)
             linears[value.KNOWN_AS] = said
+            # transformers has MXFP4 in the tensors of all experts that gpt-oss's files have.
+            apart = not joined.takes(value.part(name, value.MARK))
+            own |= value.KNOWN_AS == bitsandbytes.MXFP4 and apart
             packed.append(name)
         else:
             assert value.LISTED_AS is not None
@@ -289,7 +292,7 @@ def _write(
     writer.problems += joined.incomplete()
     if (bnb := linears.get("bitsandbytes")) is not None:
         bnb["llm_int8_skip_modules"] = _skipped(skip, packed, dense)
-    return bitsandbytes.folder_config(linears, tables)
+    return bitsandbytes.folder_config(linears, tables, own)
 
 
 def _skipped(

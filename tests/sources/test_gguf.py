@@ -35,11 +35,14 @@ from qlora_jax.models import FAMILIES, Decoder, hf_table
 from qlora_jax.names import dotted
 from qlora_jax.nn import quantize
 from qlora_jax.nn.rope import RopeScaling
-from qlora_jax.sources.gguf.file import GGUF, open_gguf
+from qlora_jax.sources import bitsandbytes
+from qlora_jax.sources.gguf.file import GGUF, names_of, open_gguf
 from qlora_jax.sources.gguf.tokenizer import PROBE
 from qlora_jax.sources.gguf.write import write_gguf
+from qlora_jax.sources.load import load
 from qlora_jax.sources.safetensors import Checkpoint
 from qlora_jax.sources.save import save_model
+from qlora_jax.sources.source import open_source
 from qlora_jax.text.tokenizer import Tokenizer
 
 gguf = pytest.importorskip("gguf")
@@ -496,6 +499,80 @@ def test_quantized_tensors_are_dequantized_as_gguf_does(tmp_path, kind):
     np.testing.assert_array_equal(made[f"{layer}.o_proj.weight"], wanted)
     order = np.arange(32).reshape(4, 4, 2).swapaxes(1, 2).ravel()
     np.testing.assert_array_equal(made[f"{layer}.q_proj.weight"], wanted[order])
+
+
+def in_mxfp4(folder: Path, *ends: str) -> Path:
+    """Writes a folder as a file whose tensors with names that end so are in MXFP4."""
+    written(folder)
+    meta, tensors = raw(folder / "model.gguf")
+    meta = {k: v for k, v in meta.items() if not k.startswith("GGUF.")}
+    kind, arrays = gguf.GGMLQuantizationType.MXFP4, {}
+    for name, tensor in tensors.items():
+        packs = name.endswith(ends)
+        packed = (gguf.quants.quantize(tensor.data, kind), kind) if packs else None
+        arrays[name] = packed or tensor.data
+    return write_raw(folder / "mxfp4.gguf", meta, arrays)
+
+
+EXPERTS_OF_32 = {
+    "gpt_oss": {"intermediate_size": 32},
+    "qwen3_moe": {"moe_intermediate_size": 32},
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "arch", "method"),
+    [
+        ("gpt_oss", "gpt-oss", "mxfp4"),
+        ("qwen3_moe", "qwen3moe", "qlora_jax_two_formats"),
+    ],
+)
+def test_experts_in_mxfp4_are_kept_and_mean_what_gguf_decodes(
+    tmp_path, case, arch, method
+):
+    folder = write_case(tmp_path / "a", case, **EXPERTS_OF_32[case])
+    path = in_mxfp4(folder, "exps.weight")
+    source, (_, tensors) = open_source(path), raw(path)
+    config, made, kept = source.config, source.tensors, 0
+    names = names_of(arch, config.num_layers, config.num_experts)
+    for name, (stored, expert) in names.items():
+        if not stored.endswith("exps.weight"):
+            continue
+        assert name not in made
+        q, tensor = bitsandbytes.read(made, name), tensors[stored]
+        wanted = gguf.quants.dequantize(tensor.data, tensor.tensor_type)[expert]
+        np.testing.assert_array_equal(q.decode("float32"), wanted)
+        size = sum(made.stored(f"{name}_{part}")[1] for part in ("blocks", "scales"))
+        assert sum(array.nbytes for array in q.storage(name).values()) == size
+        assert size * 8 == 4.25 * wanted.size
+        kept += 1
+    packed = [t for t in tensors.values() if t.tensor_type.name == "MXFP4"]
+    assert kept == sum(len(tensor.data) for tensor in packed) > 0
+    model, _ = load(source, dtype="float32")
+    save_model(model, tmp_path / "saved", source=source)
+    said = json.loads((tmp_path / "saved/config.json").read_text())
+    assert said["quantization_config"]["quant_method"] == method
+    back, _ = load(tmp_path / "saved", dtype="float32")
+    for a, b in zip(tiny.frozen(back), tiny.frozen(model), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(CheckpointError, match="has quantized weights"):
+        write_gguf(tmp_path / "saved", tmp_path / "m.gguf")
+
+
+def test_of_experts_that_are_not_all_in_mxfp4_each_is_decoded(tmp_path):
+    folder = write_case(tmp_path, "gpt_oss", **EXPERTS_OF_32["gpt_oss"])
+    source = open_source(in_mxfp4(folder, "up_exps.weight", "attn_q.weight"))
+    assert "of 36 linears of experts 12 are in MXFP4; they are" in source.notes[0]
+    assert "quantization_config" not in source.hf
+    _, tensors = raw(folder / "mxfp4.gguf")
+    for name, stored in (
+        ("mlp.experts.2.up", "ffn_up_exps"),
+        ("self_attn.q", "attn_q"),
+    ):
+        tensor = tensors[f"blk.1.{stored}.weight"]
+        wanted = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        got = source.tensors[f"model.layers.1.{name}_proj.weight"]
+        np.testing.assert_array_equal(got, wanted[2] if "exps" in stored else wanted)
 
 
 def test_asking_for_a_name_reads_nothing(tmp_path):

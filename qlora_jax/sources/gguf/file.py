@@ -7,6 +7,8 @@ in blocks. What differs from a Hugging Face folder, and is undone on reading:
 - Rows, axes and values of some are otherwise (forms.py).
 - There is no output.weight where the head is the embedding.
 - The experts of a layer are together in one tensor a linear, and cut apart.
+- Where all experts are in MXFP4 they are given as a folder has them (mxfp4.py); whatever else
+  is quantized is decoded.
 
 Needs the package gguf, which is imported on use.
 """
@@ -24,8 +26,9 @@ import numpy as np
 from qlora_jax.errors import CheckpointError, gathered
 from qlora_jax.models import FAMILIES, DecoderConfig, read_config
 from qlora_jax.names import Table
+from qlora_jax.sources import bitsandbytes
 from qlora_jax.sources.gguf import config as gguf_config
-from qlora_jax.sources.gguf import scan
+from qlora_jax.sources.gguf import mxfp4, scan
 from qlora_jax.sources.gguf import tokenizer as gguf_tokenizer
 from qlora_jax.sources.gguf.architectures import ARCHITECTURES, model_type
 from qlora_jax.sources.gguf.forms import (
@@ -104,6 +107,8 @@ class Part(NamedTuple):
 class GGUF(Mapping[str, np.ndarray]):
     """The tensors of a GGUF file by their Hugging Face names, dequantized on access.
 
+    A weight in MXFP4 that is kept so is two tensors, its blocks and its scales.
+
     Attributes:
       path: The file.
       config: What its config.json would say.
@@ -153,6 +158,7 @@ class GGUF(Mapping[str, np.ndarray]):
         self._parts = _parts(arch, decoder, tensors)
         count = self._meta.get(f"{arch}.nextn_predict_layers", 0)
         self._leave_out(range(layers, layers + count))
+        self._packed = self._take_mxfp4()
         self.infos = {
             name: TensorInfo(
                 path,
@@ -161,6 +167,45 @@ class GGUF(Mapping[str, np.ndarray]):
                 part.offset,
             )
             for name, part in self._parts.items()
+        }
+        self.infos |= {
+            name: TensorInfo(
+                path, np.dtype(np.uint8), entry.shape(part.shape), part.offset
+            )
+            for name, (part, entry) in self._packed.items()
+        }
+
+    def _take_mxfp4(self) -> dict[str, tuple[Part, mxfp4.Entry]]:
+        """Takes experts in MXFP4 out of the tensors that are decoded.
+
+        Returns:
+          {name of an entry: the weight that it is of, and what it is}; nothing where some
+          experts are otherwise, as a model holds all of them alike.
+        """
+        experts = [
+            name
+            for name, part in self._parts.items()
+            if part.expert is not None and name.endswith(".weight")
+        ]
+        packed = [
+            name
+            for name in experts
+            if self._parts[name].tensor.tensor_type.name == "MXFP4"
+        ]
+        if len(packed) < len(experts):
+            if packed:
+                self.notes.append(
+                    f"of {len(experts)} linears of experts {len(packed)} are in MXFP4; they "
+                    "are decoded as the others are, since a model holds all of them alike"
+                )
+            return {}
+        if packed:
+            self.config["quantization_config"] = {"quant_method": bitsandbytes.MXFP4}
+        return {
+            name + entry.end: (part, entry)
+            for name in packed
+            for part in [self._parts.pop(name)]
+            for entry in mxfp4.ENTRIES
         }
 
     def _leave_out(self, layers: range) -> None:
@@ -180,6 +225,9 @@ class GGUF(Mapping[str, np.ndarray]):
         Raises:
           CheckpointError: it has a quantization that the package gguf does not know.
         """
+        if name in self._packed:
+            part, entry = self._packed[name]
+            return entry.of(part.data)
         part = self._parts[name]
         if part.joint is None:
             return self._decoded(name, part)
@@ -203,15 +251,15 @@ class GGUF(Mapping[str, np.ndarray]):
 
     def __contains__(self, name: object) -> bool:
         """Whether there is such a tensor, without reading it."""
-        return name in self._parts
+        return name in self.infos
 
     def __iter__(self) -> Iterator[str]:
         """Yields the names."""
-        return iter(self._parts)
+        return iter(self.infos)
 
     def __len__(self) -> int:
         """Counts the tensors."""
-        return len(self._parts)
+        return len(self.infos)
 
     def damage(self) -> list[str]:
         """Returns nothing: a GGUF file has no digests to compare with."""
@@ -219,8 +267,9 @@ class GGUF(Mapping[str, np.ndarray]):
 
     def stored(self, name: str) -> tuple[str, int]:
         """Returns how a tensor is stored: the name of its kind (q4_k), and its bytes."""
-        part = self._parts[name]
-        return part.tensor.tensor_type.name.lower(), part.n_bytes
+        part, entry = self._packed.get(name) or (self._parts[name], None)
+        size = part.n_bytes if entry is None else entry.n_bytes(part.n_bytes)
+        return part.tensor.tensor_type.name.lower(), size
 
     def tokenizer(self) -> Tokenizer | None:
         """Returns the file's tokenizer, or one that lies beside it; None without any.

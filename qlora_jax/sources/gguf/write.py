@@ -9,6 +9,7 @@ import numpy as np
 
 from qlora_jax.errors import CheckpointError, OutputExistsError, ShapeError, gathered
 from qlora_jax.files import new_file
+from qlora_jax.sources import bitsandbytes
 from qlora_jax.sources.gguf import config as gguf_config
 from qlora_jax.sources.gguf import tokenizer as gguf_tokenizer
 from qlora_jax.sources.gguf.architectures import WRITTEN_AS
@@ -63,7 +64,8 @@ def write_gguf(
             f"{out} exists; choose another file, or pass --overwrite to replace it"
         )
     config, kind = source.config, source.hf["model_type"]
-    if source.stored is not None or source.is_gguf:
+    kept = bitsandbytes.mxfp4_config(source.hf)
+    if source.stored is not None or kept is not None or source.is_gguf:
         raise CheckpointError(
             f"{source} has quantized weights; a GGUF file is made from a dense folder"
         )
