@@ -36,6 +36,7 @@ from qlora_jax.sources.gguf.forms import (
     interleaved,
     permuted,
 )
+from qlora_jax.sources.gguf.rope import FREQS, LONG, SHORT
 from qlora_jax.sources.safetensors import TensorInfo
 from qlora_jax.text.tokenizer import Tokenizer
 
@@ -134,7 +135,7 @@ class GGUF(Mapping[str, np.ndarray]):
         if not problems:
             factors = {
                 name: tensors.pop(name).data
-                for name in (gguf_config.FREQS, gguf_config.LONG, gguf_config.SHORT)
+                for name in (FREQS, LONG, SHORT)
                 if name in tensors
             }
             vocab_size = [*_shape(tensors[_EMBEDDING]), 0][0]

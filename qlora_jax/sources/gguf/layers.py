@@ -6,7 +6,8 @@ from typing import Any
 
 from qlora_jax.models import DecoderConfig
 from qlora_jax.models.spec import AttentionSpec
-from qlora_jax.sources.gguf.architectures import QWEN35, Architecture, routed
+from qlora_jax.sources.gguf.architectures import QWEN35, Architecture
+from qlora_jax.sources.gguf.keys import routed
 
 logger = logging.getLogger(__name__)
 
