@@ -5,14 +5,18 @@ Source: conversion/*.py and src/models/*.cpp of llama.cpp.
 
 from typing import Any, NamedTuple
 
+from qlora_jax.models import DecoderConfig
+from qlora_jax.models.spec import AttentionSpec
 from qlora_jax.sources.gguf.keys import (
     CORRECTED,
     DELTA,
     DELTA_MIXTURE,
     GRANITE,
+    GRANITE_MIXTURE,
     KEYS,
     LATENT,
     LAYER_NORM_KEYS,
+    MAMBA,
     SHARED_SIZE,
     TAPS,
     Key,
@@ -49,7 +53,9 @@ class Architecture(NamedTuple):
       more: Further settings.
       rows: Ends of the names of tensors with an axis of size 1 that the file leaves out, and
         the axis.
-      hybrid: Whether some layers have no attention.
+      counted: Ends of the names of vectors that the file has in two axes, and the field of
+        their mixer that is the size of the first.
+      hybrid: What layers without attention are called, where some have none.
       latent: Whether attention is latent.
     """
 
@@ -70,10 +76,12 @@ class Architecture(NamedTuple):
     optional_norms: str | None = None
     more: tuple[Key, ...] = ()
     rows: dict[str, int] = {}
-    hybrid: bool = False
+    counted: dict[str, str] = {}
+    hybrid: str | None = None
     latent: bool = False
 
 
+LINEAR = "linear_attention"
 _DELTA_ROWS = {"linear_attn.conv1d.weight": 1, "shared_expert_gate.weight": 0}
 _FACTORED = ("linear", "yarn", "llama3")
 ARCHITECTURES = {
@@ -105,7 +113,29 @@ ARCHITECTURES = {
     "hunyuan-dense": Architecture("hunyuan_v1_dense"),
     "olmo2": Architecture("olmo2", window=0, pattern=4, tied=False),
     "seed_oss": Architecture("seed_oss", biases=True),
-    "granite": Architecture("granite", scalings=_FACTORED, more=GRANITE),
+    "granite": Architecture("granite", scalings=_FACTORED, biases=True, more=GRANITE),
+    "granitemoe": Architecture(
+        "granitemoehybrid",
+        scalings=_FACTORED,
+        biases=True,
+        more=GRANITE,
+        experts=GRANITE_MIXTURE,
+    ),
+    "granitehybrid": Architecture(
+        "granitemoehybrid",
+        {"mamba_conv_bias": True, "mamba_proj_bias": False},
+        scalings=_FACTORED,
+        biases=True,
+        more=(*GRANITE, *MAMBA),
+        experts=GRANITE_MIXTURE,
+        rows={"mamba.conv1d.weight": 1},
+        counted={
+            "mamba.A_log": "heads",
+            "mamba.D": "heads",
+            "mamba.norm.weight": "groups",
+        },
+        hybrid=LINEAR,
+    ),
     "qwen2moe": Architecture(
         "qwen2_moe",
         {"use_sliding_window": False, "norm_topk_prob": False, "qkv_bias": True},
@@ -162,7 +192,7 @@ ARCHITECTURES = {
         optional_norms="use_qk_norm",
     ),
     "qwen35": Architecture(
-        "qwen3_5_text", partial=True, more=DELTA, rows=_DELTA_ROWS, hybrid=True
+        "qwen3_5_text", partial=True, more=DELTA, rows=_DELTA_ROWS, hybrid=LINEAR
     ),
     "qwen35moe": Architecture(
         "qwen3_5_moe_text",
@@ -170,7 +200,7 @@ ARCHITECTURES = {
         more=DELTA,
         experts=DELTA_MIXTURE,
         rows=_DELTA_ROWS,
-        hybrid=True,
+        hybrid=LINEAR,
     ),
     "qwen3next": Architecture(
         "qwen3_next",
@@ -179,21 +209,21 @@ ARCHITECTURES = {
         more=DELTA,
         experts=DELTA_MIXTURE,
         rows=_DELTA_ROWS,
-        hybrid=True,
+        hybrid=LINEAR,
     ),
     "lfm2": Architecture(
         "lfm2",
         {"conv_bias": False, "block_auto_adjust_ff_dim": False},
         more=(TAPS,),
         rows={"conv.conv.weight": 1},
-        hybrid=True,
+        hybrid="conv",
     ),
     "lfm2moe": Architecture(
         "lfm2_moe",
         {"conv_bias": False, "norm_topk_prob": True, "routed_scaling_factor": 1.0},
         more=(TAPS,),
         rows={"conv.conv.weight": 1},
-        hybrid=True,
+        hybrid="conv",
         experts=(
             *expert_keys(),
             Key("leading_dense_block_count", "num_dense_layers", dense_first),
@@ -226,6 +256,15 @@ WRITTEN_AS = {a.model_type: name for name, a in ARCHITECTURES.items()}
 WRITTEN_AS |= {"mistral": "llama", "mixtral": "llama", "olmo3": "olmo2"}
 WRITTEN_AS |= dict.fromkeys(("deepseek_v2", "kimi_k2", "glm4_moe_lite"), "deepseek2")
 """model_type -> the architecture that a model of it is written as."""
+
+
+def written_as(kind: str, config: DecoderConfig) -> str | None:
+    """Returns the architecture that a model of a model_type is written as; None for none."""
+    if kind == "granitemoehybrid" and all(
+        isinstance(spec.mixer, AttentionSpec) for spec in config.specs
+    ):
+        return "granitemoe" if config.num_experts else "granite"
+    return WRITTEN_AS.get(kind)
 
 
 def keys(arch: str, experts: bool) -> tuple[Key, ...]:

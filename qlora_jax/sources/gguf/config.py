@@ -34,12 +34,16 @@ from qlora_jax.sources.gguf.architectures import (
 from qlora_jax.sources.gguf.keys import KEYS, LAYER_NORM_KEYS, routed
 from qlora_jax.sources.gguf.layers import (
     FULL,
+    GRANITE_4,
     SIGMOID,
     expert_problems,
+    granite,
+    granite_problems,
     hybrid,
     latent_problems,
     olmo3,
     pattern_of,
+    read_granite,
     read_hybrid,
     read_latent,
     warn_of_latent,
@@ -96,6 +100,7 @@ _OF_ARCHITECTURE: dict[str, Kind] = {
     "rope.freq_base_swa": number(1, 1e12),
     "rope.dimension_count": whole(2, 2**13),
     "rope.scaling.type": TEXT,
+    "rope.scaling.finetuned": _FLAG,
     "rope.scaling.original_context_length": _COUNT,
     **{
         f"rope.scaling.{name}": FINITE
@@ -154,7 +159,7 @@ def read(
         "tie_word_embeddings": "output.weight" not in tensors,
     } | config
     if known.biases:
-        config["attention_bias"] = "blk.0.attn_q.bias" in tensors
+        config["attention_bias"] = any(one.endswith("attn_q.bias") for one in tensors)
     if known.optional_norms is not None:
         config[known.optional_norms] = "blk.0.attn_q_norm.weight" in tensors
     # What predicts several tokens is counted as layers, behind the others.
@@ -163,6 +168,8 @@ def read(
         read_hybrid(config, meta)
     if known.latent:
         read_latent(config, meta)
+    if arch.startswith("granite"):
+        read_granite(config, meta)
     if arch == "ernie4_5-moe":
         config["moe_num_shared_experts"] //= max(config["moe_intermediate_size"], 1)
     if known.largest is not None:
@@ -197,7 +204,9 @@ def _read_keys(
         value = meta.get(f"{arch}.{key.gguf}")
         if isinstance(value, list) and value:  # one a layer
             if known.hybrid and key.hf == "num_key_value_heads":
-                config["layer_types"] = [FULL if heads else "conv" for heads in value]
+                config["layer_types"] = [
+                    FULL if heads else known.hybrid for heads in value
+                ]
                 value = [heads for heads in value if heads] or [0]
             if len(set(value)) > 1:
                 problems.append(f"{arch}.{key.gguf} differs between layers: {value}")
@@ -228,6 +237,8 @@ def write(
     }
     if known.hybrid:
         values |= hybrid(config, arch)
+    if config.model_type == GRANITE_4:
+        values |= granite(config)
     if config.num_experts and routed(config).score == "sigmoid":
         values["expert_gating_func"] = SIGMOID
     dim = config.rotary_dim or config.head_dim
@@ -297,6 +308,8 @@ def lost(
         )
     if ARCHITECTURES[arch].latent:
         problems += latent_problems(config)
+    if config.model_type == GRANITE_4 and (more := granite_problems(config, arch)):
+        return problems + more
     if arch == "olmoe" and config.num_kv_heads != config.num_heads:
         problems.append(
             f"num_key_value_heads is {config.num_kv_heads}; an olmoe of llama.cpp has as many "

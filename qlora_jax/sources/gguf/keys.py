@@ -11,6 +11,7 @@ from qlora_jax.models.spec import (
     DeltaSpec,
     ExpertsSpec,
     LatentSpec,
+    MambaSpec,
     MLPSpec,
     ShortConvSpec,
 )
@@ -113,6 +114,28 @@ GRANITE = (
         for part in ("residual", "embedding")
     ),
     Key("attention.scale", "attention_multiplier", "attention_scale", float, False),
+)
+MAMBA = tuple(
+    Key(f"ssm.{gguf}", f"mamba_{hf}", _mixer(MambaSpec, field))
+    for gguf, hf, field in (
+        ("conv_kernel", "d_conv", "taps"),
+        ("state_size", "d_state", "state_dim"),
+        ("group_count", "n_groups", "groups"),
+        ("time_step_rank", "n_heads", "heads"),
+        ("inner_size", "expand", "inner_size"),  # and not how often hidden_size
+    )
+)
+GRANITE_MIXTURE = expert_keys(
+    "num_local_experts",
+    "num_experts_per_tok",
+    None,
+    Key(
+        "expert_shared_feed_forward_length",
+        "shared_intermediate_size",
+        shared_size,
+        int,
+        False,
+    ),
 )
 CORRECTED = expert_keys(
     "n_routed_experts",
