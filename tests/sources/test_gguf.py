@@ -675,6 +675,15 @@ def test_a_granite_without_scales_has_those_of_llama_cpp(tmp_path):
     config = decoder_of(made := open_gguf(path).config)
     assert made["model_type"] == "granitemoehybrid"
     assert {spec.mixer.rope for spec in config.specs} == {"none"}
+    sizes = {"conv_kernel": 4, "state_size": 8, "group_count": 1}
+    sizes |= {"time_step_rank": 4, "inner_size": 64}
+    more = {f"ssm.{key}": value for key, value in sizes.items()}
+    more |= {"block_count": 2, "attention.head_count_kv": [0, 2]}
+    path = write_raw(tmp_path / "o.gguf", renamed("granitehybrid", **more), embedding)
+    config = decoder_of(made := open_gguf(path).config)
+    assert (config.attention_scale, config.logit_scale) == (8**-0.5, 1)
+    assert config.specs[0].mixer.inner_size == 64
+    assert config.specs[1].mixer.rope == "global" and config.num_kv_heads == 2
 
 
 def test_yarn_is_read(tmp_path):

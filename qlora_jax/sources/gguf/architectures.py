@@ -126,7 +126,7 @@ ARCHITECTURES = {
         {"mamba_conv_bias": True, "mamba_proj_bias": False},
         scalings=_FACTORED,
         biases=True,
-        more=(*GRANITE, *MAMBA),
+        more=(GRANITE[0]._replace(required=False), *GRANITE[1:], *MAMBA),
         experts=GRANITE_MIXTURE,
         rows={"mamba.conv1d.weight": 1},
         counted={

@@ -89,6 +89,8 @@ def read_granite(config: dict[str, Any], meta: dict[str, Any]) -> None:
     for name in ("attention", "residual", "embedding"):
         if not config.get(f"{name}_multiplier"):
             config[f"{name}_multiplier"] = own.get(name, 1.0)
+    if arch == "granitehybrid" and not config.get("logits_scaling"):
+        config["logits_scaling"] = 1.0
     rotated = meta.get(f"{arch}.{_ROTATED}")
     if rotated is None and arch == "granite":
         return
