@@ -76,8 +76,8 @@ def read_config(hf: dict[str, Any]) -> reading.Read:
     types = hf.get("layer_types") or hf.get("layers_block_type")
     types = types or [_LINEAR[0]] * count
     experts, shared = hf["num_local_experts"], hf["shared_intermediate_size"]
-    feed_forward: Any = MLPSpec(intermediate_size=shared)
-    given = {}
+    feed_forward: Any = MLPSpec()
+    given = {"intermediate_size": shared}
     if experts:
         feed_forward = ExpertsSpec(shared_size=shared)
         given = {"num_experts": experts}
@@ -122,6 +122,10 @@ def _problems(hf: dict[str, Any], types: list[str], mamba: MambaSpec) -> list[st
             f"mamba_n_heads is {mamba.heads}, mamba_d_head {mamba.head_dim} and "
             f"mamba_n_groups {mamba.groups}; expected heads of {inner} features in all, "
             "which is mamba_expand times hidden_size, and as many heads in each group"
+        )
+    if not (hf["num_local_experts"] or hf["shared_intermediate_size"]):
+        problems.append(
+            "num_local_experts and shared_intermediate_size are 0; expected a feed-forward"
         )
     if (limit := hf.get("time_step_limit")) not in _ANY_STEP:
         problems.append(

@@ -135,7 +135,7 @@ KINDS: dict[str, Kind] = {
     "num_dense_layers": whole(0, MAX_LAYERS),
     "use_expert_bias": either(NULL, FLAG),
     # Granite 4
-    "shared_intermediate_size": _WIDTH,
+    "shared_intermediate_size": whole(0, 2**20),
     "position_embedding_type": either(NULL, TEXT),
     "layers_block_type": either(NULL, listed(TEXT, MAX_LAYERS)),
     "time_step_limit": either(

@@ -192,7 +192,7 @@ MUTANTS = (
     ),
     Mutant(
         "gguf-rows",
-        "qlora_jax/sources/gguf/file.py",
+        "qlora_jax/sources/gguf/forms.py",
         "halves = (-1, 2) if undo else (2, -1)",
         "halves = (2, -1)",
         "tests/sources/test_gguf.py",

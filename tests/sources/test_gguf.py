@@ -114,6 +114,8 @@ WRITTEN: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {"linear_value_head_dim": 16},
     "qwen3_5_moe_text": {"linear_value_head_dim": 16, "linear_num_value_heads": 4},
     "qwen3_next": {"linear_value_head_dim": 16},
+    "granitemoehybrid": {},
+    "granitemoehybrid_dense": {"mamba_conv_bias": True, "mamba_proj_bias": False},
     "lfm2": {"conv_bias": False},
     "lfm2_moe": {"routed_scaling_factor": 1.0, "tie_embedding": True},
 }
@@ -331,7 +333,7 @@ def test_a_written_folder_is_read_as_it_was(tmp_path, case):
     folder = write_case(tmp_path, case)
     made, stored = written(folder), Checkpoint(folder)
     assert set(made) == set(stored) and len(made) == len(stored)
-    rounds = case.startswith(("gemma", "qwen3_5", "qwen3_next"))
+    rounds = case.startswith(("gemma", "qwen3_5", "qwen3_next", "granitemoe"))
     for name in stored:
         assert made.infos[name].shape == stored[name].shape == made[name].shape
         assert made.infos[name].dtype == made[name].dtype == np.float32
@@ -452,15 +454,114 @@ def test_value_heads_that_share_a_key_head_are_apart(tmp_path):
     np.testing.assert_array_equal(tensors["blk.0.ssm_dt.bias"].data, ours[[0, 2, 1, 3]])
 
 
+def test_vectors_of_mamba_layers_have_two_axes(tmp_path):
+    folder = write_case(tmp_path, "granitemoehybrid")
+    written(folder, "f16")
+    _, tensors = raw(folder / "model.gguf")
+    shapes = {"ssm_a": (8, 1), "ssm_d": (8, 1), "ssm_norm.weight": (2, 32)}
+    for name, shape in shapes.items():
+        one = tensors[f"blk.0.{name}"]
+        assert one.tensor_type.name == "F32" and one.data.shape == shape
+    decay = Checkpoint(folder)["model.layers.0.mamba.A_log"]
+    np.testing.assert_array_equal(tensors["blk.0.ssm_a"].data[:, 0], -np.exp(decay))
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "arch"),
+    [
+        (
+            "granitemoehybrid",
+            {"position_embedding_type": "rope", "shared_intermediate_size": 0},
+            "granitemoe",
+        ),
+        ("granitemoehybrid_dense", {"position_embedding_type": "nope"}, "granite"),
+        ("granitemoehybrid_dense", {"attention_bias": True}, "granite"),
+    ],
+)
+def test_a_granite_4_without_mamba_is_of_another_architecture(
+    tmp_path, case, changes, arch
+):
+    count = cases.CASES[case]["num_hidden_layers"]
+    folder = write_case(tmp_path, case, layer_types=["attention"] * count, **changes)
+    made, stored = written(folder), Checkpoint(folder)
+    assert raw(folder / "model.gguf")[0]["general.architecture"] == arch
+    assert set(made) == set(stored)
+    for name in stored:
+        np.testing.assert_array_equal(made[name], stored[name])
+    source = json.loads((folder / "config.json").read_text())
+    same_settings(decoder_of(made.config), decoder_of(source))
+
+
+def again(
+    path: Path, change: Callable[[dict[str, np.ndarray]], Any], **more: Any
+) -> Path:
+    """Writes a file again with its tensors changed in place, and more metadata."""
+    meta, tensors = raw(path)
+    meta = {k: v for k, v in meta.items() if not k.startswith("GGUF.")}
+    meta |= {f"{meta['general.architecture']}.{key}": v for key, v in more.items()}
+    arrays = {name: tensor.data for name, tensor in tensors.items()}
+    change(arrays)
+    return write_raw(path.with_name("again.gguf"), meta, arrays)
+
+
+def fuse(arrays: dict[str, np.ndarray]) -> None:
+    for name in [name for name in arrays if name.endswith("gate_exps.weight")]:
+        pair = arrays.pop(name), arrays.pop(name.replace("gate", "up"))
+        arrays[name.replace("gate", "gate_up")] = np.concatenate(pair, axis=1)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "qwen3_5_moe_text",
+        *(pytest.param(case, marks=ROTATES) for case in ("qwen3_next", "deepseek_v3")),
+    ],
+)
+def test_gate_and_up_of_experts_may_be_one_tensor(tmp_path, case):
+    folder = write_case(tmp_path, case)
+    apart = written(folder, "f16")
+    whole = open_gguf(again(folder / "model.gguf", fuse))
+    assert set(whole) == set(apart) and whole.config == apart.config
+    (up,) = [name for name in apart if name.endswith("1.mlp.experts.3.up_proj.weight")]
+    assert whole.stored(up) == apart.stored(up)
+    assert whole.infos[up].shape == apart[up].shape
+    for name in apart:
+        np.testing.assert_array_equal(whole[name], apart[name])
+
+
+def test_gate_and_up_in_one_tensor_are_read_where_llama_cpp_does(tmp_path):
+    folder = write_case(tmp_path, "qwen3_moe")
+    written(folder)
+    made = open_gguf(again(folder / "model.gguf", fuse))
+    assert "blk.0.ffn_gate_up_exps.weight" in made
+    assert "model.layers.0.mlp.experts.0.up_proj.weight" not in made
+
+    def odd(arrays: dict[str, np.ndarray]) -> None:
+        fuse(arrays)
+        arrays[whole] = np.ascontiguousarray(arrays[whole][:, 1:])
+
+    def both(arrays: dict[str, np.ndarray]) -> None:
+        kept = dict(arrays)
+        fuse(arrays)
+        arrays |= kept
+
+    whole = "blk.1.ffn_gate_up_exps.weight"
+    written(folder := write_case(tmp_path / "b", "qwen3_5_moe_text"))
+    for change, message in (
+        (odd, "expected rows of gate and as many of up"),
+        (both, f"{whole} is there, and blk.1.ffn_up_exps.weight too; expected one"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            open_gguf(again(folder / "model.gguf", change))
+
+
 def test_layers_behind_the_models_own_are_left_out(tmp_path):
     folder = write_case(tmp_path, "glm4_moe")
     before = written(folder)
-    meta, tensors = raw(folder / "model.gguf")
-    meta = {k: v for k, v in meta.items() if not k.startswith("GGUF.")}
-    arrays = {name: tensor.data for name, tensor in tensors.items()}
-    meta |= {"glm4moe.block_count": 4, "glm4moe.nextn_predict_layers": 1}
-    arrays["blk.3.nextn.eh_proj.weight"] = np.ones((32, 64), np.float32)
-    made = open_gguf(write_raw(tmp_path / "more.gguf", meta, arrays))
+    more = {"blk.3.nextn.eh_proj.weight": np.ones((32, 64), np.float32)}
+    counts = {"block_count": 4, "nextn_predict_layers": 1}
+    path = again(folder / "model.gguf", lambda arrays: arrays.update(more), **counts)
+    made = open_gguf(path)
     assert set(made) == set(before) and made.config == before.config
     assert "layers from 3 on (1 in all), which predict further tokens" in made.notes[0]
 
@@ -534,8 +635,8 @@ def test_experts_in_mxfp4_are_kept_and_mean_what_gguf_decodes(
     path = in_mxfp4(folder, "exps.weight")
     source, (_, tensors) = open_source(path), raw(path)
     config, made, kept = source.config, source.tensors, 0
-    names = names_of(arch, config.num_layers, config.num_experts)
-    for name, (stored, expert) in names.items():
+    for name, place in names_of(arch, config).items():
+        (stored, *_), expert = place.stored, place.expert
         if not stored.endswith("exps.weight"):
             continue
         assert name not in made
@@ -636,6 +737,30 @@ def test_gemma_2_and_3_have_settings_that_no_metadata_hold(tmp_path):
         open_gguf(write_raw(path, renamed("gemma3", **more), embedding)).config
     )
     assert {spec.mixer.window for spec in config.specs} == {None}
+
+
+def test_a_granite_without_scales_has_those_of_llama_cpp(tmp_path):
+    embedding = {"token_embd.weight": np.ones((VOCAB, 32), np.float32)}
+    scales = {"logit_scale": 4.0, "embedding_scale": 0.0}
+    path = write_raw(tmp_path / "m.gguf", renamed("granite", **scales), embedding)
+    config = decoder_of(made := open_gguf(path).config)
+    assert made["model_type"] == "granite"
+    assert (config.attention_scale, config.logit_scale) == (8**-0.5, 0.25)
+    assert (config.embedding_scale, config.residual_scale) == (1.0, 1.0)
+    more = scales | {"rope.scaling.finetuned": False}
+    path = write_raw(tmp_path / "n.gguf", renamed("granite", **more), embedding)
+    config = decoder_of(made := open_gguf(path).config)
+    assert made["model_type"] == "granitemoehybrid"
+    assert {spec.mixer.rope for spec in config.specs} == {"none"}
+    sizes = {"conv_kernel": 4, "state_size": 8, "group_count": 1}
+    sizes |= {"time_step_rank": 4, "inner_size": 64}
+    more = {f"ssm.{key}": value for key, value in sizes.items()}
+    more |= {"block_count": 2, "attention.head_count_kv": [0, 2]}
+    path = write_raw(tmp_path / "o.gguf", renamed("granitehybrid", **more), embedding)
+    config = decoder_of(made := open_gguf(path).config)
+    assert (config.attention_scale, config.logit_scale) == (8**-0.5, 1)
+    assert config.specs[0].mixer.inner_size == 64
+    assert config.specs[1].mixer.rope == "global" and config.num_kv_heads == 2
 
 
 def test_yarn_is_read(tmp_path):
@@ -920,6 +1045,16 @@ def test_4_bit_folders_are_refused(tmp_path):
             "output_bias is True; llama.cpp would take False",
         ),
         ("cohere2", {"tie_word_embeddings": False}, "no cohere2 of llama.cpp has it"),
+        (
+            "granitemoehybrid",
+            {"mamba_expand": 4, "mamba_n_heads": 16, "mamba_conv_bias": False},
+            "mamba_expand is 4; llama.cpp would take 2(.|\n)*mamba_conv_bias is False",
+        ),
+        (
+            "granitemoehybrid",
+            {"layer_types": ["attention"] * 3},
+            "position_embedding_type is not rope; llama.cpp rotates",
+        ),
         (
             "olmo3",
             {"rope_parameters": {"full_attention": {"rope_theta": 100.0}}},

@@ -7,7 +7,6 @@ takes them for granted of an architecture, so a model that has others cannot be 
 
 import dataclasses
 import logging
-import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -29,32 +28,31 @@ from qlora_jax.schema import (
 )
 from qlora_jax.sources.gguf.architectures import (
     ARCHITECTURES,
-    KEYS,
-    LAYER_NORM_KEYS,
     keys,
     model_type,
-    routed,
 )
+from qlora_jax.sources.gguf.keys import KEYS, LAYER_NORM_KEYS, routed
 from qlora_jax.sources.gguf.layers import (
     FULL,
+    GRANITE_4,
     SIGMOID,
     expert_problems,
+    granite,
+    granite_problems,
     hybrid,
     latent_problems,
     olmo3,
     pattern_of,
+    read_granite,
     read_hybrid,
     read_latent,
     warn_of_latent,
     windows_of,
     yarn_multiplier,
 )
+from qlora_jax.sources.gguf.rope import FREQS, LONG, SHORT, decimal, read_rope
 
 logger = logging.getLogger(__name__)
-
-FREQS = "rope_freqs.weight"
-LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
-"""Tensors that hold rotary settings: what each frequency is divided by."""
 
 
 _ID = whole(0, 2**31 - 1)
@@ -102,6 +100,7 @@ _OF_ARCHITECTURE: dict[str, Kind] = {
     "rope.freq_base_swa": number(1, 1e12),
     "rope.dimension_count": whole(2, 2**13),
     "rope.scaling.type": TEXT,
+    "rope.scaling.finetuned": _FLAG,
     "rope.scaling.original_context_length": _COUNT,
     **{
         f"rope.scaling.{name}": FINITE
@@ -160,7 +159,7 @@ def read(
         "tie_word_embeddings": "output.weight" not in tensors,
     } | config
     if known.biases:
-        config["attention_bias"] = "blk.0.attn_q.bias" in tensors
+        config["attention_bias"] = any(one.endswith("attn_q.bias") for one in tensors)
     if known.optional_norms is not None:
         config[known.optional_norms] = "blk.0.attn_q_norm.weight" in tensors
     # What predicts several tokens is counted as layers, behind the others.
@@ -169,6 +168,8 @@ def read(
         read_hybrid(config, meta)
     if known.latent:
         read_latent(config, meta)
+    if arch.startswith("granite"):
+        read_granite(config, meta)
     if arch == "ernie4_5-moe":
         config["moe_num_shared_experts"] //= max(config["moe_intermediate_size"], 1)
     if known.largest is not None:
@@ -180,11 +181,11 @@ def read(
     if arch == "gemma3":
         config["sliding_window_pattern"] = 6 if config["sliding_window"] else 1
         local = meta.get("gemma3.rope.freq_base_swa", 10000.0)
-        config["rope_local_base_freq"] = _decimal(local)
+        config["rope_local_base_freq"] = decimal(local)
     for key, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         if (token := meta.get(f"tokenizer.ggml.{name}_token_id")) is not None:
             config[f"{key}_token_id"] = token
-    problems = _read_rope(config, meta, factors)
+    problems = read_rope(config, meta, factors)
     if arch == "olmo2" and config["sliding_window"]:
         config = olmo3(config)
     if arch == "gpt-oss":  # without one it would be that of the released models
@@ -203,14 +204,16 @@ def _read_keys(
         value = meta.get(f"{arch}.{key.gguf}")
         if isinstance(value, list) and value:  # one a layer
             if known.hybrid and key.hf == "num_key_value_heads":
-                config["layer_types"] = [FULL if heads else "conv" for heads in value]
+                config["layer_types"] = [
+                    FULL if heads else known.hybrid for heads in value
+                ]
                 value = [heads for heads in value if heads] or [0]
             if len(set(value)) > 1:
                 problems.append(f"{arch}.{key.gguf} differs between layers: {value}")
             value = value[0]
         if value is not None and value != []:
             if key.hf:
-                config[key.hf] = key.kind(_decimal(value))
+                config[key.hf] = key.kind(decimal(value))
         elif key.required:
             problems.append(f"{arch}.{key.gguf} is missing")
     if "intermediate_size" not in config:
@@ -234,6 +237,8 @@ def write(
     }
     if known.hybrid:
         values |= hybrid(config, arch)
+    if config.model_type == GRANITE_4:
+        values |= granite(config)
     if config.num_experts and routed(config).score == "sigmoid":
         values["expert_gating_func"] = SIGMOID
     dim = config.rotary_dim or config.head_dim
@@ -303,6 +308,8 @@ def lost(
         )
     if ARCHITECTURES[arch].latent:
         problems += latent_problems(config)
+    if config.model_type == GRANITE_4 and (more := granite_problems(config, arch)):
+        return problems + more
     if arch == "olmoe" and config.num_kv_heads != config.num_heads:
         problems.append(
             f"num_key_value_heads is {config.num_kv_heads}; an olmoe of llama.cpp has as many "
@@ -320,11 +327,6 @@ def lost(
     ]
 
 
-def _decimal(value: Any) -> Any:
-    """Returns a float32's shortest decimal, which is what it was made from."""
-    return float(str(np.float32(value))) if isinstance(value, float) else value
-
-
 def _rounded(value: Any) -> Any:
     """Returns a setting with all its floats as a file holds them."""
     if isinstance(value, RopeScaling):
@@ -332,111 +334,3 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(_rounded, value))
     return np.float32(value) if isinstance(value, float) else value
-
-
-def _read_rope(
-    config: dict[str, Any], meta: dict[str, Any], factors: Mapping[str, np.ndarray]
-) -> list[str]:
-    """Adds the rotary settings to a config; returns problems."""
-    prefix = f"{meta['general.architecture']}.rope."
-    rope = {
-        key.removeprefix(prefix).removeprefix("scaling."): _decimal(value)
-        for key, value in meta.items()
-        if key.startswith(prefix)
-    }
-    dim, kind = (
-        rope.get("dimension_count", config["head_dim"]),
-        rope.get("type", "none"),
-    )
-    known = ARCHITECTURES[meta["general.architecture"]]
-    if known.partial:
-        config["partial_rotary_factor"] = dim / config["head_dim"]
-    elif dim != config["head_dim"]:
-        return [f"{prefix}dimension_count is {dim}, a part of a head; not supported"]
-    original = rope.get(
-        "original_context_length", config.get("max_position_embeddings")
-    )
-    values = {
-        name: [_decimal(float(x)) for x in np.ravel(array)]
-        for name, array in factors.items()
-    }
-    for name, array in values.items():
-        if len(array) != dim // 2:
-            return [f"{name} has {len(array)} factors, expected {dim // 2}"]
-        if not all(0 < x <= 1e6 for x in array):
-            return [f"{name} has a factor that no frequency is divided by"]
-    if FREQS in values:
-        config["rope_scaling"] = _llama3(values[FREQS], config["rope_theta"])
-    elif LONG in values and SHORT in values:
-        config["original_max_position_embeddings"] = original
-        config["rope_scaling"] = {
-            "rope_type": "longrope",
-            "short_factor": values[SHORT],
-            "long_factor": values[LONG],
-            "attention_factor": rope.get("attn_factor"),
-        }
-    elif kind in ("linear", "yarn") and rope.get("factor", 0) not in (0, 1):
-        # What llama.cpp multiplies yarn's attention by has changed between its versions.
-        # Yarn's own, which is what a file without it is read as.
-        own = 0.1 * math.log(max(rope["factor"], 1)) + 1
-        if abs(rope.get("yarn_attn_factor", 0) - own) < 1e-4:
-            rope.pop("yarn_attn_factor")
-        for key in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor"):
-            if rope.get(key, 1.0) != 1.0:
-                return [f"{prefix}scaling.{key} is {rope[key]}; not supported"]
-        config["rope_scaling"] = {"rope_type": kind, "factor": rope["factor"]}
-        if known.latent:
-            dims = _decimal(10 * rope.get("yarn_log_multiplier", 0.0))
-            if not dims:
-                return [f"{prefix}scaling.yarn_log_multiplier is missing"]
-            config["rope_scaling"] |= {"mscale": dims, "mscale_all_dim": dims}
-        if kind == "yarn":
-            config["rope_scaling"] |= {
-                "original_max_position_embeddings": original,
-                "beta_fast": rope.get("yarn_beta_fast", 32.0),
-                "beta_slow": rope.get("yarn_beta_slow", 1.0),
-            }
-    elif kind not in ("none", "linear", "yarn", "longrope"):
-        return [f"{prefix}scaling.type is {kind!r}; known: linear, yarn, longrope"]
-    return []
-
-
-def _llama3(values: list[float], theta: float) -> dict[str, Any]:
-    """Returns the rope_scaling whose frequencies are divided by these factors.
-
-    A frequency of wavelength w is divided by 1 where w < length / high, by `factor` where
-    w > length / low, and between by 1 / (s + (1 - s) / factor) with s = (length / w - low)
-    / (high - low): a line in 1 / w, so two of them give high and length. low is 1, as in
-    every Llama; only its ratio to the others matters. Factors that are made in no such
-    way are kept as they are, in the form of LongRoPE.
-    """
-    factors, largest = np.array(values), max(values)
-    dim, plain = 2 * len(factors), inverse_frequencies(2 * len(factors), theta, None)
-    middle = (factors > 1.0001) & (factors < largest * 0.9999)
-    if middle.sum() >= 2:
-        blend = (1 / factors[middle] - 1 / largest) / (1 - 1 / largest)
-        turns = np.asarray(plain, np.float64)[middle] / (2 * math.pi)
-        slope, start = np.polyfit(turns, blend, 1)
-        if not (math.isfinite(slope) and math.isfinite(start)) or 0 in (start, slope):
-            return _as_they_are(values)
-        scaling = RopeScaling(
-            kind="llama3",
-            factor=largest,
-            high_freq_factor=round(1 - 1 / float(start), 3),
-            original_max_position=round(-slope / start),
-        )
-        made = plain / inverse_frequencies(dim, theta, scaling)
-        if np.allclose(np.asarray(made), factors, rtol=1e-5):
-            return {
-                "rope_type": "llama3",
-                "factor": largest,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": scaling.high_freq_factor,
-                "original_max_position_embeddings": scaling.original_max_position,
-            }
-    return _as_they_are(values)
-
-
-def _as_they_are(values: list[float]) -> dict[str, Any]:
-    kept = {"short_factor": values, "long_factor": values, "attention_factor": 1.0}
-    return {"rope_type": "longrope", "factor": 1.0} | kept

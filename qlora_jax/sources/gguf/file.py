@@ -24,21 +24,22 @@ import ml_dtypes
 import numpy as np
 
 from qlora_jax.errors import CheckpointError, gathered
-from qlora_jax.models import FAMILIES, DecoderConfig, read_config
-from qlora_jax.names import Table
+from qlora_jax.models import DecoderConfig, hf_table, read_config
 from qlora_jax.sources import bitsandbytes
 from qlora_jax.sources.gguf import config as gguf_config
 from qlora_jax.sources.gguf import mxfp4, scan
 from qlora_jax.sources.gguf import tokenizer as gguf_tokenizer
-from qlora_jax.sources.gguf.architectures import ARCHITECTURES, model_type
+from qlora_jax.sources.gguf.architectures import ARCHITECTURES
 from qlora_jax.sources.gguf.forms import (
+    GATE_UP,
     JOINTS,
     Joint,
-    axis_left_out,
+    folder_shape,
     from_file,
     interleaved,
     permuted,
 )
+from qlora_jax.sources.gguf.rope import FREQS, LONG, SHORT
 from qlora_jax.sources.safetensors import TensorInfo
 from qlora_jax.text.tokenizer import Tokenizer
 
@@ -56,29 +57,37 @@ def open_gguf(path: str | os.PathLike[str]) -> "GGUF":
     return GGUF(Path(path))
 
 
+class Place(NamedTuple):
+    """Where a file has what a folder has under one name.
+
+    Attributes:
+      stored: Names of the file: one, or the two of a joint.
+      expert: Which of the parts of these; None for all of them.
+      joint: What the two are, or None.
+    """
+
+    stored: tuple[str, ...]
+    expert: int | None = None
+    joint: Joint | None = None
+
+
 class Part(NamedTuple):
-    """A tensor of a file, or one expert's part of it.
+    """A tensor of a file, or one expert's part of it, or half of the rows of that.
 
     Attributes:
       tensor: The whole, as the package gguf has it.
+      own_shape: Its shape, or that of the part, with the axes that Hugging Face has.
       expert: Which of its parts; None for all of it.
-      axis: An axis of size 1 that the file leaves out, or None.
+      half: Which half of the rows; None for all of them.
       joint: Where it is the first of two tensors that are one linear, what these are, the
         second, and the linear's shape.
     """
 
     tensor: Any
+    own_shape: tuple[int, ...]
     expert: int | None = None
-    axis: int | None = None
+    half: int | None = None
     joint: "tuple[Joint, Part, tuple[int, ...]] | None" = None
-
-    @property
-    def own_shape(self) -> tuple[int, ...]:
-        """Its shape with the axes that Hugging Face has."""
-        shape = _shape(self.tensor)
-        if self.axis is not None:
-            return (*shape[: self.axis], 1, *shape[self.axis :])
-        return shape[self.expert is not None :]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -89,19 +98,25 @@ class Part(NamedTuple):
     def data(self) -> np.ndarray:
         """Its values, or quantized rows."""
         data = self.tensor.data
-        return data if self.expert is None else data[self.expert]
+        if self.expert is not None:
+            data = data[self.expert]
+        return data if self.half is None else np.split(data, 2)[self.half]
 
     @property
     def n_bytes(self) -> int:
-        """The bytes that it takes in the file."""
-        count = 1 if self.expert is None else _shape(self.tensor)[0]
-        more = 0 if self.joint is None else self.joint[1].n_bytes
-        return int(self.tensor.n_bytes) // count + more
+        """The bytes that what is read takes in the file."""
+        return self._own_bytes + (0 if self.joint is None else self.joint[1].n_bytes)
 
     @property
     def offset(self) -> int:
         """It begins at this byte of the file."""
-        return self.tensor.data_offset + (self.expert or 0) * self.n_bytes
+        before = (self.expert or 0) * (1 if self.half is None else 2) + (self.half or 0)
+        return self.tensor.data_offset + before * self._own_bytes
+
+    @property
+    def _own_bytes(self) -> int:
+        count = 1 if self.expert is None else _shape(self.tensor)[0]
+        return int(self.tensor.n_bytes) // (count * (1 if self.half is None else 2))
 
 
 class GGUF(Mapping[str, np.ndarray]):
@@ -139,7 +154,7 @@ class GGUF(Mapping[str, np.ndarray]):
         if not problems:
             factors = {
                 name: tensors.pop(name).data
-                for name in (gguf_config.FREQS, gguf_config.LONG, gguf_config.SHORT)
+                for name in (FREQS, LONG, SHORT)
                 if name in tensors
             }
             vocab_size = [*_shape(tensors[_EMBEDDING]), 0][0]
@@ -149,12 +164,10 @@ class GGUF(Mapping[str, np.ndarray]):
         if problems:
             raise CheckpointError(gathered(f"{path} cannot be used", problems))
         layers = self.config["num_hidden_layers"]
-        self._heads = interleaved(
-            arch, self.config["num_attention_heads"], self.config["num_key_value_heads"]
-        )
         decoder, _ = read_config(self.config)
         assert decoder is not None
         self._decoder = decoder
+        self._heads = interleaved(arch, decoder)
         self._parts = _parts(arch, decoder, tensors)
         count = self._meta.get(f"{arch}.nextn_predict_layers", 0)
         self._leave_out(range(layers, layers + count))
@@ -223,7 +236,8 @@ class GGUF(Mapping[str, np.ndarray]):
         """Reads one tensor.
 
         Raises:
-          CheckpointError: it has a quantization that the package gguf does not know.
+          CheckpointError: it has a quantization that the package gguf does not know, or is
+            made of two tensors that do not fit each other.
         """
         if name in self._packed:
             part, entry = self._packed[name]
@@ -232,7 +246,10 @@ class GGUF(Mapping[str, np.ndarray]):
         if part.joint is None:
             return self._decoded(name, part)
         parts = [self._decoded(name, part), self._decoded(name, part.joint[1])]
-        return part.joint[0].join(parts, self._decoder)
+        try:
+            return part.joint[0].join(parts, self._decoder)
+        except ValueError as error:  # shapes that no settings ask for
+            raise CheckpointError(f"{name} in {self.path}: {error}") from None
 
     def _decoded(self, name: str, part: Part) -> np.ndarray:
         """Reads a tensor, or an expert's part of one."""
@@ -335,40 +352,72 @@ def _parts(
     Raises:
       CheckpointError: a tensor does not hold as many experts as the settings say.
     """
-    layers, experts = config.num_layers, config.num_experts
-    held: dict[str, list[tuple[str, int | None]]] = {}
-    for name, (stored, expert) in names_of(arch, layers, experts).items():
-        held.setdefault(stored, []).append((name, expert))
-    parts, problems = {}, []
-    for stored, tensor in tensors.items():
-        for name, expert in held.get(stored, [(stored, None)]):
-            if expert is not None and _shape(tensor)[:1] != (experts,):
-                shape = _shape(tensor)
-                problems.append(
-                    f"{stored} has shape {shape}, expected {experts} experts"
-                )
-                break
-            parts[name] = Part(tensor, expert, axis_left_out(name, arch))
+    parts, problems, used = {}, [], set()
+    for name, place in names_of(arch, config).items():
+        try:
+            found = [_found(one, arch, tensors) for one in place.stored]
+            if not all(one in tensors for one, _ in found):
+                continue  # what has this name is missing, which reading it says
+            used.update(one for one, _ in found)
+            pieces = []
+            for one, half in found:
+                shape = _shape_in(tensors[one], place, half, config.num_experts)
+                own = folder_shape(name, arch, shape)
+                pieces.append(Part(tensors[one], own, place.expert, half))
+            parts[name] = pieces[0]
+            if place.joint is not None:
+                shape = place.joint.shape([piece.own_shape for piece in pieces], config)
+                joint = (place.joint, pieces[1], shape)
+                parts[name] = pieces[0]._replace(joint=joint)
+        except ValueError as error:
+            problems.append(str(error))
     if problems:
+        problems = list(dict.fromkeys(problems))
         raise CheckpointError(gathered("its tensors do not fit its settings", problems))
-    for name, stored in joined_in(arch, layers).items():
-        if all(one in parts for one in stored):
-            first, second = (parts.pop(one) for one in stored)
-            joint = JOINTS[arch]
-            shape = joint.shape((first.own_shape, second.own_shape), config)
-            parts[name] = first._replace(joint=(joint, second, shape))
-    return parts
+    left = {name: tensor for name, tensor in tensors.items() if name not in used}
+    return parts | {name: Part(one, _shape(one)) for name, one in left.items()}
 
 
-def joined_in(arch: str, layers: int) -> dict[str, list[str]]:
-    """Returns {Hugging Face name: names in the file} of what a file has as two tensors."""
-    if (joint := JOINTS.get(arch)) is None:
-        return {}
-    name = FAMILIES[ARCHITECTURES[arch].model_type].NAMES[f"layers.{joint.path}"]
-    return {
-        name.format(i): [f"blk.{i}.{one}" for one in joint.stored]
-        for i in range(layers)
-    }
+def _found(name: str, arch: str, tensors: Mapping[str, Any]) -> tuple[str, int | None]:
+    """Returns the tensor that holds what has a name in a file, and which half of its rows.
+
+    Raises:
+      ValueError: two hold it.
+    """
+    layer, _, own = name.rpartition(".ffn_")
+    halves = {"gate_exps.weight": 0, "up_exps.weight": 1}
+    whole = f"{layer}.ffn_gate_up_exps.weight"
+    if arch not in GATE_UP or own not in halves or whole not in tensors:
+        return name, None
+    if name in tensors:
+        raise ValueError(f"{whole} is there, and {name} too; expected one of them")
+    return whole, halves[own]
+
+
+def _shape_in(
+    tensor: Any, place: Place, half: int | None, experts: int
+) -> tuple[int, ...]:
+    """Returns the shape of what a tensor of a file has of one of a folder.
+
+    Raises:
+      ValueError: it has not.
+    """
+    shape = whole = _shape(tensor)
+    if place.expert is not None:
+        if shape[:1] != (experts,):
+            raise ValueError(
+                f"{tensor.name} has shape {whole}, expected {experts} experts"
+            )
+        shape = shape[1:]
+    if half is not None:
+        if not shape or shape[0] % 2:
+            raise ValueError(
+                f"{tensor.name} has shape {whole}, expected rows of gate and as many of up"
+            )
+        shape = (shape[0] // 2, *shape[1:])
+    if place.joint is not None and len(shape) < 2:
+        raise ValueError(f"{tensor.name} has shape {whole}, expected a matrix")
+    return shape
 
 
 def _layer(name: str) -> int:
@@ -381,6 +430,8 @@ _OWN = {
     "attn.sinks.weight": "attn_sinks.weight",
     "attn.decay.weight": "ssm_a",
     "attn.decay.bias": "ssm_dt.bias",
+    "attn.skip.weight": "ssm_d",
+    "mlp.down_proj.kernel": "ffn_down.weight",
     "mlp.router.correction.weight": "exp_probs_b.bias",
     **{
         f"mlp.experts.{linear}_proj.{ours}": f"ffn_{linear}_exps.{theirs}"
@@ -392,28 +443,35 @@ _OWN = {
 Face's."""
 
 
-def names_of(
-    arch: str, layers: int, experts: int = 0
-) -> dict[str, tuple[str, int | None]]:
-    """Returns {Hugging Face name: (name in the file, expert)} of every tensor of a model.
-
-    The expert is None of what a tensor of the file holds alone.
-    """
+def names_of(arch: str, config: DecoderConfig) -> dict[str, Place]:
+    """Returns where a file has each tensor of a model, by its Hugging Face name."""
     gguf = package()
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    table = gguf.get_tensor_name_map(kinds[arch], layers)
-    family = FAMILIES[model_type(arch, bool(experts))]
-    names: dict[tuple[str, int | None], str] = {}
-    for numbered, name in Table(family.NAMES, layers, experts).all():
-        own = _OWN.get(numbered.path.removeprefix("layers."))
+    table = gguf.get_tensor_name_map(kinds[arch], config.num_layers)
+    joints = {f"layers.{joint.path}": joint for joint in JOINTS.get(arch, ())}
+    places: dict[str, Place] = {}
+    owner: dict[tuple[str, int | None], str] = {}
+    for numbered, name in hf_table(config).all():
+        layer, expert = (*numbered.numbers, None, None)[:2]
         stem, _, end = name.rpartition(".")
-        if own is not None:
-            layer, *expert = numbered.numbers
-            names[f"blk.{layer}.{own}", expert[0] if expert else None] = name
-        elif (stored := table.get_name(stem)) is not None:
-            # Of two names that are one in the file the later one is the family's (Phi-3).
-            names[f"{stored}.{end}", None] = name
-    return {name: place for place, name in names.items()}
+        joint = joints.get(numbered.path)
+        own = _OWN.get(numbered.path.removeprefix("layers."))
+        if joint is not None:
+            stored = tuple(f"blk.{layer}.{one}" for one in joint.stored)
+        elif own is not None:
+            stored = (f"blk.{layer}.{own}",)
+        elif (found := table.get_name(stem)) is not None:
+            stored = (f"{found}.{end}",)
+        else:
+            continue
+        places[name] = Place(stored, expert, joint)
+        # Of two names that are one in the file the later one is the family's (Phi-3).
+        owner |= {(one, expert): name for one in stored}
+    return {
+        name: place
+        for name, place in places.items()
+        if all(owner[one, place.expert] == name for one in place.stored)
+    }
 
 
 def _shape(tensor: Any) -> tuple[int, ...]:

@@ -1,25 +1,31 @@
 """Tensors differ in more than their names between a GGUF file and a folder.
 
-- Rows of q and k are interleaved in architectures llama, arcee and granite: their files rotate
-  neighbouring features, Hugging Face the two halves of a head.
+- Rows of q and k are interleaved in architectures llama, arcee and those of Granite: their
+  files rotate neighbouring features, Hugging Face the two halves of a head.
 - Norms of Gemma and Qwen3.5 have the 1 in them that Hugging Face adds when it runs.
 - Axes of size 1 are left out.
-- The decay of a delta net is what Hugging Face makes of it when it runs.
+- Vectors of Mamba layers have two axes.
+- The decay of delta nets and of Mamba layers is what Hugging Face makes of it when it runs.
 - Value heads of Qwen3.5's delta net that share a key head are as far apart as there are key
   heads; in a folder they are neighbours.
-- Two tensors of a file may be one of a folder.
+- Two tensors of a file may be one of a folder, and gate and up of experts the other way
+  around; what is written has both apart.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from qlora_jax.models import DecoderConfig
-from qlora_jax.models.spec import DeltaSpec
+from qlora_jax.models.spec import DeltaSpec, MambaSpec
 from qlora_jax.sources.gguf.architectures import ARCHITECTURES, QWEN35
 
 DELTA_NETS = (*QWEN35, "qwen3next")
+_DECAYS = (*DELTA_NETS, "granitehybrid")
+_INTERLEAVED = ("llama", "arcee", "granite", "granitemoe", "granitehybrid")
+T = TypeVar("T")
 
 
 class Joint(NamedTuple):
@@ -40,9 +46,14 @@ class Joint(NamedTuple):
     cut: Callable[[np.ndarray, DecoderConfig], list[np.ndarray]]
 
 
-def _delta(config: DecoderConfig) -> DeltaSpec:
+def _mixer(config: DecoderConfig, kind: type[T]) -> T:
+    """Returns a decoder's first mixer of a kind."""
     mixers = (spec.mixer for spec in config.specs)
-    return next(mixer for mixer in mixers if isinstance(mixer, DeltaSpec))
+    return next(mixer for mixer in mixers if isinstance(mixer, kind))
+
+
+def _delta(config: DecoderConfig) -> DeltaSpec:
+    return _mixer(config, DeltaSpec)
 
 
 def _join_qkvz(parts: Sequence[np.ndarray], config: DecoderConfig) -> np.ndarray:
@@ -80,26 +91,59 @@ def _cut_kv(w: np.ndarray, config: DecoderConfig) -> list[np.ndarray]:
     return [keys, each[:, plain:]]
 
 
+def _below(shapes: Sequence[tuple[int, ...]], config: DecoderConfig) -> tuple[int, ...]:
+    """Returns the shape of two linears one below the other."""
+    del config
+    return (shapes[0][0] + shapes[1][0], shapes[0][-1])
+
+
+def _gate_up(path: str, end: str) -> Joint:
+    """Returns what gate and up of a feed-forward are where a folder has them in one."""
+    return Joint(
+        f"{path}.gate_up_proj.kernel",
+        (f"ffn_gate{end}.weight", f"ffn_up{end}.weight"),
+        _below,
+        lambda parts, _: np.concatenate(parts),
+        lambda w, _: np.split(w, 2),
+    )
+
+
+_GRANITE = (
+    _gate_up("mlp", ""),
+    _gate_up("mlp.shared.mlp", "_shexp"),
+    _gate_up("mlp.experts", "_exps"),
+)
 JOINTS = {
-    "deepseek2": Joint(
-        "attn.kv_b_proj.kernel",
-        ("attn_k_b.weight", "attn_v_b.weight"),
-        lambda shapes, _: (
-            shapes[0][0] * (shapes[0][-1] + shapes[1][1]),
-            shapes[1][-1],
+    "deepseek2": (
+        Joint(
+            "attn.kv_b_proj.kernel",
+            ("attn_k_b.weight", "attn_v_b.weight"),
+            lambda shapes, _: (
+                shapes[0][0] * (shapes[0][-1] + shapes[1][1]),
+                shapes[1][-1],
+            ),
+            _join_kv,
+            _cut_kv,
         ),
-        _join_kv,
-        _cut_kv,
     ),
-    "qwen3next": Joint(
-        "attn.in_proj_qkvz.kernel",
-        ("attn_qkv.weight", "attn_gate.weight"),
-        lambda shapes, _: (shapes[0][0] + shapes[1][0], shapes[0][-1]),
-        _join_qkvz,
-        _cut_qkvz,
+    "qwen3next": (
+        Joint(
+            "attn.in_proj_qkvz.kernel",
+            ("attn_qkv.weight", "attn_gate.weight"),
+            _below,
+            _join_qkvz,
+            _cut_qkvz,
+        ),
     ),
+    **dict.fromkeys(("granite", "granitemoe", "granitehybrid"), _GRANITE),
 }
-"""Architecture -> the linear that its files have as two tensors."""
+"""Architecture -> the linears that its files have as two tensors, where the family has such a
+linear: a Granite 3 has none."""
+
+
+GATE_UP = ("deepseek2", "qwen35moe", "qwen3next")
+"""Architectures whose files may have gate and up of a layer's experts in one tensor, whose rows
+are those of gate and then of up."""
 
 
 def has_one(name: str, arch: str) -> bool:
@@ -108,16 +152,36 @@ def has_one(name: str, arch: str) -> bool:
     return own and name.endswith("norm.weight") and "linear_attn" not in name
 
 
-def axis_left_out(name: str, arch: str) -> int | None:
-    """Returns the axis of size 1 of a folder's tensor that a file leaves out."""
-    rows = ARCHITECTURES[arch].rows.items()
-    return next((axis for end, axis in rows if name.endswith(end)), None)
+def _ending(ends: Mapping[str, T], name: str) -> T | None:
+    """Returns what stands for the end of a name; None where nothing does."""
+    return next((value for end, value in ends.items() if name.endswith(end)), None)
 
 
-def interleaved(arch: str, heads: int, kv_heads: Any) -> dict[str, int]:
+def folder_shape(name: str, arch: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns a folder's shape of a tensor of which this is a file's."""
+    known = ARCHITECTURES[arch]
+    if _ending(known.counted, name) is not None:
+        return (math.prod(shape),)
+    axis = _ending(known.rows, name)
+    return shape if axis is None else (*shape[:axis], 1, *shape[axis:])
+
+
+def file_shape(
+    name: str, arch: str, shape: tuple[int, ...], config: DecoderConfig
+) -> tuple[int, ...]:
+    """Returns a file's shape of a tensor of which this is a folder's."""
+    known = ARCHITECTURES[arch]
+    if (field := _ending(known.counted, name)) is not None:
+        count = getattr(_mixer(config, MambaSpec), field)
+        return (count, math.prod(shape) // count)
+    axis = _ending(known.rows, name)
+    return shape if axis is None else (*shape[:axis], *shape[axis + 1 :])
+
+
+def interleaved(arch: str, config: DecoderConfig) -> dict[str, int]:
     """Returns {linear: its heads} of those whose rows an architecture interleaves."""
-    rotated = {"q_proj": heads, "k_proj": kv_heads}
-    return rotated if arch in ("llama", "arcee", "granite") else {}
+    rotated = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
+    return rotated if arch in _INTERLEAVED else {}
 
 
 def permuted(
@@ -139,9 +203,7 @@ def from_file(w: np.ndarray, name: str, arch: str, config: DecoderConfig) -> np.
     """Returns a file's tensor as a folder has it, but for its axes and rotated rows."""
     if has_one(name, arch):
         return w - w.dtype.type(1)
-    if arch not in DELTA_NETS:
-        return w
-    if name.endswith("A_log"):
+    if arch in _DECAYS and name.endswith("A_log"):
         w = np.log(-w)
     return w if arch not in QWEN35 else _reordered(w, name, _delta(config), undo=True)
 
@@ -149,9 +211,7 @@ def from_file(w: np.ndarray, name: str, arch: str, config: DecoderConfig) -> np.
 def to_file(w: np.ndarray, name: str, arch: str, config: DecoderConfig) -> np.ndarray:
     """Returns a folder's tensor as a file has it, but for its axes and rotated rows."""
     w = w + np.float32(has_one(name, arch))
-    if arch not in DELTA_NETS:
-        return w
-    if name.endswith("A_log"):
+    if arch in _DECAYS and name.endswith("A_log"):
         w = -np.exp(w)
     return w if arch not in QWEN35 else _reordered(w, name, _delta(config), undo=False)
 

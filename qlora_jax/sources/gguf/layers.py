@@ -5,12 +5,16 @@ import math
 from typing import Any
 
 from qlora_jax.models import DecoderConfig
-from qlora_jax.models.spec import AttentionSpec
-from qlora_jax.sources.gguf.architectures import QWEN35, Architecture, routed
+from qlora_jax.models.spec import AttentionSpec, MambaSpec
+from qlora_jax.sources.gguf.architectures import LINEAR, QWEN35, Architecture
+from qlora_jax.sources.gguf.keys import routed
 
 logger = logging.getLogger(__name__)
 
 FULL = "full_attention"
+GRANITE_4 = "granitemoehybrid"
+_ROTATED = "rope.scaling.finetuned"
+"""Files of Granite say by this whether queries and keys are rotated."""
 LATENT_EPS = 1e-6
 """transformers adds this number to the variance of small vectors of latent attention, whatever
 the config's rms_norm_eps is."""
@@ -46,20 +50,21 @@ def read_hybrid(config: dict[str, Any], meta: dict[str, Any]) -> None:
     arch, count = meta["general.architecture"], config["num_hidden_layers"]
     if arch.startswith("lfm2"):  # its key-value heads say it
         config["norm_eps"] = config["rms_norm_eps"]
+    if not arch.startswith("qwen3"):
         return
     heads = max(config["linear_num_value_heads"], 1)
     config["linear_value_head_dim"] //= heads
     every = meta.get(f"{arch}.full_attention_interval", 4)
     turns = [bool((i + 1) % every) for i in range(count)]
     recurrent = meta.get(f"{arch}.attention.recurrent_layers") or turns
-    kinds = (FULL, "linear_attention")
+    kinds = (FULL, LINEAR)
     config["layer_types"] = [kinds[bool(one)] for one in recurrent[:count]]
 
 
 def hybrid(config: DecoderConfig, arch: str) -> dict[str, Any]:
     """Returns the settings that say which layers have attention."""
     attends = [isinstance(spec.mixer, AttentionSpec) for spec in config.specs]
-    if arch.startswith("lfm2"):
+    if not arch.startswith("qwen3"):
         heads = [config.num_kv_heads * here for here in attends]
         return {"attention.head_count_kv": heads}
     values: dict[str, Any] = {
@@ -74,6 +79,64 @@ def hybrid(config: DecoderConfig, arch: str) -> dict[str, Any]:
         thirds = [(pairs + 2) // 3, (pairs + 1) // 3, pairs // 3]
         values["rope.dimension_sections"] = [*thirds, 0]
     return values
+
+
+def read_granite(config: dict[str, Any], meta: dict[str, Any]) -> None:
+    """Adds what a file of Granite leaves to its architecture, which has layers of Granite 4
+    where it says whether these are rotated."""
+    arch, experts = meta["general.architecture"], config.get("num_local_experts", 0)
+    own = {"attention": config["head_dim"] ** -0.5}
+    for name in ("attention", "residual", "embedding"):
+        if not config.get(f"{name}_multiplier"):
+            config[f"{name}_multiplier"] = own.get(name, 1.0)
+    if arch == "granitehybrid" and not config.get("logits_scaling"):
+        config["logits_scaling"] = 1.0
+    rotated = meta.get(f"{arch}.{_ROTATED}")
+    if rotated is None and arch == "granite":
+        return
+    config["model_type"] = GRANITE_4
+    rotated = rotated in (None, True, 1) or arch == "granitemoe"
+    config["position_embedding_type"] = "rope" if rotated else "nope"
+    config.setdefault("layer_types", [FULL] * config["num_hidden_layers"])
+    width = 0 if experts else config["intermediate_size"]
+    config["num_local_experts"] = experts
+    config.setdefault("shared_intermediate_size", width)
+    if "mamba_expand" in config:
+        inner, hidden = config["mamba_expand"], max(config["hidden_size"], 1)
+        config["mamba_d_head"] = inner // max(config["mamba_n_heads"], 1)
+        config["mamba_expand"] = inner // hidden
+    else:  # of no layer, but transformers has it divide a number
+        config["mamba_n_heads"] = 1
+
+
+def granite(config: DecoderConfig) -> dict[str, Any]:
+    """Returns the setting that says whether a Granite 4 is rotated."""
+    ropes = [getattr(spec.mixer, "rope", None) for spec in config.specs]
+    return {_ROTATED: "none" not in ropes}
+
+
+def granite_problems(config: DecoderConfig, arch: str) -> list[str]:
+    """Returns what of a Granite 4 llama.cpp has otherwise."""
+    problems = []
+    if arch == "granitemoe" and not granite(config)[_ROTATED]:
+        problems.append(
+            "position_embedding_type is not rope; llama.cpp rotates a Granite that has "
+            "experts and attention in all layers"
+        )
+    mixers = (spec.mixer for spec in config.specs)
+    spec = next((one for one in mixers if isinstance(one, MambaSpec)), None)
+    if spec is None:
+        return problems
+    wanted = {
+        "mamba_expand": (spec.inner_size // config.hidden_size, 2),
+        "mamba_conv_bias": (spec.conv_bias, True),
+        "mamba_proj_bias": (spec.bias, False),
+    }
+    return problems + [
+        f"{name} is {ours}; llama.cpp would take {theirs}"
+        for name, (ours, theirs) in wanted.items()
+        if ours != theirs
+    ]
 
 
 def expert_problems(meta: dict[str, Any], known: Architecture) -> list[str]:

@@ -12,11 +12,10 @@ from qlora_jax.files import new_file
 from qlora_jax.sources import bitsandbytes
 from qlora_jax.sources.gguf import config as gguf_config
 from qlora_jax.sources.gguf import tokenizer as gguf_tokenizer
-from qlora_jax.sources.gguf.architectures import WRITTEN_AS
-from qlora_jax.sources.gguf.file import joined_in, names_of, package
+from qlora_jax.sources.gguf.architectures import WRITTEN_AS, written_as
+from qlora_jax.sources.gguf.file import Place, names_of, package
 from qlora_jax.sources.gguf.forms import (
-    JOINTS,
-    axis_left_out,
+    file_shape,
     interleaved,
     permuted,
     to_file,
@@ -69,7 +68,7 @@ def write_gguf(
         raise CheckpointError(
             f"{source} has quantized weights; a GGUF file is made from a dense folder"
         )
-    arch = WRITTEN_AS.get(kind)
+    arch = written_as(kind, config)
     if arch is None:
         known = ", ".join(sorted(WRITTEN_AS))
         raise CheckpointError(
@@ -77,14 +76,13 @@ def write_gguf(
         )
     say(source.path, outline(source).notes)
     checkpoint = source.tensors
-    names = names_of(arch, config.num_layers, config.num_experts)
+    places = names_of(arch, config)
     if config.tie_word_embeddings:
-        names.pop("lm_head.weight", None)
+        places.pop("lm_head.weight", None)
     stored: dict[str, list[str]] = {}
-    joined = joined_in(arch, config.num_layers)
-    for name in names:  # in the order of the experts
+    for name, place in places.items():  # in the order of the experts
         if name in checkpoint:
-            for one in joined.get(name, names[name][:1]):
+            for one in place.stored:
                 stored.setdefault(one, []).append(name)
     meta, factors = gguf_config.write(config, arch)
     if problems := gguf_config.lost(config, meta, stored, factors):
@@ -98,7 +96,7 @@ def write_gguf(
     meta |= gguf_tokenizer.write(source.path, source.hf, config.vocab_size)
     out.parent.mkdir(parents=True, exist_ok=True)
     with new_file(out, overwrite=overwrite) as beside:
-        problems = _write(beside, meta, factors, source, stored, dtype)
+        problems = _write(beside, meta, factors, source, places, stored, dtype)
         if damage := source.damage():
             raise CheckpointError(gathered(f"{source} has unusable weights", damage))
         if problems:
@@ -111,6 +109,7 @@ def _write(
     meta: dict[str, Any],
     factors: dict[str, np.ndarray],
     source: Source,
+    places: dict[str, Place],
     stored: dict[str, list[str]],
     dtype: str,
 ) -> list[str]:
@@ -120,42 +119,35 @@ def _write(
       path: The file.
       meta, factors: From `gguf.config.write`.
       source: The folder.
+      places: Where the file has its tensors, from `names_of`.
       stored: {name in the file: names of the tensors that it holds}.
       dtype: See `write_gguf`.
     """
     gguf, problems, config = package(), [], source.config
     arch = meta["general.architecture"]
-    heads = interleaved(
-        arch,
-        meta[f"{arch}.attention.head_count"],
-        meta[f"{arch}.attention.head_count_kv"],
-    )
+    heads = interleaved(arch, config)
     writer = gguf.GGUFWriter(path, arch)
     for key, value in meta.items():
         if key != "general.architecture":  # the writer's own
             getattr(writer, _ADD.get(type(value), "add_array"))(key, value)
-    checkpoint, joint = source.tensors, JOINTS.get(arch)
+    checkpoint = source.tensors
 
     def tensor(name: str, one: str) -> np.ndarray:
         """Returns what a tensor of the file has of one of the folder's."""
         w = np.asarray(factors[one] if one in factors else checkpoint[one], np.float32)
         w = to_file(permuted(w, one, heads, undo=False), one, arch, config)
-        if joint is not None and one in joined:
-            w = joint.cut(w, config)[joined[one].index(name)]
-        axis = axis_left_out(one, arch)
-        return w if axis is None else w.squeeze(axis)
+        if one in places and (joint := places[one].joint) is not None:
+            return joint.cut(w, config)[places[one].stored.index(name)]
+        return w.reshape(file_shape(one, arch, w.shape, config))
 
-    joined = joined_in(arch, config.num_layers)
     shapes = {name: w.shape for name, w in factors.items()}
     for name, held in stored.items():
         one = held[0]
-        if one in joined:
-            shapes[name] = tensor(name, one).shape
-            continue
-        shape, axis = list(checkpoint.infos[one].shape), axis_left_out(one, arch)
-        if axis is not None:
-            del shape[axis]
-        shapes[name] = (len(held), *shape) if "_exps." in name else tuple(shape)
+        if places[one].joint is not None:
+            shape = tensor(name, one).shape
+        else:
+            shape = file_shape(one, arch, checkpoint.infos[one].shape, config)
+        shapes[name] = (len(held), *shape) if "_exps." in name else shape
     kinds = {}
     for name, shape in shapes.items():
         kinds[name] = kind = gguf.GGMLQuantizationType[_kind(name, shape, dtype)]
@@ -185,6 +177,8 @@ def _kind(name: str, shape: tuple[int, ...], dtype: str) -> str:
     """Returns the type that a tensor is written as."""
     if len(shape) == 1 or name.endswith(".bias") or "ffn_gate_inp" in name:
         return "F32"
-    if "ssm_conv1d" in name or "shortconv.conv" in name:  # llama.cpp takes no others
+    if any(part in name for part in ("ssm_conv1d", "shortconv.conv", "ssm_norm")):
+        return "F32"  # llama.cpp takes no others
+    if name.endswith(("ssm_a", "ssm_d")):
         return "F32"
     return "F16" if dtype == "q8_0" and shape[-1] % 32 else dtype.upper()
