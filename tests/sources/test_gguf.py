@@ -36,7 +36,8 @@ from qlora_jax.names import dotted
 from qlora_jax.nn import quantize
 from qlora_jax.nn.rope import RopeScaling
 from qlora_jax.sources import bitsandbytes
-from qlora_jax.sources.gguf.file import GGUF, names_of, open_gguf
+from qlora_jax.sources.gguf.file import GGUF, open_gguf
+from qlora_jax.sources.gguf.places import names_of
 from qlora_jax.sources.gguf.tokenizer import PROBE
 from qlora_jax.sources.gguf.write import write_gguf
 from qlora_jax.sources.load import load

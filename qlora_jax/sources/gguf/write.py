@@ -13,13 +13,13 @@ from qlora_jax.sources import bitsandbytes
 from qlora_jax.sources.gguf import config as gguf_config
 from qlora_jax.sources.gguf import tokenizer as gguf_tokenizer
 from qlora_jax.sources.gguf.architectures import WRITTEN_AS, written_as
-from qlora_jax.sources.gguf.file import Place, names_of, package
 from qlora_jax.sources.gguf.forms import (
     file_shape,
     interleaved,
     permuted,
     to_file,
 )
+from qlora_jax.sources.gguf.places import Place, names_of, package
 from qlora_jax.sources.load import outline
 from qlora_jax.sources.source import Source, open_source, say
 
