@@ -166,19 +166,20 @@ class GGUF(Mapping[str, np.ndarray]):
         """Reads one tensor.
 
         Raises:
-          CheckpointError: it has a quantization that the package gguf does not know, or is
-            made of two tensors that do not fit each other.
+          CheckpointError: it has a quantization that the package gguf does not know, or a
+            shape that the settings do not ask for.
         """
         if name in self._packed:
             part, entry = self._packed[name]
             return entry.of(part.data)
         part = self._parts[name]
-        if part.joint is None:
-            return self._decoded(name, part)
-        parts = [self._decoded(name, part), self._decoded(name, part.joint[1])]
         try:
+            if part.joint is None:
+                return self._decoded(name, part)
+            parts = [self._decoded(name, part), self._decoded(name, part.joint[1])]
             return part.joint[0].join(parts, self._decoder)
-        except ValueError as error:  # shapes that no settings ask for
+        # numpy's of a shape, though `load` compares shapes before; gguf's of a quantization.
+        except (ValueError, NotImplementedError) as error:
             raise CheckpointError(f"{name} in {self.path}: {error}") from None
 
     def _decoded(self, name: str, part: Part) -> np.ndarray:
@@ -189,10 +190,7 @@ class GGUF(Mapping[str, np.ndarray]):
         if stored is not None:
             w = rows.view(stored).reshape(part.own_shape)
         else:
-            try:
-                w = package().quants.dequantize(rows, tensor.tensor_type)
-            except NotImplementedError as error:
-                raise CheckpointError(f"{name} in {self.path}: {error}") from None
+            w = package().quants.dequantize(rows, tensor.tensor_type)
             w = w.reshape(part.own_shape)
         return from_file(w, name, self._arch, self._decoder)
 

@@ -85,7 +85,7 @@ def read_granite(config: dict[str, Any], meta: dict[str, Any]) -> None:
     """Adds what a file of Granite leaves to its architecture, which has layers of Granite 4
     where it says whether these are rotated."""
     arch, experts = meta["general.architecture"], config.get("num_local_experts", 0)
-    own = {"attention": config["head_dim"] ** -0.5}
+    own = {"attention": max(config["head_dim"], 1) ** -0.5}
     for name in ("attention", "residual", "embedding"):
         if not config.get(f"{name}_multiplier"):
             config[f"{name}_multiplier"] = own.get(name, 1.0)
