@@ -2,7 +2,8 @@
 
 Scores of [batch, heads, seq, seq] never exist: queries go block by block, each block
 against all keys, and backward recomputes a block's scores from q, k and v, which are
-all it keeps. On NVIDIA GPUs whole sequences go through cuDNN's fused attention.
+all it keeps. Whole sequences go through cuDNN's fused attention on NVIDIA GPUs, and on CPUs
+against those blocks of keys alone that are seen (blocked.py).
 """
 
 import functools
@@ -18,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.device import SCORE_BYTES, current_device, limit
 from pallas_kernels.products import dot
 from qlora_jax.errors import ConfigError
+from qlora_jax.nn.blocked import Scoring, blocked_attention
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +46,9 @@ def causal_attention(
       q, k, v, window, scale, softcap, sinks: See `attention`; padding belongs to the right.
       documents: Where rows hold several documents, how many tokens of its own are before
         each token; it sees those alone. None where each row is one.
-      implementation: 'xla' is `attention`; 'cudnn' is jax.nn.dot_product_attention's, for
-        16-bit heads on an NVIDIA GPU of sm_80 or later. None takes cuDNN's where it runs;
-        $QLORA_JAX_ATTENTION names one for all.
+      implementation: 'xla' is `attention`, and on a CPU `blocked_attention`; 'cudnn' is
+        jax.nn.dot_product_attention's, for 16-bit heads on an NVIDIA GPU of sm_80 or later.
+        None takes cuDNN's where it runs; $QLORA_JAX_ATTENTION names one for all.
 
     Returns:
       The heads' outputs in q's dtype.
@@ -67,6 +69,11 @@ def causal_attention(
     )
     if name == "cudnn":
         return _cudnn(q, k, v, window, scale)
+    if current_device().platform == "cpu":
+        own = q.shape[3] ** -0.5 if scale is None else scale
+        return blocked_attention(
+            q, k, v, documents, sinks, Scoring(window, own, softcap)
+        )
     positions = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), q.shape[:2])
     options: Any = {"window": window, "scale": scale, "softcap": softcap}
     options |= {"sinks": sinks, "reach": documents}
