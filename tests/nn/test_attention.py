@@ -12,6 +12,7 @@ import pytest
 from pallas_kernels.device import SCORE_BYTES, Device
 from qlora_jax.errors import ConfigError
 from qlora_jax.nn import attention as module
+from qlora_jax.nn import blocked
 from qlora_jax.nn.attention import attention, causal_attention, choose_attention
 
 BATCH, SEQ, HEADS, KV_HEADS, HEAD_DIM = 2, 37, 4, 2, 8
@@ -127,12 +128,94 @@ def test_nothing_of_all_scores_is_kept_or_made(monkeypatch):
     assert sum(x.size for x in floats) <= 2 * sum(x.size for x in arrays)
 
 
-@pytest.mark.parametrize("window", [None, 5])
-def test_whole_sequences_attend_as_their_positions_say(window):
-    q, k, v = inputs()
-    at = positions()
-    said = causal_attention(q, k, v, window=window)
-    np.testing.assert_array_equal(said, attention(q, k, v, at, at, window=window))
+def documents(*lengths: int) -> jax.Array:
+    """Returns how many tokens of its own document are before each token, of two rows."""
+    rows = [
+        np.concatenate([np.arange(n) for n in lengths[i:] + lengths[:i]])
+        for i in (0, 1)
+    ]
+    return jnp.asarray(np.stack(rows), jnp.int32)
+
+
+PACKED = documents(5, 20, 1, 11)
+assert PACKED.shape == (BATCH, SEQ)
+
+
+@pytest.fixture(params=[8, 16, 128], ids=["5 blocks", "3 blocks", "1 block"])
+def cut(request, monkeypatch):
+    """Blocks of whole sequences; the last of several is partial."""
+    monkeypatch.setattr(blocked, "BLOCK", request.param)
+
+
+WHOLE = {
+    "causal": {},
+    "window": {"window": 5},
+    "documents": {"documents": PACKED},
+    "documents and window": {"documents": PACKED, "window": 3},
+    "softcap": {"softcap": 2.0, "documents": PACKED},
+    "scale": {"scale": 0.1},
+    "sinks": {
+        "sinks": jnp.linspace(-2.0, 3.0, HEADS),
+        "documents": PACKED,
+        "window": 9,
+    },
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_whole_sequences_attend_as_their_positions_say(cut, case):
+    options, at = dict(WHOLE[case]), positions()
+    sinks, reach = options.pop("sinks", None), options.pop("documents", None)
+    arrays = inputs() if sinks is None else (*inputs(), sinks)
+    shape = (BATCH, SEQ, HEADS, VALUE_DIM)
+    dy = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
+
+    def whole(q, k, v, sinks=None):
+        return causal_attention(q, k, v, sinks=sinks, documents=reach, **options)
+
+    def placed(q, k, v, sinks=None):
+        return attention(q, k, v, at, at, sinks=sinks, reach=reach, **options)
+
+    @jax.jit
+    def both(*arrays):
+        (y, ours), (z, theirs) = jax.vjp(whole, *arrays), jax.vjp(placed, *arrays)
+        return (y, *ours(dy)), (z, *theirs(dy))
+
+    for ours, theirs in zip(*both(*arrays), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def test_on_a_cpu_blocks_that_nothing_sees_are_not_multiplied(monkeypatch):
+    monkeypatch.setattr(blocked, "BLOCK", 16)
+    scores, met = blocked._scores, []
+
+    def counted(q, k, i, j, reach, scoring):
+        jax.debug.callback(lambda i, j: met.append((int(i), int(j))), i, j)
+        return scores(q, k, i, j, reach, scoring)
+
+    monkeypatch.setattr(blocked, "_scores", counted)
+    q, k, v = inputs(64)
+    own = jnp.tile(jnp.concatenate([jnp.arange(40), jnp.arange(24)]), (BATCH, 1))
+
+    def turns(**options):
+        met.clear()
+
+        def total(q):
+            return jnp.sum(causal_attention(q, k, v, **options))
+
+        jax.block_until_ready(jax.jit(jax.grad(total))(q))
+        jax.effects_barrier()
+        assert sorted(met)[::2] == sorted(met)[1::2]  # once forward, and once backward
+        return sorted(met)[::2]
+
+    assert turns() == [(i, j) for i in range(4) for j in range(i + 1)]
+    assert turns(window=16) == [
+        (0, 0),
+        *((i, i + d) for i in (1, 2, 3) for d in (-1, 0)),
+    ]
+    # The third block has the end of the first document, the fourth nothing of it.
+    packed = turns(documents=own)
+    assert packed == [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1), (2, 2), (3, 2), (3, 3)]
 
 
 def test_the_choice_of_attention_says_why(monkeypatch):
