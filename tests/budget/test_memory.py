@@ -50,7 +50,7 @@ It says that estimate.py still is what was fitted, nothing of other models."""
 HOST = 5e-3
 """The error allowed, relative to what is planned for the host, which is counted: XLA's own
 account differs by a buffer or two of a micro-batch's activations."""
-LEFT_OUT = {"gpu": (0.024, 0.171), "cpu": (0.035, 0.117)}
+LEFT_OUT = {"gpu": (0.024, 0.171), "cpu": (0.029, 0.119)}
 """Typical (median) and largest error of a fit on a model that it was made without."""
 BEYOND_THE_MARGIN = {
     ("gpu", "qwen2-0.5b", '{"max_tokens": 1024, "embedding": "4bit"}'),
@@ -171,10 +171,10 @@ UNSEEN = {
     ("gpu", "gemma4-e2b"): 0.19,
     ("gpu", "gpt-oss-20b"): 0.05,
     ("gpu", "gpt-oss-120b"): 0.02,
-    ("cpu", "smollm2-360m"): 0.04,
+    ("cpu", "smollm2-360m"): 0.08,
     ("cpu", "qwen3-4b"): 0.02,
     ("cpu", "gemma3-1b"): 0.04,
-    ("cpu", "qwen3-30b-a3b"): 0.04,
+    ("cpu", "qwen3-30b-a3b"): 0.07,
     ("cpu", "qwen3.5-2b"): 0.12,
 }
 """The largest error of the plan on models that no fit has had, as it was measured."""
