@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.device import SCORE_BYTES, current_device, limit
 from pallas_kernels.products import dot
 from qlora_jax.errors import ConfigError
-from qlora_jax.nn.blocked import Scoring, blocked_attention
+from qlora_jax.nn import blocked
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +46,9 @@ def causal_attention(
       q, k, v, window, scale, softcap, sinks: See `attention`; padding belongs to the right.
       documents: Where rows hold several documents, how many tokens of its own are before
         each token; it sees those alone. None where each row is one.
-      implementation: 'xla' is `attention`, and on a CPU `blocked_attention`; 'cudnn' is
-        jax.nn.dot_product_attention's, for 16-bit heads on an NVIDIA GPU of sm_80 or later.
-        None takes cuDNN's where it runs; $QLORA_JAX_ATTENTION names one for all.
+      implementation: 'xla' is `attention`, and on a CPU `blocked_attention` of long rows;
+        'cudnn' is jax.nn.dot_product_attention's, for 16-bit heads on an NVIDIA GPU of sm_80
+        or later. None takes cuDNN's where it runs; $QLORA_JAX_ATTENTION names one for all.
 
     Returns:
       The heads' outputs in q's dtype.
@@ -69,11 +69,10 @@ def causal_attention(
     )
     if name == "cudnn":
         return _cudnn(q, k, v, window, scale)
-    if current_device().platform == "cpu":
+    if current_device().platform == "cpu" and q.shape[1] > blocked.BLOCK:
         own = q.shape[3] ** -0.5 if scale is None else scale
-        return blocked_attention(
-            q, k, v, documents, sinks, Scoring(window, own, softcap)
-        )
+        scoring = blocked.Scoring(window, own, softcap)
+        return blocked.blocked_attention(q, k, v, documents, sinks, scoring)
     positions = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), q.shape[:2])
     options: Any = {"window": window, "scale": scale, "softcap": softcap}
     options |= {"sinks": sinks, "reach": documents}

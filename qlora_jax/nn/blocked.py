@@ -93,11 +93,12 @@ def _forward(
     reach: Array,
     sinks: Array | None,
     scoring: Scoring,
-) -> tuple[Float[Array, "n b h gq e"], Float[Array, "n b h gq"]]:
-    """Returns the outputs, and the logarithm of what each softmax is divided by."""
+) -> tuple[Float[Array, "n b h gq e"], tuple[Array, Array]]:
+    """Returns the outputs, and of each softmax its largest score and what it is divided by,
+    both (n, b, h, gq). The logarithm that stands for both elsewhere would be less exact."""
     first, shape = _first_seen(reach), q.shape[1:-1]
 
-    def rows(i: Array) -> tuple[Array, Array]:
+    def rows(i: Array) -> tuple[Array, tuple[Array, Array]]:
         def turn(j: Array, carry: Any) -> Any:
             most, total, y = carry
             scores, _ = _scores(q[i], k[j], i, j, reach[i], scoring)
@@ -114,18 +115,18 @@ def _forward(
             most, total = jnp.broadcast_to(sinks, shape), total + 1
         y = jnp.zeros((*shape, v.shape[-1]), jnp.float32)
         most, total, y = lax.fori_loop(first[i], i + 1, turn, (most, total, y))
-        return (y / total[..., None]).astype(q.dtype), most + jnp.log(total)
+        return (y / total[..., None]).astype(q.dtype), (most, total)
 
     return lax.map(rows, jnp.arange(len(q)))
 
 
 def _blocked_fwd(q, k, v, reach, sinks, scoring):
-    y, sums = _forward(q, k, v, reach, sinks, scoring)
-    return y, (q, k, v, reach, sinks, y, sums)
+    y, softmax = _forward(q, k, v, reach, sinks, scoring)
+    return y, (q, k, v, reach, sinks, y, softmax)
 
 
 def _blocked_bwd(scoring, residuals, dy):
-    q, k, v, reach, sinks, y, sums = residuals
+    q, k, v, reach, sinks, y, (most, total) = residuals
     first = _first_seen(reach)
     centre = jnp.sum(dy.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)
 
@@ -133,7 +134,7 @@ def _blocked_bwd(scoring, residuals, dy):
         def turn(j: Array, carry: Any) -> Any:
             dq, dk, dv = carry
             scores, slope = _scores(q[i], k[j], i, j, reach[i], scoring)
-            weights = jnp.exp(scores - sums[i][..., None])
+            weights = jnp.exp(scores - most[i][..., None]) / total[i][..., None]
             d_weights = dot(dy[i], v[j], 3, 3, batch=2)
             d_scores = weights * (d_weights - centre[i][..., None]) * slope
             d_scores = d_scores.astype(q.dtype)
@@ -150,7 +151,7 @@ def _blocked_bwd(scoring, residuals, dy):
     (dk, dv), dq = lax.scan(rows, zeros, jnp.arange(len(q)))
     d_sinks = None
     if sinks is not None:
-        d_sinks = -jnp.sum(jnp.exp(sinks - sums) * centre, axis=(0, 1))
+        d_sinks = -jnp.sum(jnp.exp(sinks - most) / total * centre, axis=(0, 1))
     return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, d_sinks
 
 

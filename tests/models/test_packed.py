@@ -12,6 +12,7 @@ from models.test_golden_families import FAMILY
 import qlora_jax as qlora
 from pallas_kernels.device import SCORE_BYTES
 from qlora_jax.adapters.names import flatten
+from qlora_jax.nn import blocked
 from qlora_jax.nn.documents import places_of
 from qlora_jax.objectives import SFT
 from qlora_jax.objectives.base import predicted
@@ -82,6 +83,18 @@ def check_equal(got, want):
         np.testing.assert_allclose(
             got[1][name], x, rtol=0, atol=RTOL * scale, err_msg=name
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["qwen2_window", "gpt_oss", "deepseek_v3"])
+def test_rows_of_several_blocks_are_rows_alone_too(case, golden, tmp_path, monkeypatch):
+    """Windows, sinks, and values of another size than queries."""
+    model = tiny.adapted(load(case, read(case, golden), tmp_path))
+    made = documents(case)
+    want = gradient(model, alone(made))
+    monkeypatch.setattr(blocked, "BLOCK", 8)
+    jax.clear_caches()  # programs that were traced with another size
+    check_equal(gradient(model, packed(made)), want)
 
 
 @pytest.mark.slow

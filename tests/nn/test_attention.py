@@ -141,7 +141,7 @@ PACKED = documents(5, 20, 1, 11)
 assert PACKED.shape == (BATCH, SEQ)
 
 
-@pytest.fixture(params=[8, 16, 128], ids=["5 blocks", "3 blocks", "1 block"])
+@pytest.fixture(params=[8, 16], ids=["5 blocks", "3 blocks"])
 def cut(request, monkeypatch):
     """Blocks of whole sequences; the last of several is partial."""
     monkeypatch.setattr(blocked, "BLOCK", request.param)
