@@ -101,8 +101,8 @@ MUTANTS = (
     Mutant(
         "first-token",
         "qlora_jax/objectives/logprobs.py",
-        'jnp.roll(batch["weights"].at[:, 0].set(0), -1, axis=1)',
-        'jnp.roll(batch["weights"], -1, axis=1)',
+        "jnp.roll(predicted_weights(batch).at[:, 0].set(0), -1, axis=1)",
+        "jnp.roll(predicted_weights(batch), -1, axis=1)",
         "tests/train/test_step.py::test_the_first_token_of_a_row_is_ignored",
     ),
     Mutant(
@@ -135,9 +135,9 @@ MUTANTS = (
     ),
     Mutant(
         "resume-dropout",
-        "qlora_jax/train/loop.py",
-        "key = jax.random.fold_in(self._key, step) if",
-        "key = jax.random.fold_in(self._key, step - self.start) if",
+        "qlora_jax/train/steps.py",
+        "None if self._key is None else jax.random.fold_in(self._key, step)",
+        "self._key",
         "tests/train/test_trainer.py::"
         "test_a_resumed_run_is_bit_equal_to_one_that_was_not_stopped",
     ),
@@ -168,6 +168,34 @@ MUTANTS = (
         "seen & (q - k < window)",
         "seen & (q - k <= window)",
         "tests/nn/test_attention.py",
+    ),
+    Mutant(
+        "blocks-of-documents",
+        "qlora_jax/nn/blocked.py",
+        "seen = (apart >= 0) & (apart <= reach[:, :, None])",
+        "seen = (apart >= 0) & (apart <= reach[:, :, None] + 1)",
+        "tests/nn/test_attention.py",
+    ),
+    Mutant(
+        "blocks-all-met",
+        "qlora_jax/nn/blocked.py",
+        "return jnp.min(own - reach, axis=(1, 2)) // size",
+        "return jnp.min(own - reach, axis=(1, 2)) * 0",
+        "tests/nn/test_attention.py",
+    ),
+    Mutant(
+        "experts-all-met",
+        "qlora_jax/nn/grouped.py",
+        "lax.fori_loop(0, jnp.sum(ends > starts), expert, y)",
+        "lax.fori_loop(0, len(ends), expert, y)",
+        "tests/nn/test_moe.py",
+    ),
+    Mutant(
+        "experts-gradient",
+        "qlora_jax/nn/grouped.py",
+        "return jnp.sum(each.astype(jnp.float32), axis=1).astype(dy.dtype), None, None",
+        "return each[:, 0], None, None",
+        "tests/nn/test_moe.py",
     ),
     Mutant(
         "optimizer-offload",
