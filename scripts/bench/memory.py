@@ -286,6 +286,13 @@ UNSEEN_GRID: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("gemma4-e4b", {}),
         ("gpt-oss-20b", {"mxfp4": "keep"}),
         ("gpt-oss-120b", {"mxfp4": "keep"}),
+        *(
+            (model, {**changes, "lora": {"targets": "q_proj,k_proj,v_proj,o_proj"}})
+            for model, changes in (
+                *(("gpt-oss-20b", {"mxfp4": "keep"}), ("qwen3-30b-a3b", {})),
+                *(("gpt-oss-120b", {"mxfp4": "keep"}), ("gemma4-26b-a4b", {})),
+            )
+        ),
     ],
     "cpu": [
         ("smollm2-360m", {"max_tokens": 512}),
