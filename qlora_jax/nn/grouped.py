@@ -24,7 +24,7 @@ from pallas_kernels.device import current_device
 from pallas_kernels.formats import PackedWeight
 from pallas_kernels.matmul import REFERENCE, product_of
 from qlora_jax.nn.frozen import replaced
-from qlora_jax.nn.linear import FrozenLinear, QuantizedLinear, low_rank
+from qlora_jax.nn.linear import FrozenLinear, low_rank
 from qlora_jax.nn.matmul import frozen_matmul
 from qlora_jax.nn.variables import FrozenParam
 
@@ -141,8 +141,7 @@ class GroupedLinear(FrozenLinear):
         self.kernel: nnx.Variable = linear.kernel
         self.bias = nnx.data(linear.bias)
         self.origin = linear.origin
-        named = isinstance(linear, QuantizedLinear)
-        self.implementation = linear.implementation if named else None
+        self.implementation = getattr(linear, "implementation", None)
         self.groups, self.index = nnx.data(groups), nnx.data(index)
 
     def product(
