@@ -25,7 +25,14 @@ _UNSEEN = -1e30
 
 
 class Scoring(NamedTuple):
-    """How scores are made: see `attention`."""
+    """These settings of a model say how a score is made of a query and a key, as `attention`
+    takes them. They are static: another value compiles another program.
+
+    Attributes:
+      window: A query sees so many positions, its own counted; None is all before it.
+      scale: The factor of the product of query and key.
+      softcap: Scores s become softcap * tanh(s / softcap) (Gemma 2); None leaves them.
+    """
 
     window: int | None
     scale: float
@@ -79,9 +86,9 @@ def _blocked(
     sinks: Float[Array, "h gq"] | None,
     scoring: Scoring,
 ) -> Float[Array, "n b h gq e"]:
-    """Attention of n blocks; rows are the queries of each head of a group.
+    """Returns the attention of n blocks; rows are the queries of each head of a group.
 
-    `reach` is how many positions before its own each query sees.
+    `reach` says how many positions before its own each query sees.
     """
     return _forward(q, k, v, reach, sinks, scoring)[0]
 

@@ -32,7 +32,7 @@ _SMALLEST_BLOCK, _LARGEST_BLOCK = 8, 256
 
 
 class Groups(NamedTuple):
-    """Where tokens lie when they are grouped by expert.
+    """Says where tokens lie when they are grouped by expert.
 
     Attributes:
       owner: Int32 (blocks,), the expert of each block.
@@ -122,7 +122,7 @@ _rows.defvjp(_rows_fwd, _rows_bwd)
 
 
 class GroupedLinear(FrozenLinear):
-    """A frozen linear of all experts, in a function that is vectorized over blocks.
+    """Stands for a frozen linear of all experts in a function that is vectorized over blocks.
 
     Attributes:
       kernel: FrozenParam, (experts, out, in), dense or packed.

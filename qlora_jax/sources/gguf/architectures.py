@@ -1,4 +1,4 @@
-"""What llama.cpp takes for granted of each architecture.
+"""This table says what llama.cpp takes for granted of each architecture.
 
 Source: conversion/*.py and src/models/*.cpp of llama.cpp.
 """

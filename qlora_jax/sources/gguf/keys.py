@@ -1,4 +1,5 @@
-"""What llama.cpp calls settings, what config.json does, and where a decoder has them.
+"""These tables say what llama.cpp calls settings, what config.json does, and where a decoder
+has them.
 
 Source: conversion/*.py and src/models/*.cpp of llama.cpp.
 """
@@ -107,6 +108,21 @@ def expert_width(hf: str) -> Key:
     return Key("expert_feed_forward_length", hf, "intermediate_size", int, False)
 
 
+def _recurrent(kind: type, *settings: tuple[str, str]) -> tuple[Key, ...]:
+    """Returns the settings of a recurrent mixer, of which llama.cpp has five.
+
+    Args:
+      kind: The class of its spec.
+      settings: What config.json calls each, and the spec's field, in the order of _STATE.
+    """
+    return tuple(
+        Key(f"ssm.{gguf}", hf, _mixer(kind, field))
+        for gguf, (hf, field) in zip(_STATE, settings, strict=True)
+    )
+
+
+_STATE = ("conv_kernel", "state_size", "group_count", "time_step_rank", "inner_size")
+"""The settings of a recurrent mixer are called so in every architecture."""
 GRANITE = (
     Key("logit_scale", "logits_scaling", lambda config: 1 / config.logit_scale, float),
     *(
@@ -115,15 +131,11 @@ GRANITE = (
     ),
     Key("attention.scale", "attention_multiplier", "attention_scale", float, False),
 )
-MAMBA = tuple(
-    Key(f"ssm.{gguf}", f"mamba_{hf}", _mixer(MambaSpec, field))
-    for gguf, hf, field in (
-        ("conv_kernel", "d_conv", "taps"),
-        ("state_size", "d_state", "state_dim"),
-        ("group_count", "n_groups", "groups"),
-        ("time_step_rank", "n_heads", "heads"),
-        ("inner_size", "expand", "inner_size"),  # and not how often hidden_size
-    )
+MAMBA = _recurrent(
+    MambaSpec,
+    *(("mamba_d_conv", "taps"), ("mamba_d_state", "state_dim")),
+    *(("mamba_n_groups", "groups"), ("mamba_n_heads", "heads")),
+    ("mamba_expand", "inner_size"),  # and not how often hidden_size
 )
 GRANITE_MIXTURE = expert_keys(
     "num_local_experts",
@@ -189,15 +201,11 @@ LATENT = (
         False,
     ),
 )
-DELTA = tuple(
-    Key(f"ssm.{gguf}", f"linear_{hf}", _mixer(DeltaSpec, field))
-    for gguf, hf, field in (
-        ("conv_kernel", "conv_kernel_dim", "taps"),
-        ("state_size", "key_head_dim", "key_dim"),
-        ("group_count", "num_key_heads", "key_heads"),
-        ("time_step_rank", "num_value_heads", "value_heads"),
-        ("inner_size", "value_head_dim", "value_size"),  # of all heads
-    )
+DELTA = _recurrent(
+    DeltaSpec,
+    *(("linear_conv_kernel_dim", "taps"), ("linear_key_head_dim", "key_dim")),
+    *(("linear_num_key_heads", "key_heads"), ("linear_num_value_heads", "value_heads")),
+    ("linear_value_head_dim", "value_size"),  # of all heads
 )
 SHARED_SIZE = Key(
     "expert_shared_feed_forward_length",

@@ -1,4 +1,4 @@
-"""Where a GGUF file has the tensors of a model, and what of them is one tensor of a folder."""
+"""Finds where a GGUF file has the tensors of a model, and which of them are one of a folder."""
 
 from collections.abc import Mapping
 from types import ModuleType
@@ -12,7 +12,7 @@ from qlora_jax.sources.gguf.forms import GATE_UP, JOINTS, Joint, folder_shape
 
 
 class Place(NamedTuple):
-    """Where a file has what a folder has under one name.
+    """Says where a file has what a folder has under one name.
 
     Attributes:
       stored: Names of the file: one, or the two of a joint.
@@ -26,7 +26,7 @@ class Place(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A tensor of a file, or one expert's part of it, or half of the rows of that.
+    """Is a tensor of a file, or one expert's part of it, or half of the rows of that.
 
     Attributes:
       tensor: The whole, as the package gguf has it.
